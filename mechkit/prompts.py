@@ -1,0 +1,280 @@
+"""Prompts and pairs of prompts: tokens of any length, named positions, answers. Plain values; no model is needed.
+
+Prompts are kept ragged, one tensor a prompt. Nothing is ever padded: the engine runs prompts of equal length together,
+so a result always equals running each prompt alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+Answer = str | int
+AnswerSet = Answer | Sequence[Answer]
+
+
+class Tokenizes(Protocol):
+    """What `from_text` needs of a model: `HookedModel` has it."""
+
+    d_vocab: int
+
+    def to_tokens(self, text: str, prepend_bos: bool | None = None) -> Tensor: ...
+    def to_str_tokens(self, text: Any) -> list[str]: ...
+    def to_single_token(self, text: str) -> int: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Prompts:
+    """Token sequences, one a prompt, possibly of different lengths.
+
+    Attributes:
+        tokens: One `[pos]` tensor of token ids a prompt.
+        str_tokens: The same as text, for labels; `None` when there was no tokenizer.
+    """
+
+    tokens: tuple[Int[Tensor, "pos"], ...]
+    str_tokens: tuple[tuple[str, ...], ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.tokens:
+            raise ValueError("tokens: expected at least one prompt, got none")
+        for i, row in enumerate(self.tokens):
+            if row.ndim != 1 or row.is_floating_point() or len(row) == 0:
+                raise ValueError(
+                    f"tokens[{i}]: expected a non-empty 1-D tensor of token ids, got {row.dtype} {list(row.shape)}"
+                )
+        if self.str_tokens is not None and [len(s) for s in self.str_tokens] != [len(t) for t in self.tokens]:
+            raise ValueError("str_tokens: expected one string for each token of each prompt")
+
+    @classmethod
+    def from_tokens(cls, tokens: Tensor | Iterable[Tensor | Sequence[int]], model: Tokenizes | None = None) -> Prompts:
+        """From a `[prompt pos]` tensor without padding, or a list of prompts of any lengths."""
+        rows = tuple(_integers(row) for row in tokens)
+        if model is not None:
+            for i, row in enumerate(rows):
+                if len(row) and (int(row.min()) < 0 or int(row.max()) >= model.d_vocab):
+                    raise ValueError(f"tokens[{i}]: expected ids in 0..{model.d_vocab - 1}, got {row.tolist()}")
+        return cls(rows, _labels(model, rows))
+
+    @classmethod
+    def from_text(cls, model: Tokenizes, text: str | Sequence[str], prepend_bos: bool | None = None) -> Prompts:
+        """Tokenizes each prompt by itself. `prepend_bos=None` follows the model's default, as in TransformerLens."""
+        texts = [text] if isinstance(text, str) else list(text)
+        return cls.from_tokens([model.to_tokens(t, prepend_bos=prepend_bos)[0] for t in texts], model)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: Sequence[int]) -> Prompts:
+        """A subset, in the given order."""
+        return Prompts(
+            tuple(self.tokens[i] for i in index),
+            None if self.str_tokens is None else tuple(self.str_tokens[i] for i in index),
+        )
+
+    @property
+    def lengths(self) -> Int[Tensor, "prompt"]:
+        """Tokens in each prompt."""
+        return torch.tensor([len(row) for row in self.tokens])
+
+    def by_length(self) -> dict[int, list[int]]:
+        """Length -> the indices of the prompts that have it."""
+        groups: dict[int, list[int]] = {}
+        for i, row in enumerate(self.tokens):
+            groups.setdefault(len(row), []).append(i)
+        return groups
+
+    def hash(self) -> str:
+        """A short hash of all token ids, for provenance."""
+        digest = hashlib.sha256()
+        for row in self.tokens:
+            digest.update(len(row).to_bytes(4, "little") + row.to(torch.int64).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True, eq=False)
+class PromptPairs:
+    """Clean prompts, their corrupted partners, and the answers that tell the two apart.
+
+    The two prompts of a pair have the same number of tokens; different pairs may differ.
+
+    Attributes:
+        clean, corrupted: The prompts; `clean` is the run in which the right answer is expected.
+        right, wrong: For each pair the token ids that count as right, and as wrong. Usually one each.
+        positions: Named positions, one index a pair: `{"S2": [10, 11, …]}`. Always has `"END"`, the last token.
+        task: A name for captions and provenance.
+    """
+
+    clean: Prompts
+    corrupted: Prompts
+    right: tuple[tuple[int, ...], ...]
+    wrong: tuple[tuple[int, ...], ...]
+    positions: Mapping[str, Int[Tensor, "prompt"]] = field(default_factory=dict)
+    task: str = "custom"
+
+    def __post_init__(self) -> None:
+        n = len(self.clean)
+        for name, rows in (("corrupted", self.corrupted), ("right", self.right), ("wrong", self.wrong)):
+            if len(rows) != n:
+                raise ValueError(f"{name}: expected {n} rows, one for each clean prompt; got {len(rows)}")
+        for i, (a, b) in enumerate(zip(self.clean.tokens, self.corrupted.tokens, strict=True)):
+            if len(a) != len(b):
+                raise ValueError(
+                    f"pair {i}: expected a clean and a corrupted prompt of equal token length, got {len(a)} and "
+                    f"{len(b)}. Reword one of them, or choose words that are one token each"
+                )
+        for i, (right, wrong) in enumerate(zip(self.right, self.wrong, strict=True)):
+            if not right or not wrong:
+                raise ValueError(f"answers of pair {i}: expected at least one right and one wrong token, got an empty set")
+            if overlap := set(right) & set(wrong):
+                raise ValueError(f"answers of pair {i}: tokens {sorted(overlap)} are both right and wrong")
+            for name, ids in (("right", right), ("wrong", wrong)):
+                if len(set(ids)) != len(ids):
+                    raise ValueError(f"answers of pair {i}: a {name} token is listed twice: {list(ids)}")
+        object.__setattr__(self, "positions", self._checked_positions())
+
+    def _checked_positions(self) -> dict[str, Tensor]:
+        lengths = self.clean.lengths
+        named = {}
+        for name, values in {**self.positions, "END": self.positions.get("END", lengths - 1)}.items():
+            index = _integers(values)
+            if index.is_floating_point():
+                raise ValueError(f"positions[{name!r}]: expected integers, got {index.dtype} {index.tolist()}")
+            if index.shape != lengths.shape:
+                raise ValueError(f"positions[{name!r}]: expected {len(lengths)} values, got shape {list(index.shape)}")
+            index = torch.where(index < 0, index + lengths, index)
+            for i in ((index < 0) | (index >= lengths)).nonzero().flatten().tolist():
+                raise ValueError(
+                    f"positions[{name!r}][{i}]: expected an index into {lengths[i]} tokens, got {values[i]}"
+                )
+            if name == "END" and (other := (index != lengths - 1).nonzero().flatten().tolist()):
+                raise ValueError(
+                    f"positions['END'][{other[0]}]: expected the last token, {lengths[other[0]] - 1}, got "
+                    f"{index[other[0]]}. Give another name to a position that is not the end"
+                )
+            named[name] = index
+        return named
+
+    @classmethod
+    def from_text(
+        cls,
+        model: Tokenizes,
+        clean: Sequence[str] | str,
+        corrupted: Sequence[str] | str,
+        answers: Sequence[tuple[AnswerSet, AnswerSet]],
+        *,
+        positions: Mapping[str, Sequence[int]] | None = None,
+        prepend_bos: bool | None = None,
+        task: str = "custom",
+    ) -> PromptPairs:
+        """Pairs from text.
+
+        Args:
+            model: Tokenizes; a `HookedModel`.
+            clean, corrupted: The prompts. Each pair must come out at the same number of tokens.
+            answers: `(right, wrong)` for each pair. Either side is one token (`" Mary"`, or its id) or several of them.
+            positions: Named token positions, one index a pair, counted with the beginning-of-sequence token if there is
+                one; negative counts from the end.
+            prepend_bos: Whether to begin with the beginning-of-sequence token; `None` is the model's default.
+
+        Raises:
+            ValueError: with the number of the pair: unequal lengths, an answer that is not one token, an empty or
+                overlapping pair of answer sets, no prompts.
+        """
+        return cls.from_tokens(
+            Prompts.from_text(model, clean, prepend_bos),
+            Prompts.from_text(model, corrupted, prepend_bos),
+            answers,
+            model=model,
+            positions=positions,
+            task=task,
+        )
+
+    @classmethod
+    def from_tokens(
+        cls,
+        clean: Prompts | Tensor | Sequence[Sequence[int]],
+        corrupted: Prompts | Tensor | Sequence[Sequence[int]],
+        answers: Sequence[tuple[AnswerSet, AnswerSet]],
+        *,
+        model: Tokenizes | None = None,
+        positions: Mapping[str, Sequence[int]] | None = None,
+        task: str = "custom",
+    ) -> PromptPairs:
+        """As `from_text`, from token ids. `model` is needed when answers are given as text, and for token labels."""
+        clean, corrupted = (
+            p if isinstance(p, Prompts) else Prompts.from_tokens(p, model) for p in (clean, corrupted)
+        )
+        if isinstance(answers, tuple) and len(answers) == 2 and len(clean) == 1 and isinstance(answers[0], str | int):
+            answers = [answers]  # a single pair's answers, given bare
+        right, wrong = [], []
+        for i, pair in enumerate(answers):
+            if isinstance(pair, str | int) or len(pair) != 2:
+                raise ValueError(f"answers of pair {i}: expected (right, wrong), got {pair!r}")
+            right.append(_answer_ids(model, pair[0], f"right answer of pair {i}"))
+            wrong.append(_answer_ids(model, pair[1], f"wrong answer of pair {i}"))
+        return cls(clean, corrupted, tuple(right), tuple(wrong), dict(positions or {}), task)
+
+    def __len__(self) -> int:
+        return len(self.clean)
+
+    def __getitem__(self, index: Sequence[int]) -> PromptPairs:
+        """A subset of the pairs, in the given order."""
+        return PromptPairs(
+            self.clean[index],
+            self.corrupted[index],
+            tuple(self.right[i] for i in index),
+            tuple(self.wrong[i] for i in index),
+            {name: values[list(index)] for name, values in self.positions.items()},
+            self.task,
+        )
+
+    @property
+    def answers(self) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
+        """`(right ids, wrong ids)` of each pair."""
+        return tuple(zip(self.right, self.wrong, strict=True))
+
+    @property
+    def first_difference(self) -> Int[Tensor, "prompt"]:
+        """First position at which clean and corrupted differ; the prompt's length if they are the same."""
+        return torch.tensor([_first_difference(a, b) for a, b in zip(self.clean.tokens, self.corrupted.tokens, strict=True)])
+
+
+def _first_difference(a: Tensor, b: Tensor) -> int:
+    different = (a != b).nonzero()
+    return int(different[0]) if len(different) else len(a)
+
+
+def _integers(values: Any) -> Tensor:
+    """On the CPU as 64-bit integers; numbers with a fraction stay as they are, for the caller to refuse."""
+    tensor = torch.as_tensor(values).cpu()
+    return tensor if tensor.is_floating_point() else tensor.long()
+
+
+def _labels(model: Tokenizes | None, rows: Sequence[Tensor]) -> tuple[tuple[str, ...], ...] | None:
+    return None if model is None else tuple(tuple(model.to_str_tokens(row)) for row in rows)
+
+
+def _answer_ids(model: Tokenizes | None, answer: AnswerSet, where: str) -> tuple[int, ...]:
+    several = [answer] if isinstance(answer, str | int) else list(answer)
+    ids = []
+    for one in several:
+        if isinstance(one, str):
+            if model is None:
+                raise ValueError(f"{where}: {one!r} is text; pass `model=` so that it can be tokenized, or give its id")
+            try:
+                one = model.to_single_token(one)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
+        one = int(one)
+        if one < 0 or (model is not None and one >= model.d_vocab):
+            top = "" if model is None else f"..{model.d_vocab - 1}"
+            raise ValueError(f"{where}: expected a token id in 0{top}, got {one}")
+        ids.append(one)
+    return tuple(ids)

@@ -1,0 +1,3 @@
+"""Tasks: prompts with known answers, of the same type as one's own."""
+
+from mechkit.tasks._ioi import ioi as ioi
