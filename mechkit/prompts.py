@@ -60,6 +60,11 @@ class Prompts:
             for i, row in enumerate(rows):
                 if len(row) and (int(row.min()) < 0 or int(row.max()) >= model.d_vocab):
                     raise ValueError(f"tokens[{i}]: expected ids in 0..{model.d_vocab - 1}, got {row.tolist()}")
+                if len(row) and _begins_with_padding(model, row):
+                    raise ValueError(
+                        f"tokens[{i}]: begins with padding, which would be read as text. Pass each prompt unpadded: "
+                        "prompts may differ in length"
+                    )
         return cls(rows, _labels(model, rows))
 
     @classmethod
@@ -131,7 +136,9 @@ class PromptPairs:
                 )
         for i, (right, wrong) in enumerate(zip(self.right, self.wrong, strict=True)):
             if not right or not wrong:
-                raise ValueError(f"answers of pair {i}: expected at least one right and one wrong token, got an empty set")
+                raise ValueError(
+                    f"answers of pair {i}: expected at least one right and one wrong token, got an empty set"
+                )
             if overlap := set(right) & set(wrong):
                 raise ValueError(f"answers of pair {i}: tokens {sorted(overlap)} are both right and wrong")
             for name, ids in (("right", right), ("wrong", wrong)):
@@ -208,9 +215,7 @@ class PromptPairs:
         task: str = "custom",
     ) -> PromptPairs:
         """As `from_text`, from token ids. `model` is needed when answers are given as text, and for token labels."""
-        clean, corrupted = (
-            p if isinstance(p, Prompts) else Prompts.from_tokens(p, model) for p in (clean, corrupted)
-        )
+        clean, corrupted = (p if isinstance(p, Prompts) else Prompts.from_tokens(p, model) for p in (clean, corrupted))
         if isinstance(answers, tuple) and len(answers) == 2 and len(clean) == 1 and isinstance(answers[0], str | int):
             answers = [answers]  # a single pair's answers, given bare
         right, wrong = [], []
@@ -243,7 +248,14 @@ class PromptPairs:
     @property
     def first_difference(self) -> Int[Tensor, "prompt"]:
         """First position at which clean and corrupted differ; the prompt's length if they are the same."""
-        return torch.tensor([_first_difference(a, b) for a, b in zip(self.clean.tokens, self.corrupted.tokens, strict=True)])
+        return torch.tensor(
+            [_first_difference(a, b) for a, b in zip(self.clean.tokens, self.corrupted.tokens, strict=True)]
+        )
+
+
+def _begins_with_padding(model: Tokenizes, row: Tensor) -> bool:
+    padded_rows = getattr(model, "left_padded_rows", None)
+    return padded_rows is not None and bool(padded_rows(row[None]))
 
 
 def _first_difference(a: Tensor, b: Tensor) -> int:

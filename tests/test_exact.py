@@ -54,7 +54,15 @@ def naive(model: mk.HookedModel, pairs: mk.PromptPairs, metric: mk.Metric, site:
             if at.get("pos") is not None and at["pos"] >= len(clean):
                 continue
             logits = patched_logits(
-                model.bridge, corrupted[None], base, source, site, at["layer"], at.get("head"), at.get("pos"), at.get("neuron")
+                model.bridge,
+                corrupted[None],
+                base,
+                source,
+                site,
+                at["layer"],
+                at.get("head"),
+                at.get("pos"),
+                at.get("neuron"),
             )
             row = logits[metric.positions[j]][None]
             answers[i, j] = metric.read(row, torch.tensor([j]), None)
@@ -66,7 +74,9 @@ def sizes(model: mk.HookedModel, site: str) -> dict[str, int]:
     return {"layer": model.n_layers, "pos": LENGTH, "head": heads}
 
 
-def compare(model: mk.HookedModel, pairs: mk.PromptPairs, site: str, over: str, tolerance: float, position: str = "END"):
+def compare(
+    model: mk.HookedModel, pairs: mk.PromptPairs, site: str, over: str, tolerance: float, position: str = "END"
+):
     metric = whole_vocabulary(pairs, position)
     result = mk.activation_patching(model, pairs, metric, site=site, over=over, progress=False)
     assert result.provenance["replay"] == "suffix", result.provenance["replay"]

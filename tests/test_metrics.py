@@ -68,7 +68,7 @@ def close(a: Tensor, b: Any, atol: float = 1e-12) -> None:
     torch.testing.assert_close(a, torch.as_tensor(b, dtype=a.dtype), rtol=0, atol=atol, equal_nan=True)
 
 
-# -- values ----------------------------------------------------------------------------------------------------------------
+# -- values ------------------------------------------------------------------------------------------------------------
 
 
 @st.composite
@@ -144,7 +144,7 @@ def test_accuracy_of_infinite_logits() -> None:
     close(evaluate(accuracy(pairs), logits), [1.0, 0.0, 1.0, 0.0])
 
 
-# -- KL --------------------------------------------------------------------------------------------------------------------
+# -- KL ----------------------------------------------------------------------------------------------------------------
 
 
 @settings(deadline=None)
@@ -187,7 +187,7 @@ def test_kl_says_which_run_is_its_reference() -> None:
         kl_divergence(PAIRS, reference="patched")  # type: ignore[arg-type]
 
 
-# -- NaN -------------------------------------------------------------------------------------------------------------------
+# -- NaN ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("make", MAKE)
@@ -220,7 +220,7 @@ def test_a_row_of_nan_is_nan_and_so_is_a_nan_reference(make: Callable[..., Metri
         assert evaluate(make(PAIRS), logits, reference=broken).isnan().all()
 
 
-# -- what is read ----------------------------------------------------------------------------------------------------------
+# -- what is read ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("make", [logit_diff, accuracy])
@@ -271,7 +271,7 @@ def test_the_logits_dtype_is_kept_and_the_metric_is_differentiable(
         assert (logits.grad != 0).any(1).all()
 
 
-# -- any callable ----------------------------------------------------------------------------------------------------------
+# -- any callable ------------------------------------------------------------------------------------------------------
 
 
 def test_any_callable_is_a_metric_and_metrics_pass_through() -> None:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from mechkit.prompts import PromptPairs, Prompts
 
-WORDS = "<bos> When Mary and John went to the store , gave a drink Tom later 1 2 3 4".split()
+TEXT = "<bos> When Mary and John went to the store , gave a drink Tom later 1 2 3 4"
+WORDS = TEXT.split()
 
 
 class WordTokenizer:
@@ -137,7 +138,7 @@ def test_refuses_labels_that_do_not_fit() -> None:
         Prompts((torch.tensor([1, 2]),), (("one",),))
 
 
-# -- PromptPairs: what they keep -----------------------------------------------------------------------------------------
+# -- PromptPairs: what they keep ---------------------------------------------------------------------------------------
 
 
 def test_pairs_from_text() -> None:
@@ -222,7 +223,7 @@ def test_pairs_are_frozen() -> None:
     assert made.task == "custom"
 
 
-# -- PromptPairs: what they refuse ---------------------------------------------------------------------------------------
+# -- PromptPairs: what they refuse -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -238,7 +239,10 @@ def test_pairs_are_frozen() -> None:
         ({"answers": [ANSWERS[0], ([" John", " a drink"], " Mary")]}, r"right answer of pair 1: .*' a drink'"),
         ({"answers": [ANSWERS[0], ([], " Mary")]}, r"answers of pair 1: .*at least one right and one wrong.*empty set"),
         ({"answers": [([1], []), ANSWERS[1]]}, r"answers of pair 0: .*at least one right and one wrong.*empty set"),
-        ({"answers": [ANSWERS[0], (" John", "John")]}, rf"answers of pair 1: tokens \[{JOHN}\] are both right and wrong"),
+        (
+            {"answers": [ANSWERS[0], (" John", "John")]},
+            rf"answers of pair 1: tokens \[{JOHN}\] are both right and wrong",
+        ),
         ({"answers": [([5, 6, 7], [8, 7, 5]), ANSWERS[1]]}, r"pair 0: tokens \[5, 7\] are both right and wrong"),
         ({"answers": [ANSWERS[0], ([5, 5], 6)]}, r"answers of pair 1: a right token is listed twice: \[5, 5\]"),
         ({"answers": [(5, [6, 7, 6]), ANSWERS[1]]}, r"answers of pair 0: a wrong token is listed twice: \[6, 7, 6\]"),
@@ -249,7 +253,10 @@ def test_pairs_are_frozen() -> None:
         ({"positions": {"S2": [1]}}, r"positions\['S2'\]: expected 2 values, got shape \[1\]"),
         ({"positions": {"S2": [[1], [2]]}}, r"positions\['S2'\]: expected 2 values, got shape \[2, 1\]"),
         ({"positions": {"S2": [14, 9]}}, r"positions\['S2'\]\[1\]: expected an index into 9 tokens, got 9"),
-        ({"positions": {"IO": [1, 1], "S2": [-16, 1]}}, r"positions\['S2'\]\[0\]: expected an index into 15 tokens, got -16"),
+        (
+            {"positions": {"IO": [1, 1], "S2": [-16, 1]}},
+            r"positions\['S2'\]\[0\]: expected an index into 15 tokens, got -16",
+        ),
         ({"positions": {"S2": [1.5, 2.0]}}, r"positions\['S2'\]: expected integers"),
         ({"positions": {"END": [14, 7]}}, r"positions\['END'\]\[1\]: expected the last token, 8, got 7"),
     ],
@@ -268,9 +275,9 @@ def test_refuses_text_answers_without_a_model_and_a_negative_id() -> None:
 
 def test_refuses_when_made_directly_too() -> None:
     made = pairs()
-    with pytest.raises(ValueError, match="answers of pair 1: .*empty set"):
+    with pytest.raises(ValueError, match=r"answers of pair 1: .*empty set"):
         replace(made, wrong=((JOHN,), ()))
     with pytest.raises(ValueError, match="wrong: expected 2 rows"):
         replace(made, wrong=((JOHN,),))
-    with pytest.raises(ValueError, match="pair 0: .*equal token length, got 15 and 9"):
+    with pytest.raises(ValueError, match=r"pair 0: .*equal token length, got 15 and 9"):
         replace(made, corrupted=made.corrupted[[1, 0]])

@@ -139,7 +139,9 @@ def split_prompts(prompts: PromptPairs | Prompts) -> tuple[Prompts, Mapping[str,
 
 def _check_dims(site: Site, dims: tuple[str, ...], over: str) -> None:
     if unknown := [dim for dim in dims if dim not in DIMS]:
-        raise ValueError(f"over: expected dims among {', '.join(DIMS)}, separated by spaces; got {unknown[0]!r} in {over!r}")
+        raise ValueError(
+            f"over: expected dims among {', '.join(DIMS)}, separated by spaces; got {unknown[0]!r} in {over!r}"
+        )
     if not dims or len(set(dims)) != len(dims) or {"pos", "position"} <= set(dims):
         raise ValueError(f"over: expected each dim once, and one of 'pos' and 'position' at most; got {over!r}")
     if "layer" in dims and not site.in_block:

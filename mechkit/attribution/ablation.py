@@ -171,7 +171,10 @@ def _position_means(
                 sums[key].narrow(pos_axis, 0, length).add_(total)
     shape = [1] * next(iter(sums.values())).ndim
     shape[pos_axis] = longest
-    return {key: (total / counts.to(total.device).reshape(shape), counts.to(total.device).reshape(shape)) for key, total in sums.items()}
+    return {
+        key: (total / counts.to(total.device).reshape(shape), counts.to(total.device).reshape(shape))
+        for key, total in sums.items()
+    }
 
 
 def _shuffled(prompts: Prompts, seed: int) -> Prompts:

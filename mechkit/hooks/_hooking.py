@@ -73,9 +73,7 @@ class Hooks:
 
         self._removers.append(remove)
 
-    def _attach_result(
-        self, layer: int | None, name: str, fn: HookFunction, direction: Literal["fwd", "bwd"]
-    ) -> None:
+    def _attach_result(self, layer: int | None, name: str, fn: HookFunction, direction: Literal["fwd", "bwd"]) -> None:
         attention = self._bridge.blocks[layer].attn
         prefix = name.removesuffix("hook_result")
         point = self._bridge.hook_dict.get(name)

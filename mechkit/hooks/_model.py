@@ -267,7 +267,9 @@ class HookedModel:
             if tokens.ndim != 2 or tokens.is_floating_point():
                 raise ValueError(f"input: expected token ids [batch pos], got {tokens.dtype} {list(tokens.shape)}")
             if tokens.numel() and (int(tokens.min()) < 0 or int(tokens.max()) >= self.d_vocab):
-                raise ValueError(f"input: expected token ids in 0..{self.d_vocab - 1}, got {int(tokens.min())}..{int(tokens.max())}")
+                raise ValueError(
+                    f"input: expected token ids in 0..{self.d_vocab - 1}, got {int(tokens.min())}..{int(tokens.max())}"
+                )
             if mask is None and (rows := self.left_padded_rows(tokens)):
                 raise ValueError(
                     f"input: rows {rows[:5]} begin with padding. Without attention_mask the model would read the padding "
@@ -299,7 +301,9 @@ class HookedModel:
         if callable(names):
             found = [name for name in self._known_names() if names(name)]
             if not found:
-                raise ValueError(f"names: the given function is true for none of the model's {len(self._known_names())} hooks")
+                raise ValueError(
+                    f"names: the given function is true for none of the model's {len(self._known_names())} hooks"
+                )
             return found
         if isinstance(names, str | tuple) and not (isinstance(names, tuple) and isinstance(names[0], tuple)):
             names = [names]  # type: ignore[list-item]
@@ -318,7 +322,11 @@ class HookedModel:
         known = self._known_names()
         for one in full:
             if one not in known:
-                why = f"{short!r} does not exist in {self.name} ({self.cfg.architecture})" if short in SITES else "no hook has this name"
+                why = (
+                    f"{short!r} does not exist in {self.name} ({self.cfg.architecture})"
+                    if short in SITES
+                    else "no hook has this name"
+                )
                 near = difflib.get_close_matches(one, known, n=3, cutoff=0.5)
                 raise ValueError(f"hook name {one!r}: {why}. {'Near: ' + ', '.join(near) if near else ''}")
         return full
@@ -375,9 +383,7 @@ class HookedModel:
                 f"forward pass. Its sites are {', '.join(self.sites)}"
             )
 
-    def run_with_hooks(
-        self, input: Input, fwd_hooks: HookList = (), bwd_hooks: HookList = (), **kwargs: Any
-    ) -> Any:
+    def run_with_hooks(self, input: Input, fwd_hooks: HookList = (), bwd_hooks: HookList = (), **kwargs: Any) -> Any:
         """One forward pass with hooks; keyword arguments as for `forward`."""
         with self.hooks(fwd_hooks, bwd_hooks):
             return self.forward(input, **kwargs)
@@ -419,7 +425,9 @@ class HookedModel:
                 attached.attach(name, keep(name))
             output = self.forward(input, **kwargs)
         if names is not None and not callable(names) and (missing := [name for name in wanted if name not in kept]):
-            raise ValueError(f"hooks on {', '.join(missing[:4])} never fired: this model does not compute that activation")
+            raise ValueError(
+                f"hooks on {', '.join(missing[:4])} never fired: this model does not compute that activation"
+            )
         tokens, _ = self._tokens_and_mask(input, kwargs.get("prepend_bos"), kwargs.get("attention_mask"))
         return output, ActivationCache(kept, self.n_layers, weights_hash=self.weights_hash, tokens=tokens.cpu())
 

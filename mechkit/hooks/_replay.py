@@ -109,7 +109,9 @@ def _named_arguments(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     forward = inspect.unwrap(type(block.original_component).forward)
     names = [name for name in inspect.signature(forward).parameters if name != "self"]
     if len(args) > len(names):
-        raise CannotReplayError(f"{type(block.original_component).__name__} is called with arguments that have no names")
+        raise CannotReplayError(
+            f"{type(block.original_component).__name__} is called with arguments that have no names"
+        )
     return dict(zip(names, args, strict=False)) | kwargs
 
 

@@ -97,7 +97,9 @@ def sweep(
     """
     _check(model, base, source, metric, cells)
     plan = EditPlan(cells, model.n_layers)
-    state = _State(model, base, source, source_sites, values or {}, plan, metric, source_is, Budget.of(model, budget), replay)
+    state = _State(
+        model, base, source, source_sites, values or {}, plan, metric, source_is, Budget.of(model, budget), replay
+    )
     bar = tqdm(total=len(cells) * len(base), disable=None if progress else True, unit="row", leave=False, delay=2)
     with bar:
         for length, prompts in base.by_length().items():
@@ -236,13 +238,15 @@ def _sweep_chunk(state: _State, ids: Sequence[int], bar: tqdm) -> None:
     if replayer is None:
         start = np.zeros_like(start)  # whole forward passes: nothing is skipped, no position is presumed unaffected
     if state.whole_set:
-        start = np.broadcast_to(start.min(1, keepdims=True), start.shape)  # a callable needs all prompts of a cell together
+        start = np.broadcast_to(
+            start.min(1, keepdims=True), start.shape
+        )  # a callable needs all prompts of a cell together
     unread = NEVER if not isinstance(state.metric, Metric) else state.metric.positions.numpy()[chunk.ids]
     unchanged = (start == NEVER) | (start > unread)
     answer = torch.where(torch.from_numpy(unchanged), state.base_metric[ids], torch.nan)
     for rows in _rows_by_start(state.plan, chunk.ids, start, ~unchanged & ~absent):
         for part in _batches(state, rows, length, bar):
-            answer[part.cell, part.prompt] = _answer(chunk, replayer, part)
+            answer[part.cell, part.prompt] = _answer(chunk, replayer, part).to(answer.dtype)
     answer[torch.from_numpy(absent)] = torch.nan
     bar.update(int(unchanged.sum()))
     _refuse_nan(state, chunk, answer, absent)
@@ -271,7 +275,7 @@ def _run_chunk(state: _State, ids: np.ndarray) -> _Chunk:
     for name, one, into in (("base", run, state.base_metric), ("source", source, state.source_metric)):
         if one is None:
             continue
-        into[ids] = chunk.baseline(one)
+        into[ids] = chunk.baseline(one).to(into.dtype)
         if not bool(torch.isfinite(into[ids]).all()):
             raise ValueError(f"{name} run: {_where_nan_began(model, one)}")
     return chunk
@@ -449,7 +453,12 @@ def _sample(chunk: _Chunk, start: np.ndarray, absent: np.ndarray) -> list[Rows]:
     if len(still):
         chosen.append(still[np.argmin(plan.entry[still[:, 0]])])
     return [
-        Rows(np.array([cell]), np.array([prompt]), chunk.ids[[prompt]], int(min(start[cell, prompt], chunk.run.length - 1)))
+        Rows(
+            np.array([cell]),
+            np.array([prompt]),
+            chunk.ids[[prompt]],
+            int(min(start[cell, prompt], chunk.run.length - 1)),
+        )
         for cell, prompt in chosen
     ]
 

