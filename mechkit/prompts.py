@@ -224,7 +224,8 @@ class PromptPairs:
                 raise ValueError(f"answers of pair {i}: expected (right, wrong), got {pair!r}")
             right.append(_answer_ids(model, pair[0], f"right answer of pair {i}"))
             wrong.append(_answer_ids(model, pair[1], f"wrong answer of pair {i}"))
-        return cls(clean, corrupted, tuple(right), tuple(wrong), dict(positions or {}), task)
+        named = {name: torch.as_tensor(index) for name, index in (positions or {}).items()}
+        return cls(clean, corrupted, tuple(right), tuple(wrong), named, task)
 
     def __len__(self) -> int:
         return len(self.clean)

@@ -6,7 +6,6 @@ drawn at its default initialisation is nearly linear and would hide mistakes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch

@@ -257,7 +257,7 @@ def check_residual_by_hand(model, pairs, metric, result):
             for layer in range(model.n_layers):
                 for pos in range(len(clean)):
 
-                    def write(x, hook, layer=layer, pos=pos):
+                    def write(x, hook, layer=layer, pos=pos, cache=cache):
                         x = x.clone()
                         x[:, pos] = cache[f"blocks.{layer}.hook_in"][:, pos]
                         return x
@@ -287,6 +287,31 @@ def test_a_model_that_breaks_causality_is_caught():
         model, pairs, metric, site="resid_pre", over="layer pos", progress=False, replay=False
     )
     assert torch.allclose(result.values, slow.values, atol=1e-10, equal_nan=True)
+
+
+def test_a_sweep_inside_hooks_honours_them(llama):
+    """Plain blocks have no hook points: with foreign hooks attached, nothing may be skipped, whatever was proved before."""
+    pairs = make_pairs()
+    metric = whole_vocabulary(pairs)
+    without = mk.activation_patching(llama, pairs, metric, progress=False)
+    with llama.hooks([(("mlp_out", 3), lambda x, hook: x * 0.5)]):
+        inside = mk.activation_patching(llama, pairs, metric, progress=False)
+        slow = mk.activation_patching(llama, pairs, metric, progress=False, replay=False)
+    assert inside.provenance["replay"] == "full: other hooks are attached to the model"
+    assert torch.allclose(inside.values, slow.values, atol=1e-12)
+    assert not torch.allclose(inside.values, without.values, atol=1e-3)
+
+
+def test_weights_that_change_after_a_proof_are_used():
+    model, pairs = make_model("llama"), make_pairs()
+    metric = whole_vocabulary(pairs)
+    before = mk.activation_patching(model, pairs, metric, progress=False)
+    with torch.no_grad():
+        model.bridge.blocks[3].mlp.out.original_component.weight.mul_(0.5)
+    fast = mk.activation_patching(model, pairs, metric, progress=False)
+    slow = mk.activation_patching(model, pairs, metric, progress=False, replay=False)
+    assert torch.allclose(fast.values, slow.values, atol=1e-10)
+    assert not torch.allclose(fast.values, before.values, atol=1e-3)
 
 
 def test_runs_without_a_graph_and_leaves_parameters_alone(llama):

@@ -47,7 +47,7 @@ def test_validation_finds_a_model_that_is_computed_wrongly():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_listed_site_is_cached_with_its_shape(family):
     model = make_model(family)
-    _, cache = model.run_with_cache(TOKENS, [site for site in model.sites])
+    _, cache = model.run_with_cache(TOKENS, list(model.sites))
     batch, length = TOKENS.shape
     shapes = {"pos": length, "src": length, "d_head": model.d_head, "d_model": model.d_model}
     for name in model.sites:
@@ -258,9 +258,9 @@ def test_loading_refuses_what_is_not_there():
 def test_local_folder_round_trip(tmp_path):
     hf = build_hf("llama", torch.float32)
     hf.save_pretrained(tmp_path)
-    from transformers import PreTrainedTokenizerFast
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
 
     words = {f"w{i}": i for i in range(D_VOCAB)}
     PreTrainedTokenizerFast(

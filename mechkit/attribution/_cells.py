@@ -58,7 +58,7 @@ def make_grid(
     _check_dims(found, dims, over)
     model.hook_names((found.name, 0) if found.in_block else found.name)  # raises if this architecture lacks the site
     longest = int(prompts.lengths.max())
-    sizes = {
+    sizes: dict[str, tuple[Sequence[Any] | None, int]] = {
         "layer": (layers, model.n_layers),
         "head": (heads, model.n_kv_heads if found.name in ("k", "v") else model.n_heads),
         "pos": (positions, longest),
@@ -75,7 +75,7 @@ def make_grid(
     for dim, chosen, name in (("head", heads, "heads"), ("neuron", neurons, "neurons")):
         if chosen is not None and dim not in dims:
             raise ValueError(f"{name}: given, but {dim!r} is not among the dims {over!r}")
-    cells = []
+    cells: list[Cell] = []
     for labels in itertools.product(*(index[dim] for dim in dims)):
         at = dict(zip(dims, labels, strict=True))
         pos = tuple(named[at["position"]].tolist()) if "position" in at else at.get("pos")
@@ -153,7 +153,7 @@ def _check_dims(site: Site, dims: tuple[str, ...], over: str) -> None:
         raise ValueError(f"over: site {site.name!r} has axes {site.dims} and no 'neuron'; got {over!r}")
 
 
-def _indices(dim: str, chosen: Sequence[int] | None, size: int) -> list[int]:
+def _indices(dim: str, chosen: Sequence[Any] | None, size: int) -> list[int]:
     indices = list(range(size)) if chosen is None else [int(i) for i in chosen]
     for i in indices:
         if not -size <= i < size:

@@ -88,7 +88,8 @@ def ablation(
         neurons=neurons,
         value=value,
     )
-    values, source = None, None
+    values: dict[str, dict[tuple[str, int], Tensor]] | None = None
+    source = None
     if mode == "resample":
         source = _shuffled(base, seed) if reference is None else others
     else:

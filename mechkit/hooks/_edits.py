@@ -165,7 +165,7 @@ class Rows:
     def __len__(self) -> int:
         return len(self.cell)
 
-    def __getitem__(self, part: slice) -> Rows:
+    def __getitem__(self, part: slice | np.ndarray) -> Rows:
         return Rows(self.cell[part], self.prompt[part], self.prompt_id[part], self.start)
 
 
@@ -185,8 +185,9 @@ def write(group: EditGroup, rows: Rows, activation: Tensor, lookup: ValueLookup)
     source: list[slice | Tensor] = [slice(None)] * activation.ndim
 
     def choose(axis: int, here: np.ndarray, there: np.ndarray) -> None:
-        target[axis] = torch.from_numpy(here).to(device)
-        source[axis] = torch.from_numpy(there).to(device) if value.shape[axis] > 1 else torch.zeros_like(target[axis])
+        index = torch.from_numpy(here).to(device)
+        target[axis] = index
+        source[axis] = torch.from_numpy(there).to(device) if value.shape[axis] > 1 else torch.zeros_like(index)
 
     choose(0, row, rows.prompt[row])
     pos_axis = group.site.axis("pos")

@@ -46,6 +46,7 @@ class HookedModel:
         self.revision = revision
         self._probe = probe  # the untouched Hugging Face model's logits on `probe_tokens`, if there was one
         self._fingerprint: tuple[Any, str] | None = None
+        self._hook_contexts = 0  # how many hooks() bodies are running
         self.replay_proofs: dict[Any, Any] = {}  # what the replay engine has proved on this model so far
         if probe is not None:
             check_logits(self, probe)
@@ -198,6 +199,11 @@ class HookedModel:
             f"d_model {self.d_model}, {self.dtype}, {self.device})"
         )
 
+    @property
+    def has_hooks(self) -> bool:
+        """Whether anybody's hooks are attached right now."""
+        return self._hook_contexts > 0 or any(p.fwd_hooks or p.bwd_hooks for p in self._known_names().values())
+
     # -- tokens --------------------------------------------------------------------------------------------------------
 
     def to_tokens(self, text: str | Sequence[str], prepend_bos: bool | None = None) -> Int[Tensor, "batch pos"]:
@@ -306,8 +312,8 @@ class HookedModel:
                 )
             return found
         if isinstance(names, str | tuple) and not (isinstance(names, tuple) and isinstance(names[0], tuple)):
-            names = [names]  # type: ignore[list-item]
-        return list(dict.fromkeys(full for name in names for full in self._resolve(name)))  # type: ignore[union-attr]
+            names = [names]
+        return list(dict.fromkeys(full for name in names for full in self._resolve(name)))
 
     def _resolve(self, name: str | tuple[str, int]) -> list[str]:
         short, layer = name if isinstance(name, tuple) else (name, None)
@@ -373,9 +379,11 @@ class HookedModel:
                         else:
                             attached.attach(name, fn, "bwd")
             handle = self.bridge.register_forward_hook(lambda *_: ran.append(True))
+            self._hook_contexts += 1
             try:
                 yield self
             finally:
+                self._hook_contexts -= 1
                 handle.remove()
         if ran and silent:
             raise ValueError(

@@ -175,8 +175,7 @@ def _without_bridges(module: nn.Module) -> nn.Module:
     plain._modules = {}
     for name, child in module._modules.items():
         if child is not None:
-            original = child._modules.get("_original_component", child)
-            plain._modules[name] = _without_bridges(original)
+            plain._modules[name] = _without_bridges(child._modules.get("_original_component") or child)
     return plain
 
 

@@ -238,9 +238,9 @@ def _sweep_chunk(state: _State, ids: Sequence[int], bar: tqdm) -> None:
     if replayer is None:
         start = np.zeros_like(start)  # whole forward passes: nothing is skipped, no position is presumed unaffected
     if state.whole_set:
-        start = np.broadcast_to(
-            start.min(1, keepdims=True), start.shape
-        )  # a callable needs all prompts of a cell together
+        # A callable needs all prompts of a cell together.
+        start = np.broadcast_to(start.min(1, keepdims=True), start.shape)
+        absent = absent | absent.any(1, keepdims=True)
     unread = NEVER if not isinstance(state.metric, Metric) else state.metric.positions.numpy()[chunk.ids]
     unchanged = (start == NEVER) | (start > unread)
     answer = torch.where(torch.from_numpy(unchanged), state.base_metric[ids], torch.nan)
@@ -373,94 +373,91 @@ def _proved_replayer(chunk: _Chunk, start: np.ndarray, absent: np.ndarray) -> Re
     """A replayer that was proved on a sample of these rows, or `None` where whole forward passes must be run."""
     state, model = chunk.state, chunk.state.model
     if not state.replay:
-        reason = "asked for"
+        state.fallback = "asked for"
     elif not state.unembeds:
-        reason = "the logits are not the final norm and unembedding of the last block's output"
+        state.fallback = "the logits are not the final norm and unembedding of the last block's output"
     elif (state.plan.entry < 0).any():
-        reason = "an edit before the first block"
+        state.fallback = "an edit before the first block"
+    elif model.has_hooks:
+        state.fallback = "other hooks are attached to the model"
     else:
         skips = bool((start == NEVER).any()), bool(((start > 0) & (start < NEVER)).any())
-        proof = model.replay_proofs.get((state.plan.site_names, *skips))
+        subject = (model.weights_hash, state.plan.site_names, state.reads_last, *skips)
+        proof = model.replay_proofs.get(subject)
         if proof is None or (proof.refuted is None and proof.length < chunk.run.length):
-            proof = _prove(chunk, start, absent)
-            model.replay_proofs[state.plan.site_names, *skips] = proof
+            proof = model.replay_proofs[subject] = _prove(chunk, start, absent)
         if proof.refuted is None:
-            return Replayer(model, chunk.run, proof.plain)
-        reason = proof.refuted
-    state.fallback = reason
+            return Replayer(model, chunk.run, PlainBlocks(model.bridge) if proof.plain else None)
+        state.fallback = proof.refuted
     return None
 
 
 @dataclass(frozen=True)
 class Proof:
-    """What was found when replayed rows were compared with whole forward passes, for one kind of sweep.
+    """What was found when replayed rows were compared with whole forward passes, for one kind of sweep of one model.
 
     Attributes:
         length: The prompt length it was tried with; longer prompts are tried again.
-        plain: The blocks that may be used where nothing is edited; `None` for the bridge's own.
+        plain: Whether plain blocks may be used where nothing is edited; else the bridge's own.
         refuted: Why replaying is not possible; `None` if it is.
     """
 
     length: int
-    plain: PlainBlocks | None
+    plain: bool
     refuted: str | None
 
 
 def _prove(chunk: _Chunk, start: np.ndarray, absent: np.ndarray) -> Proof:
     """Tries plain blocks first, then the bridge's."""
-    model = chunk.state.model
-    sample = [(row, _whole_forward(chunk, row)[0, -1]) for row in _sample(chunk, start, absent)]
-    refuted = "there was nothing to try"
-    for plain in (PlainBlocks(model.bridge), None):
-        refuted = _refute(chunk, start, sample, plain)
-        if refuted is None:
-            return Proof(chunk.run.length, plain, None)
-    return Proof(chunk.run.length, None, refuted)
+    model, length = chunk.state.model, chunk.run.length
+    moving, still = _sample(chunk, start, absent)
+    found = [_refute(chunk, moving, still, PlainBlocks(model.bridge))]
+    if found[0] is not None:
+        found.append(_refute(chunk, moving, still, None))
+    return Proof(length, plain=found[0] is None, refuted=found[-1])
 
 
-def _refute(
-    chunk: _Chunk, start: np.ndarray, sample: list[tuple[Rows, Tensor]], plain: PlainBlocks | None
-) -> str | None:
+def _refute(chunk: _Chunk, moving: Rows | None, still: Rows | None, plain: PlainBlocks | None) -> str | None:
     """Why replaying does not give the logits of the sampled rows' whole forward passes; `None` if it does."""
     state, model = chunk.state, chunk.state.model
     try:
         replayer = Replayer(model, chunk.run, plain)
-        for row, expected in sample:
-            if start[row.cell[0], row.prompt[0]] == NEVER:
-                found = chunk.run.last_logits[row.prompt[0]]
-            else:
-                found = model.unembed(replayer.replay(state.plan, row, chunk.lookup, state.reads_last)[0, -1])
-            difference = float((found - expected).abs().max() / expected.abs().max())
-            if difference > TOLERANCE[model.dtype]:
-                return f"replayed rows differ from whole forward passes by {difference:.1e} of the largest logit"
+        pairs = []
+        if moving is not None:
+            resid = replayer.replay(state.plan, moving, chunk.lookup, state.reads_last)
+            pairs.append((model.unembed(resid[:, -1]), _whole_forward(chunk, moving)[:, -1]))
+        if still is not None:
+            pairs.append((chunk.run.last_logits[still.prompt], _whole_forward(chunk, still)[:, -1]))
     except (CannotReplayError, TypeError, AttributeError, IndexError, KeyError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and out_of_memory(error):
             raise
         return f"blocks cannot be replayed: {error}"
     state.block_tokens += replayer.block_tokens
+    for replayed, expected in pairs:
+        difference = float((replayed - expected).abs().max() / expected.abs().max())
+        if difference > TOLERANCE[model.dtype]:
+            return f"replayed rows differ from whole forward passes by {difference:.1e} of the largest logit"
     return None
 
 
-def _sample(chunk: _Chunk, start: np.ndarray, absent: np.ndarray) -> list[Rows]:
-    """A few rows where a wrong assumption would show: the one that skips the most positions with the most blocks still to
-    come, one in the middle of the stack, and one that is presumed to change nothing."""
-    plan, chosen = chunk.state.plan, []
-    moving, still = np.argwhere((start < NEVER) & ~absent), np.argwhere((start == NEVER) & ~absent)
-    if len(moving):
-        entry, began = plan.entry[moving[:, 0]], start[moving[:, 0], moving[:, 1]]
-        order = np.lexsort((-began, entry))
-        chosen += [moving[order[0]], moving[order[len(order) // 2]]]
-    if len(still):
-        chosen.append(still[np.argmin(plan.entry[still[:, 0]])])
-    return [
-        Rows(
-            np.array([cell]),
-            np.array([prompt]),
-            chunk.ids[[prompt]],
-            int(min(start[cell, prompt], chunk.run.length - 1)),
+def _sample(chunk: _Chunk, start: np.ndarray, absent: np.ndarray) -> tuple[Rows | None, Rows | None]:
+    """A few rows where a wrong assumption would show: of the rows that skip the most positions with the most blocks still
+    to come, the first, a middle and the last to join, as one batch; and one row that is presumed to change nothing."""
+    plan, moving, still = chunk.state.plan, None, None
+    candidates = np.argwhere((start < NEVER) & ~absent)
+    if len(candidates):
+        entry, began = plan.entry[candidates[:, 0]], start[candidates[:, 0], candidates[:, 1]]
+        deepest = began[np.lexsort((-began, entry))[0]]
+        together = next(
+            rows for rows in _rows_by_start(plan, chunk.ids, start, (start == deepest) & ~absent) if len(rows)
         )
-        for cell, prompt in chosen
-    ]
+        n = len(together)
+        moving = together[np.unique([0, n // 2, n - 1])]
+    unmoved = np.argwhere((start == NEVER) & ~absent)
+    if len(unmoved):
+        cell, prompt = unmoved[np.argmin(plan.entry[unmoved[:, 0]])]
+        still = Rows(np.array([cell]), np.array([prompt]), chunk.ids[[prompt]], 0)
+    return moving, still
 
 
 # -- refusing bad input ------------------------------------------------------------------------------------------------
