@@ -99,8 +99,9 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def with_mechkit(args: argparse.Namespace, model: Any, pairs: Any, site: str, over: str) -> dict[str, Any]:
-    import mechkit as mk
     from torch.utils.flop_counter import FlopCounterMode
+
+    import mechkit as mk
 
     def sweep() -> mk.Result:
         return mk.activation_patching(model, pairs, mk.logit_diff(pairs), site=site, over=over, progress=False)

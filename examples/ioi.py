@@ -5,7 +5,7 @@
 1. Prompts such as "When Mary and John went to the store, John gave a drink to", and the same with another subject.
 2. Does the model do it? Logit difference and accuracy on clean and corrupted prompts.
 3. Patch every head, and the residual stream at every named position, from the clean into the corrupted run.
-4. Ablate the strongest heads, and compare with as many heads that patching found to do nothing.
+4. Ablate the strongest heads, and compare each with the head of its layer that patching found weakest.
 
 Wang et al. 2022, https://arxiv.org/abs/2211.00593.
 """
@@ -43,14 +43,15 @@ def main() -> None:
     heads = timed("head sweep", lambda: mk.activation_patching(model, pairs, metric, site="z", over="layer head"))
     behaviour(model, pairs, heads)
 
-    print("\nHeads that bring the answer back (0 = corrupted run, 1 = clean run; 95 % intervals over prompts):")
+    print(
+        "\nHeads that bring the answer back (0 = corrupted run, 1 = clean run), with 95 % intervals over prompts, and"
+    )
+    print("p-values with the false-discovery rate controlled over all heads:")
     normalized, interval, p = heads.mean("prompt").normalized(), heads.ci(normalized=True), heads.p_values()
     top = normalized.top(8)
     for cell in top:
         low, high, significance = (float(r.sel(**cell.coords).values) for r in (interval.low, interval.high, p))
-        print(
-            f"  {cell.label:8} {cell.value:+.3f}  [{low:+.3f}, {high:+.3f}]  p = {significance:.1e} (false discovery controlled)"
-        )
+        print(f"  {cell.label:8} {cell.value:+.3f}  [{low:+.3f}, {high:+.3f}]  p = {significance:.1e}")
     print(f"  cost: {heads.cost}")
 
     resid = timed(
@@ -59,12 +60,18 @@ def main() -> None:
     )
     print(f"  cost: {resid.cost}")
 
-    print("\nMean ablation of the strongest heads, one by one (change of the logit difference of the clean run):")
-    knockout = timed("ablation", lambda: mk.ablation(model, pairs, metric, site="z", over="layer head", mode="mean"))
-    effect, weakest = knockout.effect().mean("prompt"), sorted_by_effect(normalized)[: len(top)]
-    for cell, control in zip(top, weakest, strict=True):
-        change, idle = (float(effect.sel(layer=at["layer"], head=at["head"]).values) for at in (cell.coords, control))
-        print(f"  {cell.label:8} {change:+.3f}      control L{control['layer']}H{control['head']:<4} {idle:+.3f}")
+    print(
+        "\nMean ablation of the strongest heads, one by one (change of the clean run's logit difference), each beside the"
+    )
+    print("head of its layer that patching found weakest:")
+    layers = sorted({int(cell.coords["layer"]) for cell in top})
+    knockout = timed("ablation", lambda: mk.ablation(model, pairs, metric, mode="mean", layers=layers))
+    effect = knockout.effect().mean("prompt")
+    for cell in top:
+        layer = int(cell.coords["layer"])
+        control = int(normalized.sel(layer=layer).values.abs().argmin())
+        change, idle = (float(effect.sel(layer=layer, head=head).values) for head in (cell.coords["head"], control))
+        print(f"  {cell.label:8} {change:+.3f}      L{layer}H{control:<4} {idle:+.3f}")
 
     pictures = {
         "ioi_heads.html": (normalized, "Patching one head from the clean into the corrupted run"),
@@ -86,13 +93,6 @@ def behaviour(model: mk.HookedModel, pairs: mk.PromptPairs, heads: mk.Result) ->
     print("\n            logit difference   accuracy")
     for run in ("clean", "corrupted"):
         print(f"  {run:10} {float(heads.baseline[run].mean()):+12.3f} {float(right.baseline[run].mean()):14.0%}")
-
-
-def sorted_by_effect(result: mk.Result) -> list[dict[str, int]]:
-    """Coordinates of all cells, weakest effect first."""
-    order = result.values.flatten().abs().argsort().tolist()
-    n_heads = result.values.shape[1]
-    return [{"layer": i // n_heads, "head": i % n_heads} for i in order]
 
 
 def timed(what, work):

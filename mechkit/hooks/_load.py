@@ -40,8 +40,12 @@ def load_hf(
     model_class = _model_class(config)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        model = model_class.from_pretrained(source, dtype=dtype, attn_implementation="eager", **common, **kwargs)
-    return model.eval(), AutoTokenizer.from_pretrained(source, **common)
+        # The config goes along, so that a GGUF file's header (seconds of parsing) is not read again to find it.
+        model = model_class.from_pretrained(
+            source, config=config, dtype=dtype, attn_implementation="eager", **common, **kwargs
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source, config=config, **common)
+    return model.eval(), tokenizer
 
 
 def _locate(name: str) -> tuple[str, dict[str, str]]:
