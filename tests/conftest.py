@@ -35,3 +35,13 @@ def cuda() -> torch.device:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     return torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def _threads(request: pytest.FixtureRequest):
+    """One thread for tiny models, whose matrices are too small to share out (several times slower on a busy machine)."""
+    before = torch.get_num_threads()
+    if "smollm2" not in request.fixturenames and "gpt2" not in request.fixturenames:
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 CPU_BUDGET = 2**30
 # On a CPU a batch's intermediates should stay in the cache: measured, more tokens than this at once are slower.
 CPU_TOKENS = 1024
+ROW_BYTES = 64  # indices of one row while it is scheduled
 
 
 @dataclass
@@ -41,12 +42,13 @@ class Budget:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def rows_at_once(self, model: HookedModel, length: int, suffix: int, plan: EditPlan) -> int:
-        """Rows of `suffix` positions that may be replayed in one batch."""
+    def rows_at_once(self, model: HookedModel, length: int, suffix: int, plan: EditPlan, logits: int = 0) -> int:
+        """Rows of `suffix` positions, of which `logits` logits each are made, that may run in one batch."""
         heads, kv, head, width = model.n_heads, model.n_kv_heads, model.d_head, model.d_model
         neurons = max(getattr(model.cfg, "d_mlp", None) or 0, 4 * width)
         floats = suffix * (10 * width + 4 * neurons + 4 * heads * length)  # residuals, MLP, scores and patterns
         floats += length * head * (4 * kv + 2 * heads)  # keys and values, and their copies for every query head
+        floats += 4 * logits  # and their softmax
         if any(group.site.name == "result" for groups in plan.groups.values() for group in groups):
             floats += suffix * 3 * heads * width
         fits = self.bytes // 2 // (floats * _item_size(model))
@@ -54,15 +56,15 @@ class Budget:
             fits = min(fits, self.tokens // suffix)
         return max(1, fits)
 
-    def prompts_at_once(self, model: HookedModel, length: int, sites: set[tuple[str, int]], whole_set: bool) -> int:
-        """Prompts whose recorded runs may be kept together."""
+    def prompts_at_once(self, model: HookedModel, length: int, plan: EditPlan, whole_set: bool) -> int:
+        """Prompts whose recorded runs, and the bookkeeping of their rows, may be kept together."""
         if whole_set:
             return 2**62
         kv = 2 * model.n_kv_heads * model.d_head
         floats = length * model.n_layers * (model.d_model + kv)
-        floats += sum(_site_floats(model, site, length) for site, _ in sites)
+        floats += sum(_site_floats(model, site, length) for site, _ in plan.sites)
         floats += length * (4 * model.n_heads * length + 4 * (getattr(model.cfg, "d_mlp", None) or 4 * model.d_model))
-        return max(1, self.bytes // 2 // (floats * _item_size(model)))
+        return max(1, self.bytes // 2 // (floats * _item_size(model) + ROW_BYTES * plan.n_cells))
 
 
 def _site_floats(model: HookedModel, site: str, length: int) -> int:

@@ -103,8 +103,7 @@ def sweep(
     bar = tqdm(total=len(cells) * len(base), disable=None if progress else True, unit="row", leave=False, delay=2)
     with bar:
         for length, prompts in base.by_length().items():
-            needed = plan.sites if source is not None else set()
-            for chunk in _chunks(prompts, state.budget.prompts_at_once(model, length, needed, state.whole_set)):
+            for chunk in _chunks(prompts, state.budget.prompts_at_once(model, length, plan, state.whole_set)):
                 _sweep_chunk(state, chunk, bar)
     return Answers(
         state.values,
@@ -245,7 +244,7 @@ def _sweep_chunk(state: _State, ids: Sequence[int], bar: tqdm) -> None:
     unchanged = (start == NEVER) | (start > unread)
     answer = torch.where(torch.from_numpy(unchanged), state.base_metric[ids], torch.nan)
     for rows in _rows_by_start(state.plan, chunk.ids, start, ~unchanged & ~absent):
-        for part in _batches(state, rows, length, bar):
+        for part in _batches(state, rows, length, replayer is None, bar):
             answer[part.cell, part.prompt] = _answer(chunk, replayer, part).to(answer.dtype)
     answer[torch.from_numpy(absent)] = torch.nan
     bar.update(int(unchanged.sum()))
@@ -308,12 +307,15 @@ def _rows_by_start(plan: EditPlan, ids: np.ndarray, start: np.ndarray, wanted: n
             yield Rows(cell[bounds], prompt[bounds], ids[prompt[bounds]], int(at[bounds[0]]))
 
 
-def _batches(state: _State, rows: Rows, length: int, bar: tqdm) -> Iterator[Rows]:
+def _batches(state: _State, rows: Rows, length: int, whole: bool, bar: tqdm) -> Iterator[Rows]:
     """Cuts rows into batches that fit the budget as it stands; the consumer may shrink the budget by running out of memory."""
     done = 0
+    some = state.metric.tokens if isinstance(state.metric, Metric) else None
+    logits = len(some) if some is not None else state.model.d_vocab
+    logits = length * state.model.d_vocab if whole or state.whole_set else logits
     unit = len(state.base) if state.whole_set else 1  # a callable metric's cells stay whole
     while done < len(rows):
-        fits = state.budget.rows_at_once(state.model, length, length - rows.start, state.plan)
+        fits = state.budget.rows_at_once(state.model, length, length - rows.start, state.plan, logits)
         size = max(unit, fits // unit * unit)
         yield rows[done : done + size]
         bar.update(min(size, len(rows) - done))
