@@ -32,6 +32,7 @@ class Metric:
         tokens: The token ids that are read (the logits' last axis, in this order); `None` reads the whole vocabulary.
         read: `(logits [row token], prompt [row], reference logits [row token] or None) -> [row]`.
         reference: The unedited run whose logits `read` gets as a reference, if it needs one.
+        lengths: The prompts' lengths, so that a sweep of other prompts can be refused; `None` takes any.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Metric:
     tokens: Int[Tensor, "token"] | None
     read: Reader
     reference: Literal["clean", "corrupted"] | None = None
+    lengths: Int[Tensor, "prompt"] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +90,7 @@ def log_prob(pairs: PromptPairs, *, position: str = "END") -> Metric:
     def read(logits: Tensor, prompt: Tensor, _: Tensor | None) -> Tensor:
         return _gather(logits.log_softmax(-1), right, prompt, fill=-torch.inf).logsumexp(-1)
 
-    return Metric("log_prob", "nats", len(pairs), _position(pairs, position), None, read)
+    return Metric("log_prob", "nats", len(pairs), _position(pairs, position), None, read, lengths=pairs.clean.lengths)
 
 
 def prob_diff(pairs: PromptPairs, *, position: str = "END") -> Metric:
@@ -99,7 +101,9 @@ def prob_diff(pairs: PromptPairs, *, position: str = "END") -> Metric:
         probs = logits.softmax(-1)
         return _gather(probs, right, prompt, fill=0.0).sum(-1) - _gather(probs, wrong, prompt, fill=0.0).sum(-1)
 
-    return Metric("prob_diff", "probability", len(pairs), _position(pairs, position), None, read)
+    return Metric(
+        "prob_diff", "probability", len(pairs), _position(pairs, position), None, read, lengths=pairs.clean.lengths
+    )
 
 
 def kl_divergence(
@@ -117,7 +121,9 @@ def kl_divergence(
         p, q = target.log_softmax(-1), logits.log_softmax(-1)
         return (p.exp() * (p - q)).masked_fill(p == -torch.inf, 0.0).sum(-1)  # 0 log 0 = 0
 
-    return Metric("kl_divergence", "nats", len(pairs), _position(pairs, position), None, read, reference)
+    return Metric(
+        "kl_divergence", "nats", len(pairs), _position(pairs, position), None, read, reference, pairs.clean.lengths
+    )
 
 
 def _difference_of_means(pairs: PromptPairs) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -148,7 +154,7 @@ def _answer_metric(
     def read_rows(logits: Tensor, prompt: Tensor, _: Tensor | None) -> Tensor:
         return read(_gather(logits, right, prompt, fill), _gather(logits, wrong, prompt, fill), prompt)
 
-    return Metric(name, unit, len(pairs), _position(pairs, position), tokens, read_rows)
+    return Metric(name, unit, len(pairs), _position(pairs, position), tokens, read_rows, lengths=pairs.clean.lengths)
 
 
 def _position(pairs: PromptPairs, name: str) -> Tensor:

@@ -120,5 +120,9 @@ def test_refuses_what_has_no_meaning(model):
         mk.ablation(model, pairs, metric, site="pattern", mode="mean")
     with pytest.raises(ValueError, match="reference: expected prompts of at least 7 tokens"):
         mk.ablation(model, pairs, metric, mode="pos_mean", reference=make_pairs(((5, 1),)))
+    with pytest.raises(ValueError, match="a zero score is not zero attention"):
+        mk.ablation(model, pairs, metric, site="attn_scores", mode="zero")
+    with pytest.raises(ValueError, match="source: expected 3 prompts, one for each base prompt; got 1"):
+        mk.ablation(model, pairs, metric, mode="resample", reference=pairs.clean[[0]])
     with pytest.raises(ValueError, match="prompts: expected PromptPairs or Prompts"):
         mk.ablation(model, [1, 2], metric)

@@ -6,7 +6,6 @@ import pytest
 import torch
 from families import D_VOCAB, N_LAYERS, build_hf
 from test_exact import LENGTH, make_model, make_pairs, whole_vocabulary
-from test_model import hooks_left
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 import mechkit as mk
@@ -33,11 +32,12 @@ def test_cost_counts_only_what_a_change_can_reach(llama):
     """One pair, first difference at 4 of 7: each head's row runs 3 positions through the blocks from its own on."""
     pairs = make_pairs(((LENGTH, 4),))
     metric = whole_vocabulary(pairs)
-    mk.activation_patching(llama, pairs, metric, site="z", progress=False)  # the proof is paid for once
     result = mk.activation_patching(llama, pairs, metric, site="z", progress=False)
     base_and_source = 2 * LENGTH * N_LAYERS
     rows = sum(llama.n_heads * 3 * (N_LAYERS - layer) for layer in range(N_LAYERS))
-    assert result.cost.block_tokens == base_and_source + rows
+    # The proof: rows that join at layers 0, 2 and 3, once replayed and once by whole forward passes.
+    proof = 3 * (4 + 2 + 1) + 3 * LENGTH * N_LAYERS
+    assert result.cost.block_tokens == base_and_source + rows + proof
     assert result.cost.naive_block_tokens == N_LAYERS * llama.n_heads * LENGTH * N_LAYERS
 
 
@@ -98,7 +98,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on(llama, monkeypatch):
     monkeypatch.setattr(_sweep, "_answer_batch", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("always")))
     with pytest.raises(torch.OutOfMemoryError):
         mk.activation_patching(llama, pairs, metric, progress=False)
-    assert hooks_left(llama) == 0
+    assert not llama.has_hooks
 
 
 def test_the_batch_follows_the_budget_and_halves(llama):
@@ -269,24 +269,86 @@ def check_residual_by_hand(model, pairs, metric, result):
                     assert torch.allclose(result.values[layer, pos, j], expected[0].to(result.values.dtype), atol=1e-9)
 
 
-def test_a_model_that_breaks_causality_is_caught():
-    """A block that looks to the right: the proof must refute suffix replay, and the answer must still be right."""
-    model = make_model("llama")
-    block = model.bridge.blocks[2].original_component
-    forward = block.forward
+def model_that_looks_right(block: int = 2) -> mk.HookedModel:
+    """A llama in which one block mixes in the mean of all positions: not causal, and nothing in its config says so."""
+    hf = build_hf("llama")
+    forward = hf.model.layers[block].forward
 
     def looks_right(hidden_states, *args, **kwargs):
         return forward(hidden_states + 0.3 * hidden_states.mean(1, keepdim=True), *args, **kwargs)
 
-    block.forward = looks_right
-    pairs = make_pairs()
+    hf.model.layers[block].forward = looks_right
+    return mk.HookedModel.from_hf(hf, name="looks right")
+
+
+def test_a_model_that_breaks_causality_is_caught():
+    model, pairs = model_that_looks_right(), make_pairs()
     metric = whole_vocabulary(pairs)
-    result = mk.activation_patching(model, pairs, metric, site="resid_pre", over="layer pos", progress=False)
-    assert result.provenance["replay"].startswith("full: replayed rows differ")
-    slow = mk.activation_patching(
-        model, pairs, metric, site="resid_pre", over="layer pos", progress=False, replay=False
-    )
+    arguments = {"site": "resid_pre", "over": "layer pos", "progress": False}
+    result = mk.activation_patching(model, pairs, metric, **arguments)
+    assert result.provenance["replay"].startswith("full: the two runs differ before their first")
+    slow = mk.activation_patching(model, pairs, metric, replay=False, **arguments)
     assert torch.allclose(result.values, slow.values, atol=1e-10, equal_nan=True)
+
+
+def test_a_proof_is_not_trusted_beyond_its_sweep():
+    """Late layers and absent positions prove nothing about earlier layers and other positions."""
+    model, pairs = model_that_looks_right(1), make_pairs(((LENGTH, 4), (LENGTH, 2)))
+    metric = whole_vocabulary(pairs)
+    arguments = {"site": "resid_pre", "over": "layer pos", "progress": False}
+    mk.activation_patching(model, pairs, metric, layers=[2, 3], positions=[5, 6], **arguments)
+    everything = mk.activation_patching(model, pairs, metric, **arguments)
+    slow = mk.activation_patching(model, pairs, metric, replay=False, **arguments)
+    assert torch.allclose(everything.values, slow.values, atol=1e-10)
+    ragged = make_pairs(((LENGTH, 4), (5, 1)))
+    for positions in ([6], [0], [6, 0]):
+        found, expected = (
+            mk.activation_patching(
+                model, ragged, whole_vocabulary(ragged), positions=positions, replay=replay, **arguments
+            )
+            for replay in (True, False)
+        )
+        assert torch.allclose(found.values, expected.values, atol=1e-10, equal_nan=True)
+
+
+def test_torch_hooks_on_modules_that_plain_blocks_lack_are_honoured():
+    model, pairs = make_model("llama"), make_pairs()
+    metric = whole_vocabulary(pairs)
+    before = mk.activation_patching(model, pairs, metric, progress=False)
+    handles = [
+        block.mlp.register_forward_hook(lambda module, args, output: output * 0) for block in model.bridge.blocks
+    ]
+    hooked = mk.activation_patching(model, pairs, metric, progress=False)
+    slow = mk.activation_patching(model, pairs, metric, progress=False, replay=False)
+    assert torch.allclose(hooked.values, slow.values, atol=1e-12)
+    assert not torch.allclose(hooked.values, before.values, atol=1e-2)
+    for handle in handles:
+        handle.remove()
+    assert mk.activation_patching(model, pairs, metric, progress=False).provenance["replay"] == "suffix"
+
+
+@pytest.mark.parametrize("site", ["z", "result"])
+def test_of_overlapping_edits_the_later_one_wins(llama, site):
+    pairs = make_pairs(((LENGTH, 2),))
+    metric = whole_vocabulary(pairs)
+    dims = {"z": (1, 1, 1, 1), "result": (1, 1, 1, 1)}[site]
+    zero = {"zero": {(site, 1): torch.zeros(dims, dtype=torch.float64)}}
+    all_heads, one = mk.Edit(site, 1, "zero"), mk.Edit(site, 1, head=0)
+    rest = [(*(mk.Edit(site, 1, "zero", head=h) for h in (1, 2, 3)), one), (mk.Edit(site, 1, "zero"),)]
+    cells = [(all_heads, one), (one, all_heads), (mk.Edit(site, 1, head=2),), *rest]
+    found = mk.sweep(llama, pairs.corrupted, cells, metric, source=pairs.clean, values=zero, progress=False)
+    assert torch.allclose(found.values[0], found.values[3], atol=1e-10)  # zero all but one
+    assert torch.allclose(found.values[1], found.values[4], atol=1e-10)  # zero all
+    assert float((found.values[0] - found.values[1]).abs()) > 1e-3
+    whole = mk.sweep(
+        llama, pairs.corrupted, cells, metric, source=pairs.clean, values=zero, progress=False, replay=False
+    )
+    assert torch.allclose(found.values, whole.values, atol=1e-10)
+    with pytest.raises(ValueError, match="edited twice at the same place"):
+        mk.sweep(llama, pairs.corrupted, [(one, one)], metric, source=pairs.clean, progress=False)
+    both = (mk.Edit("resid_post", 1), mk.Edit("resid_pre", 2, pos=3))
+    with pytest.raises(ValueError, match="are the same activation"):
+        mk.sweep(llama, pairs.corrupted, [both], metric, source=pairs.clean, progress=False)
 
 
 def test_a_sweep_inside_hooks_honours_them(llama):
@@ -319,7 +381,7 @@ def test_runs_without_a_graph_and_leaves_parameters_alone(llama):
     result = mk.activation_patching(llama, pairs, whole_vocabulary(pairs), progress=False)
     assert not result.values.requires_grad
     assert all(p.grad is None for p in llama.bridge.original_model.parameters())
-    assert hooks_left(llama) == 0
+    assert not llama.has_hooks
 
 
 # -- wrong input -------------------------------------------------------------------------------------------------------
@@ -351,6 +413,10 @@ def test_refuses_training_mode():
         ({"over": "layer position", "positions": ["S7"]}, "expected names among"),
         ({"direction": "sideways"}, "direction: expected"),
         ({"budget": -1}, "budget: expected a positive"),
+        ({"positions": ["END"]}, "positions: given, but pos or position is not among the dims"),
+        ({"over": "layer pos", "positions": ["END"]}, "pos: expected indices into 7, got 'END'"),
+        ({"layers": [3, -1]}, "each once"),
+        ({"layers": [1.7]}, "layer: expected indices"),
         ({"site": "pattern", "over": "layer neuron"}, "no 'neuron'"),
     ],
 )
@@ -358,7 +424,7 @@ def test_refuses_wrong_arguments(llama, arguments, message):
     pairs = make_pairs()
     with pytest.raises(ValueError, match=message):
         mk.activation_patching(llama, pairs, whole_vocabulary(pairs), progress=False, **arguments)
-    assert hooks_left(llama) == 0
+    assert not llama.has_hooks
 
 
 def test_refuses_tokens_and_metrics_that_do_not_fit(llama):
@@ -384,7 +450,7 @@ def test_nan_in_a_run_names_where_it_began():
     pairs = make_pairs()
     with pytest.raises(ValueError, match="NaN or inf out of block 2"):
         mk.activation_patching(model, pairs, whole_vocabulary(pairs), progress=False)
-    assert hooks_left(model) == 0
+    assert not model.has_hooks
 
 
 def test_nan_in_an_edit_is_not_an_answer(llama):
@@ -412,10 +478,79 @@ def test_source_cache_must_be_of_this_model_and_these_prompts(llama):
     _, foreign = mk.HookedModel.from_hf(build_hf("llama", seed=1)).run_with_cache(tokens, "z")
     with pytest.raises(ValueError, match="source_cache: expected a cache of"):
         mk.activation_patching(llama, pairs, metric, source_cache=foreign, progress=False)
+    _, partly = llama.run_with_cache(tokens, "z", positions=[2])
+    with llama.hooks([(("resid_pre", 0), lambda x, hook: x * 2)]):
+        _, hooked = llama.run_with_cache(tokens, "z")
+    for unfit in (partly, hooked):
+        with pytest.raises(ValueError, match="all positions of a plain run"):
+            mk.activation_patching(llama, pairs, metric, source_cache=unfit, progress=False)
+    _, elsewhere = llama.run_with_cache(tokens, "q")
+    with pytest.raises(ValueError, match="holds no 'z' of layer"):
+        mk.activation_patching(llama, pairs, metric, source_cache=elsewhere, progress=False)
     for wrong in (tokens[:1], torch.cat([tokens, tokens[:, :1]], 1)):  # would broadcast; would misalign
         _, other = llama.run_with_cache(wrong, "z")
         with pytest.raises(ValueError, match="exactly the 2 source prompts"):
             mk.activation_patching(llama, pairs, metric, source_cache=other, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"site": "zz", "layer": 0}, "site: expected one of"),
+        ({"site": "z", "layer": -1}, "layer: expected an index of 0 or more"),
+        ({"site": "z", "layer": 0, "pos": -1}, "pos: expected positions of 0 or more"),
+        ({"site": "resid_pre", "layer": 0, "head": 1}, "no heads"),
+        ({"site": "pattern", "layer": 0, "neuron": 1}, "its last axis is no unit"),
+    ],
+)
+def test_edits_that_have_no_meaning_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        mk.Edit(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (mk.Edit("z", 99), "layer: expected an index into 4"),
+        (mk.Edit("z", 0, head=9), "head: site 'z' has 4 heads, got index 9"),
+        (mk.Edit("mlp_post", 0, neuron=999), "has 48 entries, got index 999"),
+        (mk.Edit("z", 0, pos=(1, 2)), "one for each of 3 prompts; got 2"),
+        (mk.Edit("z", 0, "nowhere"), "values: there is none under 'nowhere'"),
+        (mk.Edit("z", 0, "wrong"), "expected axes .* got shape"),
+    ],
+)
+def test_edits_that_do_not_fit_are_refused(llama, edit, message):
+    pairs, values = make_pairs(), {"wrong": {("z", 0): torch.zeros(5, 1, 1, 1)}}
+    with pytest.raises(ValueError, match=message):
+        mk.sweep(llama, pairs.clean, [(edit,)], whole_vocabulary(pairs), source=pairs.corrupted, values=values)
+
+
+def test_metrics_of_other_pairs_and_runs_are_refused(llama):
+    pairs, longer = make_pairs(((LENGTH, 2),)), make_pairs(((LENGTH - 2, 2),))
+    with pytest.raises(ValueError, match="prompts of other lengths"):
+        mk.activation_patching(llama, pairs, mk.logit_diff(longer), progress=False)
+    with pytest.raises(ValueError, match="compares with the corrupted run, but this sweep runs clean alone"):
+        mk.ablation(llama, pairs, mk.kl_divergence(pairs, reference="corrupted"), progress=False)
+    with pytest.raises(ValueError, match="source: an edit takes its value from the source run"):
+        mk.sweep(llama, pairs.clean, [(mk.Edit("z", 0),)], mk.logit_diff(pairs))
+
+
+def test_out_of_memory_while_recording_halves_the_prompts(llama, monkeypatch):
+    pairs = make_pairs(((LENGTH, 2), (LENGTH, 4), (LENGTH, 3), (LENGTH, 1)))
+    metric = whole_vocabulary(pairs)
+    expected = mk.activation_patching(llama, pairs, metric, progress=False)
+    record, sizes = _sweep.record, []
+
+    def small_device(model, tokens, *args, **kwargs):
+        if len(tokens) > 2:
+            raise torch.OutOfMemoryError("on purpose")
+        sizes.append(len(tokens))
+        return record(model, tokens, *args, **kwargs)
+
+    monkeypatch.setattr(_sweep, "record", small_device)
+    found = mk.activation_patching(llama, pairs, metric, progress=False)
+    assert torch.allclose(found.values, expected.values, atol=1e-11)
+    assert 1 <= max(sizes) <= 2
 
 
 @pytest.mark.cuda

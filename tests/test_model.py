@@ -18,8 +18,9 @@ def hooks_left(model: mk.HookedModel) -> int:
     on_points = sum(
         len(p.fwd_hooks) + len(p.bwd_hooks) + len(p._forward_hooks) + len(p._backward_hooks) for p in points
     )
-    patched = sum("forward" in module.__dict__ for module in model.bridge.original_model.modules())
-    return on_points + patched + len(model.bridge._forward_hooks)
+    modules = [m.__dict__ for m in model.bridge.modules()]
+    patched = sum(("forward" in m) + ("_mechkit_result_seam" in m) + ("_mechkit_softmax_seam" in m) for m in modules)
+    return on_points + patched + sum(len(m["_forward_hooks"]) + len(m["_forward_pre_hooks"]) for m in modules)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -101,6 +102,7 @@ def test_resid_mid_is_the_residual_stream():
 
 
 @pytest.mark.parametrize("family", ["gptj", "opt", "gpt_neo", "llama"])
+@torch.no_grad()
 def test_attention_sites_where_hugging_face_computes_attention(family):
     model = make_model(family)
     _, cache = model.run_with_cache(TOKENS, ["pattern", "attn_scores"])
@@ -128,6 +130,61 @@ def test_backward_hooks_get_gradients():
     ):
         model(TOKENS)[:, -1].sum().backward()
     assert torch.allclose(found["result"], found["attn_out"][:, :, None].expand_as(found["result"]), atol=1e-12)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "opt", "gpt_neo", "olmo2"])
+def test_gradients_equal_finite_differences(family):
+    """Of a logit in the direction of a random change of each activation; `resid_mid` must count the whole stream."""
+    model = make_model(family)
+    for name in ("resid_pre", "resid_mid", "z", "attn_out", "mlp_out", "resid_post"):
+        found, step = {}, 1e-4
+        with model.hooks(bwd_hooks=[((name, 1), lambda g, hook, into=found: into.__setitem__("g", g.clone()))]):
+            model(TOKENS)[:, -1, 7].sum().backward()
+        change = torch.randn(found["g"].shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+        with torch.no_grad():
+            up, down = (
+                model.run_with_hooks(TOKENS, [((name, 1), lambda x, hook, d=s * step * change: x + d)])[:, -1, 7].sum()
+                for s in (1, -1)
+            )
+        expected = float(up - down) / (2 * step)
+        assert float((found["g"] * change).sum()) == pytest.approx(expected, rel=0.02, abs=1e-3), name
+
+
+def test_edits_of_resid_mid_can_be_differentiated():
+    model, scale = make_model("llama"), torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
+    model.run_with_hooks(TOKENS, [(("resid_mid", 1), lambda x, hook: x * scale)])[:, -1, 7].sum().backward()
+    assert scale.grad is not None
+    assert float(scale.grad.abs()) > 1e-6
+
+
+@pytest.mark.parametrize("family", ["llama", "gptj", "opt"])
+@torch.no_grad()
+def test_hooks_on_one_site_run_in_order_and_are_seen_by_the_cache(family):
+    model = make_model(family)
+
+    def drop(x, hook):
+        x = x.clone()
+        x[:, :, 0] = 0
+        return x
+
+    for name in ("pattern", "result", "z", "resid_mid"):
+        if not model.has_site(name):
+            continue
+        where = (name, 1)
+        two = model.run_with_hooks(TOKENS, [(where, lambda x, hook: x * 0.5), (where, lambda x, hook: x + 0.1)])
+        one = model.run_with_hooks(TOKENS, [(where, lambda x, hook: x * 0.5 + 0.1)])
+        assert torch.allclose(two, one, atol=1e-12), name
+        with model.hooks([(where, lambda x, hook: x * 0)]):
+            _, cache = model.run_with_cache(TOKENS, where)
+        assert float(cache[where].abs().max()) == 0, name
+    by_order = [
+        model.run_with_hooks(TOKENS, hooks)
+        for hooks in (
+            [(("result", 1), drop), (("z", 1), lambda x, hook: x * 2)],
+            [(("z", 1), lambda x, hook: x * 2), (("result", 1), drop)],
+        )
+    ]
+    assert torch.allclose(*by_order, atol=1e-12)
 
 
 def test_nothing_is_left_after_an_exception():

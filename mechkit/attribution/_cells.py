@@ -60,9 +60,9 @@ def make_grid(
     longest = int(prompts.lengths.max())
     sizes: dict[str, tuple[Sequence[Any] | None, int]] = {
         "layer": (layers, model.n_layers),
-        "head": (heads, model.n_kv_heads if found.name in ("k", "v") else model.n_heads),
+        "head": (heads, model.n_heads_at(found.name)),
         "pos": (positions, longest),
-        "neuron": (neurons, _last_axis_size(model, found) if "neuron" in dims else 0),
+        "neuron": (neurons, model.width_of(found.name) if "neuron" in dims else 0),
     }
     index: dict[str, Sequence[Any]] = {}
     for dim in ("layer", *(d for d in dims if d != "layer")):
@@ -72,9 +72,11 @@ def make_grid(
             index[dim] = _indices(dim, *sizes[dim])
     if "layer" not in dims and found.in_block:
         raise ValueError(f"over: site {found.name!r} is in every layer; expected 'layer' among the dims, got {over!r}")
-    for dim, chosen, name in (("head", heads, "heads"), ("neuron", neurons, "neurons")):
-        if chosen is not None and dim not in dims:
-            raise ValueError(f"{name}: given, but {dim!r} is not among the dims {over!r}")
+    given = {"layers": layers, "heads": heads, "neurons": neurons, "positions": positions}
+    for name, chosen in given.items():
+        choices = {"pos", "position"} if name == "positions" else {name.removesuffix("s")}
+        if chosen is not None and not choices & set(dims):
+            raise ValueError(f"{name}: given, but {' or '.join(sorted(choices))} is not among the dims {over!r}")
     cells: list[Cell] = []
     for labels in itertools.product(*(index[dim] for dim in dims)):
         at = dict(zip(dims, labels, strict=True))
@@ -154,13 +156,14 @@ def _check_dims(site: Site, dims: tuple[str, ...], over: str) -> None:
 
 
 def _indices(dim: str, chosen: Sequence[Any] | None, size: int) -> list[int]:
-    indices = list(range(size)) if chosen is None else [int(i) for i in chosen]
+    indices = list(range(size)) if chosen is None else list(chosen)
     for i in indices:
-        if not -size <= i < size:
-            raise ValueError(f"{dim}: expected indices into {size}, got {i}")
-    if not indices:
-        raise ValueError(f"{dim}: expected at least one index, got none")
-    return [i % size for i in indices]
+        if isinstance(i, bool) or not hasattr(i, "__index__") or not -size <= i < size:
+            raise ValueError(f"{dim}: expected indices into {size}, got {i!r}")
+    indices = [i.__index__() % size for i in indices]
+    if not indices or len(set(indices)) != len(indices):
+        raise ValueError(f"{dim}: expected at least one index, each once; got {chosen}")
+    return indices
 
 
 def _named_positions(named: Mapping[str, torch.Tensor], chosen: Sequence[Any] | None) -> list[str]:
@@ -180,10 +183,3 @@ def _position_labels(prompts: Prompts, index: Sequence[int]) -> tuple[int | str,
         tokens = {row[i] for row in prompts.str_tokens if i < len(row)}
         labels.append(f'"{tokens.pop()}" {i}' if len(tokens) == 1 else str(i))
     return tuple(labels)
-
-
-def _last_axis_size(model: HookedModel, site: Site) -> int:
-    token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-    with torch.no_grad():
-        _, cache = model.run_with_cache(token, (site.name, 0) if site.in_block else site.name)
-    return int(cache[site.hook_name(0)].shape[-1])

@@ -20,13 +20,12 @@ import torch
 from torch import Tensor
 
 from mechkit.attribution._cells import Grid, make_grid, split_prompts, to_result
-from mechkit.hooks import HookedModel, record, sweep
+from mechkit.hooks import Budget, HookedModel, check_tokens, record, sweep
 from mechkit.metrics import CallableMetric, Metric, as_metric
 from mechkit.prompts import PromptPairs, Prompts
 from mechkit.result import Result
 
 MODES = ("zero", "mean", "pos_mean", "resample")
-REFERENCE_TOKENS = 4096  # tokens of the reference set that are run at once
 
 
 def ablation(
@@ -93,7 +92,7 @@ def ablation(
     if mode == "resample":
         source = _shuffled(base, seed) if reference is None else others
     else:
-        values = {mode: _replacements(model, grid, mode, others, base)}
+        values = {mode: _replacements(model, grid, mode, others, base, budget)}
     answers = sweep(
         model,
         base,
@@ -101,6 +100,7 @@ def ablation(
         metric,
         source=source,
         values=values,
+        base_is="clean",
         source_is="resampled",
         budget=budget,
         progress=progress,
@@ -123,10 +123,15 @@ def ablation(
 
 
 def _replacements(
-    model: HookedModel, grid: Grid, mode: str, reference: Prompts, base: Prompts
+    model: HookedModel, grid: Grid, mode: str, reference: Prompts, base: Prompts, budget: int | None
 ) -> dict[tuple[str, int], Tensor]:
     """What each `(site, layer)` is replaced with, `[1 pos-or-1 …]`."""
     keys = sorted({(edit.site, edit.layer) for cell in grid.cells for edit in cell})
+    if mode == "zero" and grid.site.name == "attn_scores":
+        raise ValueError(
+            "mode: a zero score is not zero attention, and scores of masked positions would become visible; expected another "
+            "mode, or site='pattern'"
+        )
     if mode == "zero":
         zero = torch.zeros(1, dtype=model.dtype, device=model.device)
         return {key: zero.reshape([1] * (1 + len(grid.site.dims))) for key in keys}
@@ -140,9 +145,10 @@ def _replacements(
             f"reference: expected prompts of at least {int(base.lengths.max())} tokens, so that every position has a mean; "
             f"the longest has {int(reference.lengths.max())}"
         )
-    means = _position_means(model, keys, grid.site.axis("pos"), reference)
+    means = _position_means(model, keys, grid.site.axis("pos"), reference, Budget.of(model, budget))
     if mode == "pos_mean":
-        return {key: mean.to(model.dtype) for key, (mean, _) in means.items()}
+        kept = int(base.lengths.max())
+        return {key: mean.narrow(grid.site.axis("pos"), 0, kept).to(model.dtype) for key, (mean, _) in means.items()}
     axis = grid.site.axis("pos")
     return {
         key: ((mean * count).sum(axis, keepdim=True) / count.sum()).to(model.dtype)
@@ -152,14 +158,16 @@ def _replacements(
 
 @torch.no_grad()
 def _position_means(
-    model: HookedModel, keys: Sequence[tuple[str, int]], pos_axis: int, reference: Prompts
+    model: HookedModel, keys: Sequence[tuple[str, int]], pos_axis: int, reference: Prompts, budget: Budget
 ) -> dict[tuple[str, int], tuple[Tensor, Tensor]]:
     """For each `(site, layer)`: the mean over the prompts that have the position, and how many those are, in float64."""
     longest = int(reference.lengths.max())
+    for i, tokens in enumerate(reference.tokens):
+        check_tokens(model, tokens, f"reference prompt {i}")
     sums: dict[tuple[str, int], Tensor] = {}
     counts = torch.zeros(longest, dtype=torch.float64, device=model.device)
     for length, members in reference.by_length().items():
-        at_once = max(1, REFERENCE_TOKENS // length)
+        at_once = budget.prompts_at_once(model, length, keys)
         for first in range(0, len(members), at_once):
             tokens = torch.stack([reference.tokens[i] for i in members[first : first + at_once]]).to(model.device)
             counts[:length] += len(tokens)

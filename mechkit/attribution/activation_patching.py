@@ -17,7 +17,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from mechkit.attribution._cells import make_grid, to_result
+from mechkit.attribution._cells import Grid, make_grid, to_result
 from mechkit.hooks import ActivationCache, HookedModel, sweep
 from mechkit.metrics import CallableMetric, Metric, as_metric
 from mechkit.prompts import PromptPairs, Prompts
@@ -91,7 +91,7 @@ def activation_patching(
         neurons=neurons,
     )
     if source_cache is not None:
-        _check_cache(source_cache, model, source)
+        _check_cache(source_cache, model, source, grid)
     answers = sweep(
         model,
         base,
@@ -99,6 +99,7 @@ def activation_patching(
         metric,
         source=source,
         source_sites=source_cache,
+        base_is="corrupted" if denoise else "clean",
         source_is="clean" if denoise else "corrupted",
         budget=budget,
         progress=progress,
@@ -118,7 +119,7 @@ def activation_patching(
     )
 
 
-def _check_cache(cache: ActivationCache, model: HookedModel, source: Prompts) -> None:
+def _check_cache(cache: ActivationCache, model: HookedModel, source: Prompts, grid: Grid) -> None:
     if cache.weights_hash != model.weights_hash:
         raise ValueError(
             f"source_cache: expected a cache of {model.name} with weights {model.weights_hash}, got one of a model with "
@@ -131,3 +132,11 @@ def _check_cache(cache: ActivationCache, model: HookedModel, source: Prompts) ->
             f"source_cache: expected a cache of exactly the {len(source)} source prompts, got one of {got}. Nothing is "
             "broadcast or aligned by guessing"
         )
+    if not cache.whole:
+        raise ValueError(
+            "source_cache: expected all positions of a plain run, got a cache made with `positions`, with an attention mask "
+            "or with hooks on the model"
+        )
+    for site, layer in {(edit.site, edit.layer) for cell in grid.cells for edit in cell}:
+        if (site, layer) not in cache:
+            raise ValueError(f"source_cache: it holds no {site!r} of layer {layer}; cache that site too")

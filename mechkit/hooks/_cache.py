@@ -25,11 +25,13 @@ class ActivationCache(Mapping[str, Tensor]):
         *,
         weights_hash: str = "",
         tokens: Int[Tensor, "batch pos"] | None = None,
+        whole: bool = False,
     ) -> None:
         self._activations = activations
         self.n_layers = n_layers
         self.weights_hash = weights_hash  # of the model that computed it, so that another's cache can be refused
         self.tokens = tokens
+        self.whole = whole  # every position of an unmasked run with nobody's hooks on it
 
     def __getitem__(self, key: str | tuple[str, int]) -> Tensor:
         name, layer = key if isinstance(key, tuple) else (key, None)
@@ -72,7 +74,9 @@ class ActivationCache(Mapping[str, Tensor]):
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> ActivationCache:
         """A copy on another device, or in another dtype."""
         moved = {name: a.to(device=device, dtype=dtype) for name, a in self._activations.items()}
-        return ActivationCache(moved, self.n_layers, weights_hash=self.weights_hash, tokens=self.tokens)
+        return ActivationCache(
+            moved, self.n_layers, weights_hash=self.weights_hash, tokens=self.tokens, whole=self.whole
+        )
 
     def _layer(self, layer: int) -> int:
         if not -self.n_layers <= layer < self.n_layers:

@@ -1,20 +1,22 @@
 """Edits and cells: what a what-if question changes in a run, and how many of them are written into one batch.
 
-A *cell* is one question: a tuple of edits made together. Its answer for one prompt is one *row* of a replayed batch.
+A *cell* is one question: a tuple of edits made together; where they overlap, the later one wins. Its answer for one prompt is
+one *row* of a replayed batch.
 `EditPlan` turns cells into index arrays, so that a batch of any size is written with one indexed assignment a site.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from mechkit.hooks._sites import SITES, Site
+from mechkit.hooks._sites import SITES, Site, get_site
 
 SOURCE = "source"  # the value key that stands for the same activation in the source run
 NEVER = np.iinfo(np.int64).max  # "start" of a row that changes nothing
@@ -44,6 +46,22 @@ class Edit:
     head: int | None = None
     pos: int | tuple[int, ...] | None = None
     neuron: int | None = None
+
+    def __post_init__(self) -> None:
+        site = get_site(self.site)
+        object.__setattr__(self, "site", site.name)
+        if isinstance(self.pos, np.integer):
+            object.__setattr__(self, "pos", int(self.pos))
+        for name in ("layer", "head", "neuron"):
+            index = getattr(self, name)
+            if index is not None and (not isinstance(index, int | np.integer) or index < 0):
+                raise ValueError(f"{name}: expected an index of 0 or more, got {index!r}")
+        if self.pos is not None and min(self.pos if isinstance(self.pos, tuple) else (self.pos,)) < 0:
+            raise ValueError(f"pos: expected positions of 0 or more, got {self.pos}")
+        if self.head is not None and "head" not in site.dims:
+            raise ValueError(f"head: site {site.name!r} has axes {site.dims} and no heads")
+        if self.neuron is not None and "src" in site.dims:
+            raise ValueError(f"neuron: site {site.name!r} has axes {site.dims}; its last axis is no unit")
 
 
 Cell = tuple[Edit, ...]
@@ -83,26 +101,29 @@ class EditPlan:
         self.n_cells = len(cells)
         self.groups: dict[int, list[EditGroup]] = {}
         self.entry = np.full(len(cells), n_layers, dtype=np.int64)
-        forms: dict[tuple[object, ...], list[tuple[int, Edit]]] = {}
+        forms: dict[tuple[Any, ...], list[tuple[int, Edit]]] = {}
         for i, cell in enumerate(cells):
-            for edit in cell:
-                pos_form = "all" if edit.pos is None else "one" if isinstance(edit.pos, int) else "each"
-                form = (edit.site, edit.layer, edit.value, edit.head is None, pos_form, edit.neuron is None)
-                forms.setdefault(form, []).append((i, edit))
-        for members in forms.values():
+            for edit, rank in zip(cell, _ranks(i, cell), strict=True):
+                forms.setdefault((rank, edit.site, edit.layer, edit.value, *_form(edit)), []).append((i, edit))
+        # Groups are written in their order, so that of overlapping edits the later one stays.
+        for form in sorted(forms, key=lambda form: form[0]):
+            members = forms[form]
             group, entry = _columns(members), _entry_block(members[0][1])
             self.groups.setdefault(entry, []).append(group)
             np.minimum.at(self.entry, group.cell, entry)
 
+    def __iter__(self) -> Iterator[EditGroup]:
+        return (group for groups in self.groups.values() for group in groups)
+
     @property
     def sites(self) -> set[tuple[str, int]]:
         """Every `(site, layer)` whose source value is needed."""
-        return {(g.site.name, g.layer) for groups in self.groups.values() for g in groups if g.value == SOURCE}
+        return {(g.site.name, g.layer) for g in self if g.value == SOURCE}
 
     @property
     def site_names(self) -> frozenset[str]:
         """The kinds of site that are edited."""
-        return frozenset(g.site.name for groups in self.groups.values() for g in groups)
+        return frozenset(group.site.name for group in self)
 
     def starts(
         self, prompts: Int[np.ndarray, "prompt"], length: int, first_difference: Int[np.ndarray, "prompt"]
@@ -112,7 +133,7 @@ class EditPlan:
         changes nothing."""
         start = np.full((self.n_cells, len(prompts)), NEVER)
         absent = np.zeros((self.n_cells, len(prompts)), dtype=bool)
-        for group in (g for groups in self.groups.values() for g in groups):
+        for group in self:
             begins = first_difference if group.value == SOURCE else np.zeros_like(first_difference)
             if group.pos is None:
                 where = np.broadcast_to(begins, (len(group.cell), len(prompts)))
@@ -122,6 +143,35 @@ class EditPlan:
                 where = np.where(pos < begins, NEVER, pos)
             np.minimum.at(start, group.cell, where)
         return np.where(start >= length, NEVER, start), absent
+
+
+def _form(edit: Edit) -> tuple[bool, str, bool]:
+    """Which axes are chosen: two edits of one form either write the same place or do not overlap."""
+    pos = "all" if edit.pos is None else "one" if isinstance(edit.pos, int) else "each"
+    return edit.head is None, pos, edit.neuron is None
+
+
+def _ranks(number: int, cell: Cell) -> list[int]:
+    """Which turn each edit of a cell is written in: 0, and one more wherever the form changes at a place."""
+    last: dict[tuple[str, int], tuple[int, object]] = {}
+    ranks, seen = [], set()
+    for edit in cell:
+        what = (edit.site, edit.layer, edit.head, edit.pos, edit.neuron)
+        if what in seen:
+            raise ValueError(f"cell {number}: {edit.site!r} in layer {edit.layer} is edited twice at the same place")
+        seen.add(what)
+        place, form = (edit.site, edit.layer), (_form(edit), edit.value)
+        rank, before = last.get(place, (0, form))
+        rank += form != before
+        last[place] = rank, form
+        ranks.append(rank)
+    for site, layer in last:
+        if site == "resid_post" and ("resid_pre", layer + 1) in last:
+            raise ValueError(
+                f"cell {number}: resid_post of layer {layer} and resid_pre of layer {layer + 1} are the same activation; "
+                "edit one of them"
+            )
+    return ranks
 
 
 def _entry_block(edit: Edit) -> int:

@@ -4,11 +4,14 @@ TransformerLens's hook points are used as they are, but for three kinds of site:
 
 - `resid_mid`: Hugging Face blocks keep a second reference to this tensor for the residual connection, and a tensor
   *returned* by a hook replaces only what the MLP reads. Here the new value is written into the tensor itself, so that an
-  edit of the residual stream is one.
+  edit of the residual stream is one. For the same reason its gradient is taken where the attention's output is added to the
+  stream: `resid_mid = resid_pre + attn_out`, so that the two gradients are one.
 - `result` (each head's own contribution to `attn_out`) is behind a flag in TransformerLens. Here it is computed from `z`
   and `W_O` when somebody asks, and an edit is added to the attention's output as a difference.
 - `pattern` and `attn_scores` where TransformerLens leaves the attention to Hugging Face (GPT-J, GPT-Neo, OPT): there its
   hooks fire after the fact and edits are dropped. Here the softmax inside that attention is intercepted.
+
+Functions on one site run in the order in which they were attached, each on what the one before returned.
 """
 
 from __future__ import annotations
@@ -22,9 +25,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from mechkit.hooks._sites import parse_hook_name
+from mechkit.hooks._sites import SITES, parse_hook_name
 
 HookFunction = Callable[..., Tensor | None]  # fn(activation, hook=hook_point) -> new activation, or None to leave it
+Direction = Literal["fwd", "bwd"]
 
 
 class Hooks:
@@ -47,22 +51,26 @@ class Hooks:
         while self._removers:
             self._removers.pop()()
 
-    def attach(self, name: str, fn: HookFunction, direction: Literal["fwd", "bwd"] = "fwd") -> None:
+    def attach(self, name: str, fn: HookFunction, direction: Direction = "fwd") -> None:
         """Calls `fn(activation, hook=…)` whenever the activation at `name` (a full hook name) is computed.
 
         A forward function may return a new activation of the same shape. A backward one gets the gradient.
         """
         site, layer = parse_hook_name(name)
-        checked = _checked(name, fn)
+        point = self._bridge.hook_dict[name]
+        step = _Step(_checked(name, fn), point, direction)
         if site is not None and site.name == "result":
-            self._attach_result(layer, name, checked, direction)
+            self._removers.append(_ResultSeam.of(self._bridge.blocks[layer].attn).add(step))
         elif site is not None and site.name in ("pattern", "attn_scores") and self._is_delegated(layer):
-            self._attach_inside_softmax(layer, name, checked, direction)
+            module = self._bridge.blocks[layer].attn.original_component
+            self._removers.append(_SoftmaxSeam.of(module).add(step, before=site.name == "attn_scores"))
+        elif site is not None and site.name == "resid_mid" and direction == "bwd":
+            self._attach_to_point(SITES["attn_out"].hook_name(layer), step.fn, "bwd")
         else:
-            in_place = site is not None and site.name == "resid_mid" and direction == "fwd"
-            self._attach_to_point(name, _writing_in_place(checked) if in_place else checked, direction)
+            in_place = site is not None and site.name == "resid_mid"
+            self._attach_to_point(name, _writing_in_place(step.fn) if in_place else step.fn, direction)
 
-    def _attach_to_point(self, name: str, fn: HookFunction, direction: Literal["fwd", "bwd"]) -> None:
+    def _attach_to_point(self, name: str, fn: HookFunction, direction: Direction) -> None:
         point = self._bridge.hook_dict[name]
         handle = point.add_hook(fn, dir=direction, alias_names=[name])
         handles = point.fwd_hooks if direction == "fwd" else point.bwd_hooks
@@ -73,68 +81,120 @@ class Hooks:
 
         self._removers.append(remove)
 
-    def _attach_result(self, layer: int | None, name: str, fn: HookFunction, direction: Literal["fwd", "bwd"]) -> None:
-        attention = self._bridge.blocks[layer].attn
-        prefix = name.removesuffix("hook_result")
-        point = self._bridge.hook_dict.get(name)
-        z_now: list[Tensor] = []
-
-        def remember(z: Tensor, hook: Any) -> None:
-            z_now[:] = [z]
-
-        def add_difference(attn_out: Tensor, hook: Any) -> Tensor | None:
-            weight = attention.W_O.to(attn_out.dtype)
-            before = einops.einsum(z_now.pop(), weight, "... head d_head, head d_head d_model -> ... head d_model")
-            after = before.clone()
-            if direction == "bwd" and after.requires_grad:
-                after.register_hook(lambda gradient: fn(gradient, hook=point))
-            elif direction == "fwd":
-                returned = fn(after, hook=point)
-                after = after if returned is None else returned
-                if not after.requires_grad and torch.equal(after, before):
-                    return None  # only looked at: leave the output bit for bit as it was
-            return attn_out + (after - before).sum(-2)
-
-        self._attach_to_point(prefix + "hook_z", remember, "fwd")
-        self._attach_to_point(prefix + "o.hook_out", add_difference, "fwd")
-
     def _is_delegated(self, layer: int | None) -> bool:
         from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
 
         return type(self._bridge.blocks[layer].attn).forward is AttentionBridge.forward
 
-    def _attach_inside_softmax(
-        self, layer: int | None, name: str, fn: HookFunction, direction: Literal["fwd", "bwd"]
-    ) -> None:
-        module: nn.Module = self._bridge.blocks[layer].attn.original_component
-        point = self._bridge.hook_dict[name]
-        before = name.endswith("attn_scores")
-        inner = module.__dict__.get("forward")  # an instance attribute if another hook already wraps this module
+
+class _Step:
+    """One attached function: applied to an activation in a forward pass, whichever direction it is for."""
+
+    def __init__(self, fn: HookFunction, point: Any, direction: Direction) -> None:
+        self.fn, self.point, self.direction = fn, point, direction
+
+    def apply(self, activation: Tensor) -> Tensor:
+        if self.direction == "fwd":
+            returned = self.fn(activation, hook=self.point)
+            return activation if returned is None else returned
+        if activation.requires_grad:
+            activation = activation.clone()
+            activation.register_hook(lambda gradient: self.fn(gradient, hook=self.point))
+        return activation
+
+
+class _ResultSeam:
+    """The functions on one layer's `result`. There while there are any; found on the module that it serves."""
+
+    _KEY = "_mechkit_result_seam"
+
+    def __init__(self, attention: Any) -> None:
+        self._attention = attention
+        self._steps: list[_Step] = []
+        self._z: list[Tensor] = []
+        projection = attention.o.original_component
+        self._handles = [
+            projection.register_forward_pre_hook(lambda _, args: self._z.append(args[0])),
+            attention.o.register_forward_hook(lambda _, args, output: self._output(output)),
+        ]
+
+    @classmethod
+    def of(cls, attention: Any) -> _ResultSeam:
+        if cls._KEY not in attention.__dict__:
+            attention.__dict__[cls._KEY] = cls(attention)
+        seam: _ResultSeam = attention.__dict__[cls._KEY]
+        return seam
+
+    def add(self, step: _Step) -> Callable[[], None]:
+        self._steps.append(step)
+
+        def remove() -> None:
+            self._steps.remove(step)
+            if not self._steps:
+                for handle in self._handles:
+                    handle.remove()
+                self._attention.__dict__.pop(self._KEY, None)
+
+        return remove
+
+    def _output(self, attn_out: Tensor) -> Tensor | None:
+        weight = self._attention.W_O.to(attn_out.dtype)
+        z = einops.rearrange(self._z.pop(), "... (head d_head) -> ... head d_head", head=weight.shape[0])
+        self._z.clear()
+        before = einops.einsum(z, weight, "... head d_head, head d_head d_model -> ... head d_model")
+        after = before.clone()
+        for step in self._steps:
+            after = step.apply(after)
+        if not after.requires_grad and torch.equal(after, before):
+            return None  # only looked at: leave the output bit for bit as it was
+        return attn_out + (after - before).sum(-2)
+
+
+class _SoftmaxSeam:
+    """The functions on one Hugging Face attention's scores and pattern, called from inside its softmax."""
+
+    _KEY = "_mechkit_softmax_seam"
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self.before: list[_Step] = []
+        self.after: list[_Step] = []
+        self._inner = module.__dict__.get("forward")
         call = module.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            with _SoftmaxSeam(fn, point, before, direction):
+            with _InterceptSoftmax(self):
                 return call(*args, **kwargs)
 
         module.__dict__["forward"] = forward
 
+    @classmethod
+    def of(cls, module: nn.Module) -> _SoftmaxSeam:
+        if cls._KEY not in module.__dict__:
+            module.__dict__[cls._KEY] = cls(module)
+        seam: _SoftmaxSeam = module.__dict__[cls._KEY]
+        return seam
+
+    def add(self, step: _Step, before: bool) -> Callable[[], None]:
+        steps = self.before if before else self.after
+        steps.append(step)
+
         def remove() -> None:
-            if inner is None:
-                module.__dict__.pop("forward", None)
-            else:
-                module.__dict__["forward"] = inner
+            steps.remove(step)
+            if not self.before and not self.after:
+                del self._module.__dict__["forward"], self._module.__dict__[self._KEY]
+                if self._inner is not None:
+                    self._module.__dict__["forward"] = self._inner
 
-        self._removers.append(remove)
+        return remove
 
 
-class _SoftmaxSeam(TorchFunctionMode):
-    """While active, passes the input (`before=True`) or output of each attention softmax through a hook function."""
-
+class _InterceptSoftmax(TorchFunctionMode):
     _SOFTMAXES = (torch.nn.functional.softmax, torch.softmax, Tensor.softmax)
 
-    def __init__(self, fn: HookFunction, point: Any, before: bool, direction: str) -> None:
+    def __init__(self, seam: _SoftmaxSeam) -> None:
         super().__init__()
-        self._fn, self._point, self._before, self._direction = fn, point, before, direction
+        self._seam = seam
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -142,29 +202,28 @@ class _SoftmaxSeam(TorchFunctionMode):
         kwargs = kwargs or {}
         if func not in self._SOFTMAXES:
             return func(*args, **kwargs)
-        if self._before:
-            return func(self._apply(args[0]), *args[1:], **kwargs)
-        return self._apply(func(*args, **kwargs))
-
-    def _apply(self, x: Tensor) -> Tensor:
-        if self._direction == "bwd":
-            if x.requires_grad:
-                x = x.clone()
-                x.register_hook(lambda gradient: self._fn(gradient, hook=self._point))
-            return x
-        new = self._fn(x, hook=self._point)
-        return x if new is None else new
+        scores = args[0]
+        for step in self._seam.before:
+            scores = step.apply(scores)
+        pattern = func(scores, *args[1:], **kwargs)
+        for step in self._seam.after:
+            pattern = step.apply(pattern)
+        return pattern
 
 
 def _checked(name: str, fn: HookFunction) -> HookFunction:
-    """`fn`, but a returned tensor of another shape is refused with the hook's name."""
+    """`fn`, but what it returns must fit; the error says which hook it was."""
 
     def call(activation: Tensor, hook: Any) -> Tensor | None:
         returned = fn(activation, hook=hook)
-        if isinstance(returned, Tensor) and returned.shape != activation.shape:
+        if returned is None:
+            return None
+        if not isinstance(returned, Tensor):
+            raise ValueError(f"hook on {name}: expected a tensor or None to be returned, got {type(returned).__name__}")
+        if returned.shape != activation.shape or returned.dtype != activation.dtype:
             raise ValueError(
-                f"hook on {name}: expected the returned activation to have shape {list(activation.shape)}, "
-                f"got {list(returned.shape)}"
+                f"hook on {name}: expected the returned activation to be {activation.dtype} {list(activation.shape)}, "
+                f"got {returned.dtype} {list(returned.shape)}"
             )
         return returned
 
@@ -172,10 +231,13 @@ def _checked(name: str, fn: HookFunction) -> HookFunction:
 
 
 def _writing_in_place(fn: HookFunction) -> HookFunction:
-    def call(activation: Tensor, hook: Any) -> Tensor | None:
-        returned = fn(activation, hook=hook)
+    def call(activation: Tensor, hook: Any) -> None:
+        # Under autograd the function gets a copy: what it saves for its own backward pass must not be overwritten.
+        given = activation.clone() if torch.is_grad_enabled() and activation.requires_grad else activation
+        returned = fn(given, hook=hook)
         if returned is not None and returned is not activation:
             activation.copy_(returned)
-        return None
+        elif returned is None and given is not activation and not torch.equal(given, activation):
+            activation.copy_(given)  # edited in place
 
     return call

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING
 
 import torch
@@ -49,36 +51,35 @@ class Budget:
         floats = suffix * (10 * width + 4 * neurons + 4 * heads * length)  # residuals, MLP, scores and patterns
         floats += length * head * (4 * kv + 2 * heads)  # keys and values, and their copies for every query head
         floats += 4 * logits  # and their softmax
-        if any(group.site.name == "result" for groups in plan.groups.values() for group in groups):
+        if any(group.site.name == "result" for group in plan):
             floats += suffix * 3 * heads * width
         fits = self.bytes // 2 // (floats * _item_size(model))
         if self.tokens is not None:
             fits = min(fits, self.tokens // suffix)
         return max(1, fits)
 
-    def prompts_at_once(self, model: HookedModel, length: int, plan: EditPlan, whole_set: bool) -> int:
-        """Prompts whose recorded runs, and the bookkeeping of their rows, may be kept together."""
-        if whole_set:
-            return 2**62
+    def prompts_at_once(
+        self, model: HookedModel, length: int, sites: Collection[tuple[str, int]], n_cells: int = 0
+    ) -> int:
+        """Prompts whose recorded runs (with these sites), and the bookkeeping of their rows, may be kept together."""
         kv = 2 * model.n_kv_heads * model.d_head
         floats = length * model.n_layers * (model.d_model + kv)
-        floats += sum(_site_floats(model, site, length) for site, _ in plan.sites)
+        floats += sum(_site_floats(model, site, length) for site, _ in sites)
         floats += length * (4 * model.n_heads * length + 4 * (getattr(model.cfg, "d_mlp", None) or 4 * model.d_model))
-        return max(1, self.bytes // 2 // (floats * _item_size(model) + ROW_BYTES * plan.n_cells))
+        return max(1, self.bytes // 2 // (floats * _item_size(model) + ROW_BYTES * n_cells))
 
 
 def _site_floats(model: HookedModel, site: str, length: int) -> int:
-    sizes = {"pos": length, "src": length, "head": model.n_heads, "d_head": model.d_head, "d_model": model.d_model}
-    total = 1
-    for dim in SITES[site].dims:
-        total *= sizes[dim] if dim in sizes else getattr(model.cfg, "d_mlp", None) or 4 * model.d_model
-    return total
+    return prod(model.site_size(site, dim, length) for dim in SITES[site].dims)
 
 
 def _item_size(model: HookedModel) -> int:
     return torch.empty((), dtype=model.dtype).element_size()
 
 
+_CPU_AND_MPS = ("can't allocate memory", "out of memory")
+
+
 def out_of_memory(error: RuntimeError) -> bool:
     """Whether an exception means that the device ran out of memory (a GPU's own error type, or the CPU allocator's text)."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or any(t in str(error) for t in _CPU_AND_MPS)

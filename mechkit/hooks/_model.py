@@ -44,10 +44,12 @@ class HookedModel:
         self.bridge = bridge
         self.name = name
         self.revision = revision
+        self._widths: dict[str, int] = {}
         self._probe = probe  # the untouched Hugging Face model's logits on `probe_tokens`, if there was one
         self._fingerprint: tuple[Any, str] | None = None
-        self._hook_contexts = 0  # how many hooks() bodies are running
-        self.replay_proofs: dict[Any, Any] = {}  # what the replay engine has proved on this model so far
+        with torch.no_grad():  # TransformerLens attaches some hooks of its own in the first forward pass
+            bridge(torch.zeros(1, 1, dtype=torch.long, device=self.device))
+        self._attached_at_rest = self._attached()
         if probe is not None:
             check_logits(self, probe)
 
@@ -179,14 +181,18 @@ class HookedModel:
 
     @property
     def weights_hash(self) -> str:
-        """A short fingerprint of all weights (sums and samples of every tensor); recomputed when a weight changes."""
+        """A short fingerprint of all weights (sums and samples of every tensor).
+
+        It is kept until a weight changes. A change made behind autograd's back (`p.data[3] = 0`) is noticed only if it
+        touches one of 64 sampled entries of the tensor.
+        """
         parameters = list(self.bridge.original_model.named_parameters())
-        state = tuple((p.data_ptr(), p._version) for _, p in parameters)
+        with torch.no_grad():
+            state = tuple((p.data_ptr(), p._version, float(_sampled(p).sum())) for _, p in parameters)
         if self._fingerprint is None or self._fingerprint[0] != state:
             digest = hashlib.sha256()
             for name, p in parameters:
-                flat = p.detach().flatten()
-                sample = flat[:: max(1, flat.numel() // 64)].double().cpu()
+                flat, sample = p.detach().flatten(), _sampled(p)
                 sums = torch.stack([flat.sum(dtype=torch.float64), flat.abs().sum(dtype=torch.float64)]).cpu()
                 digest.update(f"{name}{tuple(p.shape)}{p.dtype}".encode())
                 digest.update(sample.numpy().tobytes() + sums.numpy().tobytes())
@@ -201,8 +207,17 @@ class HookedModel:
 
     @property
     def has_hooks(self) -> bool:
-        """Whether anybody's hooks are attached right now."""
-        return self._hook_contexts > 0 or any(p.fwd_hooks or p.bwd_hooks for p in self._known_names().values())
+        """Whether anybody's hooks, or replaced `forward` methods, are on the model that were not there at the start."""
+        return self._attached() != self._attached_at_rest
+
+    def _attached(self) -> set[tuple[int, str, int]]:
+        found: set[tuple[int, str, int]] = set()
+        for module in self.bridge.modules():
+            for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"):
+                found.update((id(module), kind, number) for number in module.__dict__[kind])
+            if "forward" in module.__dict__:
+                found.add((id(module), "forward", id(module.__dict__["forward"])))
+        return found
 
     # -- tokens --------------------------------------------------------------------------------------------------------
 
@@ -345,6 +360,26 @@ class HookedModel:
         layer = 0 if SITES[site].in_block else None
         return SITES[site].hook_name(layer) in self._known_names()
 
+    def n_heads_at(self, site: str) -> int:
+        """Heads of a site: key-value heads for `k` and `v`."""
+        return self.n_kv_heads if site in ("k", "v") else self.n_heads
+
+    def width_of(self, site: str) -> int:
+        """Entries of a site's last axis: `d_model`, `d_head`, or the MLP's neurons (as the model itself has them)."""
+        return self.site_size(site, SITES[site].dims[-1], 1)
+
+    def site_size(self, site: str, dim: str, length: int) -> int:
+        """How long the axis `dim` of a site's activation is, for prompts of `length` tokens."""
+        if dim == "neuron":
+            if site not in self._widths:
+                with torch.no_grad():
+                    token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+                    _, cache = self.run_with_cache(token, (site, 0))
+                self._widths[site] = int(cache[site, 0].shape[-1])
+            return self._widths[site]
+        sizes = {"pos": length, "src": length, "d_head": self.d_head, "d_model": self.d_model}
+        return sizes[dim] if dim in sizes else self.n_heads_at(site)
+
     @property
     def sites(self) -> list[str]:
         """Short names of all sites that this architecture has."""
@@ -379,11 +414,9 @@ class HookedModel:
                         else:
                             attached.attach(name, fn, "bwd")
             handle = self.bridge.register_forward_hook(lambda *_: ran.append(True))
-            self._hook_contexts += 1
             try:
                 yield self
             finally:
-                self._hook_contexts -= 1
                 handle.remove()
         if ran and silent:
             raise ValueError(
@@ -428,6 +461,7 @@ class HookedModel:
 
             return fn
 
+        whole = positions is None and kwargs.get("attention_mask") is None and not self.has_hooks
         with Hooks(self.bridge) as attached:
             for name in wanted:
                 attached.attach(name, keep(name))
@@ -437,7 +471,9 @@ class HookedModel:
                 f"hooks on {', '.join(missing[:4])} never fired: this model does not compute that activation"
             )
         tokens, _ = self._tokens_and_mask(input, kwargs.get("prepend_bos"), kwargs.get("attention_mask"))
-        return output, ActivationCache(kept, self.n_layers, weights_hash=self.weights_hash, tokens=tokens.cpu())
+        return output, ActivationCache(
+            kept, self.n_layers, weights_hash=self.weights_hash, tokens=tokens.cpu(), whole=whole
+        )
 
     def _default_names(self, name: str) -> bool:
         site, _ = parse_hook_name(name)
@@ -552,6 +588,11 @@ class HookedModel:
         if cap := getattr(config, "final_logit_softcapping", None):  # Gemma 2
             logits = cap * torch.tanh(logits / cap)
         return logits
+
+
+def _sampled(p: Tensor) -> Tensor:
+    flat = p.detach().flatten()
+    return flat[:: max(1, flat.numel() // 64)].double().cpu()
 
 
 def _take(activation: Tensor, positions: int | slice | Sequence[int] | None, axis: int) -> Tensor:

@@ -42,7 +42,7 @@ class Run:
     Attributes:
         tokens: `[prompt pos]`.
         resid: The input of each block, and the final residual stream, each `[prompt pos d_model]`. A run recorded for its
-            sites alone has only the last.
+            sites alone has only the last, and a model without a final norm has none of that.
         last_logits: The model's own logits at the last position, `[prompt d_vocab]`.
         sites: The activations that were asked for, by `(site, layer)`.
         calls: The other arguments of each block's call.
@@ -95,7 +95,8 @@ def record(
             if blocks:
                 for block in model.bridge.blocks:
                     handles.append(block.register_forward_pre_hook(keep_call, with_kwargs=True))
-            handles.append(model.bridge.ln_final.register_forward_pre_hook(keep_final))
+            if getattr(model.bridge, "ln_final", None) is not None:
+                handles.append(model.bridge.ln_final.register_forward_pre_hook(keep_final))
             handles.append(model.bridge.unembed.register_forward_pre_hook(last_position))
             logits = model.bridge(tokens, **({"past_key_values": cache} if blocks else {}))
         finally:

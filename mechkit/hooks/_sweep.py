@@ -6,7 +6,7 @@ For each group of prompts of equal length, in chunks that fit the budget:
 2. Find where each (cell, prompt) row starts to differ. Rows that differ nowhere, or only to the right of what the metric
    reads, have the base run's value and are not computed.
 3. Prove the replay on a sample: a few rows, chosen where a wrong assumption would show, are also answered by whole forward
-   passes. What was proved is remembered on the model; what fails is answered by whole forward passes from then on.
+   passes. Every sweep proves anew: a proof that is remembered goes stale when somebody patches the model.
 4. Replay the rest in batches of rows that start at the same position, sorted by block. A batch that does not fit the
    device is halved, and so is the budget.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,11 +25,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mechkit.hooks._cache import ActivationCache
-from mechkit.hooks._edits import NEVER, Cell, EditPlan, Rows
+from mechkit.hooks._edits import NEVER, SOURCE, Cell, EditGroup, EditPlan, Rows
 from mechkit.hooks._hooking import Hooks
 from mechkit.hooks._memory import Budget, out_of_memory
 from mechkit.hooks._replay import CannotReplayError, PlainBlocks, Replayer, Run, attach_edit, record
-from mechkit.hooks._sites import SITES
 from mechkit.metrics import CallableMetric, Metric
 from mechkit.prompts import Prompts
 from mechkit.result import Cost
@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 
 Values = Mapping[str, Mapping[tuple[str, int], Tensor]]
 
-# Largest difference between a replayed and a whole forward pass that rounding explains, relative to the largest logit.
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
+# Largest difference between a replayed and a whole forward pass that rounding explains, relative to the logits' spread.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +71,7 @@ def sweep(
     source: Prompts | None = None,
     source_sites: ActivationCache | None = None,
     values: Values | None = None,
+    base_is: str = "corrupted",
     source_is: str = "clean",
     budget: int | None = None,
     progress: bool = True,
@@ -87,7 +88,7 @@ def sweep(
         source_sites: The source run's activations, if they are at hand; they must be of exactly these prompts.
         values: `{key: {(site, layer): value}}` for edits with other keys; each value broadcastable to the activation
             `[prompt pos …]`, with a first axis of 1 or of all prompts.
-        source_is: Which of `"clean"` and `"corrupted"` the source run is, for metrics that compare with one of them.
+        base_is, source_is: Which of `"clean"` and `"corrupted"` the two runs are, for metrics that compare with one of them.
         budget: Bytes of working memory to stay within; default half of what the device has free (1 GiB on a CPU).
         progress: Whether long sweeps show a progress bar.
         replay: `False` runs a whole forward pass for every row: the slow way, for comparison.
@@ -95,16 +96,28 @@ def sweep(
     Raises:
         ValueError: wrong lengths or counts, training mode, a site or an index that does not exist, NaN in a run.
     """
-    _check(model, base, source, metric, cells)
     plan = EditPlan(cells, model.n_layers)
+    runs = {base_is: "base", source_is: "source"} if source is not None else {base_is: "base"}
     state = _State(
-        model, base, source, source_sites, values or {}, plan, metric, source_is, Budget.of(model, budget), replay
+        model, base, source, source_sites, values or {}, plan, metric, runs, Budget.of(model, budget), replay
     )
+    _check(state)
     bar = tqdm(total=len(cells) * len(base), disable=None if progress else True, unit="row", leave=False, delay=2)
     with bar:
-        for length, prompts in base.by_length().items():
-            for chunk in _chunks(prompts, state.budget.prompts_at_once(model, length, plan, state.whole_set)):
-                _sweep_chunk(state, chunk, bar)
+        for length, prompts in sorted(base.by_length().items(), reverse=True):  # a proof holds for shorter prompts too
+            todo = list(prompts)
+            while todo:
+                at_once = len(todo)
+                if not state.whole_set:
+                    at_once = state.budget.prompts_at_once(model, length, plan.sites, plan.n_cells)
+                try:
+                    _sweep_chunk(state, todo[:at_once], bar)
+                except RuntimeError as error:  # while recording; batches look after themselves
+                    if not out_of_memory(error) or state.whole_set or min(at_once, len(todo)) == 1:
+                        raise
+                    state.budget.halve()
+                    continue
+                todo = todo[at_once:]
     return Answers(
         state.values,
         state.base_metric,
@@ -125,9 +138,10 @@ class _State:
     constants: Values
     plan: EditPlan
     metric: Metric | CallableMetric
-    source_is: str
+    runs: Mapping[str, str]  # "clean" or "corrupted" -> which of "base" and "source" it is
     budget: Budget
     replay: bool
+    proofs: dict[tuple[bool, ...], Proof] = field(default_factory=dict)
     block_tokens: int = 0
     fallback: str | None = None
     unembeds: bool = True
@@ -178,9 +192,16 @@ class _Chunk:
         assert isinstance(metric, Metric)
         reference = None
         if metric.reference is not None:
-            run = self.source if metric.reference == self.state.source_is and self.source is not None else self.run
-            reference = _widen(self.logits_of(run)[torch.from_numpy(prompt).to(logits.device)])
+            reference = self.reference_logits[torch.from_numpy(prompt).to(logits.device)]
         return metric.read(_widen(logits), torch.from_numpy(self.ids[prompt]).to(logits.device), reference).cpu()
+
+    @cached_property
+    def reference_logits(self) -> Tensor:
+        """The logits of the unedited run that the metric compares with, `[prompt token]`."""
+        assert isinstance(self.state.metric, Metric)
+        run = self.run if self.state.runs[str(self.state.metric.reference)] == "base" else self.source
+        assert run is not None
+        return _widen(self.logits_of(run))
 
     def logits_of(self, run: Run) -> Tensor:
         """The logits that the metric reads in an unedited run, `[prompt token]`."""
@@ -282,11 +303,13 @@ def _run_chunk(state: _State, ids: np.ndarray) -> _Chunk:
 
 def _reads_logits_off_residual(model: HookedModel, run: Run) -> bool:
     """Whether `model.unembed` of the final residual stream gives the model's own logits (encoders have more in between)."""
-    expected = run.last_logits[:1]
-    found = model.unembed(run.resid[-1][:1, -1])
-    if found.shape != expected.shape:
+    if getattr(model.bridge, "ln_final", None) is None:
         return False
-    return not float((found - expected).abs().max()) > TOLERANCE[model.dtype] * float(expected.abs().max())
+    found = model.unembed(run.resid[-1][:1, -1])
+    return (
+        found.shape == run.last_logits[:1].shape
+        and not _difference(found, run.last_logits[:1]) > TOLERANCE[model.dtype]
+    )
 
 
 def _first_differences(state: _State, ids: np.ndarray) -> np.ndarray:
@@ -361,7 +384,7 @@ def _whole_forward(chunk: _Chunk, rows: Rows) -> Float[Tensor, "row pos d_vocab"
     state = chunk.state
     whole = Rows(rows.cell, rows.prompt, rows.prompt_id, 0)
     with Hooks(state.model.bridge) as hooks:
-        for group in (group for groups in state.plan.groups.values() for group in groups):
+        for group in state.plan:
             attach_edit(hooks, group, whole, chunk.lookup, group.layer)
         logits = state.model.bridge(chunk.tokens[torch.from_numpy(rows.prompt)])
     state.block_tokens += len(rows) * chunk.run.length * state.model.n_layers
@@ -384,39 +407,52 @@ def _proved_replayer(chunk: _Chunk, start: np.ndarray, absent: np.ndarray) -> Re
         state.fallback = "other hooks are attached to the model"
     else:
         skips = bool((start == NEVER).any()), bool(((start > 0) & (start < NEVER)).any())
-        subject = (model.weights_hash, state.plan.site_names, state.reads_last, *skips)
-        proof = model.replay_proofs.get(subject)
-        if proof is None or (proof.refuted is None and proof.length < chunk.run.length):
-            proof = model.replay_proofs[subject] = _prove(chunk, start, absent)
-        if proof.refuted is None:
-            return Replayer(model, chunk.run, PlainBlocks(model.bridge) if proof.plain else None)
-        state.fallback = proof.refuted
+        if skips not in state.proofs:
+            proof = _prove(chunk, start, absent)
+            if proof is None:
+                return Replayer(model, chunk.run, None)  # all prompts lack the cells' positions: there are no rows
+            state.proofs[skips] = proof
+        if state.proofs[skips].refuted is None:
+            return Replayer(model, chunk.run, PlainBlocks(model.bridge) if state.proofs[skips].plain else None)
+        state.fallback = state.proofs[skips].refuted
     return None
 
 
 @dataclass(frozen=True)
 class Proof:
-    """What was found when replayed rows were compared with whole forward passes, for one kind of sweep of one model.
+    """What was found when replayed rows were compared with whole forward passes.
 
     Attributes:
-        length: The prompt length it was tried with; longer prompts are tried again.
         plain: Whether plain blocks may be used where nothing is edited; else the bridge's own.
         refuted: Why replaying is not possible; `None` if it is.
     """
 
-    length: int
     plain: bool
     refuted: str | None
 
 
-def _prove(chunk: _Chunk, start: np.ndarray, absent: np.ndarray) -> Proof:
-    """Tries plain blocks first, then the bridge's."""
-    model, length = chunk.state.model, chunk.run.length
+def _prove(chunk: _Chunk, start: np.ndarray, absent: np.ndarray) -> Proof | None:
+    """Tries plain blocks first, then the bridge's. `None` if there was nothing to try."""
     moving, still = _sample(chunk, start, absent)
-    found = [_refute(chunk, moving, still, PlainBlocks(model.bridge))]
+    if moving is None and still is None:
+        return None
+    if not _equal_before_the_first_difference(chunk):
+        return Proof(plain=False, refuted="the two runs differ before their first different token: not a causal model")
+    found = [_refute(chunk, moving, still, PlainBlocks(chunk.state.model.bridge))]
     if found[0] is not None:
         found.append(_refute(chunk, moving, still, None))
-    return Proof(length, plain=found[0] is None, refuted=found[-1])
+    return Proof(plain=found[0] is None, refuted=found[-1])
+
+
+def _equal_before_the_first_difference(chunk: _Chunk) -> bool:
+    """Whether base and source run end in the same residual stream wherever they have read the same tokens."""
+    if chunk.source is None:
+        return True
+    base, source = chunk.run.resid[-1], chunk.source.resid[-1]
+    positions = torch.arange(chunk.run.length, device=base.device)
+    shared = positions < torch.from_numpy(_first_differences(chunk.state, chunk.ids)).to(base.device)[:, None]
+    largest = (base - source).abs().amax(-1)[shared].max() if bool(shared.any()) else torch.zeros(())
+    return not float(largest) > TOLERANCE[chunk.state.model.dtype] * float(base.abs().max())
 
 
 def _refute(chunk: _Chunk, moving: Rows | None, still: Rows | None, plain: PlainBlocks | None) -> str | None:
@@ -436,10 +472,16 @@ def _refute(chunk: _Chunk, moving: Rows | None, still: Rows | None, plain: Plain
         return f"blocks cannot be replayed: {error}"
     state.block_tokens += replayer.block_tokens
     for replayed, expected in pairs:
-        difference = float((replayed - expected).abs().max() / expected.abs().max())
+        difference = _difference(replayed, expected)
         if difference > TOLERANCE[model.dtype]:
-            return f"replayed rows differ from whole forward passes by {difference:.1e} of the largest logit"
+            return f"replayed rows differ from whole forward passes by {difference:.1e} of the logits' spread"
     return None
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    """The largest difference of logits `[row d_vocab]`, as a share of their spread around each row's mean."""
+    found, expected = (x.double() - x.double().mean(-1, keepdim=True) for x in (found, expected))
+    return float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
 
 
 def _sample(chunk: _Chunk, start: np.ndarray, absent: np.ndarray) -> tuple[Rows | None, Rows | None]:
@@ -465,43 +507,91 @@ def _sample(chunk: _Chunk, start: np.ndarray, absent: np.ndarray) -> tuple[Rows 
 # -- refusing bad input ------------------------------------------------------------------------------------------------
 
 
-def _check(
-    model: HookedModel,
-    base: Prompts,
-    source: Prompts | None,
-    metric: Metric | CallableMetric,
-    cells: Sequence[Cell],
-) -> None:
+def _check(state: _State) -> None:
+    model, base, source, metric = state.model, state.base, state.source, state.metric
     if model.training:
         raise ValueError("model: expected evaluation mode, got training mode (dropout would be on). Call model.eval()")
-    if source is not None and base.lengths.tolist() != source.lengths.tolist():
-        row = (base.lengths != source.lengths).nonzero()[0] if len(base) == len(source) else None
-        raise ValueError(f"source: expected prompts of the base prompts' lengths; they differ at pair {row}")
+    if source is not None and len(source) != len(base):
+        raise ValueError(f"source: expected {len(base)} prompts, one for each base prompt; got {len(source)}")
+    if source is not None and bool((different := base.lengths != source.lengths).any()):
+        row = int(different.nonzero()[0])
+        raise ValueError(
+            f"source: expected prompts as long as the base prompts; number {row} has {int(source.lengths[row])} tokens, and "
+            f"its base prompt {int(base.lengths[row])}"
+        )
     for name, prompts in (("base", base), ("source", source)):
-        for i, row in enumerate(prompts.tokens if prompts is not None else ()):
-            if int(row.max()) >= model.d_vocab or int(row.min()) < 0:
-                raise ValueError(f"{name} prompt {i}: expected token ids in 0..{model.d_vocab - 1}, got {row.tolist()}")
+        for i, tokens in enumerate(prompts.tokens if prompts is not None else ()):
+            check_tokens(model, tokens, f"{name} prompt {i}")
     if isinstance(metric, Metric):
-        if metric.n_prompts != len(base):
-            raise ValueError(f"metric: it was made for {metric.n_prompts} prompts, but there are {len(base)}")
-        if metric.tokens is not None and int(metric.tokens.max()) >= model.d_vocab:
-            raise ValueError(
-                f"metric: expected answer tokens in 0..{model.d_vocab - 1} (the model's vocabulary), got "
-                f"{int(metric.tokens.max())}"
-            )
+        _check_metric(state, metric)
     elif len(base.by_length()) > 1:
         raise ValueError(
             f"metric: a plain callable needs prompts of one length, got lengths {sorted(base.by_length())}. Use one of "
             "mechkit's metrics, which know where each prompt ends, or pass prompts of one length"
         )
-    if not cells:
+    if state.plan.n_cells == 0:
         raise ValueError("cells: expected at least one, got none")
-    known: dict[tuple[str, int], bool] = {}
-    for cell in cells:
-        for edit in cell:
-            if (edit.site, edit.layer) not in known:
-                model.hook_names((edit.site, edit.layer) if SITES[edit.site].in_block else edit.site)
-                known[edit.site, edit.layer] = True
+    for group in state.plan:
+        _check_group(state, group)
+
+
+def check_tokens(model: HookedModel, tokens: Tensor, what: str) -> None:
+    """Raises `ValueError` for ids outside the vocabulary and for prompts longer than the model's learned positions."""
+    if int(tokens.max()) >= model.d_vocab or int(tokens.min()) < 0:
+        raise ValueError(f"{what}: expected token ids in 0..{model.d_vocab - 1}, got {tokens.tolist()}")
+    longest = getattr(model.cfg, "n_ctx", None)
+    if longest is not None and model.cfg.positional_embedding_type == "standard" and len(tokens) > longest:
+        raise ValueError(f"{what}: expected at most {longest} tokens, the model's learned positions; got {len(tokens)}")
+
+
+def _check_metric(state: _State, metric: Metric) -> None:
+    n, lengths = len(state.base), state.base.lengths
+    if metric.n_prompts != n:
+        raise ValueError(f"metric: it was made for {metric.n_prompts} prompts, but there are {n}")
+    if metric.lengths is not None and not torch.equal(metric.lengths, lengths):
+        raise ValueError("metric: it was made for prompts of other lengths; make it from the pairs that are swept")
+    if not bool(((metric.positions >= 0) & (metric.positions < lengths)).all()):
+        raise ValueError(
+            f"metric: expected positions within the prompts (lengths {lengths.tolist()}), got {metric.positions}"
+        )
+    if metric.tokens is not None and int(metric.tokens.max()) >= state.model.d_vocab:
+        raise ValueError(
+            f"metric: expected answer tokens in 0..{state.model.d_vocab - 1} (the model's vocabulary), got "
+            f"{int(metric.tokens.max())}"
+        )
+    if metric.reference is not None and metric.reference not in state.runs:
+        raise ValueError(
+            f"metric: {metric.name!r} compares with the {metric.reference} run, but this sweep runs {' and '.join(state.runs)} "
+            "alone"
+        )
+
+
+def _check_group(state: _State, group: EditGroup) -> None:
+    """Every edit's indices and value fit the model and the prompts."""
+    model, site, n, longest = state.model, group.site, len(state.base), int(state.base.lengths.max())
+    model.hook_names((site.name, group.layer) if site.in_block else site.name)
+    if group.head is not None and group.head.max() >= (heads := model.n_heads_at(site.name)):
+        raise ValueError(f"head: site {site.name!r} has {heads} heads, got index {group.head.max()}")
+    if group.neuron is not None and group.neuron.max() >= (width := model.width_of(site.name)):
+        raise ValueError(
+            f"neuron: the last axis of site {site.name!r} has {width} entries, got index {group.neuron.max()}"
+        )
+    if group.pos is not None and group.pos.shape[1] not in (1, n):
+        raise ValueError(f"pos: expected one position, or one for each of {n} prompts; got {group.pos.shape[1]}")
+    if group.value == SOURCE:
+        if state.source is None:
+            raise ValueError("source: an edit takes its value from the source run, but no source prompts were given")
+        return
+    value = state.constants.get(group.value, {}).get((site.name, group.layer))
+    if value is None:
+        raise ValueError(f"values: there is none under {group.value!r} for {(site.name, group.layer)}")
+    full = [n, *(model.site_size(site.name, dim, longest) for dim in site.dims)]
+    if value.ndim != len(full) or any(have not in (1, want) for have, want in zip(value.shape, full, strict=True)):
+        axes = ("prompt", *site.dims)
+        raise ValueError(
+            f"values[{group.value!r}][{(site.name, group.layer)}]: expected axes {axes} of sizes {full}, or 1 where the value is "
+            f"the same for all; got shape {list(value.shape)}"
+        )
 
 
 def _refuse_nan(state: _State, chunk: _Chunk, answer: Tensor, absent: np.ndarray) -> None:
@@ -520,8 +610,3 @@ def _where_nan_began(model: HookedModel, run: Run) -> str:
             place = "the embedding" if layer == 0 else f"block {layer - 1}"
             return f"expected finite activations, got NaN or inf out of {place} for prompts {bad[:5]}"
     return "expected a finite metric, got NaN or inf; the weights may hold NaN, or the dtype overflow"
-
-
-def _chunks(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    for i in range(0, len(items), size):
-        yield items[i : i + size]
