@@ -171,25 +171,33 @@ def with_nnsight(args: argparse.Namespace, model: Any, pairs: Any, site: str, ov
     grid = cells(model, clean.shape[1], over)
     chosen = sample(len(grid), max(1, args.cells // 6))
 
+    # nnsight reads the source of each `with … trace` body: keep them plain.
     def activations(tokens: torch.Tensor) -> list[torch.Tensor]:
-        with torch.no_grad(), language_model.trace(tokens):
-            kept = [(layer.self_attn.o_proj.input if site == "z" else layer.input).save() for layer in layers]
+        kept = []
+        for layer in layers:
+            with language_model.trace(tokens):
+                value = (layer.self_attn.o_proj.input if site == "z" else layer.input).save()
+            kept.append(value.detach())
         return kept
 
-    def sweep() -> list[float]:
-        source, values = activations(clean), []
-        for i in chosen:
-            at = grid[i]
-            rows = slice(None) if "pos" not in at else at["pos"]
-            units = slice(None) if "head" not in at else slice(at["head"] * width, (at["head"] + 1) * width)
-            with torch.no_grad(), language_model.trace(corrupted):
-                layer = layers[at["layer"]]
-                target = layer.self_attn.o_proj.input if site == "z" else layer.input
-                target[:, rows, units] = source[at["layer"]][:, rows, units]
-                logits = language_model.lm_head.output.save()
-            values.append(float(metric(logits)))
-        return values
+    def patched(at: dict[str, int], source: torch.Tensor) -> torch.Tensor:
+        rows = slice(None) if "pos" not in at else at["pos"]
+        units = slice(None) if "head" not in at else slice(at["head"] * width, (at["head"] + 1) * width)
+        layer = layers[at["layer"]]
+        with language_model.trace(corrupted):
+            if site == "z":
+                layer.self_attn.o_proj.input[:, rows, units] = source[:, rows, units]
+            else:
+                layer.input[:, rows, units] = source[:, rows, units]
+            logits = language_model.lm_head.output.save()
+        return logits
 
+    def sweep() -> list[float]:
+        with torch.no_grad():
+            return [float(metric(patched(grid[i], source[grid[i]["layer"]]))) for i in chosen]
+
+    with torch.no_grad():
+        source = activations(clean)
     seconds, values = clock(args.device, sweep)
     return sampled(seconds, values, chosen, len(grid))
 

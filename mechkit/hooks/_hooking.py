@@ -31,6 +31,14 @@ HookFunction = Callable[..., Tensor | None]  # fn(activation, hook=hook_point) -
 Direction = Literal["fwd", "bwd"]
 
 
+def hook_points(bridge: Any) -> dict[str, Any]:
+    """All hook points by full name. TransformerLens makes this dictionary anew at each look, which takes longer than a block."""
+    if "_mechkit_hook_points" not in bridge.__dict__:
+        bridge.__dict__["_mechkit_hook_points"] = bridge.hook_dict
+    points: dict[str, Any] = bridge.__dict__["_mechkit_hook_points"]
+    return points
+
+
 class Hooks:
     """A set of attached hooks; a context manager that removes them on the way out, exception or not."""
 
@@ -57,7 +65,7 @@ class Hooks:
         A forward function may return a new activation of the same shape. A backward one gets the gradient.
         """
         site, layer = parse_hook_name(name)
-        point = self._bridge.hook_dict[name]
+        point = hook_points(self._bridge)[name]
         step = _Step(_checked(name, fn), point, direction)
         if site is not None and site.name == "result":
             self._removers.append(_ResultSeam.of(self._bridge.blocks[layer].attn).add(step))
@@ -71,7 +79,7 @@ class Hooks:
             self._attach_to_point(name, _writing_in_place(step.fn) if in_place else step.fn, direction)
 
     def _attach_to_point(self, name: str, fn: HookFunction, direction: Direction) -> None:
-        point = self._bridge.hook_dict[name]
+        point = hook_points(self._bridge)[name]
         handle = point.add_hook(fn, dir=direction, alias_names=[name])
         handles = point.fwd_hooks if direction == "fwd" else point.bwd_hooks
 

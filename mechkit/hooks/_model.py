@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mechkit.hooks import _load
 from mechkit.hooks._cache import ActivationCache
-from mechkit.hooks._hooking import HookFunction, Hooks
+from mechkit.hooks._hooking import HookFunction, Hooks, hook_points
 from mechkit.hooks._sites import SITES, parse_hook_name
 from mechkit.hooks._validate import ValidationReport, check_logits, validate
 
@@ -353,7 +353,7 @@ class HookedModel:
         return full
 
     def _known_names(self) -> Mapping[str, Any]:
-        return self.bridge.hook_dict
+        return hook_points(self.bridge)
 
     def has_site(self, site: str) -> bool:
         """Whether this architecture has the site (parallel blocks have no `resid_mid`, attention-only models no MLP)."""

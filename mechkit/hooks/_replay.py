@@ -214,9 +214,14 @@ class Replayer:
             n_edited, n = len(hidden), int((entry <= layer).sum())
             if n > n_edited:
                 hidden = torch.cat([hidden, self.run.resid[layer][prompt[n_edited:n], rows.start :]])
-            groups = plan.groups.get(layer, ())
+            groups = plan.groups.get(layer, [])
+            for group in groups:
+                if group.site.name in ("resid_pre", "resid_post"):
+                    write(group, rows[:n], hidden, lookup)  # what the block is about to read: no hook is needed
+            groups = [group for group in groups if group.site.name not in ("resid_pre", "resid_post")]
             # The first rows have their edits behind them, unless a cell edits several layers.
             n_plain = 0 if any(len(group.match(rows.cell[:n_edited])[0]) for group in groups) else n_edited
+            n_plain = n_plain if groups else n
             last = read_last and layer == n_layers - 1
             hidden = self._block(layer, hidden, prompt[:n], rows[:n], groups, lookup, n_plain, last)
         if read_last:
@@ -249,7 +254,7 @@ class Replayer:
             edited = rows[n_plain:]
             with Hooks(self.model.bridge) as hooks:
                 for group in groups:
-                    attach_edit(hooks, group, edited, lookup, layer)
+                    attach_edit(hooks, group, edited, lookup)
                 cache = self._prefix(layer, prompt[n_plain:], rows.start)
                 output = self._call(layer, hidden[n_plain:], cache, rows.start, hooked=True)
             parts.append(output[:, -1:] if last else output)
@@ -310,14 +315,11 @@ class Replayer:
         raise CannotReplayError(f"its blocks take an argument {name!r} {list(value.shape)} of unknown meaning")
 
 
-def attach_edit(hooks: Hooks, group: EditGroup, rows: Rows, lookup: ValueLookup, layer: int) -> None:
-    """Writes an edit group whenever block `layer` computes its site (for `resid_post`, the next block's input)."""
-    name = group.site.hook_name(group.layer)
-    if group.layer != layer:
-        name = SITES["resid_pre"].hook_name(layer)
+def attach_edit(hooks: Hooks, group: EditGroup, rows: Rows, lookup: ValueLookup) -> None:
+    """Writes an edit group whenever the model computes its site."""
 
     def edit(activation: Tensor, hook: Any) -> Tensor:
         write(group, rows, activation, lookup)
         return activation
 
-    hooks.attach(name, edit)
+    hooks.attach(group.site.hook_name(group.layer), edit)

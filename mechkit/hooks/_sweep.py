@@ -385,7 +385,7 @@ def _whole_forward(chunk: _Chunk, rows: Rows) -> Float[Tensor, "row pos d_vocab"
     whole = Rows(rows.cell, rows.prompt, rows.prompt_id, 0)
     with Hooks(state.model.bridge) as hooks:
         for group in state.plan:
-            attach_edit(hooks, group, whole, chunk.lookup, group.layer)
+            attach_edit(hooks, group, whole, chunk.lookup)
         logits = state.model.bridge(chunk.tokens[torch.from_numpy(rows.prompt)])
     state.block_tokens += len(rows) * chunk.run.length * state.model.n_layers
     return logits
