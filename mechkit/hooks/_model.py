@@ -208,15 +208,21 @@ class HookedModel:
     @property
     def has_hooks(self) -> bool:
         """Whether anybody's hooks, or replaced `forward` methods, are on the model that were not there at the start."""
-        return self._attached() != self._attached_at_rest
+        at_rest = self._attached_at_rest
+        return any(count > at_rest.get(where, 0) for where, count in self._attached().items())
 
-    def _attached(self) -> set[tuple[int, str, int]]:
-        found: set[tuple[int, str, int]] = set()
+    def _attached(self) -> dict[tuple[int, str], int]:
+        """How many hooks there are on each module, without those that the two libraries put on for their own ends."""
+        points = {id(point) for point in self._known_names().values()}
+        found: dict[tuple[int, str], int] = {}
         for module in self.bridge.modules():
             for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"):
-                found.update((id(module), kind, number) for number in module.__dict__[kind])
+                for fn in module.__dict__[kind].values():
+                    theirs = str(getattr(fn, "__module__", "")).startswith(("transformers.", "transformer_lens."))
+                    if id(module) in points or not theirs:
+                        found[id(module), kind] = found.get((id(module), kind), 0) + 1
             if "forward" in module.__dict__:
-                found.add((id(module), "forward", id(module.__dict__["forward"])))
+                found[id(module), f"forward {id(module.__dict__['forward'])}"] = 1
         return found
 
     # -- tokens --------------------------------------------------------------------------------------------------------
