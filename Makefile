@@ -26,7 +26,7 @@ lint: .venv/.installed ## check style, formatting and types
 	@$(PY) -m mypy
 
 bench: .venv/.installed-bench ## time the same sweep in mechkit, TransformerLens and nnsight
-	@$(PY) benchmarks/patching.py
+	@$(PY) benchmarks/patching.py --cells 150
 
 clean: ## remove caches and build products; .venv and out/ stay
 	@rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
