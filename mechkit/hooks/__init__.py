@@ -1,6 +1,7 @@
 """HookedModel, sites, caches, and the replay engine. The only part of mechkit that imports transformer_lens."""
 
 from mechkit.hooks._cache import ActivationCache as ActivationCache
+from mechkit.hooks._checks import check_tokens as check_tokens
 from mechkit.hooks._edits import Cell as Cell
 from mechkit.hooks._edits import Edit as Edit
 from mechkit.hooks._memory import Budget as Budget
@@ -10,6 +11,5 @@ from mechkit.hooks._sites import SITES as SITES
 from mechkit.hooks._sites import Site as Site
 from mechkit.hooks._sites import get_site as get_site
 from mechkit.hooks._sweep import Answers as Answers
-from mechkit.hooks._sweep import check_tokens as check_tokens
 from mechkit.hooks._sweep import sweep as sweep
 from mechkit.hooks._validate import ValidationReport as ValidationReport

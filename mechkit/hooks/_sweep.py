@@ -25,7 +25,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mechkit.hooks._cache import ActivationCache
-from mechkit.hooks._edits import NEVER, SOURCE, Cell, EditGroup, EditPlan, Rows
+from mechkit.hooks._checks import check_sweep
+from mechkit.hooks._edits import NEVER, Cell, EditPlan, Rows
 from mechkit.hooks._hooking import Hooks
 from mechkit.hooks._memory import Budget, out_of_memory
 from mechkit.hooks._replay import CannotReplayError, PlainBlocks, Replayer, Run, attach_edit, record
@@ -101,7 +102,7 @@ def sweep(
     state = _State(
         model, base, source, source_sites, values or {}, plan, metric, runs, Budget.of(model, budget), replay
     )
-    _check(state)
+    check_sweep(state)
     bar = tqdm(total=len(cells) * len(base), disable=None if progress else True, unit="row", leave=False, delay=2)
     with bar:
         for length, prompts in sorted(base.by_length().items(), reverse=True):  # a proof holds for shorter prompts too
@@ -504,94 +505,7 @@ def _sample(chunk: _Chunk, start: np.ndarray, absent: np.ndarray) -> tuple[Rows 
     return moving, still
 
 
-# -- refusing bad input ------------------------------------------------------------------------------------------------
-
-
-def _check(state: _State) -> None:
-    model, base, source, metric = state.model, state.base, state.source, state.metric
-    if model.training:
-        raise ValueError("model: expected evaluation mode, got training mode (dropout would be on). Call model.eval()")
-    if source is not None and len(source) != len(base):
-        raise ValueError(f"source: expected {len(base)} prompts, one for each base prompt; got {len(source)}")
-    if source is not None and bool((different := base.lengths != source.lengths).any()):
-        row = int(different.nonzero()[0])
-        raise ValueError(
-            f"source: expected prompts as long as the base prompts; number {row} has {int(source.lengths[row])} tokens, and "
-            f"its base prompt {int(base.lengths[row])}"
-        )
-    for name, prompts in (("base", base), ("source", source)):
-        for i, tokens in enumerate(prompts.tokens if prompts is not None else ()):
-            check_tokens(model, tokens, f"{name} prompt {i}")
-    if isinstance(metric, Metric):
-        _check_metric(state, metric)
-    elif len(base.by_length()) > 1:
-        raise ValueError(
-            f"metric: a plain callable needs prompts of one length, got lengths {sorted(base.by_length())}. Use one of "
-            "mechkit's metrics, which know where each prompt ends, or pass prompts of one length"
-        )
-    if state.plan.n_cells == 0:
-        raise ValueError("cells: expected at least one, got none")
-    for group in state.plan:
-        _check_group(state, group)
-
-
-def check_tokens(model: HookedModel, tokens: Tensor, what: str) -> None:
-    """Raises `ValueError` for ids outside the vocabulary and for prompts longer than the model's learned positions."""
-    if int(tokens.max()) >= model.d_vocab or int(tokens.min()) < 0:
-        raise ValueError(f"{what}: expected token ids in 0..{model.d_vocab - 1}, got {tokens.tolist()}")
-    longest = getattr(model.cfg, "n_ctx", None)
-    if longest is not None and model.cfg.positional_embedding_type == "standard" and len(tokens) > longest:
-        raise ValueError(f"{what}: expected at most {longest} tokens, the model's learned positions; got {len(tokens)}")
-
-
-def _check_metric(state: _State, metric: Metric) -> None:
-    n, lengths = len(state.base), state.base.lengths
-    if metric.n_prompts != n:
-        raise ValueError(f"metric: it was made for {metric.n_prompts} prompts, but there are {n}")
-    if metric.lengths is not None and not torch.equal(metric.lengths, lengths):
-        raise ValueError("metric: it was made for prompts of other lengths; make it from the pairs that are swept")
-    if not bool(((metric.positions >= 0) & (metric.positions < lengths)).all()):
-        raise ValueError(
-            f"metric: expected positions within the prompts (lengths {lengths.tolist()}), got {metric.positions}"
-        )
-    if metric.tokens is not None and int(metric.tokens.max()) >= state.model.d_vocab:
-        raise ValueError(
-            f"metric: expected answer tokens in 0..{state.model.d_vocab - 1} (the model's vocabulary), got "
-            f"{int(metric.tokens.max())}"
-        )
-    if metric.reference is not None and metric.reference not in state.runs:
-        raise ValueError(
-            f"metric: {metric.name!r} compares with the {metric.reference} run, but this sweep runs {' and '.join(state.runs)} "
-            "alone"
-        )
-
-
-def _check_group(state: _State, group: EditGroup) -> None:
-    """Every edit's indices and value fit the model and the prompts."""
-    model, site, n, longest = state.model, group.site, len(state.base), int(state.base.lengths.max())
-    model.hook_names((site.name, group.layer) if site.in_block else site.name)
-    if group.head is not None and group.head.max() >= (heads := model.n_heads_at(site.name)):
-        raise ValueError(f"head: site {site.name!r} has {heads} heads, got index {group.head.max()}")
-    if group.neuron is not None and group.neuron.max() >= (width := model.width_of(site.name)):
-        raise ValueError(
-            f"neuron: the last axis of site {site.name!r} has {width} entries, got index {group.neuron.max()}"
-        )
-    if group.pos is not None and group.pos.shape[1] not in (1, n):
-        raise ValueError(f"pos: expected one position, or one for each of {n} prompts; got {group.pos.shape[1]}")
-    if group.value == SOURCE:
-        if state.source is None:
-            raise ValueError("source: an edit takes its value from the source run, but no source prompts were given")
-        return
-    value = state.constants.get(group.value, {}).get((site.name, group.layer))
-    if value is None:
-        raise ValueError(f"values: there is none under {group.value!r} for {(site.name, group.layer)}")
-    full = [n, *(model.site_size(site.name, dim, longest) for dim in site.dims)]
-    if value.ndim != len(full) or any(have not in (1, want) for have, want in zip(value.shape, full, strict=True)):
-        axes = ("prompt", *site.dims)
-        raise ValueError(
-            f"values[{group.value!r}][{(site.name, group.layer)}]: expected axes {axes} of sizes {full}, or 1 where the value is "
-            f"the same for all; got shape {list(value.shape)}"
-        )
+# -- refusing NaN ------------------------------------------------------------------------------------------------------
 
 
 def _refuse_nan(state: _State, chunk: _Chunk, answer: Tensor, absent: np.ndarray) -> None:
