@@ -63,9 +63,9 @@ def test_equals_transformer_lens_sweeps(smollm2, pairs):
 
 
 def test_head_23_3_dominates(smollm2, pairs):
-    heads = mk.activation_patching(smollm2, pairs, mk.logit_diff(pairs), layers=[19, 23, 26], progress=False)
+    heads = mk.activation_patching(smollm2, pairs, mk.logit_diff(pairs), layers=range(19, 29), progress=False)
     assert heads.mean("prompt").normalized().top(1)[0].label == "L23H3"
-    assert heads.cost.speedup > 4  # a sweep this small feels the cost of its proof
+    assert heads.cost.speedup > 5
 
 
 def test_results_survive_the_disk(smollm2, pairs, tmp_path):
