@@ -85,7 +85,7 @@ def make_grid(
         cells.append((edit,))
     coords = {dim: tuple(index[dim]) for dim in dims}
     if "pos" in coords:
-        coords["pos"] = _position_labels(prompts, index["pos"])
+        coords["pos"] = position_labels(prompts, index["pos"])
     return Grid(found, dims, coords, cells)
 
 
@@ -113,21 +113,25 @@ def to_result(
         base=base,
         metric=metric.name,
         unit=metric.unit,
-        provenance={
-            "model": model.name,
-            "revision": model.revision,
-            "weights_hash": model.weights_hash,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "tokens_hash": prompts.hash(),
-            "n_prompts": len(prompts),
-            "mechkit": __version__,
-            "site": grid.site.name,
-            "over": " ".join(grid.dims),
-            "replay": answers.replay,
-            **provenance,
-        },
+        provenance=provenance_of(
+            model, prompts, site=grid.site.name, over=" ".join(grid.dims), replay=answers.replay, **provenance
+        ),
         cost=answers.cost,
     )
+
+
+def provenance_of(model: HookedModel, prompts: Prompts, **more: Any) -> dict[str, Any]:
+    """Where a result comes from: the model, the prompts, this mechkit, and the technique's own arguments."""
+    return {
+        "model": model.name,
+        "revision": model.revision,
+        "weights_hash": model.weights_hash,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "tokens_hash": prompts.hash(),
+        "n_prompts": len(prompts),
+        "mechkit": __version__,
+        **more,
+    }
 
 
 def split_prompts(prompts: PromptPairs | Prompts) -> tuple[Prompts, Mapping[str, torch.Tensor], str]:
@@ -174,7 +178,7 @@ def _named_positions(named: Mapping[str, torch.Tensor], chosen: Sequence[Any] | 
     return names
 
 
-def _position_labels(prompts: Prompts, index: Sequence[int]) -> tuple[int | str, ...]:
+def position_labels(prompts: Prompts, index: Sequence[int]) -> tuple[int | str, ...]:
     """Token and position (`'" Mary" 3'`) where all prompts agree on the token, else the position alone."""
     if prompts.str_tokens is None:
         return tuple(index)

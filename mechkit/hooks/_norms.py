@@ -1,0 +1,74 @@
+"""A norm with its scale held fixed: the one step that makes direct logit attribution and relevance propagation linear.
+
+LayerNorm, RMSNorm and their variants (Gemma's gain of 1 + w, norms without a bias or without any weight) all compute
+
+    y = scale(x) * gain * x + bias,    with x centred first in LayerNorm,
+
+where only `scale` depends on x. What a module's gain and bias are, and whether it centres, is *measured* from the module
+itself, so that no list of classes is needed, and whatever is not a norm of this form is refused.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+# How far a norm's output may be from what the measured form says, relative to the output's largest entry.
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
+
+
+class FrozenNorm:
+    """The linear map that a norm is once its scale is held fixed.
+
+    Attributes:
+        gain, bias: `[d_model]`.
+        centres: Whether the mean over `d_model` is subtracted first (LayerNorm) or not (RMSNorm).
+    """
+
+    def __init__(self, module: Any, like: Float[Tensor, "... d_model"], name: str = "norm") -> None:
+        """Measures `module` (a bridge's norm, or any callable on `[... d_model]`) on vectors of the dtype and device of `like`.
+
+        Raises:
+            ValueError: it is not a norm of this form.
+        """
+        self._name = name
+        self._call = getattr(module, "original_component", None) or module  # without the bridge's hook points
+        width, place = like.shape[-1], {"dtype": like.dtype, "device": like.device}
+        with torch.no_grad():
+            self.bias = self._call(torch.zeros(1, width, **place))[0]
+            # A long vector of mean 0 without small entries: the norm's epsilon does not matter, and its gain can be divided out.
+            index = torch.arange(width, dtype=torch.float64, device=like.device)
+            probe = torch.where(index % 2 == 0, 1.0, -1.0) * (1 + index / width)
+            probe = (1000 * (probe - probe.mean())).to(like.dtype)
+            rms = probe.double().pow(2).mean().sqrt()
+            self.gain = ((self._call(probe[None])[0] - self.bias).double() / probe.double() * rms).to(like.dtype)
+            of_constant = (self._call(torch.ones(1, width, **place))[0] - self.bias).abs().mean()
+        self.centres = bool(of_constant < 0.5 * self.gain.abs().mean())
+
+    def scale(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... 1"]:
+        """What the norm multiplies `x` with, `1 / std` or `1 / rms`. Raises `ValueError` if its output has another form."""
+        with torch.no_grad():
+            y = self._call(x)
+            shape = self._centred(x) * self.gain
+            scale = ((y - self.bias) * shape).sum(-1, keepdim=True) / shape.pow(2).sum(-1, keepdim=True).clamp(min=1e-30)
+            error = float((scale * shape + self.bias - y).abs().max() / y.abs().max().clamp(min=1e-30))
+        if not error <= TOLERANCE[x.dtype]:
+            raise ValueError(
+                f"{self._name}: expected a norm of the form scale(x) * gain * x + bias, but {type(self._call).__name__} differs "
+                f"from it by {error:.1e} of its output, so that its scale cannot be held fixed"
+            )
+        return scale
+
+    def linear(self, v: Float[Tensor, "... d_model"], scale: Float[Tensor, "... 1"]) -> Float[Tensor, "... d_model"]:
+        """What `v`, as one term of the norm's input, adds to its output: `scale * gain * v`, without the bias."""
+        return scale * self.gain * self._centred(v)
+
+    def pull_back(self, u: Float[Tensor, "... d_model"], scale: Float[Tensor, "... 1"]) -> Float[Tensor, "... d_model"]:
+        """The direction `r` with `<r, v> = <u, linear(v)>` for every `v` (the transpose of `linear`)."""
+        return self._centred(scale * self.gain * u)
+
+    def _centred(self, v: Tensor) -> Tensor:
+        return v - v.mean(-1, keepdim=True) if self.centres else v
