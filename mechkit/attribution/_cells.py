@@ -67,9 +67,9 @@ def make_grid(
     index: dict[str, Sequence[Any]] = {}
     for dim in ("layer", *(d for d in dims if d != "layer")):
         if dim == "position":
-            index[dim] = _named_positions(named, positions)
+            index[dim] = choose_positions(named, positions)
         elif dim in dims or (dim == "layer" and found.in_block):
-            index[dim] = _indices(dim, *sizes[dim])
+            index[dim] = choose_indices(dim, *sizes[dim])
     if "layer" not in dims and found.in_block:
         raise ValueError(f"over: site {found.name!r} is in every layer; expected 'layer' among the dims, got {over!r}")
     given = {"layers": layers, "heads": heads, "neurons": neurons, "positions": positions}
@@ -159,7 +159,8 @@ def _check_dims(site: Site, dims: tuple[str, ...], over: str) -> None:
         raise ValueError(f"over: site {site.name!r} has axes {site.dims} and no 'neuron'; got {over!r}")
 
 
-def _indices(dim: str, chosen: Sequence[Any] | None, size: int) -> list[int]:
+def choose_indices(dim: str, chosen: Sequence[Any] | None, size: int) -> list[int]:
+    """The indices that a user chose out of `size`, counted from 0; all of them for `None`."""
     indices = list(range(size)) if chosen is None else list(chosen)
     for i in indices:
         if isinstance(i, bool) or not hasattr(i, "__index__") or not -size <= i < size:
@@ -170,7 +171,8 @@ def _indices(dim: str, chosen: Sequence[Any] | None, size: int) -> list[int]:
     return indices
 
 
-def _named_positions(named: Mapping[str, torch.Tensor], chosen: Sequence[Any] | None) -> list[str]:
+def choose_positions(named: Mapping[str, torch.Tensor], chosen: Sequence[Any] | None) -> list[str]:
+    """The named positions that a user chose; all of them for `None`."""
     names = list(named) if chosen is None else list(chosen)
     for name in names:
         if name not in named:

@@ -586,6 +586,10 @@ class HookedModel:
         else:
             chosen = tokens.to(head.weight.device)
             logits = torch.nn.functional.linear(normed, head.weight[chosen], None if bias is None else bias[chosen])
+        return self.scale_logits(logits)
+
+    def scale_logits(self, logits: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """What the architecture does to logits after the unembedding, entry by entry: scaling, or a soft cap."""
         config = self.bridge.original_model.config.get_text_config()
         if scale := getattr(config, "logit_scale", None):  # Cohere
             logits = logits * scale

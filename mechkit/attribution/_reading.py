@@ -1,0 +1,173 @@
+"""A metric as a direction in the final residual stream: `metric = <direction, residual stream> + constant`.
+
+1. The metric's gradient with respect to the logits says which logits it adds and subtracts. A metric that is not linear in
+   them (a probability, a divergence) has no such direction and is refused.
+2. What comes between residual stream and logits is held fixed: the final norm's scale, and the factor by which a soft cap
+   shrinks each logit (Gemma 2). With these fixed the way from residual stream to metric is linear, and exact at this run.
+3. The norm's bias and the unembedding's bias are the constant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mechkit.hooks import FrozenNorm, HookedModel
+from mechkit.metrics import CallableMetric, Metric
+from mechkit.prompts import Prompts
+
+Direction = Metric | str | int | Sequence[str | int] | Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """What a metric reads off the final residual stream of some prompts, at one position each.
+
+    Attributes:
+        direction: What a vector added to the residual stream adds to the metric, per unit.
+        constant: What the biases after the residual stream add.
+        value: The metric.
+        scale: The size of the logits that it is made of, to judge rounding by.
+    """
+
+    direction: Float[Tensor, "prompt d_model"]
+    constant: Float[Tensor, "prompt"]
+    value: Float[Tensor, "prompt"]
+    scale: float
+
+
+def as_direction(model: HookedModel, direction: Direction, prompts: Prompts) -> Metric | Tensor:
+    """A metric, or a direction `[prompt d_model]` in the space that the unembedding reads (after the final norm).
+
+    Raises:
+        ValueError: it is none of these, or does not fit the prompts.
+    """
+    n = len(prompts)
+    if isinstance(direction, Metric):
+        if direction.n_prompts != n or (
+            direction.lengths is not None and not torch.equal(direction.lengths, prompts.lengths)
+        ):
+            raise ValueError(
+                f"metric: expected one made for these {n} prompts, got one made for {direction.n_prompts} of lengths "
+                f"{direction.lengths}; make it from the pairs that are attributed"
+            )
+        return direction
+    if isinstance(direction, Tensor) and direction.is_floating_point():
+        if direction.shape not in ((model.d_model,), (n, model.d_model)):
+            raise ValueError(
+                f"metric: expected a direction [{model.d_model}] or [{n}, {model.d_model}] (d_model), got "
+                f"{list(direction.shape)}"
+            )
+        return direction.to(model.device, model.dtype).expand(n, -1)
+    if isinstance(direction, CallableMetric) or callable(direction):
+        raise ValueError(
+            "metric: direct logit attribution must know which logits are read, so it takes one of mechkit's metrics "
+            "(mk.logit_diff(pairs)), a token, or a direction in the residual stream; got a callable"
+        )
+    answers = [direction] * n if isinstance(direction, str | int) else list(direction)
+    if len(answers) != n:
+        raise ValueError(f"metric: expected one token, or one for each of {n} prompts; got {len(answers)}")
+    ids = torch.tensor([model.to_single_token(a) if isinstance(a, str) else int(a) for a in answers])
+    if int(ids.min()) < 0 or int(ids.max()) >= model.d_vocab:
+        raise ValueError(f"metric: expected token ids in 0..{model.d_vocab - 1}, got {ids.tolist()}")
+    tokens, which = ids.unique(return_inverse=True)
+
+    def read(logits: Tensor, prompt: Tensor, _: Tensor | None) -> Tensor:
+        return logits.gather(-1, which.to(logits.device)[prompt, None])[:, 0]
+
+    return Metric("logit", "logits", n, prompts.lengths - 1, tokens, read, lengths=prompts.lengths)
+
+
+def read_direction(
+    model: HookedModel,
+    resid: Float[Tensor, "prompt d_model"],
+    direction: Metric | Tensor,
+    prompt: Int[Tensor, "prompt"],
+) -> Reading:
+    """The reading of the final residual stream `resid` of some `prompt`s (indices into those of the direction).
+
+    Raises:
+        ValueError: the metric is not linear in the logits, or the model does something between residual stream and logits
+            that cannot be held fixed.
+    """
+    with torch.no_grad():
+        norm = FrozenNorm(model.bridge.ln_final, resid, "final norm")
+        scale = norm.scale(resid)
+        normed = norm.linear(resid, scale) + norm.bias
+        if isinstance(direction, Tensor):
+            u = direction[prompt.to(direction.device)]
+            value, per_logit = (u * normed).sum(-1), torch.zeros(())
+            size = float(value.abs().max())
+            constant = torch.zeros_like(value)
+        else:
+            tokens = direction.tokens
+            weight = model.W_U if tokens is None else model.W_U[:, tokens.to(model.W_U.device)]
+            bias = model.b_U if tokens is None else model.b_U[tokens.to(model.b_U.device)]
+            raw = normed @ weight + bias
+            logits = _widen(model.unembed(resid, tokens))
+            size = float(logits.abs().max())
+            _check_same(_widen(model.scale_logits(raw)), logits, size)
+            per_logit = linear_gradient(direction, logits, prompt)
+            value = direction.read(logits, prompt, None)
+            # A soft cap multiplies each logit with a factor of its own, which is held fixed as the norm's scale is.
+            small = torch.full_like(raw, 1e-3)
+            factor = torch.where(raw.abs() > 1e-3, model.scale_logits(raw) / raw, model.scale_logits(small) / small)
+            u = (per_logit.to(raw.dtype) * factor) @ weight.T
+            constant = (per_logit.to(raw.dtype) * factor * bias).sum(-1)
+        return Reading(
+            direction=_widen(norm.pull_back(u, scale)),
+            constant=_widen(constant) + _widen(u * norm.bias).sum(-1),
+            value=_widen(value),
+            scale=max(size, 1e-30),
+        )
+
+
+def linear_gradient(
+    metric: Metric, logits: Float[Tensor, "prompt token"], prompt: Int[Tensor, "prompt"]
+) -> Float[Tensor, "prompt token"]:
+    """The metric's gradient with respect to the logits; raises `ValueError` if the metric is not a linear function of them."""
+    if metric.reference is not None:
+        raise ValueError(
+            f"metric: expected one that is linear in the logits, such as mk.logit_diff; {metric.name!r} compares with another run"
+        )
+
+    def value_and_gradient(at: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            at = at.detach().requires_grad_()
+            value = metric.read(at, prompt, None)
+            if not value.requires_grad:
+                raise ValueError(
+                    f"metric: {metric.name!r} has no gradient with respect to the logits (a step function, or computed outside "
+                    "torch's autograd); use a differentiable one such as mk.logit_diff"
+                )
+            return value.detach(), torch.autograd.grad(value.sum(), at)[0]
+
+    noise = torch.randn(logits.shape, dtype=logits.dtype, generator=torch.Generator().manual_seed(0)).to(logits.device)
+    elsewhere = logits.flip(-1) + noise * logits.abs().mean().clamp(min=1e-3)
+    value, gradient = value_and_gradient(logits)
+    for at, found in ((logits, value), (elsewhere, value_and_gradient(elsewhere)[0])):
+        off = (found - (gradient * at).sum(-1)).abs().max()
+        if not off <= 1e-4 * (gradient.abs() * at.abs()).sum(-1).max().clamp(min=1e-6):
+            raise ValueError(
+                f"metric: expected one that is a linear function of the logits, such as mk.logit_diff; {metric.name!r} is not, "
+                "so that no split of it into components sums to it"
+            )
+    return gradient
+
+
+def _check_same(found: Tensor, logits: Tensor, size: float) -> None:
+    tolerance = {torch.float64: 1e-5}.get(logits.dtype, 1e-3) * max(size, 1e-30)
+    off = float((found - logits).abs().max())
+    if not off <= tolerance:
+        raise ValueError(
+            f"model: its logits are not the unembedding of its final norm's output (they differ by {off:.1e}), so that they "
+            "cannot be attributed to what is written into the residual stream"
+        )
+
+
+def _widen(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
