@@ -5,6 +5,7 @@ from mechkit import tasks as tasks
 from mechkit._version import __version__ as __version__
 from mechkit.attribution import ablation as ablation
 from mechkit.attribution import activation_patching as activation_patching
+from mechkit.attribution import attribution_patching as attribution_patching
 from mechkit.attribution import direct_logit_attribution as direct_logit_attribution
 from mechkit.hooks import SITES as SITES
 from mechkit.hooks import ActivationCache as ActivationCache

@@ -206,8 +206,8 @@ class PromptPairs:
     @classmethod
     def from_tokens(
         cls,
-        clean: Prompts | Tensor | Sequence[Sequence[int]],
-        corrupted: Prompts | Tensor | Sequence[Sequence[int]],
+        clean: Prompts | Tensor | Sequence[Tensor | Sequence[int]],
+        corrupted: Prompts | Tensor | Sequence[Tensor | Sequence[int]],
         answers: Sequence[tuple[AnswerSet, AnswerSet]],
         *,
         model: Tokenizes | None = None,

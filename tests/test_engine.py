@@ -529,7 +529,7 @@ def test_metrics_of_other_pairs_and_runs_are_refused(llama):
     pairs, longer = make_pairs(((LENGTH, 2),)), make_pairs(((LENGTH - 2, 2),))
     with pytest.raises(ValueError, match="prompts of other lengths"):
         mk.activation_patching(llama, pairs, mk.logit_diff(longer), progress=False)
-    with pytest.raises(ValueError, match="compares with the corrupted run, but this sweep runs clean alone"):
+    with pytest.raises(ValueError, match="compares with the corrupted run, but only clean is run here"):
         mk.ablation(llama, pairs, mk.kl_divergence(pairs, reference="corrupted"), progress=False)
     with pytest.raises(ValueError, match="source: an edit takes its value from the source run"):
         mk.sweep(llama, pairs.clean, [(mk.Edit("z", 0),)], mk.logit_diff(pairs))

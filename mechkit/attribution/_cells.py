@@ -19,23 +19,39 @@ DIMS = ("layer", "pos", "position", "head", "neuron")
 
 
 @dataclass(frozen=True)
-class Grid:
-    """The cells of a sweep in the order of its dims.
+class Axes:
+    """The dims of a result, and what they index in a site's activations.
 
     Attributes:
-        site: What each cell edits.
+        site: What is edited or attributed.
         dims: As the user wrote them, e.g. `("layer", "head")`.
+        index: For each dim (and the layer, if the site has one) its indices; names for `"position"`.
         coords: Labels of each dim.
-        cells: One a combination, the last dim fastest.
     """
 
     site: Site
     dims: tuple[str, ...]
+    index: dict[str, Sequence[Any]]
     coords: dict[str, tuple[int | str, ...]]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(len(self.coords[dim]) for dim in self.dims)
+
+    @property
+    def layers(self) -> Sequence[int]:
+        """The layers, or `[0]` for a site outside them."""
+        return self.index.get("layer", [0])
+
+
+@dataclass(frozen=True)
+class Grid(Axes):
+    """Axes, and the cells of a sweep: one a combination of indices, the last dim fastest."""
+
     cells: list[Cell]
 
 
-def make_grid(
+def make_axes(
     model: HookedModel,
     prompts: Prompts,
     named: Mapping[str, torch.Tensor],
@@ -46,9 +62,8 @@ def make_grid(
     heads: Sequence[int] | None = None,
     positions: Sequence[int] | Sequence[str] | None = None,
     neurons: Sequence[int] | None = None,
-    value: str = "source",
-) -> Grid:
-    """The cells that `over` asks for. `layers`, `heads`, `positions` and `neurons` restrict their dims.
+) -> Axes:
+    """The axes that `over` asks for. `layers`, `heads`, `positions` and `neurons` restrict their dims.
 
     Raises:
         ValueError: an unknown dim or one that the site does not have, an index out of range, a position that has no name.
@@ -77,16 +92,36 @@ def make_grid(
         choices = {"pos", "position"} if name == "positions" else {name.removesuffix("s")}
         if chosen is not None and not choices & set(dims):
             raise ValueError(f"{name}: given, but {' or '.join(sorted(choices))} is not among the dims {over!r}")
-    cells: list[Cell] = []
-    for labels in itertools.product(*(index[dim] for dim in dims)):
-        at = dict(zip(dims, labels, strict=True))
-        pos = tuple(named[at["position"]].tolist()) if "position" in at else at.get("pos")
-        edit = Edit(found.name, at.get("layer", 0), value, head=at.get("head"), pos=pos, neuron=at.get("neuron"))
-        cells.append((edit,))
     coords = {dim: tuple(index[dim]) for dim in dims}
     if "pos" in coords:
         coords["pos"] = position_labels(prompts, index["pos"])
-    return Grid(found, dims, coords, cells)
+    return Axes(found, dims, index, coords)
+
+
+def make_grid(
+    model: HookedModel,
+    prompts: Prompts,
+    named: Mapping[str, torch.Tensor],
+    site: str,
+    over: str,
+    *,
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+    positions: Sequence[int] | Sequence[str] | None = None,
+    neurons: Sequence[int] | None = None,
+    value: str = "source",
+) -> Grid:
+    """The cells of a sweep over the axes that `make_axes` gives, each writing the value called `value`."""
+    axes = make_axes(
+        model, prompts, named, site, over, layers=layers, heads=heads, positions=positions, neurons=neurons
+    )
+    cells: list[Cell] = []
+    for labels in itertools.product(*(axes.index[dim] for dim in axes.dims)):
+        at = dict(zip(axes.dims, labels, strict=True))
+        pos = tuple(named[at["position"]].tolist()) if "position" in at else at.get("pos")
+        edit = Edit(axes.site.name, at.get("layer", 0), value, head=at.get("head"), pos=pos, neuron=at.get("neuron"))
+        cells.append((edit,))
+    return Grid(axes.site, axes.dims, axes.index, axes.coords, cells)
 
 
 def to_result(

@@ -1,9 +1,13 @@
 """HookedModel, sites, caches, and the replay engine. The only part of mechkit that imports transformer_lens."""
 
 from mechkit.hooks._cache import ActivationCache as ActivationCache
+from mechkit.hooks._checks import check_metric as check_metric
 from mechkit.hooks._checks import check_tokens as check_tokens
 from mechkit.hooks._edits import Cell as Cell
 from mechkit.hooks._edits import Edit as Edit
+from mechkit.hooks._gradients import GradientRuns as GradientRuns
+from mechkit.hooks._gradients import frozen_parameters as frozen_parameters
+from mechkit.hooks._gradients import metric_values as metric_values
 from mechkit.hooks._memory import Budget as Budget
 from mechkit.hooks._model import HookedModel as HookedModel
 from mechkit.hooks._norms import FrozenNorm as FrozenNorm

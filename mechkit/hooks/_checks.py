@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from mechkit.hooks._edits import SOURCE, EditGroup
 from mechkit.metrics import Metric
+from mechkit.prompts import Prompts
 
 if TYPE_CHECKING:
     from mechkit.hooks._model import HookedModel
@@ -32,7 +34,7 @@ def check_sweep(state: _State) -> None:
         for i, tokens in enumerate(prompts.tokens if prompts is not None else ()):
             check_tokens(model, tokens, f"{name} prompt {i}")
     if isinstance(metric, Metric):
-        check_metric(state, metric)
+        check_metric(model, base, metric, state.runs)
     elif len(base.by_length()) > 1:
         raise ValueError(
             f"metric: a plain callable needs prompts of one length, got lengths {sorted(base.by_length())}. Use one of "
@@ -53,26 +55,29 @@ def check_tokens(model: HookedModel, tokens: Tensor, what: str) -> None:
         raise ValueError(f"{what}: expected at most {longest} tokens, the model's learned positions; got {len(tokens)}")
 
 
-def check_metric(state: _State, metric: Metric) -> None:
-    """The metric was made for these prompts and this vocabulary, and what it compares with is run."""
-    n, lengths = len(state.base), state.base.lengths
+def check_metric(model: HookedModel, prompts: Prompts, metric: Metric, runs: Collection[str]) -> None:
+    """Raises `ValueError` unless the metric was made for these prompts and this vocabulary, and what it compares with is run.
+
+    Args:
+        runs: Which of `"clean"` and `"corrupted"` are run.
+    """
+    n, lengths = len(prompts), prompts.lengths
     if metric.n_prompts != n:
         raise ValueError(f"metric: it was made for {metric.n_prompts} prompts, but there are {n}")
     if metric.lengths is not None and not torch.equal(metric.lengths, lengths):
-        raise ValueError("metric: it was made for prompts of other lengths; make it from the pairs that are swept")
+        raise ValueError("metric: it was made for prompts of other lengths; make it from the pairs that are given here")
     if not bool(((metric.positions >= 0) & (metric.positions < lengths)).all()):
         raise ValueError(
             f"metric: expected positions within the prompts (lengths {lengths.tolist()}), got {metric.positions}"
         )
-    if metric.tokens is not None and int(metric.tokens.max()) >= state.model.d_vocab:
+    if metric.tokens is not None and int(metric.tokens.max()) >= model.d_vocab:
         raise ValueError(
-            f"metric: expected answer tokens in 0..{state.model.d_vocab - 1} (the model's vocabulary), got "
+            f"metric: expected answer tokens in 0..{model.d_vocab - 1} (the model's vocabulary), got "
             f"{int(metric.tokens.max())}"
         )
-    if metric.reference is not None and metric.reference not in state.runs:
+    if metric.reference is not None and metric.reference not in runs:
         raise ValueError(
-            f"metric: {metric.name!r} compares with the {metric.reference} run, but this sweep runs {' and '.join(state.runs)} "
-            "alone"
+            f"metric: {metric.name!r} compares with the {metric.reference} run, but only {' and '.join(runs)} is run here"
         )
 
 

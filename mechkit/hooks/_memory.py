@@ -68,6 +68,17 @@ class Budget:
         floats += length * (4 * model.n_heads * length + 4 * (getattr(model.cfg, "d_mlp", None) or 4 * model.d_model))
         return max(1, self.bytes // 2 // (floats * _item_size(model) + ROW_BYTES * n_cells))
 
+    def prompts_with_gradients(
+        self, model: HookedModel, length: int, suffix: int, sites: Collection[tuple[str, int]]
+    ) -> int:
+        """Prompts that may run together when the last `suffix` positions of each are kept for a backward pass."""
+        heads, kv, head, width = model.n_heads, model.n_kv_heads, model.d_head, model.d_model
+        neurons = getattr(model.cfg, "d_mlp", None) or 4 * width
+        layer = suffix * (10 * width + 5 * neurons + 4 * heads * head + 4 * heads * length)
+        layer += length * head * (4 * kv + 2 * heads)  # keys and values, and their copies for every query head
+        floats = model.n_layers * layer + sum(_site_floats(model, site, length) * suffix // length for site, _ in sites)
+        return max(1, self.bytes // (floats * _item_size(model)))
+
 
 def _site_floats(model: HookedModel, site: str, length: int) -> int:
     return prod(model.site_size(site, dim, length) for dim in SITES[site].dims)

@@ -53,7 +53,9 @@ class FrozenNorm:
         with torch.no_grad():
             y = self._call(x)
             shape = self._centred(x) * self.gain
-            scale = ((y - self.bias) * shape).sum(-1, keepdim=True) / shape.pow(2).sum(-1, keepdim=True).clamp(min=1e-30)
+            scale = ((y - self.bias) * shape).sum(-1, keepdim=True) / shape.pow(2).sum(-1, keepdim=True).clamp(
+                min=1e-30
+            )
             error = float((scale * shape + self.bias - y).abs().max() / y.abs().max().clamp(min=1e-30))
         if not error <= TOLERANCE[x.dtype]:
             raise ValueError(

@@ -232,6 +232,10 @@ class Replayer:
             write(group, rows, hidden, lookup)
         return hidden
 
+    def block(self, layer: int, hidden: Tensor, prompt: Int[Tensor, "row"], start: int) -> Tensor:
+        """One whole block, with the bridge's hook points, for rows `[row pos d_model]` that begin at position `start`."""
+        return self._call(layer, hidden, self._prefix(layer, prompt, start), start, hooked=True)
+
     def _block(
         self,
         layer: int,

@@ -1,0 +1,298 @@
+"""Shared by the gradient methods: which nodes there are, from gradients to one number a node and prompt, and to a `Result`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mechkit.attribution._cells import Axes, make_axes, provenance_of, split_prompts
+from mechkit.hooks import SITES, Budget, GradientRuns, HookedModel, check_metric, check_tokens, metric_values
+from mechkit.metrics import CallableMetric, Metric, as_metric
+from mechkit.prompts import PromptPairs, Prompts
+from mechkit.result import Cost, Result
+
+AnyMetric = Metric | CallableMetric | Callable[[Tensor], Tensor]
+Key = tuple[str, int]  # site, layer
+
+
+@dataclass(eq=False)
+class Study:
+    """What a gradient method is asked, and the numbers that it has filled in so far.
+
+    Attributes:
+        base: The prompts whose gradient is taken; `base_is` names their run.
+        source: The prompts whose activations they are compared with; `source_is` names their run. `None` for methods that
+            compare with something else.
+        axes: For each site, the dims of its result.
+        effects: For each site `[*over prompt]`: the estimated effect of writing the source's activation into the base run.
+        values: The metric of the unedited runs, by name.
+    """
+
+    model: HookedModel
+    base: Prompts
+    source: Prompts | None
+    base_is: str
+    source_is: str | None
+    named: Mapping[str, Int[Tensor, "prompt"]]
+    metric: Metric | CallableMetric
+    axes: dict[str, Axes]
+    budget: Budget
+    provenance: dict[str, Any]
+    effects: dict[str, Tensor] = field(init=False)
+    values: dict[str, Tensor] = field(init=False)
+    block_tokens: int = 0
+    how: str = "suffix"
+
+    def __post_init__(self) -> None:
+        wide = torch.float64 if self.model.dtype == torch.float64 else torch.float32
+        n = len(self.base)
+        self.effects = {site: torch.zeros((*axes.shape, n), dtype=wide) for site, axes in self.axes.items()}
+        runs = [run for run in (self.base_is, self.source_is) if run is not None]
+        self.values = {run: torch.full((n,), torch.nan, dtype=wide) for run in runs}
+
+    @property
+    def keys(self) -> list[Key]:
+        """Every `(site, layer)` that is attributed."""
+        return [(site, layer) for site, axes in self.axes.items() for layer in axes.layers]
+
+    def first_differences(self) -> list[int]:
+        """For each prompt the first position at which base and source differ; 0 where there is no source."""
+        if self.source is None:
+            return [0] * len(self.base)
+        pairs = zip(self.base.tokens, self.source.tokens, strict=True)
+        return [int((a != b).nonzero()[0]) if bool((a != b).any()) else len(a) for a, b in pairs]
+
+    def chunks(self, copies: int = 1) -> Iterator[Chunk]:
+        """Prompts that run together: of one length, as many as fit the budget with `copies` rows each."""
+        first = self.first_differences()
+        for length, ids in sorted(self.base.by_length().items()):
+            ids = sorted(ids, key=lambda i: first[i])
+            while ids:
+                at_once = len(ids)
+                if isinstance(self.metric, Metric):
+                    suffix = length - min(first[ids[0]], length - 1)
+                    at_once = max(
+                        1, self.budget.prompts_with_gradients(self.model, length, suffix, self.keys) // copies
+                    )
+                chunk = Chunk.of(self, ids[:at_once], first[ids[0]])
+                yield chunk
+                self.block_tokens += chunk.runs.block_tokens
+                self.how = chunk.runs.how if chunk.runs.how != "suffix" else self.how
+                ids = ids[at_once:]
+
+    def result(self, site: str, **provenance: Any) -> Result:
+        """The estimated metric of every patched run, `base + effect`, as `activation_patching` returns the exact one."""
+        axes = self.axes[site]
+        naive = int(self.base.lengths.sum()) * self.model.n_layers * max(1, self.effects[site][..., 0].numel())
+        return Result(
+            values=self.values[self.base_is] + self.effects[site],
+            dims=(*axes.dims, "prompt"),
+            coords={**axes.coords, "prompt": tuple(range(len(self.base)))},
+            baseline=self.values,
+            base=self.base_is,
+            metric=self.metric.name,
+            unit=self.metric.unit,
+            provenance=provenance_of(
+                self.model,
+                self.base,
+                site=site,
+                over=" ".join(axes.dims),
+                runs=self.how,
+                **{**self.provenance, **provenance},
+            ),
+            cost=Cost(self.block_tokens, naive),
+        )
+
+
+@dataclass(eq=False)
+class Chunk:
+    """Prompts of equal length that run together.
+
+    Attributes:
+        ids: Their indices in the whole set.
+        tokens: Of each run, by its name.
+        runs: What runs them.
+        everyone: `arange(len(ids))`, on the model's device.
+        reference: The logits that the metric compares with, where it does.
+    """
+
+    study: Study
+    ids: Int[Tensor, "prompt"]
+    tokens: dict[str, Int[Tensor, "prompt pos"]]
+    runs: GradientRuns
+    everyone: Int[Tensor, "prompt"]
+    reference: Tensor | None = None
+
+    @classmethod
+    def of(cls, study: Study, ids: Sequence[int], start: int) -> Chunk:
+        model, tokens = study.model, {}
+        for run, prompts in ((study.base_is, study.base), (study.source_is, study.source)):
+            if run is not None and prompts is not None:
+                tokens[run] = torch.stack([prompts.tokens[i] for i in ids]).to(model.device)
+        base = tokens[study.base_is]
+        if isinstance(study.metric, Metric):
+            start = min(start, int(study.metric.positions[list(ids)].min()))
+        whole = "an activation before the first block" if "embed" in study.axes else None
+        source = tokens.get(study.source_is) if study.source_is is not None else None
+        runs = GradientRuns(model, base, source, min(start, base.shape[1] - 1), whole=whole)
+        return cls(study, torch.tensor(ids), tokens, runs, torch.arange(len(ids), device=model.device))
+
+    def metric(self, final: Tensor, row: Int[Tensor, "row"] | None = None) -> Float[Tensor, "row"]:
+        """The metric of rows, in the graph. `row` says which of the chunk's prompts each row is; all of them by default."""
+        row = self.everyone if row is None else row
+        reference = None if self.reference is None else self.reference[row]
+        return metric_values(self.runs, self.study.metric, final, self.ids[row.cpu()], row, reference)
+
+    @torch.no_grad()
+    def keep_unedited(self, finals: Mapping[str, Tensor]) -> None:
+        """Keeps the metric of the unedited runs, given what each ended in; raises `ValueError` where it is not finite."""
+        metric = self.study.metric
+        if isinstance(metric, Metric) and metric.reference is not None:
+            final = finals[metric.reference].detach()
+            self.reference = self.runs.logits(final, metric.positions[self.ids], metric.tokens)
+        for run, final in finals.items():
+            value = self.metric(final.detach())
+            self.study.values[run][self.ids] = value.to(self.study.values[run])
+            if not bool(torch.isfinite(value).all()):
+                raise ValueError(
+                    f"{run} run: expected a finite metric, got NaN or inf for prompts "
+                    f"{self.ids[~torch.isfinite(value).cpu()].tolist()[:5]}; the weights may hold NaN, or the dtype overflow"
+                )
+
+    def add(self, key: Key, per_entry: Float[Tensor, "row *dims"], row: Int[Tensor, "row"] | None = None) -> None:
+        """Adds effects of one layer's activations (positions from `runs.start` on) to the study's."""
+        site, layer = key
+        axes, into = self.study.axes[site], self.study.effects[site]
+        if row is not None:
+            summed = per_entry.new_zeros(len(self.ids), *per_entry.shape[1:])
+            per_entry = summed.index_add(0, row, per_entry)
+        sums = reduce_to(axes, per_entry, self.runs.start, {k: at[self.ids] for k, at in self.study.named.items()})
+        if "layer" in axes.dims:
+            into = into.select(axes.dims.index("layer"), list(axes.layers).index(layer))
+        into[..., self.ids] += sums.movedim(0, -1).to(into)
+
+
+def reduce_to(
+    axes: Axes, per_entry: Float[Tensor, "prompt *dims"], start: int, named: Mapping[str, Int[Tensor, "prompt"]]
+) -> Float[Tensor, "prompt *over"]:
+    """Sums a site's entries to the dims that are wanted (but the layer), in their order.
+
+    Positions before `start` are 0: the two runs are the same there. Positions that the prompts lack are NaN.
+    """
+    x, dims = per_entry, list(axes.site.dims)
+    if "neuron" in axes.dims:
+        dims[-1] = "neuron"
+    kept = {"pos" if dim == "position" else dim for dim in axes.dims}
+    for i in reversed(range(len(dims))):
+        if dims[i] not in kept:
+            x = x.sum(1 + i)
+            dims.pop(i)
+    for dim in ("head", "neuron"):
+        if dim in axes.dims:
+            x = x.index_select(1 + dims.index(dim), torch.tensor(axes.index[dim], device=x.device))
+    if "pos" in kept:
+        axis = 1 + dims.index("pos")
+        x = torch.cat([x.new_zeros(*x.shape[:axis], 1, *x.shape[axis + 1 :]), x], axis)  # entry 0: before the start
+        if "pos" in axes.dims:
+            at = torch.tensor(axes.index["pos"], device=x.device).expand(len(x), -1)
+        else:
+            at = torch.stack([named[name] for name in axes.index["position"]], -1).to(x.device)
+        at = (at - start + 1).clamp(min=0)
+        absent = at >= x.shape[axis]
+        shape = [len(x), *(at.shape[1] if i == axis else 1 for i in range(1, x.ndim))]
+        index = at.clamp(max=x.shape[axis] - 1).reshape(shape).expand(*x.shape[:axis], -1, *x.shape[axis + 1 :])
+        x = x.gather(axis, index).masked_fill(absent.reshape(shape), torch.nan)
+        dims[axis - 1] = "pos" if "pos" in axes.dims else "position"
+    order = [dims.index(dim) for dim in axes.dims if dim != "layer"]
+    return x.permute(0, *(1 + i for i in order))
+
+
+def make_study(
+    model: HookedModel,
+    pairs: PromptPairs,
+    metric: AnyMetric,
+    site: str | Mapping[str, str],
+    over: str,
+    *,
+    direction: Literal["denoise", "noise"] = "denoise",
+    budget: int | None = None,
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+    positions: Sequence[int] | Sequence[str] | None = None,
+    neurons: Sequence[int] | None = None,
+    **provenance: Any,
+) -> Study:
+    """Checks what the user asked for. `ValueError`s name the argument."""
+    if direction not in ("denoise", "noise"):
+        raise ValueError(f"direction: expected 'denoise' or 'noise', got {direction!r}")
+    if not isinstance(pairs, PromptPairs):
+        raise ValueError(f"pairs: expected PromptPairs, whose two runs are compared; got {type(pairs).__name__}")
+    runs = ("corrupted", "clean") if direction == "denoise" else ("clean", "corrupted")
+    base, source = (getattr(pairs, run) for run in runs)
+    chosen = {"layers": layers, "heads": heads, "positions": positions, "neurons": neurons}
+    wanted = {site: over} if isinstance(site, str) else dict(site)
+    if not wanted:
+        raise ValueError("site: expected at least one site, got none")
+    axes = {}
+    for name, dims in wanted.items():
+        one = make_axes(model, pairs.clean, pairs.positions, name, dims, **chosen)  # type: ignore[arg-type]
+        axes[one.site.name] = one
+    metric = as_metric(metric)
+    check_study(model, metric, {runs[0]: base, runs[1]: source})
+    return Study(
+        model,
+        base,
+        source,
+        *runs,
+        pairs.positions,
+        metric,
+        axes,
+        Budget.of(model, budget),
+        {"task": pairs.task, "direction": direction, **provenance},
+    )
+
+
+def make_single_study(
+    model: HookedModel,
+    prompts: PromptPairs | Prompts,
+    metric: AnyMetric,
+    site: str,
+    over: str,
+    *,
+    budget: int | None = None,
+    **chosen: Any,
+) -> Study:
+    """The same for methods that look at one run: the clean prompts of pairs."""
+    base, named, task = split_prompts(prompts)
+    axes = make_axes(model, base, named, site, over, **chosen)
+    metric = as_metric(metric)
+    check_study(model, metric, {"clean": base})
+    room = Budget.of(model, budget)
+    return Study(model, base, None, "clean", None, named, metric, {axes.site.name: axes}, room, {"task": task})
+
+
+def check_study(model: HookedModel, metric: Metric | CallableMetric, runs: Mapping[str, Prompts]) -> None:
+    """Refuses a model in training mode, tokens that it cannot read, and a metric made for other prompts."""
+    if model.training:
+        raise ValueError("model: expected evaluation mode, got training mode (dropout would be on). Call model.eval()")
+    for name, prompts in runs.items():
+        for i, tokens in enumerate(prompts.tokens):
+            check_tokens(model, tokens, f"{name} prompt {i}")
+    first = next(iter(runs.values()))
+    if isinstance(metric, Metric):
+        check_metric(model, first, metric, runs)
+    elif len(first.by_length()) > 1:
+        raise ValueError(
+            f"metric: a plain callable needs prompts of one length, got lengths {sorted(first.by_length())}. Use one of "
+            "mechkit's metrics, which know where each prompt ends, or pass prompts of one length"
+        )
+
+
+def hook_name(key: Key) -> str:
+    """The full hook name of `(site, layer)`."""
+    return SITES[key[0]].hook_name(key[1])

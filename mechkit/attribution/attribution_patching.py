@@ -1,0 +1,152 @@
+"""Attribution patching: activation patching's answer for every node at once, to first order, from one backward pass.
+
+1. Run the source prompts and keep the activations of the chosen sites.
+2. Run the base prompts with gradients, and take the difference at each site: `source - base`.
+3. One backward pass. Where the gradient of the metric arrives at a site: `effect = sum(difference * gradient)` over what the
+   node holds. That is the first term of the Taylor series of what `activation_patching` computes exactly.
+
+How good the first term is depends on the model and the site. It is poor where a softmax is saturated, where effects cancel,
+and for large changes (early residual stream). `compare` says how far to trust it here, `verify` replaces the strongest cells
+by exact ones, and `integrated_gradients`, `atp_star` and `relp` are better approximations at a higher price.
+
+Nanda 2023, https://www.neelnanda.io/mechanistic-interpretability/attribution-patching; Syed et al. 2023,
+https://arxiv.org/abs/2310.10348.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from mechkit.attribution._nodes import AnyMetric, Chunk, Key, Study, hook_name, make_study
+from mechkit.hooks import HookedModel, frozen_parameters
+from mechkit.prompts import PromptPairs
+from mechkit.result import Result
+
+Rules = Sequence[tuple[str, Callable[..., Tensor | None]]]
+
+
+@overload
+def attribution_patching(
+    model: HookedModel, pairs: PromptPairs, metric: AnyMetric, site: str = ..., over: str = ..., **options: Any
+) -> Result: ...
+@overload
+def attribution_patching(
+    model: HookedModel, pairs: PromptPairs, metric: AnyMetric, site: Mapping[str, str], **options: Any
+) -> dict[str, Result]: ...
+def attribution_patching(
+    model: HookedModel,
+    pairs: PromptPairs,
+    metric: AnyMetric,
+    site: str | Mapping[str, str] = "z",
+    over: str = "layer head",
+    *,
+    direction: Literal["denoise", "noise"] = "denoise",
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+    positions: Sequence[int] | Sequence[str] | None = None,
+    neurons: Sequence[int] | None = None,
+    budget: int | None = None,
+) -> Result | dict[str, Result]:
+    """Estimates, for every node at once, the metric after patching it from the source run into the base run.
+
+    Args:
+        model: In evaluation mode. Its parameters are frozen meanwhile and get no gradient.
+        pairs: Clean and corrupted prompts, of any lengths.
+        metric: A differentiable metric, or a callable `[batch pos d_vocab] -> [batch]` for prompts of one length.
+        site: What is patched, by any name that `activation_patching` knows; or several with their own `over`, such as
+            `{"z": "layer head", "mlp_out": "layer"}`, all from the same backward pass.
+        over: As for `activation_patching`.
+        direction: `"denoise"`: gradient at the corrupted run, differences towards the clean run. `"noise"`: the reverse.
+        layers, heads, positions, neurons: Restrict these dims.
+        budget: Bytes for activations kept for the backward pass; default half of what the device has free (1 GiB on a CPU).
+
+    Returns:
+        A `Result` like `activation_patching`'s, dims `(*over, "prompt")`: its values are the base run's metric plus the
+        estimated effect, so that `effect()` and `normalized()` mean the same. A dict of them, by site, for several sites.
+
+    Raises:
+        ValueError: a metric without a gradient or that gives one number for all prompts; an unknown site or dim; training
+            mode; NaN in a run.
+    """
+    study = make_study(
+        model,
+        pairs,
+        metric,
+        site,
+        over,
+        direction=direction,
+        budget=budget,
+        layers=layers,
+        heads=heads,
+        positions=positions,
+        neurons=neurons,
+        technique="attribution_patching",
+        variant="plain",
+    )
+    with frozen_parameters(model):
+        for chunk in study.chunks():
+            first_order(study, chunk)
+    results = {name: study.result(name) for name in study.axes}
+    return results if isinstance(site, Mapping) else results[next(iter(results))]
+
+
+def first_order(study: Study, chunk: Chunk, rules: Rules = ()) -> None:
+    """Adds `(source - base) * gradient` of every node. `rules` are hooks that may change how the gradient flows back."""
+    assert study.source_is is not None
+    difference, source_final = source_activations(study, chunk)
+    silent = set(study.keys)
+
+    def keep(activation: Tensor, hook: Any, key: Key) -> Tensor:
+        difference[key].sub_(activation.detach())
+        return tapped(activation, partial(contract, key=key))
+
+    def contract(gradient: Tensor, key: Key) -> None:
+        silent.discard(key)
+        chunk.add(key, difference.pop(key) * gradient)
+
+    hooks = [(hook_name(key), partial(keep, key=key)) for key in study.keys]
+    base = chunk.tokens[study.base_is]
+    leaf, final = chunk.runs.forward(base, chunk.everyone, [*rules, *hooks], leaf=True)
+    chunk.keep_unedited({study.source_is: source_final, study.base_is: final})
+    torch.autograd.grad(chunk.metric(final).sum(), leaf)
+    check_reached(study, silent)
+
+
+def tapped(activation: Tensor, fn: Callable[[Tensor], None]) -> Tensor:
+    """The activation, for a hook to return: `fn` gets the gradient that arrives at it. (A hook may be shown a reshaped copy
+    that the model does not go on with unless it is returned.)"""
+    if not activation.requires_grad:
+        return activation
+    seen = activation.view_as(activation)
+    seen.register_hook(fn)
+    return seen
+
+
+@torch.no_grad()
+def source_activations(study: Study, chunk: Chunk) -> tuple[dict[Key, Tensor], Tensor]:
+    """The source run's activations at every node (from `start` on), and what it ended in."""
+    kept: dict[Key, Tensor] = {}
+
+    def keep(activation: Tensor, hook: Any, key: Key) -> None:
+        kept[key] = activation.clone()
+
+    hooks = [(hook_name(key), partial(keep, key=key)) for key in study.keys]
+    _, final = chunk.runs.forward(chunk.tokens[str(study.source_is)], chunk.everyone, hooks)
+    if missing := [hook_name(key) for key in study.keys if key not in kept]:
+        raise ValueError(f"site: {', '.join(missing[:4])} is not computed in a forward pass of {study.model.name}")
+    return kept, final
+
+
+def check_reached(study: Study, silent: set[Key]) -> None:
+    """Refuses sites that no gradient came to: a 0 would look like a finding."""
+    if silent:
+        names = ", ".join(hook_name(key) for key in sorted(silent)[:4])
+        raise ValueError(
+            f"site: no gradient path from metric {study.metric.name!r} to {names} in {study.model.name}, so that nothing can be "
+            "estimated there; use activation_patching, which needs no gradient"
+        )

@@ -1,0 +1,275 @@
+"""Runs with gradients, on nothing but the positions that can matter.
+
+Attribution methods compare two runs, of base prompts and of source prompts, and want the metric's gradient with respect to
+activations of the base run. Before the first position at which the two prompts differ the runs are the same, so that an
+activation there has nothing to change, and its gradient is not needed. So:
+
+1. Parameters are frozen: no gradient is computed for them, and their `.grad` stays as it was.
+2. The base prompts are run once without gradients, for each layer's keys and values (skipped where little would be saved).
+3. The blocks run again on the positions from `start` on alone, with these keys and values as a prefix that is only read.
+   Gradients flow back through these positions only.
+4. The first use for a set of prompts proves itself against whole runs: the base's, and one source prompt's. Where that fails
+   (encoders, state-space models, other people's hooks) whole forward passes are run, and `GradientRuns.how` says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mechkit.hooks._hooking import HookFunction, Hooks
+from mechkit.hooks._replay import CannotReplayError, Replayer, Run, record
+from mechkit.metrics import CallableMetric, Metric
+
+if TYPE_CHECKING:
+    from mechkit.hooks._model import HookedModel
+
+# Largest difference between a suffix's residual stream and a whole run's that rounding explains, relative to its largest entry.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
+
+
+@contextmanager
+def frozen_parameters(model: HookedModel) -> Iterator[None]:
+    """No parameter gets a gradient inside; whatever happens, each one's `requires_grad` is what it was afterwards."""
+    parameters = [p for p in model.bridge.original_model.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
+class _Embedded(Exception):
+    """Carries the first block's input out of a forward pass that needs to go no further."""
+
+
+class GradientRuns:
+    """Runs prompts of equal length from any block on, on positions from `start` on, with gradients where they are enabled.
+
+    Attributes:
+        start: The first position that is run.
+        how: `"suffix"`, or `"full: …"` with the reason why whole forward passes are run.
+        block_tokens: (block, token) pairs computed so far, forward passes alone.
+    """
+
+    def __init__(
+        self,
+        model: HookedModel,
+        base: Int[Tensor, "prompt pos"],
+        source: Int[Tensor, "prompt pos"] | None,
+        start: int,
+        *,
+        whole: str | None = None,
+    ) -> None:
+        """
+        Args:
+            model: In evaluation mode.
+            base: The prompts whose keys and values serve as prefix.
+            source: Prompts that equal the base prompts before `start`, if any are to be run.
+            start: First position to run; moved to 0 where that is cheaper.
+            whole: A reason to run whole forward passes from the outset.
+        """
+        self.model, self.base, self.block_tokens = model, base, 0
+        self.how = "suffix"
+        if whole is None and model.has_hooks:
+            whole = "other hooks are attached to the model"
+        if whole is None and getattr(model.bridge, "ln_final", None) is None:
+            whole = "the model has no final norm in front of its unembedding"
+        length = base.shape[1]
+        self.start = start if 3 * start >= length and whole is None else 0
+        self._run: Run | None = None
+        self._replayer: Replayer | None = None
+        if whole is None:
+            whole = self._prepare(source)
+        if whole is not None:
+            self.start, self._replayer, self.how = 0, None, f"full: {whole}"
+
+    @torch.no_grad()
+    def _prepare(self, source: Tensor | None) -> str | None:
+        """Records what the suffix needs, and proves it. Returns why that cannot be done, or `None`."""
+        model, length = self.model, self.base.shape[1]
+        try:
+            # With no prefix there are no keys and values to know: one prompt's masks and position encodings are enough.
+            run = record(model, self.base if self.start else self.base[:1])
+            self._replayer = Replayer(model, run, None)
+            self.block_tokens += len(run.tokens) * length * model.n_layers
+            for tokens in (self.base[:1], *([] if source is None else [source[:1]])):
+                expected = record(model, tokens, blocks=False).resid[-1][:, self.start :]
+                found = self.forward(tokens, torch.zeros(1, dtype=torch.long, device=tokens.device))[1]
+                self.block_tokens += length * model.n_layers
+                off = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
+                if not off <= TOLERANCE[model.dtype]:
+                    return f"suffixes of runs differ from whole runs by {off:.1e} of the residual stream"
+            unembedded, own = model.unembed(run.resid[-1][:1, -1]), run.last_logits[:1]
+            spread = (own - own.mean()).abs().max().clamp(min=1e-12)
+            if (
+                unembedded.shape != own.shape
+                or not float((unembedded - own).abs().max() / spread) <= TOLERANCE[model.dtype]
+            ):
+                return "the logits are not the final norm and unembedding of the last block's output"
+        except (CannotReplayError, TypeError, AttributeError, IndexError, KeyError) as error:
+            return f"blocks cannot be run by themselves: {error}"
+        self._run = run
+        return None
+
+    @torch.no_grad()
+    def embed(self, tokens: Int[Tensor, "row pos"]) -> Float[Tensor, "row suffix d_model"]:
+        """What the first block reads, from `start` on. No block is run."""
+
+        def leave(activation: Tensor, hook: object) -> None:
+            raise _Embedded(activation.clone())
+
+        with Hooks(self.model.bridge) as hooks:
+            hooks.attach("blocks.0.hook_resid_pre", leave)
+            try:
+                self.model.bridge(tokens)
+            except _Embedded as found:
+                hidden: Tensor = found.args[0]
+                return hidden[:, self.start :]
+        raise RuntimeError("unreachable: every model has a first block")
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "row pos"],
+        prompt: Int[Tensor, "row"],
+        hooks: Sequence[tuple[str, HookFunction]] = (),
+        *,
+        hidden: Float[Tensor, "row suffix d_model"] | None = None,
+        layer: int = 0,
+        leaf: bool = False,
+    ) -> tuple[Tensor | None, Float[Tensor, "row suffix d_model"]]:
+        """Runs rows to the end.
+
+        Args:
+            tokens: Each row's tokens; before `start` they are those of its base prompt.
+            prompt: Which base prompt that is.
+            hooks: `(full hook name, function)` pairs; activations begin at position `start`.
+            hidden: What block `layer` reads, instead of the embedded tokens.
+            layer: The first block to run, where `hidden` is given.
+            leaf: Whether gradients are to flow back to the first thing that is computed, for `torch.autograd.grad`.
+
+        Returns:
+            That leaf (`None` without one), and the final residual stream (the logits, for a model without a final norm).
+        """
+        if self._replayer is None:
+            return self._whole(tokens, hooks, hidden, layer, leaf)
+        hidden = self.embed(tokens) if hidden is None else hidden
+        hidden = hidden.detach().requires_grad_() if leaf else hidden
+        first = hidden if leaf else None
+        with Hooks(self.model.bridge) as attached:
+            for name, fn in hooks:
+                attached.attach(name, fn)
+            for i in range(layer, self.model.n_layers):
+                hidden = self._replayer.block(i, hidden, prompt, self.start)
+        self.block_tokens += hidden.shape[0] * hidden.shape[1] * (self.model.n_layers - layer)
+        return first, hidden
+
+    def _whole(
+        self,
+        tokens: Tensor,
+        hooks: Sequence[tuple[str, HookFunction]],
+        hidden: Tensor | None,
+        layer: int,
+        leaf: bool,
+    ) -> tuple[Tensor | None, Tensor]:
+        """The same by a whole forward pass, in which `hidden` takes the place of what block `layer` reads."""
+        kept: list[Tensor] = []
+        leaves: list[Tensor] = []
+        self.block_tokens += tokens.numel() * self.model.n_layers
+
+        def enter(activation: Tensor, hook: object) -> Tensor:
+            entering = activation if hidden is None else hidden
+            if leaf:
+                entering = entering.detach().requires_grad_()
+                leaves.append(entering)
+            return entering
+
+        final = getattr(self.model.bridge, "ln_final", None)
+        at = "hook_embed" if hidden is None and self.model.has_site("embed") else f"blocks.{layer}.hook_resid_pre"
+        handles = []
+        with Hooks(self.model.bridge) as attached:
+            if leaf or hidden is not None:
+                attached.attach(at, enter)
+            for name, fn in hooks:
+                attached.attach(name, fn)
+            if final is not None:
+                handles.append(final.register_forward_pre_hook(lambda module, args: kept.append(args[0])))
+                one = self.model.bridge.unembed.register_forward_pre_hook(
+                    lambda module, args: (args[0][:, -1:], *args[1:])
+                )
+                handles.append(one)  # what the model itself unembeds is not used
+            try:
+                logits = self.model.bridge(tokens)
+            finally:
+                for handle in handles:
+                    handle.remove()
+        return leaves[0] if leaves else None, kept[0] if kept else logits
+
+    def logits(self, final: Tensor, positions: Int[Tensor, "row"], tokens: Int[Tensor, "token"] | None) -> Tensor:
+        """The logits of chosen tokens where each row is read, `[row token]`, from what `forward` returned."""
+        rows = torch.arange(len(final), device=final.device)
+        at = final[rows, positions.to(final.device) - self.start]
+        if getattr(self.model.bridge, "ln_final", None) is not None:
+            return widen(self.model.unembed(at, tokens))
+        return widen(at if tokens is None else at[:, tokens.to(at.device)])
+
+    def all_logits(self, final: Tensor, prompt: Int[Tensor, "row"]) -> Float[Tensor, "row pos d_vocab"]:
+        """The logits at every position; those before `start` are the base run's."""
+        if getattr(self.model.bridge, "ln_final", None) is None:
+            return widen(final)
+        if self.start:
+            assert self._run is not None
+            final = torch.cat([self._run.resid[-1][prompt, : self.start], final], 1)
+        return widen(self.model.unembed(final))
+
+
+def metric_values(
+    runs: GradientRuns,
+    metric: Metric | CallableMetric,
+    final: Tensor,
+    ids: Int[Tensor, "row"],
+    prompt: Int[Tensor, "row"],
+    reference: Float[Tensor, "row token"] | None = None,
+) -> Float[Tensor, "row"]:
+    """The metric of each row, in the graph.
+
+    Args:
+        runs: What computed `final`.
+        metric: What to read. A callable gets all rows' logits at once.
+        final: From `runs.forward`.
+        ids: Which of the metric's prompts each row is.
+        prompt: Which of the runs' base prompts each row is.
+        reference: The logits of the unedited run that the metric compares with, where it does.
+
+    Raises:
+        ValueError: the metric does not give one value a row, or none that has a gradient.
+    """
+    if isinstance(metric, Metric):
+        value = metric.read(runs.logits(final, metric.positions[ids], metric.tokens), ids.to(final.device), reference)
+    else:
+        value = metric.fn(runs.all_logits(final, prompt))
+    if not isinstance(value, Tensor) or value.shape != (len(ids),):
+        got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(
+            f"metric {metric.name!r}: expected one value a prompt, a tensor of shape [{len(ids)}], got {got}. Do not average "
+            "inside the metric: results keep the prompt axis"
+        )
+    if torch.is_grad_enabled() and final.requires_grad and not value.requires_grad:
+        raise ValueError(
+            f"metric {metric.name!r}: no gradient path from the logits to its value (a step function such as accuracy, or "
+            "something computed outside torch's autograd); use a differentiable metric such as mk.logit_diff"
+        )
+    return value
+
+
+def widen(logits: Tensor) -> Tensor:
+    """Metrics are computed in float32 at least."""
+    return logits if logits.dtype == torch.float64 else logits.float()

@@ -1,0 +1,199 @@
+"""Attribution patching against finite differences of the exact engine, on every family and site; and against itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from families import FAMILIES
+from test_exact import make_model, make_pairs, whole_vocabulary
+
+import mechkit as mk
+from mechkit.hooks import SITES
+
+# The families that transformers computes in float64 throughout. In the others a norm or a softmax is in float32, whatever the
+# model's dtype, and small steps drown in its rounding.
+ALL_FLOAT64 = {"gpt2", "gpt_neox", "falcon"}
+
+
+def over_of(site: str) -> str:
+    dims = [dim for dim in ("layer", "pos", "head") if dim != "layer" or SITES[site].in_block]
+    return " ".join(dim for dim in dims if dim == "layer" or dim in SITES[site].dims)
+
+
+def directional_derivative(model, pairs, metric, site, over, step):
+    """The metric's derivative along `source - base` at each node: Richardson's extrapolation of central differences."""
+    whole, half = (central_difference(model, pairs, metric, site, over, h) for h in (step, step / 2))
+    return (4 * half - whole) / 3
+
+
+def central_difference(model, pairs, metric, site, over, step):
+    """The same to second order, from exact sweeps of the activation moved a little to either side."""
+    found = []
+    for sign in (1, -1):
+        per_length = torch.full((), torch.nan)
+        for ids in pairs.clean.by_length().values():
+            some = pairs[ids]
+            base, source = (
+                model.run_with_cache(torch.stack(p.tokens), site)[1] for p in (some.corrupted, some.clean)
+            )
+            layers = range(model.n_layers) if SITES[site].in_block else [0]
+            at = {
+                (site, i): (lambda b, s: b + sign * step * (s - b))(
+                    *((base[site, i], source[site, i]) if SITES[site].in_block else (base[site], source[site]))
+                ).detach()
+                for i in layers
+            }
+            grid = mk.attribution._cells.make_grid(model, some.clean, some.positions, site, over, value="moved")
+            here = mk.Metric("mixture", "", len(some), some.positions["END"], None, metric.read)
+            answers = mk.sweep(model, some.corrupted, grid.cells, here, values={"moved": at}, progress=False)
+            values = answers.values.reshape(*grid.shape, len(ids))
+            if per_length.ndim == 0:
+                shape = mk.attribution._cells.make_axes(model, pairs.clean, pairs.positions, site, over).shape
+                per_length = torch.full((*shape, len(pairs)), torch.nan, dtype=torch.float64)
+            where = tuple(slice(0, n) for n in values.shape[:-1])
+            for k, i in enumerate(ids):
+                per_length[where][..., i] = values[..., k].double()
+        found.append(per_length)
+    return (found[0] - found[1]) / (2 * step)
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "mixtral"])
+def test_every_site_equals_finite_differences(family):
+    model, pairs = make_model(family), make_pairs(((7, 3), (5, 1)))
+    metric = whole_vocabulary(pairs)
+    step, tolerance = (1e-3, 1e-6) if family in ALL_FLOAT64 else (0.03, 1e-3)
+    sites = {site: over_of(site) for site in model.sites if site != "embed"}
+    approx = mk.attribution_patching(model, pairs, metric, sites)
+    for site, over in sites.items():
+        expected = directional_derivative(model, pairs, metric, site, over, step)
+        found = approx[site].effect().values.double()
+        assert torch.equal(found.isnan(), expected.isnan()), site
+        scale = float(expected.nan_to_num().abs().max())
+        assert scale > 1e-3, site  # control
+        assert float((found - expected).nan_to_num().abs().max()) <= tolerance * scale, site
+        assert approx[site].provenance["runs"] == "suffix"
+    assert not model.has_hooks
+    assert all(p.grad is None and p.requires_grad for p in model.bridge.original_model.parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_suffixes_batches_and_budgets_change_nothing(family):
+    """Against whole runs, one pair at a time."""
+    model, pairs = make_model(family), make_pairs(((7, 4), (7, 3), (6, 5), (5, 1)))
+    metric = whole_vocabulary(pairs)
+    sites = {"z": "layer pos head", "k": "layer pos head", "mlp_out": "layer pos", "pattern": "layer head"}
+    tolerance = 1e-3 if family == "mixtral" else 1e-9 if family in ALL_FLOAT64 else 1e-5
+    together = mk.attribution_patching(model, pairs, metric, sites)
+    tight = mk.attribution_patching(model, pairs, metric, sites, budget=1)
+    for i in range(len(pairs)):
+        one = pairs[[i]]
+        alone = mk.Metric("mixture", "", 1, one.positions["END"], None, metric.read)
+        with model.hooks([("resid_pre", lambda x, hook: None)]):  # somebody's hooks: whole runs
+            expected = mk.attribution_patching(model, one, alone, sites)
+        for site, result in together.items():
+            assert expected[site].provenance["runs"].startswith("full")
+            a, b = result.effect().values[..., i], expected[site].effect().values[..., 0]
+            a = a[:, : b.shape[1]] if "pos" in result.dims else a
+            scale = max(1.0, float(b.abs().max()))
+            assert float((a - b).abs().max()) <= tolerance * scale
+            c = tight[site].effect().values[..., i]
+            assert float((result.effect().values[..., i] - c).nan_to_num().abs().max()) <= tolerance * scale
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "gptj"])
+def test_dims_are_sums_of_finer_ones(family):
+    model, pairs = make_model(family), make_pairs()
+    metric = whole_vocabulary(pairs)
+
+    def effect(site, over, **options):
+        return mk.attribution_patching(model, pairs, metric, site, over, **options).effect().values
+
+    fine = effect("z", "layer pos head")
+    assert torch.allclose(fine.nansum(1), effect("z", "layer head"), atol=1e-6)
+    assert torch.allclose(fine.nansum(2).nansum(1), effect("z", "layer"), atol=1e-6)
+    assert torch.allclose(fine.movedim(0, 2), effect("z", "pos head layer"), atol=1e-6, equal_nan=True)
+    ends = torch.stack([fine[:, int(n) - 1, :, i] for i, n in enumerate(pairs.clean.lengths)], -1)
+    assert torch.allclose(ends, effect("z", "layer head position")[:, :, 0], atol=1e-6)
+    some = effect("z", "layer pos head", layers=[2, 0], positions=[1, 6], heads=[3])
+    assert torch.allclose(some, fine[[2, 0]][:, [1, 6]][:, :, [3]], atol=1e-6, equal_nan=True)
+    neurons = effect("mlp_post", "layer neuron")
+    assert torch.allclose(neurons.sum(1), effect("mlp_post", "layer"), atol=1e-6)
+
+
+def test_noise_and_metrics():
+    model, pairs = make_model("llama"), make_pairs(((7, 2), (7, 4)))
+    for metric in (mk.logit_diff(pairs), mk.log_prob(pairs), mk.prob_diff(pairs), mk.kl_divergence(pairs)):
+        approx = mk.attribution_patching(model, pairs, metric, "resid_mid", "layer pos")
+        exact = mk.activation_patching(model, pairs, metric, "resid_mid", "layer pos", progress=False)
+        for run in ("clean", "corrupted"):
+            assert torch.allclose(approx.baseline[run], exact.baseline[run], atol=1e-5)
+        noise = mk.attribution_patching(model, pairs, metric, "z", "layer head", direction="noise")
+        assert noise.base == "clean"
+    # At its own reference a divergence is 0 with gradient 0: first order sees nothing there.
+    assert float(noise.effect().values.abs().max()) < 1e-9
+    assert float(approx.effect().values.abs().max()) > 1e-3  # control: at the corrupted run it does
+
+    def last_logit(logits):
+        return logits[:, -1, 5] - logits[:, 3, 7]
+
+    by_callable = mk.attribution_patching(model, pairs, last_logit, "z", "layer pos head")
+    assert float(by_callable.effect().values.abs().max()) > 1e-2
+    one = mk.attribution_patching(model, pairs[[1]], last_logit, "z", "layer pos head")
+    assert torch.allclose(by_callable.effect().values[..., 1], one.effect().values[..., 0], atol=1e-6)
+
+
+def test_the_embedding_and_an_encoder_run_whole():
+    model, pairs = make_model("bloom"), make_pairs()
+    metric = whole_vocabulary(pairs)
+    embed = mk.attribution_patching(model, pairs, metric, "embed", "pos")
+    assert embed.dims == ("pos", "prompt")
+    assert embed.provenance["runs"].startswith("full")
+    first = mk.attribution_patching(model, pairs, metric, "resid_pre", "layer pos", layers=[0])
+    # Bloom's hook_embed comes after the norm of its embedding: nothing is between it and the first block.
+    assert torch.allclose(embed.values, first.values[0], atol=1e-8, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("metric", "match"),
+    [
+        (mk.accuracy, "no gradient path"),
+        (lambda pairs: lambda logits: logits[:, -1, 5].mean(), "one value a prompt"),
+        (lambda pairs: lambda logits: logits.detach()[:, -1, 5], "no gradient path"),
+        (lambda pairs: lambda logits: 3.0, "one value a prompt"),
+        (lambda pairs: mk.logit_diff(pairs[[0]]), "made for 1 prompts"),
+        (lambda pairs: 3, "callable"),
+    ],
+)
+def test_bad_metrics(metric, match):
+    model, pairs = make_model("gpt2"), make_pairs(((7, 2), (7, 4)))
+    with pytest.raises(ValueError, match=match):
+        mk.attribution_patching(model, pairs, metric(pairs))
+    assert not model.has_hooks
+    assert all(p.requires_grad for p in model.bridge.original_model.parameters())
+
+
+def test_bad_arguments():
+    model, pairs = make_model("gpt2"), make_pairs()
+    metric = mk.logit_diff(pairs)
+    with pytest.raises(ValueError, match="direction"):
+        mk.attribution_patching(model, pairs, metric, direction="up")
+    with pytest.raises(ValueError, match="pairs"):
+        mk.attribution_patching(model, pairs.clean, metric)
+    with pytest.raises(ValueError, match="site"):
+        mk.attribution_patching(model, pairs, metric, "heads")
+    with pytest.raises(ValueError, match="one length"):
+        mk.attribution_patching(model, pairs, lambda logits: logits[:, -1, 0])
+    model.train()
+    with pytest.raises(ValueError, match="training"):
+        mk.attribution_patching(model, pairs, metric)
+
+
+def test_parameters_that_were_frozen_stay_frozen():
+    model, pairs = make_model("gpt2"), make_pairs()
+    first = next(model.bridge.original_model.parameters())
+    first.requires_grad_(False)
+    mk.attribution_patching(model, pairs, mk.logit_diff(pairs))
+    assert not first.requires_grad
+    with torch.no_grad():  # a caller's grad mode does not matter
+        mk.attribution_patching(model, pairs, mk.logit_diff(pairs))
+        assert not torch.is_grad_enabled()
