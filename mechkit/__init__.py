@@ -2,11 +2,16 @@
 
 from mechkit import plot as plot
 from mechkit import tasks as tasks
+from mechkit import zoo as zoo
 from mechkit._version import __version__ as __version__
 from mechkit.attribution import ablation as ablation
 from mechkit.attribution import activation_patching as activation_patching
+from mechkit.attribution import attention_flow as attention_flow
+from mechkit.attribution import attention_relevance as attention_relevance
+from mechkit.attribution import attention_rollout as attention_rollout
 from mechkit.attribution import attribution_patching as attribution_patching
 from mechkit.attribution import direct_logit_attribution as direct_logit_attribution
+from mechkit.attribution import integrated_gradients as integrated_gradients
 from mechkit.hooks import SITES as SITES
 from mechkit.hooks import ActivationCache as ActivationCache
 from mechkit.hooks import Edit as Edit

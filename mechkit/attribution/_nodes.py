@@ -67,19 +67,16 @@ class Study:
         pairs = zip(self.base.tokens, self.source.tokens, strict=True)
         return [int((a != b).nonzero()[0]) if bool((a != b).any()) else len(a) for a, b in pairs]
 
-    def chunks(self, copies: int = 1) -> Iterator[Chunk]:
-        """Prompts that run together: of one length, as many as fit the budget with `copies` rows each."""
+    def chunks(self) -> Iterator[Chunk]:
+        """Prompts that run together: of one length, as many as fit the budget."""
         first = self.first_differences()
         for length, ids in sorted(self.base.by_length().items()):
             ids = sorted(ids, key=lambda i: first[i])
             while ids:
-                at_once = len(ids)
-                if isinstance(self.metric, Metric):
-                    suffix = length - min(first[ids[0]], length - 1)
-                    at_once = max(
-                        1, self.budget.prompts_with_gradients(self.model, length, suffix, self.keys) // copies
-                    )
-                chunk = Chunk.of(self, ids[:at_once], first[ids[0]])
+                suffix = length - min(first[ids[0]], length - 1)
+                rows = self.budget.prompts_with_gradients(self.model, length, suffix, self.keys)
+                at_once = rows if isinstance(self.metric, Metric) else len(ids)  # a callable sees all prompts together
+                chunk = Chunk.of(self, ids[:at_once], first[ids[0]], rows)
                 yield chunk
                 self.block_tokens += chunk.runs.block_tokens
                 self.how = chunk.runs.how if chunk.runs.how != "suffix" else self.how
@@ -118,6 +115,7 @@ class Chunk:
         tokens: Of each run, by its name.
         runs: What runs them.
         everyone: `arange(len(ids))`, on the model's device.
+        rows: How many rows of its prompts' suffixes the budget allows at once.
         reference: The logits that the metric compares with, where it does.
     """
 
@@ -126,10 +124,11 @@ class Chunk:
     tokens: dict[str, Int[Tensor, "prompt pos"]]
     runs: GradientRuns
     everyone: Int[Tensor, "prompt"]
+    rows: int
     reference: Tensor | None = None
 
     @classmethod
-    def of(cls, study: Study, ids: Sequence[int], start: int) -> Chunk:
+    def of(cls, study: Study, ids: Sequence[int], start: int, rows: int) -> Chunk:
         model, tokens = study.model, {}
         for run, prompts in ((study.base_is, study.base), (study.source_is, study.source)):
             if run is not None and prompts is not None:
@@ -140,7 +139,7 @@ class Chunk:
         whole = "an activation before the first block" if "embed" in study.axes else None
         source = tokens.get(study.source_is) if study.source_is is not None else None
         runs = GradientRuns(model, base, source, min(start, base.shape[1] - 1), whole=whole)
-        return cls(study, torch.tensor(ids), tokens, runs, torch.arange(len(ids), device=model.device))
+        return cls(study, torch.tensor(ids), tokens, runs, torch.arange(len(ids), device=model.device), rows)
 
     def metric(self, final: Tensor, row: Int[Tensor, "row"] | None = None) -> Float[Tensor, "row"]:
         """The metric of rows, in the graph. `row` says which of the chunk's prompts each row is; all of them by default."""

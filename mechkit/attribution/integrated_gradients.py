@@ -1,0 +1,170 @@
+"""Attribution patching with integrated gradients: gradients along the way from the base to the source activation.
+
+One gradient, at the base run, is a poor guide where the metric bends on the way. Here it is averaged over the path:
+
+- `path="activation"`: each layer's activations move by themselves from the base to the source run's (Marks et al. 2024). The
+  nodes of a layer sum to the exact effect of patching them all together, but for the error of the sum, which is reported
+  (`completeness_error`). Costs `steps` backward passes a layer, from that layer on.
+- `path="input"`: the embeddings move, and every node's gradient is averaged over these runs (Hanna et al. 2024, EAP-IG for
+  nodes). Costs `steps` backward passes in all. Completeness holds for the embeddings and is reported for them.
+
+Sundararajan et al. 2017, https://arxiv.org/abs/1703.01365; Marks et al. 2024, https://arxiv.org/abs/2403.19647; Hanna et al.
+2024, https://arxiv.org/abs/2403.17806.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from mechkit.attribution._nodes import AnyMetric, Chunk, Key, Study, hook_name, make_study
+from mechkit.attribution._paths import Rule, along_activation, batches, metric_with, quadrature
+from mechkit.attribution.attribution_patching import check_reached, tapped
+from mechkit.hooks import SITES, HookedModel, frozen_parameters
+from mechkit.prompts import PromptPairs
+from mechkit.result import Result
+
+
+def integrated_gradients(
+    model: HookedModel,
+    pairs: PromptPairs,
+    metric: AnyMetric,
+    site: str = "z",
+    over: str = "layer head",
+    *,
+    steps: int = 5,
+    rule: Rule = "gauss-legendre",
+    path: Literal["activation", "input"] = "activation",
+    direction: Literal["denoise", "noise"] = "denoise",
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+    positions: Sequence[int] | Sequence[str] | None = None,
+    neurons: Sequence[int] | None = None,
+    budget: int | None = None,
+) -> Result:
+    """Estimates the metric after patching each node, from gradients along the path from the base to the source run.
+
+    Args:
+        model, pairs, metric, site, over, direction, layers, heads, positions, neurons, budget: As for `attribution_patching`.
+        steps: Gradients along the path.
+        rule: How they are placed and weighted: `"left"` (from the base on, without the source's end), `"midpoint"`,
+            `"gauss-legendre"` (the most accurate on smooth paths: heads' outputs, patterns), or `"stretched"`, the same with
+            points closer together in the middle (the most accurate for embeddings and residual streams).
+        path: What moves; see the module's docstring.
+
+    Returns:
+        A `Result` like `attribution_patching`'s. Provenance: `completeness_error`, the error of the sum over all nodes of a
+        layer (of the embeddings, for `path="input"`), averaged over prompts, as a share of the gap between the two runs; the
+        largest of the layers'.
+
+    Raises:
+        ValueError: as `attribution_patching`; an unknown rule or path; fewer than one step.
+    """
+    if path not in ("activation", "input"):
+        raise ValueError(f"path: expected 'activation' or 'input', got {path!r}")
+    points, weights = quadrature(steps, rule)
+    if path == "input" and site in ("embed", SITES["embed"].hook):
+        raise ValueError("path: 'input' moves the embeddings themselves; for site='embed' use path='activation'")
+    study = make_study(
+        model,
+        pairs,
+        metric,
+        site,
+        over,
+        direction=direction,
+        budget=budget,
+        layers=layers,
+        heads=heads,
+        positions=positions,
+        neurons=neurons,
+        technique="attribution_patching",
+        variant="integrated_gradients",
+        path=path,
+        steps=steps,
+        rule=rule,
+    )
+    errors = torch.zeros(len(study.keys), len(study.base), dtype=torch.float64)
+    with frozen_parameters(model):
+        for chunk in study.chunks():
+            walk = _activation_paths if path == "activation" else _input_path
+            errors[:, chunk.ids] = walk(study, chunk, points, weights).double().cpu()
+    gap = (study.values[runs_of(study)[1]] - study.values[study.base_is]).double().mean().abs().clamp(min=1e-12)
+    return study.result(next(iter(study.axes)), completeness_error=float(errors.mean(1).abs().max() / gap))
+
+
+def runs_of(study: Study) -> tuple[str, str]:
+    """The names of the base and of the source run."""
+    assert study.source_is is not None
+    return study.base_is, study.source_is
+
+
+@torch.no_grad()
+def unedited(study: Study, chunk: Chunk, run: str) -> tuple[dict[Key, Tensor], dict[int, Tensor], Tensor]:
+    """One run's activations at the nodes, what each block read, and what the run ended in."""
+    kept: dict[Key, Tensor] = {}
+    hidden: dict[int, Tensor] = {}
+
+    def keep(activation: Tensor, hook: Any, key: Key) -> None:
+        kept[key] = activation.clone()
+
+    def keep_hidden(activation: Tensor, hook: Any, layer: int) -> None:
+        hidden[layer] = activation.clone()
+
+    inputs = sorted({layer for _, layer in study.keys} | {0})
+    hooks = [(SITES["resid_pre"].hook_name(layer), partial(keep_hidden, layer=layer)) for layer in inputs]
+    hooks += [(hook_name(key), partial(keep, key=key)) for key in study.keys]
+    _, final = chunk.runs.forward(chunk.tokens[run], chunk.everyone, hooks)
+    if missing := [hook_name(key) for key in study.keys if key not in kept]:
+        raise ValueError(f"site: {', '.join(missing[:4])} is not computed in a forward pass of {study.model.name}")
+    return kept, hidden, final
+
+
+def _activation_paths(study: Study, chunk: Chunk, points: list[float], weights: list[float]) -> Tensor:
+    """Adds every layer's integral. Returns its error for each layer and prompt."""
+    base_is, source_is = runs_of(study)
+    source, _, source_final = unedited(study, chunk, source_is)
+    base, hidden, base_final = unedited(study, chunk, base_is)
+    chunk.keep_unedited({source_is: source_final, base_is: base_final})
+    errors = []
+    for key in study.keys:
+        enters = hidden if chunk.runs.how == "suffix" else None
+        total = along_activation(chunk, key, base[key], source[key], enters, points, weights)
+        with torch.no_grad():
+            exact = metric_with(chunk, key, source[key], chunk.everyone, enters) - chunk.metric(base_final)
+        errors.append(total - exact.to(total))
+    return torch.stack(errors)
+
+
+def _input_path(study: Study, chunk: Chunk, points: list[float], weights: list[float]) -> Tensor:
+    """Adds the integral of every node's gradient over runs between the two embeddings. Returns the embeddings' error."""
+    base_is, source_is = runs_of(study)
+    difference, source_hidden, source_final = unedited(study, chunk, source_is)
+    base, base_hidden, base_final = unedited(study, chunk, base_is)
+    for key in study.keys:
+        difference[key].sub_(base.pop(key))
+    chunk.keep_unedited({source_is: source_final, base_is: base_final})
+    change = source_hidden[0] - base_hidden[0]
+    total, silent = torch.zeros(len(chunk.everyone), device=chunk.everyone.device), set(study.keys)
+    for row, point, weight in batches(chunk, points, weights):
+
+        def keep(activation: Tensor, hook: Any, key: Key, row: Tensor = row, weight: Tensor = weight) -> Tensor:
+            def contract(gradient: Tensor) -> None:
+                silent.discard(key)
+                moved = difference[key][row] * gradient
+                chunk.add(key, moved * weight.reshape(-1, *[1] * (moved.ndim - 1)), row)
+
+            return tapped(activation, contract)
+
+        hooks = [(hook_name(key), partial(keep, key=key)) for key in study.keys]
+        hidden = base_hidden[0][row] + point[:, None, None] * change[row]
+        leaf, final = chunk.runs.forward(chunk.tokens[base_is][row], row, hooks, hidden=hidden, leaf=True)
+        slope = torch.autograd.grad(chunk.metric(final, row).sum(), leaf)[0]
+        share = (change[row] * slope).flatten(1).sum(1) * weight
+        total = total.index_add(0, row, share.to(total))
+    check_reached(study, silent)
+    gap = study.values[source_is] - study.values[base_is]
+    return (total.cpu() - gap[chunk.ids].to(total.dtype)).expand(len(study.keys), -1)

@@ -1,0 +1,11 @@
+"""Models whose circuit is known, because their weights are written down by hand: ground truth for attribution methods.
+
+Each function returns a `Known`: the model, prompts, a metric, and which heads and MLPs play which role.
+"""
+
+from mechkit.zoo._build import Known as Known
+from mechkit.zoo._cue import cancellation as cancellation
+from mechkit.zoo._cue import writer_and_eraser as writer_and_eraser
+from mechkit.zoo._induction import induction as induction
+from mechkit.zoo._linear import linear as linear
+from mechkit.zoo._saturated import saturated_attention as saturated_attention
