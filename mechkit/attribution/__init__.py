@@ -2,9 +2,14 @@
 
 from mechkit.attribution.ablation import ablation as ablation
 from mechkit.attribution.activation_patching import activation_patching as activation_patching
+from mechkit.attribution.atp_star import atp_star as atp_star
 from mechkit.attribution.attention_attribution import attention_flow as attention_flow
 from mechkit.attribution.attention_attribution import attention_relevance as attention_relevance
 from mechkit.attribution.attention_attribution import attention_rollout as attention_rollout
 from mechkit.attribution.attribution_patching import attribution_patching as attribution_patching
+from mechkit.attribution.comparison import Comparison as Comparison
+from mechkit.attribution.comparison import compare as compare
+from mechkit.attribution.comparison import verify as verify
 from mechkit.attribution.direct_logit_attribution import direct_logit_attribution as direct_logit_attribution
 from mechkit.attribution.integrated_gradients import integrated_gradients as integrated_gradients
+from mechkit.attribution.relp import relp as relp

@@ -18,6 +18,7 @@ from mechkit.result import Cost, Result
 
 AnyMetric = Metric | CallableMetric | Callable[[Tensor], Tensor]
 Key = tuple[str, int]  # site, layer
+TECHNIQUE = "attribution patching"
 
 
 @dataclass(eq=False)
@@ -96,7 +97,7 @@ class Study:
             unit=self.metric.unit,
             provenance=provenance_of(
                 self.model,
-                self.base,
+                self.base if self.source is None or self.base_is == "clean" else self.source,
                 site=site,
                 over=" ".join(axes.dims),
                 runs=self.how,

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechkit.attribution._nodes import Chunk, Key, hook_name
+from mechkit.metrics import Metric
 
 Rule = Literal["left", "midpoint", "gauss-legendre", "stretched"]
 RULES = ("left", "midpoint", "gauss-legendre", "stretched")
@@ -46,14 +47,19 @@ def quadrature(steps: int, rule: str) -> tuple[list[float], list[float]]:
 
 
 def batches(chunk: Chunk, points: list[float], weights: list[float]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Rows `(prompt, point, weight)` of all prompts at some points of the path, as many points at once as the budget allows."""
+    """Rows `(prompt, point, weight)` of all prompts at some points of the path, as many points at once as the budget allows.
+
+    A callable metric is given the prompts in their order and nothing else, so that it sees one point at a time.
+    """
     n = len(chunk.everyone)
-    at_once = max(1, chunk.rows // n)
-    wide = {"dtype": chunk.study.model.dtype, "device": chunk.everyone.device}
+    at_once = max(1, chunk.rows // n) if isinstance(chunk.study.metric, Metric) else 1
+    dtype, device = chunk.study.model.dtype, chunk.everyone.device
     for first in range(0, len(points), at_once):
         some = slice(first, first + at_once)
         k = len(points[some])
-        point, weight = (torch.tensor(x[some], **wide).repeat_interleave(n) for x in (points, weights))
+        point, weight = (
+            torch.tensor(x[some], dtype=dtype, device=device).repeat_interleave(n) for x in (points, weights)
+        )
         yield chunk.everyone.repeat(k), point, weight
 
 
@@ -100,6 +106,6 @@ def metric_with(
         return at
 
     tokens = chunk.tokens[chunk.study.base_is][row]
-    enters = {} if hidden is None else {"hidden": hidden[key[1]][row], "layer": key[1]}
-    _, final = chunk.runs.forward(tokens, row, [(hook_name(key), replace)], **enters)
+    read = None if hidden is None else hidden[key[1]][row]
+    _, final = chunk.runs.forward(tokens, row, [(hook_name(key), replace)], hidden=read, layer=key[1])
     return chunk.metric(final, row)

@@ -22,7 +22,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from mechkit.attribution._nodes import AnyMetric, Chunk, Key, Study, hook_name, make_study
+from mechkit.attribution._nodes import TECHNIQUE, AnyMetric, Chunk, Key, Study, hook_name, make_study
 from mechkit.hooks import HookedModel, frozen_parameters
 from mechkit.prompts import PromptPairs
 from mechkit.result import Result
@@ -38,7 +38,7 @@ def attribution_patching(
 def attribution_patching(
     model: HookedModel, pairs: PromptPairs, metric: AnyMetric, site: Mapping[str, str], **options: Any
 ) -> dict[str, Result]: ...
-def attribution_patching(
+def attribution_patching(  # type: ignore[misc]  # the overloads leave out what both have in common
     model: HookedModel,
     pairs: PromptPairs,
     metric: AnyMetric,
@@ -85,7 +85,7 @@ def attribution_patching(
         heads=heads,
         positions=positions,
         neurons=neurons,
-        technique="attribution_patching",
+        technique=TECHNIQUE,
         variant="plain",
     )
     with frozen_parameters(model):
@@ -113,6 +113,7 @@ def first_order(study: Study, chunk: Chunk, rules: Rules = ()) -> None:
     base = chunk.tokens[study.base_is]
     leaf, final = chunk.runs.forward(base, chunk.everyone, [*rules, *hooks], leaf=True)
     chunk.keep_unedited({study.source_is: source_final, study.base_is: final})
+    assert leaf is not None
     torch.autograd.grad(chunk.metric(final).sum(), leaf)
     check_reached(study, silent)
 

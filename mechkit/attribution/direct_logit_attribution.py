@@ -118,7 +118,7 @@ def direct_logit_attribution(
         provenance=provenance_of(
             model,
             base,
-            technique="direct_logit_attribution",
+            technique="direct logit attribution",
             over=over,
             task=task,
             total=float(totals.mean()),

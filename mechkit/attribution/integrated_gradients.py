@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mechkit.attribution._nodes import AnyMetric, Chunk, Key, Study, hook_name, make_study
+from mechkit.attribution._nodes import TECHNIQUE, AnyMetric, Chunk, Key, Study, hook_name, make_study
 from mechkit.attribution._paths import Rule, along_activation, batches, metric_with, quadrature
 from mechkit.attribution.attribution_patching import check_reached, tapped
 from mechkit.hooks import SITES, HookedModel, frozen_parameters
@@ -81,7 +81,7 @@ def integrated_gradients(
         heads=heads,
         positions=positions,
         neurons=neurons,
-        technique="attribution_patching",
+        technique=TECHNIQUE,
         variant="integrated_gradients",
         path=path,
         steps=steps,
@@ -162,6 +162,7 @@ def _input_path(study: Study, chunk: Chunk, points: list[float], weights: list[f
         hooks = [(hook_name(key), partial(keep, key=key)) for key in study.keys]
         hidden = base_hidden[0][row] + point[:, None, None] * change[row]
         leaf, final = chunk.runs.forward(chunk.tokens[base_is][row], row, hooks, hidden=hidden, leaf=True)
+        assert leaf is not None
         slope = torch.autograd.grad(chunk.metric(final, row).sum(), leaf)[0]
         share = (change[row] * slope).flatten(1).sum(1) * weight
         total = total.index_add(0, row, share.to(total))

@@ -6,6 +6,7 @@ from mechkit.hooks._checks import check_tokens as check_tokens
 from mechkit.hooks._edits import Cell as Cell
 from mechkit.hooks._edits import Edit as Edit
 from mechkit.hooks._gradients import GradientRuns as GradientRuns
+from mechkit.hooks._gradients import attached_hooks as attached_hooks
 from mechkit.hooks._gradients import frozen_parameters as frozen_parameters
 from mechkit.hooks._gradients import metric_values as metric_values
 from mechkit.hooks._memory import Budget as Budget

@@ -47,8 +47,17 @@ def frozen_parameters(model: HookedModel) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-class _Embedded(Exception):
-    """Carries the first block's input out of a forward pass that needs to go no further."""
+@contextmanager
+def attached_hooks(model: HookedModel, hooks: Sequence[tuple[str, HookFunction]]) -> Iterator[None]:
+    """Hooks by full name, attached inside. Unlike `model.hooks` it does not ask that each one fires."""
+    with Hooks(model.bridge) as attached:
+        for name, fn in hooks:
+            attached.attach(name, fn)
+        yield
+
+
+class _Captured(Exception):
+    """Carries an activation out of a forward pass that needs to go no further."""
 
 
 class GradientRuns:
@@ -125,13 +134,13 @@ class GradientRuns:
         """What the first block reads, from `start` on. No block is run."""
 
         def leave(activation: Tensor, hook: object) -> None:
-            raise _Embedded(activation.clone())
+            raise _Captured(activation.clone())
 
         with Hooks(self.model.bridge) as hooks:
             hooks.attach("blocks.0.hook_resid_pre", leave)
             try:
                 self.model.bridge(tokens)
-            except _Embedded as found:
+            except _Captured as found:
                 hidden: Tensor = found.args[0]
                 return hidden[:, self.start :]
         raise RuntimeError("unreachable: every model has a first block")
@@ -171,6 +180,37 @@ class GradientRuns:
                 hidden = self._replayer.block(i, hidden, prompt, self.start)
         self.block_tokens += hidden.shape[0] * hidden.shape[1] * (self.model.n_layers - layer)
         return first, hidden
+
+    @torch.no_grad()
+    def capture(
+        self,
+        tokens: Int[Tensor, "row pos"],
+        prompt: Int[Tensor, "row"],
+        hooks: Sequence[tuple[str, HookFunction]],
+        name: str,
+        *,
+        hidden: Float[Tensor, "row suffix d_model"],
+        layer: int,
+    ) -> Tensor:
+        """One activation (full hook name) of block `layer`, given what the block reads, and nothing that comes after it."""
+
+        def leave(activation: Tensor, hook: object) -> None:
+            raise _Captured(activation.clone())
+
+        with Hooks(self.model.bridge) as attached:
+            for at, fn in hooks:
+                attached.attach(at, fn)
+            attached.attach(name, leave)
+            try:
+                if self._replayer is None:
+                    self._whole(tokens, (), hidden, layer, leaf=False)
+                else:
+                    self.block_tokens += hidden.shape[0] * hidden.shape[1]
+                    self._replayer.block(layer, hidden, prompt, self.start)
+            except _Captured as found:
+                captured: Tensor = found.args[0]
+                return captured
+        raise ValueError(f"{name}: this model does not compute that activation")
 
     def _whole(
         self,

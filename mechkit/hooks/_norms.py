@@ -36,16 +36,16 @@ class FrozenNorm:
         """
         self._name = name
         self._call = getattr(module, "original_component", None) or module  # without the bridge's hook points
-        width, place = like.shape[-1], {"dtype": like.dtype, "device": like.device}
+        width, dtype, device = like.shape[-1], like.dtype, like.device
         with torch.no_grad():
-            self.bias = self._call(torch.zeros(1, width, **place))[0]
+            self.bias = self._call(torch.zeros(1, width, dtype=dtype, device=device))[0]
             # A long vector of mean 0 without small entries: the norm's epsilon does not matter, and its gain can be divided out.
-            index = torch.arange(width, dtype=torch.float64, device=like.device)
+            index = torch.arange(width, dtype=torch.float64, device=device)
             probe = torch.where(index % 2 == 0, 1.0, -1.0) * (1 + index / width)
             probe = (1000 * (probe - probe.mean())).to(like.dtype)
             rms = probe.double().pow(2).mean().sqrt()
             self.gain = ((self._call(probe[None])[0] - self.bias).double() / probe.double() * rms).to(like.dtype)
-            of_constant = (self._call(torch.ones(1, width, **place))[0] - self.bias).abs().mean()
+            of_constant = (self._call(torch.ones(1, width, dtype=dtype, device=device))[0] - self.bias).abs().mean()
         self.centres = bool(of_constant < 0.5 * self.gain.abs().mean())
 
     def scale(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... 1"]:

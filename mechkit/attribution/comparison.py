@@ -1,0 +1,253 @@
+"""How far to trust an approximation here: held against exact patching, and mended by it where it matters.
+
+`compare` takes two results for the same cells, `verify` computes the exact value of the strongest cells of an approximation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+
+from mechkit.attribution._cells import make_grid, position_labels
+from mechkit.attribution._nodes import TECHNIQUE, AnyMetric
+from mechkit.hooks import HookedModel, sweep
+from mechkit.metrics import as_metric
+from mechkit.prompts import PromptPairs
+from mechkit.result import Cost, Label, Result
+
+_SAME = ("weights_hash", "tokens_hash", "site", "direction")
+_LEAST = 0.01  # cells with an effect below this share of the largest have no sign to agree on
+
+
+@dataclass(frozen=True)
+class WorstCell:
+    """A cell where approximation and exact effect lie far apart."""
+
+    label: str
+    approx: float
+    exact: float
+    coords: Mapping[str, Label] = field(hash=False)
+
+    def __repr__(self) -> str:
+        return f"WorstCell({self.label}: approx {self.approx:+.4g}, exact {self.exact:+.4g})"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How an approximation's effects, averaged over prompts, agree with the exact ones.
+
+    Attributes:
+        pearson: Correlation of the effects; NaN if either does not vary.
+        spearman: Correlation of their ranks.
+        slope: By how much to multiply the approximate effects to come closest to the exact ones (least squares, through 0).
+        sign_agreement: Share of the cells whose sign is right, among those with an exact effect of at least 1 % of the largest;
+            NaN for magnitudes, which have no sign.
+        recall: Share of the k strongest exact cells that are among the approximation's k strongest.
+        k: That k.
+        max_error: Largest absolute difference, in the metric's unit.
+        relative_error: Root mean square difference as a share of the root mean square exact effect.
+        n_cells: How many cells were compared.
+        worst: The cells that differ most.
+        magnitude: Whether sizes were compared, because the approximation has no signs.
+    """
+
+    pearson: float
+    spearman: float
+    slope: float
+    sign_agreement: float
+    recall: float
+    k: int
+    max_error: float
+    relative_error: float
+    n_cells: int
+    worst: tuple[WorstCell, ...]
+    magnitude: bool
+
+    def __str__(self) -> str:
+        sign = "sizes only" if self.magnitude else f"sign right in {self.sign_agreement:.0%}"
+        return (
+            f"{self.n_cells} cells: Pearson {self.pearson:.3f}, Spearman {self.spearman:.3f}, {sign}, "
+            f"top-{self.k} recall {self.recall:.0%}, largest error {self.max_error:.3g}; worst: "
+            + ", ".join(f"{cell.label} ({cell.approx:+.3g} for {cell.exact:+.3g})" for cell in self.worst[:3])
+        )
+
+
+def compare(approx: Result, exact: Result, *, k: int = 10) -> Comparison:
+    """Holds an approximation (`attribution_patching`, `relp`, …) against `activation_patching` of the same cells.
+
+    Args:
+        approx: The approximation.
+        exact: The exact result for the same model, prompts, site and direction; its cells may be in another order, and it may
+            have others besides.
+        k: How many of the strongest cells must be found, and how many of the worst are named.
+
+    Returns:
+        A `Comparison` of effects averaged over prompts. Select one prompt first (`sel(prompt=[3])`) to compare on it alone.
+
+    Raises:
+        ValueError: the two are of different models, prompts, sites, directions, metrics or cells.
+    """
+    if k < 1:
+        raise ValueError(f"k: expected 1 or more, got {k}")
+    for name in _SAME:
+        if approx.provenance.get(name) != exact.provenance.get(name):
+            raise ValueError(
+                f"exact: expected a result with the approximation's {name}, {approx.provenance.get(name)!r}; got "
+                f"{exact.provenance.get(name)!r}"
+            )
+    if (approx.metric, approx.base, set(approx.dims)) != (exact.metric, exact.base, set(exact.dims)):
+        raise ValueError(
+            f"exact: expected metric {approx.metric!r}, base {approx.base!r} and dims {approx.dims}; got {exact.metric!r}, "
+            f"{exact.base!r} and {exact.dims}"
+        )
+    lacking = {dim: [x for x in labels if x not in exact.coords[dim]] for dim, labels in approx.coords.items()}
+    if missing := {dim: labels for dim, labels in lacking.items() if labels}:
+        raise ValueError(f"exact: expected all cells of the approximation, but it lacks {missing}")
+    exact = exact.sel(**{dim: list(labels) for dim, labels in approx.coords.items()})
+    mean_approx, mean_exact = (r.mean("prompt") if "prompt" in r.dims else r for r in (approx, exact))
+    found = mean_approx.effect().values
+    truth = mean_exact.effect().values.permute([mean_exact.dims.index(dim) for dim in mean_approx.dims])
+    magnitude = approx.provenance.get("sign") == "magnitude"
+    if magnitude:  # the mean size over prompts, not the size of the mean
+        sizes = exact.effect().values.abs()
+        sizes = sizes.nanmean(exact.dims.index("prompt")) if "prompt" in exact.dims else sizes
+        truth = sizes.permute([mean_exact.dims.index(dim) for dim in mean_approx.dims])
+    there = ~(found.isnan() | truth.isnan())
+    x, y = found[there].double(), truth[there].double()
+    k = min(k, len(x))
+    strong = y.abs() >= _LEAST * y.abs().max()
+    signs = (x.sign() == y.sign())[strong].double().mean()
+    best = [set(v.abs().argsort(descending=True, stable=True)[:k].tolist()) for v in (x, y)]
+    order = (x - y).abs().argsort(descending=True, stable=True)[:k].tolist()
+    cells = there.nonzero().tolist()
+    worst = tuple(_worst(mean_approx, cells[i], float(x[i]), float(y[i])) for i in order)
+    size = y.pow(2).mean().sqrt().clamp(min=1e-30)
+    return Comparison(
+        pearson=_correlation(x, y),
+        spearman=_correlation(_ranks(x), _ranks(y)),
+        slope=float((x * y).sum() / x.pow(2).sum()) if bool((x != 0).any()) else math.nan,
+        sign_agreement=math.nan if magnitude else float(signs),
+        recall=len(best[0] & best[1]) / k,
+        k=k,
+        max_error=float((x - y).abs().max()),
+        relative_error=float((x - y).pow(2).mean().sqrt() / size),
+        n_cells=len(x),
+        worst=worst,
+        magnitude=magnitude,
+    )
+
+
+def verify(
+    approx: Result,
+    model: HookedModel,
+    pairs: PromptPairs,
+    metric: AnyMetric,
+    *,
+    top: int = 10,
+    budget: int | None = None,
+    progress: bool = True,
+) -> Result:
+    """Runs the exact engine on an approximation's strongest cells, and returns it with these cells corrected.
+
+    Args:
+        approx: From `attribution_patching` or one of its variants, with its `"prompt"` dim.
+        model, pairs, metric: Those that it was made with.
+        top: How many cells, by the size of their effect averaged over prompts.
+        budget, progress: As for `activation_patching`.
+
+    Returns:
+        The approximation with exact values in those cells. Provenance: `verified`, their labels, strongest first, and
+        `verified_error`, the largest error that they had, averaged over prompts. Where the approximation has magnitudes only, so
+        have they.
+
+    Raises:
+        ValueError: the approximation is of another model, other prompts or another metric, or has no cells to verify.
+    """
+    metric = as_metric(metric)
+    base, source = (pairs.clean, pairs.corrupted) if approx.base == "clean" else (pairs.corrupted, pairs.clean)
+    origin = approx.provenance
+    expected = {"weights_hash": model.weights_hash, "tokens_hash": pairs.clean.hash(), "technique": TECHNIQUE}
+    for name, value in expected.items():
+        if origin.get(name) != value:
+            raise ValueError(
+                f"approx: expected a result with {name} {value!r}, as given here; got {origin.get(name)!r}"
+            )
+    if approx.metric != metric.name or approx.dims[-1] != "prompt":
+        raise ValueError(
+            f"approx: expected values of {metric.name!r} with the prompt as their last dim, got {approx.metric!r} and "
+            f"{approx.dims}"
+        )
+    grid = make_grid(
+        model,
+        pairs.clean,
+        pairs.positions,
+        str(origin["site"]),
+        str(origin["over"]),
+        **_restrictions(approx, pairs.clean),
+    )
+    best = approx.top(top)
+    shape = approx.shape[:-1]
+    labels = [{dim: i for i, dim in enumerate(approx.coords[name])} for name in approx.dims[:-1]]
+    index = [[where[cell.coords[dim]] for where, dim in zip(labels, approx.dims[:-1], strict=True)] for cell in best]
+    strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+    flat = [sum(i * stride for i, stride in zip(at, strides, strict=True)) for at in index]
+    runs = (approx.base, "corrupted" if approx.base == "clean" else "clean")
+    answers = sweep(
+        model,
+        base,
+        [grid.cells[i] for i in flat],
+        metric,
+        source=source,
+        base_is=runs[0],
+        source_is=runs[1],
+        budget=budget,
+        progress=progress,
+    )
+    exact = answers.values.to(approx.values)
+    if origin.get("sign") == "magnitude":
+        exact = answers.base + (exact - answers.base).abs()
+    values = approx.values.flatten(0, -2).clone()
+    error = (values[flat] - exact).nanmean(1).abs().max()
+    values[flat] = exact
+    cost = approx.cost or Cost(0, 0)
+    return replace(
+        approx,
+        values=values.reshape(approx.shape),
+        provenance={**origin, "verified": [cell.label for cell in best], "verified_error": float(error)},
+        cost=Cost(cost.block_tokens + answers.cost.block_tokens, cost.naive_block_tokens),
+    )
+
+
+def _restrictions(approx: Result, prompts: Any) -> dict[str, Any]:
+    """The arguments that make a grid of exactly the approximation's cells, in its order."""
+    chosen: dict[str, Any] = {}
+    for dim, argument in (("layer", "layers"), ("head", "heads"), ("neuron", "neurons"), ("position", "positions")):
+        if dim in approx.coords:
+            chosen[argument] = approx.coords[dim]
+    if "pos" in approx.coords:
+        every = position_labels(prompts, range(int(prompts.lengths.max())))
+        chosen["positions"] = [every.index(label) for label in approx.coords["pos"]]
+    return chosen
+
+
+def _worst(result: Result, index: list[int], approx: float, exact: float) -> WorstCell:
+    at = {dim: result.coords[dim][i] for dim, i in zip(result.dims, index, strict=True)}
+    label = result.sel(**{dim: [value] for dim, value in at.items()}).top(1)[0].label
+    return WorstCell(label, approx, exact, at)
+
+
+def _correlation(x: Tensor, y: Tensor) -> float:
+    x, y = x - x.mean(), y - y.mean()
+    size = x.norm() * y.norm()
+    return float((x * y).sum() / size) if float(size) > 0 else math.nan
+
+
+def _ranks(x: Tensor) -> Tensor:
+    """Ranks, ties sharing their mean."""
+    _, inverse, counts = x.unique(return_inverse=True, return_counts=True)
+    last = counts.cumsum(0).double()
+    return (last - (counts - 1) / 2)[inverse]
