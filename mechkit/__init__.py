@@ -5,6 +5,7 @@ from mechkit import tasks as tasks
 from mechkit import zoo as zoo
 from mechkit._version import __version__ as __version__
 from mechkit.attribution import Comparison as Comparison
+from mechkit.attribution import Erasure as Erasure
 from mechkit.attribution import ablation as ablation
 from mechkit.attribution import activation_patching as activation_patching
 from mechkit.attribution import atp_star as atp_star
@@ -14,6 +15,7 @@ from mechkit.attribution import attention_rollout as attention_rollout
 from mechkit.attribution import attribution_patching as attribution_patching
 from mechkit.attribution import compare as compare
 from mechkit.attribution import direct_logit_attribution as direct_logit_attribution
+from mechkit.attribution import dla_erasure_check as dla_erasure_check
 from mechkit.attribution import integrated_gradients as integrated_gradients
 from mechkit.attribution import relp as relp
 from mechkit.attribution import verify as verify

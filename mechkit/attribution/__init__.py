@@ -11,5 +11,7 @@ from mechkit.attribution.comparison import Comparison as Comparison
 from mechkit.attribution.comparison import compare as compare
 from mechkit.attribution.comparison import verify as verify
 from mechkit.attribution.direct_logit_attribution import direct_logit_attribution as direct_logit_attribution
+from mechkit.attribution.erasure import Erasure as Erasure
+from mechkit.attribution.erasure import dla_erasure_check as dla_erasure_check
 from mechkit.attribution.integrated_gradients import integrated_gradients as integrated_gradients
 from mechkit.attribution.relp import relp as relp

@@ -1,0 +1,190 @@
+"""Erasure check: what becomes of a head's direct effect in the rest of the model?
+
+Direct logit attribution credits a head with what it wrote in the direction that the metric reads. A later component may read
+that and take it out again, so that the head has no effect at all. So:
+
+1. Run the prompts, and run them again with the head ablated.
+2. *Direct effect*: what the head's own output loses, read along the metric's direction (the final norm's scale held fixed).
+3. *Indirect effects*: what every later component's output loses, read in the same way. One that loses as much with the opposite
+   sign wrote the opposite of what the head wrote: an eraser.
+4. *Total effect*: what the metric loses. It is the sum of all these, and of a rest: the final norm's scale also changed.
+
+Dao et al. 2023, https://arxiv.org/abs/2310.07325 (a 4-layer GELU model whose heads erase what an earlier one wrote).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mechkit.attribution._cells import provenance_of, split_prompts
+from mechkit.attribution._reading import Direction, as_direction
+from mechkit.attribution._stream import StreamRun, labels, needed
+from mechkit.hooks import SITES, Budget, HookedModel, attached_hooks, check_tokens
+from mechkit.metrics import Metric
+from mechkit.prompts import PromptPairs, Prompts
+from mechkit.result import Cost, Result
+
+
+@dataclass(frozen=True)
+class Erasure:
+    """What ablating one head takes away, and where.
+
+    Attributes:
+        head: `(layer, head)`.
+        direct: Direct effect of each prompt, dims `("prompt",)`: positive where the head's own output pushed the metric up.
+        total: Total effect: the metric of the run minus that of the run with the head ablated.
+        written: The part of the total effect that every other head and MLP from the head's layer on wrote, dims
+            `("component", "prompt")`; `"final norm"` is what the change of its scale adds.
+        erased: Share of the direct effect that later components take back, from the means over prompts: 0 if nothing is erased,
+            1 if all of it is, above 1 if more than it; NaN for a head without direct effect.
+    """
+
+    head: tuple[int, int]
+    direct: Result
+    total: Result
+    written: Result
+    erased: float
+
+    def erasers(self, k: int = 3) -> tuple[tuple[str, float], ...]:
+        """The later components that wrote the opposite of the head, strongest first: names and mean effects."""
+        direct = float(self.direct.mean("prompt").values)
+        mean = self.written.mean("prompt").values
+        order = (mean * (1 if direct > 0 else -1)).argsort(stable=True).tolist()
+        names = self.written.coords["component"]
+        opposite = [(str(names[i]), float(mean[i])) for i in order if names[i] != "final norm"]
+        return tuple((name, value) for name, value in opposite if value * direct < 0)[:k]
+
+    def __str__(self) -> str:
+        unit = self.direct.unit
+        direct, total = (float(r.mean("prompt").values) for r in (self.direct, self.total))
+        by = ", ".join(f"{name} ({value:+.3g})" for name, value in self.erasers())
+        return (
+            f"L{self.head[0]}H{self.head[1]}: direct effect {direct:+.3g} {unit}, total effect {total:+.3g}; later components "
+            f"take back {self.erased:.0%}{f', most by {by}' if by else ''}"
+        )
+
+
+def dla_erasure_check(
+    model: HookedModel,
+    prompts: PromptPairs | Prompts,
+    metric: Direction,
+    head: tuple[int, int],
+    *,
+    mode: str = "zero",
+    budget: int | None = None,
+) -> Erasure:
+    """Measures how much of a head's direct effect on the metric later components remove, and which of them.
+
+    Args:
+        model: In evaluation mode.
+        prompts: The prompts to run: the clean ones of pairs.
+        metric: As for `direct_logit_attribution`: linear in the logits, a token, or a direction.
+        head: `(layer, head)`.
+        mode: What the head's output is replaced with: `"zero"`, or `"mean"`, its mean over the prompts of equal length, position
+            by position (for a head whose output is mostly the same everywhere).
+        budget: Bytes of working memory; default half of what the device has free (1 GiB on a CPU).
+
+    Returns:
+        An `Erasure`. Effects are run minus ablated run: positive where the head (through that component) pushed the metric up.
+
+    Raises:
+        ValueError: no such head or mode; `"mean"` over a single prompt of a length; a metric that is not linear in the logits;
+            training mode.
+    """
+    layer, index = head
+    if not (0 <= layer < model.n_layers and 0 <= index < model.n_heads):
+        raise ValueError(
+            f"head: expected (layer, head) within {model.n_layers} layers and {model.n_heads} heads, got {head}"
+        )
+    if mode not in ("zero", "mean"):
+        raise ValueError(f"mode: expected 'zero' or 'mean', got {mode!r}")
+    if model.training:
+        raise ValueError("model: expected evaluation mode, got training mode (dropout would be on). Call model.eval()")
+    base, _, task = split_prompts(prompts)
+    direction = as_direction(model, metric, base)
+    for i, tokens in enumerate(base.tokens):
+        check_tokens(model, tokens, f"prompt {i}")
+    groups = base.by_length()
+    if mode == "mean" and min(len(ids) for ids in groups.values()) < 2:
+        raise ValueError("mode: 'mean' needs at least 2 prompts of each length; use 'zero', or prompts of one length")
+    names = _writers(model, (layer, index))
+    direct, total = (torch.zeros(len(base), dtype=torch.float64) for _ in range(2))
+    written = torch.zeros(len(names), len(base), dtype=torch.float64)
+    room = Budget.of(model, budget)
+    for length, ids in groups.items():
+        at_once = len(ids) if mode == "mean" else room.prompts_at_once(model, length, [])
+        for part in (ids[first : first + at_once] for first in range(0, len(ids), at_once)):
+            change, total[part] = _what_ablation_takes(model, base, part, direction, (layer, index), mode)
+            direct[part] = change.pop(f"L{layer}H{index}")
+            written[:, part] = torch.stack([change[name] for name in names])
+    written = torch.cat([written, (total - direct - written.sum(0))[None]])
+    mean, taken = float(direct.mean()), float(written[:-1].mean(1).sum())
+    mine = f"L{layer}H{index}"
+    later = (*names, "final norm")
+
+    def result(values: Tensor, dims: tuple[str, ...], coords: dict[str, tuple[str, ...]], what: str) -> Result:
+        return Result(
+            values=values,
+            dims=(*dims, "prompt"),
+            coords={**coords, "prompt": tuple(range(len(base)))},
+            baseline={},
+            base="",
+            metric=direction.name if isinstance(direction, Metric) else "direction",
+            unit=direction.unit if isinstance(direction, Metric) else "logits",
+            provenance=provenance_of(
+                model, base, technique="erasure check", what=what, head=mine, mode=mode, task=task
+            ),
+            cost=Cost(*[2 * int(base.lengths.sum()) * model.n_layers] * 2),
+        )
+
+    return Erasure(
+        head=(layer, index),
+        direct=result(direct, (), {}, "direct effect"),
+        total=result(total, (), {}, "total effect"),
+        written=result(written, ("component",), {"component": later}, "indirect effects"),
+        erased=-taken / mean if mean else float("nan"),
+    )
+
+
+def _writers(model: HookedModel, head: tuple[int, int]) -> list[str]:
+    """Everything that writes into the stream from the head's layer on, but for the head itself."""
+    names = []
+    for layer in range(head[0], model.n_layers):
+        names += [f"L{layer}H{i}" for i in range(model.n_heads) if (layer, i) != head]
+        names += [f"L{layer} mlp"] if model.has_site("mlp_out") else []
+    return names
+
+
+@torch.no_grad()
+def _what_ablation_takes(
+    model: HookedModel,
+    prompts: Prompts,
+    ids: Sequence[int],
+    direction: Metric | Tensor,
+    head: tuple[int, int],
+    mode: str,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """By writer, what its term loses when the head is ablated; and what the metric loses. Both `[prompt]`, in float64."""
+
+    def ablate(z: Tensor, hook: Any) -> Tensor:
+        z = z.clone()
+        z[:, :, head[1]] = 0 if mode == "zero" else z[:, :, head[1]].mean(0)
+        return z
+
+    layers = {"layer": range(head[0], model.n_layers), "head": range(model.n_heads)}
+    also = needed(model, "layer head", layers)
+    run = StreamRun(model, prompts, ids, direction, also)
+    with attached_hooks(model, [(SITES["z"].hook_name(head[0]), ablate)]):
+        ablated = StreamRun(model, prompts, ids, direction, also)
+    total = run.reading.value - ablated.reading.value
+    ablated.read_along(run.reading)
+    change = dict(zip(labels(model, "component"), run.components() - ablated.components(), strict=True))
+    for layer in layers["layer"]:
+        heads = run.heads(layer, layers, {}) - ablated.heads(layer, layers, {})
+        change |= {f"L{layer}H{i}": heads[i] for i in range(model.n_heads)}
+    return {name: x.double().cpu() for name, x in change.items()}, total.double().cpu()
