@@ -4,6 +4,7 @@ from mechkit import plot as plot
 from mechkit import tasks as tasks
 from mechkit import zoo as zoo
 from mechkit._version import __version__ as __version__
+from mechkit.attribution import OVSVD as OVSVD
 from mechkit.attribution import Comparison as Comparison
 from mechkit.attribution import Erasure as Erasure
 from mechkit.attribution import ablation as ablation
@@ -14,9 +15,14 @@ from mechkit.attribution import attention_relevance as attention_relevance
 from mechkit.attribution import attention_rollout as attention_rollout
 from mechkit.attribution import attribution_patching as attribution_patching
 from mechkit.attribution import compare as compare
+from mechkit.attribution import composition_scores as composition_scores
 from mechkit.attribution import direct_logit_attribution as direct_logit_attribution
 from mechkit.attribution import dla_erasure_check as dla_erasure_check
+from mechkit.attribution import head_scores as head_scores
 from mechkit.attribution import integrated_gradients as integrated_gradients
+from mechkit.attribution import ov_circuit as ov_circuit
+from mechkit.attribution import ov_svd as ov_svd
+from mechkit.attribution import qk_circuit as qk_circuit
 from mechkit.attribution import relp as relp
 from mechkit.attribution import verify as verify
 from mechkit.hooks import SITES as SITES

@@ -22,7 +22,8 @@ AnswerSet = Answer | Sequence[Answer]
 class Tokenizes(Protocol):
     """What `from_text` needs of a model: `HookedModel` has it."""
 
-    d_vocab: int
+    @property
+    def d_vocab(self) -> int: ...
 
     def to_tokens(self, text: str, prepend_bos: bool | None = None) -> Tensor: ...
     def to_str_tokens(self, text: Any) -> list[str]: ...

@@ -1,0 +1,302 @@
+"""A head's weights with the norms around them folded in, and the check that the model computes what they say.
+
+Used by `head_circuits` and `head_scores`. Norms are measured from their modules (`FrozenNorm`), and so is the attention's scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import einops
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mechkit._version import __version__
+from mechkit.hooks import FrozenNorm, HookedModel, record
+from mechkit.result import Result
+
+CHUNK = 4096  # tokens embedded at once
+_PROBES = 16
+# How far an activation may be from what the weights say, relative to its largest entry. Some attention is float32 always.
+_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
+
+
+@dataclass(frozen=True, eq=False)
+class FoldedWeights:
+    """One layer's attention weights with the norms' gains folded in, float32 at least. Every query head has its own copy of
+    its key-value head's."""
+
+    W_Q: Float[Tensor, "head d_model d_head"]
+    W_K: Float[Tensor, "head d_model d_head"]
+    W_V: Float[Tensor, "head d_model d_head"]
+    W_O: Float[Tensor, "head d_head d_model"]
+
+
+# -- from tokens to the residual stream and back -------------------------------------------------------------------------
+
+
+class _EnoughError(Exception):
+    """Ends a forward pass whose first lines are all that is wanted."""
+
+
+@torch.no_grad()
+def embeddings(model: HookedModel, tokens: Int[Tensor, "token"]) -> Float[Tensor, "token d_model"]:
+    """What each token puts into the residual stream: what enters the first block of a one-token prompt, with the model's own
+    scaling or norm of embeddings, less the positional embedding where it is added."""
+    kept: dict[str, Tensor] = {}
+
+    def keep_position(activation: Tensor, hook: Any) -> None:
+        kept["position"] = activation
+
+    def keep_stream(activation: Tensor, hook: Any) -> None:
+        kept["stream"] = activation
+        raise _EnoughError
+
+    added = model.cfg.positional_embedding_type == "standard" and getattr(model.bridge, "pos_embed", None) is not None
+    hooks: list[Any] = [(("resid_pre", 0), keep_stream)]
+    if added:
+        hooks.append(("pos_embed.hook_out", keep_position))
+    try:
+        with model.hooks(hooks):
+            model.bridge(tokens[:, None].to(model.device))
+    except _EnoughError:
+        pass
+    stream = kept["stream"][:, 0]
+    return stream - kept["position"][:, 0] if added else stream
+
+
+def final_norm(model: HookedModel, x: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_model"]:
+    """The final norm's gain and centring, with scale 1 and without its bias."""
+    module = getattr(model.bridge, "ln_final", None)
+    return x if module is None else _linear(FrozenNorm(module, _like(model, model.d_model), "final norm"), x)
+
+
+def read(model: HookedModel, layer: int, x: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_model"]:
+    """What the attention of `layer` reads if `x` is in the residual stream: the block's norm, exactly."""
+    module = getattr(model.bridge.blocks[layer], "ln1", None)
+    return x if module is None else module.original_component(x)
+
+
+def post_norm(model: HookedModel, layer: int) -> Any | None:
+    """The norm behind a block's attention (Gemma 2 and 3, OLMo 2)."""
+    bridge = getattr(model.bridge.blocks[layer], "ln1_post", None)
+    return None if bridge is None else bridge.original_component
+
+
+def embedded_chunks(model: HookedModel, tokens: Tensor) -> Iterator[Tensor]:
+    return (embeddings(model, part) for part in tokens.split(CHUNK))
+
+
+def through_ov(
+    model: HookedModel, layer: int, head: int, x: Float[Tensor, "row d_model"]
+) -> Float[Tensor, "row d_model"]:
+    """What a head writes when it attends fully to `x` in the stream; of a norm behind the attention, gain and centring."""
+    v = project(model, layer, x, "V")[:, head // (model.n_heads // model.n_kv_heads)]
+    return _behind(model, layer, wide(v) @ wide(weight_of(model, layer, "W_O")[head]))
+
+
+def _behind(model: HookedModel, layer: int, written: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
+    norm = post_norm(model, layer)
+    return written if norm is None else _linear(FrozenNorm(norm, _like(model, model.d_model), "ln1_post"), written)
+
+
+def block_norm(model: HookedModel, layer: int) -> FrozenNorm | None:
+    module = getattr(model.bridge.blocks[layer], "ln1", None)
+    return None if module is None else FrozenNorm(module, _like(model, model.d_model), f"ln1 of layer {layer}")
+
+
+def normed(norm: FrozenNorm | None, x: Tensor) -> Tensor:
+    """`x` times the norm's scale. Centring and gain are in the folded weights."""
+    return wide(x) if norm is None else wide(x) * wide(norm.scale(x))
+
+
+def project(
+    model: HookedModel, layer: int, x: Float[Tensor, "row d_model"], which: Literal["Q", "K", "V"]
+) -> Float[Tensor, "row head d_head"]:
+    """Queries, keys or values of every head for `x` in the stream; of each key-value head for K and V."""
+    projected = einops.einsum(
+        read(model, layer, x), weight_of(model, layer, f"W_{which}"), "row m, head m d -> row head d"
+    )
+    bias = getattr(model.bridge.blocks[layer].attn, f"b_{which}", None)
+    projected = projected if bias is None else projected + bias
+    return _across(_qk_norm(model, layer, which), projected, lambda module, y: module(y))
+
+
+def _qk_norm(model: HookedModel, layer: int, which: str) -> Any | None:
+    bridge = getattr(model.bridge.blocks[layer].attn, f"{which.lower()}_norm", None)
+    return None if bridge is None or which == "V" else bridge.original_component
+
+
+def _across(norm: Any | None, x: Float[Tensor, "... head d"], apply: Callable[[Any, Tensor], Tensor]) -> Tensor:
+    """Applies a query or key norm: to each head by itself, or to all of them in one row (OLMo 2), as its weight is long."""
+    if norm is None:
+        return x
+    weight = getattr(norm, "weight", None)
+    if weight is None or weight.numel() == x.shape[-1]:
+        return apply(norm, x)
+    if weight.numel() != x.shape[-2] * x.shape[-1]:
+        raise ValueError(
+            f"model: expected query and key norms with {x.shape[-1]} or {x.shape[-2]} x {x.shape[-1]} weights, got "
+            f"{list(weight.shape)} ({type(norm).__name__}): its queries and keys cannot be told from its weights"
+        )
+    return apply(norm, x.flatten(-2)).reshape(x.shape)
+
+
+def soft_capped(model: HookedModel, layer: int, scores: Tensor) -> Tensor:
+    cap = _soft_cap(model, layer)
+    return scores if cap is None else cap * torch.tanh(scores / cap)
+
+
+def _soft_cap(model: HookedModel, layer: int) -> float | None:
+    return getattr(model.bridge.blocks[layer].attn.original_component, "attn_logit_softcapping", None)
+
+
+# -- weights ---------------------------------------------------------------------------------------------------------------
+
+
+def folded_weights(model: HookedModel, layers: Sequence[int]) -> Iterator[FoldedWeights]:
+    """The folded weights of each layer in turn (see the module's docstring)."""
+    shared = model.n_heads // model.n_kv_heads
+    for layer in layers:
+        norm = block_norm(model, layer)
+        folded = {}
+        for which in ("Q", "K", "V"):
+            weight = wide(weight_of(model, layer, f"W_{which}"))
+            weight = weight if norm is None else norm.pull_back(weight.mT, _one(weight)).mT
+            weight = _across(_qk_norm(model, layer, which), weight.transpose(0, 1), _fold(model)).transpose(0, 1)
+            folded[which] = weight if which == "Q" else weight.repeat_interleave(shared, 0)
+        written = _behind(model, layer, wide(weight_of(model, layer, "W_O")))
+        yield FoldedWeights(W_Q=folded["Q"], W_K=folded["K"], W_V=folded["V"], W_O=written)
+
+
+def weight_of(model: HookedModel, layer: int, name: str) -> Tensor:
+    """`W_Q`, `W_K`, `W_V` `[head d_model d_head]` or `W_O` `[head d_head d_model]` of one layer."""
+    weight = getattr(getattr(model.bridge.blocks[layer], "attn", None), name, None)
+    if weight is None or weight.ndim != 3:
+        raise ValueError(
+            f"model: expected attention with weights by head in layer {layer} of {model.name} ({model.cfg.architecture}), got no "
+            f"{name}: it has no circuits of this kind"
+        )
+    return weight.detach()
+
+
+def _fold(model: HookedModel) -> Callable[[Any, Tensor], Tensor]:
+    return lambda module, x: _linear(FrozenNorm(module, _like(model, x.shape[-1]), type(module).__name__), x)
+
+
+@torch.no_grad()
+def probe_attention(model: HookedModel, layers: Sequence[int]) -> dict[int, float]:
+    """Runs random vectors through each layer's attention, in prompts of one token, and checks it against its weights.
+
+    Returns:
+        The factor by which each layer multiplies the product of query and key.
+
+    Raises:
+        ValueError: training mode; queries, keys, values, scores or outputs that are not what the weights say.
+    """
+    if model.training:
+        raise ValueError("model: expected evaluation mode, got training mode (dropout would be on). Call model.eval()")
+    first = torch.arange(_PROBES) % model.d_vocab
+    noise = torch.randn(_PROBES, model.d_model, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    size = float(embeddings(model, first).double().pow(2).mean().sqrt()) or 1.0
+    x = (noise * size).to(model.device, model.dtype)
+    kept: dict[tuple[str, int], Tensor] = {}
+
+    def keep(site: str, layer: int) -> Callable[..., None]:
+        def fn(activation: Tensor, hook: Any) -> None:
+            kept[site, layer] = activation[:, 0] if site != "attn_scores" else activation[:, :, 0, 0]
+
+        return fn
+
+    sites = ("v", "attn_scores", "z", "attn_out")
+    hooks: list[Any] = [(("resid_pre", layer), lambda _, hook: x[:, None].clone()) for layer in layers]
+    hooks += [((site, layer), keep(site, layer)) for layer in layers for site in sites]
+    with model.hooks(hooks):
+        record(model, first[:, None].to(model.device), blocks=False)
+    scales = {}
+    for layer in layers:
+        q, k, v = project(model, layer, x, "Q"), project(model, layer, x, "K"), project(model, layer, x, "V")
+        z = kept["z", layer].reshape(_PROBES, model.n_heads, model.d_head)
+        written = einops.einsum(z, weight_of(model, layer, "W_O"), "row head d, head d m -> row m")
+        bias, norm = getattr(model.bridge.blocks[layer].attn, "b_O", None), post_norm(model, layer)
+        written = written if bias is None else written + bias
+        products = (wide(q) * wide(k).repeat_interleave(model.n_heads // model.n_kv_heads, 1)).sum(-1)
+        scores = wide(kept["attn_scores", layer])
+        scales[layer] = _scale(products, scores, _soft_cap(model, layer))
+        _check(model, layer, "values", kept["v", layer].reshape(v.shape), v)
+        _check(model, layer, "scores", scores, soft_capped(model, layer, scales[layer] * products))
+        _check(model, layer, "output", kept["attn_out", layer], written if norm is None else norm(written))
+    return scales
+
+
+def _scale(products: Tensor, scores: Tensor, cap: float | None) -> float:
+    """The factor between them, by least squares over those that are not capped. 1 where all are 0."""
+    if cap is not None:
+        free = scores.abs() < 0.9 * cap
+        products, scores = products[free], cap * torch.atanh(scores[free] / cap)
+    products, scores = products.double(), scores.double()
+    total = float(products.pow(2).sum())
+    return float((products * scores).sum()) / total if total > 0 else 1.0
+
+
+def _check(model: HookedModel, layer: int, what: str, found: Tensor, expected: Tensor) -> None:
+    error, size = float((found - expected).abs().max()), float(expected.abs().max())
+    if not error <= _TOLERANCE[model.dtype] * max(size, 1e-12):
+        raise ValueError(
+            f"model: the attention {what} of layer {layer} of {model.name} ({model.cfg.architecture}) differ from what its "
+            f"weights say by {error:.1e} (largest {size:.1e}), so that its circuits cannot be read off its weights"
+        )
+
+
+def wide(x: Tensor) -> Tensor:
+    """Float32 at least."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _like(model: HookedModel, width: int) -> Tensor:
+    return torch.zeros(1, width, dtype=model.dtype, device=model.device)
+
+
+def _one(x: Tensor) -> Tensor:
+    return torch.ones(1, dtype=x.dtype, device=x.device)
+
+
+def _linear(norm: FrozenNorm, x: Tensor) -> Tensor:
+    return norm.linear(x, _one(x))
+
+
+# -- results -----------------------------------------------------------------------------------------------------------
+
+
+def weights_result(
+    values: Tensor,
+    coords: dict[str, tuple[Any, ...]],
+    model: HookedModel,
+    metric: str,
+    unit: str,
+    *,
+    baseline: dict[str, Tensor] | None = None,
+    **given: Any,
+) -> Result:
+    """A result that was computed from weights alone."""
+    return Result(
+        values=values,
+        dims=tuple(coords),
+        coords=coords,
+        baseline=baseline or {},
+        base=next(iter(baseline), "") if baseline else "",
+        metric=metric,
+        unit=unit,
+        provenance={
+            "model": model.name,
+            "revision": model.revision,
+            "weights_hash": model.weights_hash,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "mechkit": __version__,
+            "technique": metric,
+            **given,
+        },
+    )
