@@ -7,6 +7,8 @@ from mechkit._version import __version__ as __version__
 from mechkit.attribution import OVSVD as OVSVD
 from mechkit.attribution import Comparison as Comparison
 from mechkit.attribution import Erasure as Erasure
+from mechkit.attribution import TopTokens as TopTokens
+from mechkit.attribution import TunedLens as TunedLens
 from mechkit.attribution import ablation as ablation
 from mechkit.attribution import activation_patching as activation_patching
 from mechkit.attribution import atp_star as atp_star
@@ -18,12 +20,18 @@ from mechkit.attribution import compare as compare
 from mechkit.attribution import composition_scores as composition_scores
 from mechkit.attribution import direct_logit_attribution as direct_logit_attribution
 from mechkit.attribution import dla_erasure_check as dla_erasure_check
+from mechkit.attribution import gradient_x_input as gradient_x_input
 from mechkit.attribution import head_scores as head_scores
 from mechkit.attribution import integrated_gradients as integrated_gradients
+from mechkit.attribution import logit_lens as logit_lens
+from mechkit.attribution import neuron_attribution as neuron_attribution
 from mechkit.attribution import ov_circuit as ov_circuit
 from mechkit.attribution import ov_svd as ov_svd
+from mechkit.attribution import patchscope as patchscope
 from mechkit.attribution import qk_circuit as qk_circuit
 from mechkit.attribution import relp as relp
+from mechkit.attribution import token_integrated_gradients as token_integrated_gradients
+from mechkit.attribution import top_tokens as top_tokens
 from mechkit.attribution import verify as verify
 from mechkit.hooks import SITES as SITES
 from mechkit.hooks import ActivationCache as ActivationCache

@@ -33,9 +33,7 @@ def central_difference(model, pairs, metric, site, over, step):
         per_length = torch.full((), torch.nan)
         for ids in pairs.clean.by_length().values():
             some = pairs[ids]
-            base, source = (
-                model.run_with_cache(torch.stack(p.tokens), site)[1] for p in (some.corrupted, some.clean)
-            )
+            base, source = (model.run_with_cache(torch.stack(p.tokens), site)[1] for p in (some.corrupted, some.clean))
             layers = range(model.n_layers) if SITES[site].in_block else [0]
             at = {
                 (site, i): (lambda b, s: b + sign * step * (s - b))(

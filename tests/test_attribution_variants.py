@@ -262,7 +262,7 @@ def test_relevance_is_conserved_without_biases(family):
         return [*found, float(value.detach())]
 
     *plain, value = sums()
-    with relevance_rules(model):
+    with relevance_rules(model, "frozen"):
         *relevance, same = sums()
     assert same == pytest.approx(value, abs=1e-6)
     assert relevance == pytest.approx([value] * model.n_layers, abs=1e-4 * max(1, abs(value)))
@@ -280,7 +280,7 @@ def test_rules_change_no_value(family):
         assert not model.has_hooks
         return
     expected = model(tokens)
-    with relevance_rules(model):
+    with relevance_rules(model, "frozen"):
         found = model(tokens)
     assert torch.allclose(found, expected, atol=1e-9)
     result = mk.relp(model, pairs, mk.logit_diff(pairs), "mlp_out", "layer pos")
@@ -288,7 +288,8 @@ def test_rules_change_no_value(family):
     assert float((effects(result) - effects(plain)).abs().max()) > 1e-2  # control: they do change the gradient
     for site in ("q", "k", "pattern", "attn_scores"):
         with pytest.raises(ValueError, match="relevance does not flow"):
-            mk.relp(model, pairs, mk.logit_diff(pairs), site, "layer head")
+            mk.relp(model, pairs, mk.logit_diff(pairs), site, "layer head", attention="frozen")
+        assert float(effects(mk.relp(model, pairs, mk.logit_diff(pairs), site, "layer head")).abs().max()) > 1e-4
 
 
 # -- compare and verify ------------------------------------------------------------------------------------------------

@@ -43,7 +43,9 @@ def test_the_parts_sum_to_the_total_effect(family, mode):
     head = (1, 2)
     found = mk.dla_erasure_check(model, pairs, metric, head, mode=mode)
     tolerance = 1e-3 if family == "mixtral" else 1e-4
-    exact = mk.ablation(model, pairs, metric, "z", "layer head", mode="zero" if mode == "zero" else "pos_mean", progress=False)
+    exact = mk.ablation(
+        model, pairs, metric, "z", "layer head", mode="zero" if mode == "zero" else "pos_mean", progress=False
+    )
     total = -exact.effect().values[head]
     size = max(1.0, float(total.abs().max()))
     assert torch.allclose(found.total.values, total.double(), atol=tolerance * size)

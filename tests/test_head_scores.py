@@ -8,7 +8,8 @@ from families import D_VOCAB, FAMILIES, build_hf
 
 import mechkit as mk
 from mechkit import zoo
-from mechkit.attribution.head_scores import composition_scores, head_scores, ordinary_tokens, random_prompts
+from mechkit._random_tokens import ordinary_tokens
+from mechkit.attribution.head_scores import composition_scores, head_scores, random_prompts
 from mechkit.prompts import Prompts
 
 PATTERN_KINDS = ("previous_token", "duplicate_token", "induction", "prefix_matching")

@@ -1,4 +1,4 @@
-"""What a component does: activation patching, ablation."""
+"""What a component does, wrote, or attends to: patching, ablation, attribution, lenses, head scores."""
 
 from mechkit.attribution.ablation import ablation as ablation
 from mechkit.attribution.activation_patching import activation_patching as activation_patching
@@ -19,5 +19,13 @@ from mechkit.attribution.head_circuits import ov_svd as ov_svd
 from mechkit.attribution.head_circuits import qk_circuit as qk_circuit
 from mechkit.attribution.head_scores import composition_scores as composition_scores
 from mechkit.attribution.head_scores import head_scores as head_scores
+from mechkit.attribution.input_attribution import gradient_x_input as gradient_x_input
+from mechkit.attribution.input_attribution import neuron_attribution as neuron_attribution
+from mechkit.attribution.input_attribution import token_integrated_gradients as token_integrated_gradients
 from mechkit.attribution.integrated_gradients import integrated_gradients as integrated_gradients
+from mechkit.attribution.logit_lens import TopTokens as TopTokens
+from mechkit.attribution.logit_lens import logit_lens as logit_lens
+from mechkit.attribution.logit_lens import top_tokens as top_tokens
+from mechkit.attribution.patchscope import patchscope as patchscope
 from mechkit.attribution.relp import relp as relp
+from mechkit.attribution.tuned_lens import TunedLens as TunedLens

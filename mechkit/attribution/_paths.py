@@ -80,10 +80,14 @@ def along_activation(
     Returns:
         Each prompt's sum over all entries of the activation, to be held against `m(end) - m(start)`.
     """
-    change, total = end - start, torch.zeros(len(chunk.everyone), device=chunk.everyone.device)
+    change, wide = end - start, chunk.study.values[chunk.study.base_is].dtype
+    total = torch.zeros(len(chunk.everyone), dtype=wide, device=chunk.everyone.device)
     for row, point, weight in batches(chunk, points, weights):
         shape = (-1, *[1] * (start.ndim - 1))
-        at = (start[row] + point.reshape(shape) * change[row]).detach().requires_grad_()
+        at = (start[row] + point.reshape(shape) * change[row]).to(
+            start.dtype
+        )  # a softmax may be in another than the model's
+        at = at.detach().requires_grad_()
         share = change[row] * _gradient(chunk, key, at, row, hidden) * weight.reshape(shape)
         chunk.add(key, share, row)
         total = total.index_add(0, row, share.flatten(1).sum(1).to(total))

@@ -23,13 +23,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from mechkit._random_tokens import repeated_rows
 from mechkit.attribution._cells import choose_indices, choose_positions, provenance_of, split_prompts
 from mechkit.attribution._head_weights import (
     CHUNK,
@@ -210,45 +211,7 @@ def random_prompts(model: HookedModel, kind: Kind, n: int, length: int | None, s
     """Random tokens, drawn anew for each prompt and repeated as `head_scores` says."""
     times = {"prefix_matching": 4, "name_mover_copy": 1}.get(kind, 2)
     length = length or (25 if kind == "prefix_matching" else 50)
-    ordinary = ordinary_tokens(model)
-    if n < 1 or not 2 <= length <= len(ordinary):
-        raise ValueError(
-            f"n, length: expected n >= 1 and a length from 2 to {len(ordinary)}, the vocabulary's ordinary tokens; got "
-            f"n={n} and length={length}"
-        )
-    generator = torch.Generator().manual_seed(seed)
-    rows = []
-    for _ in range(n):
-        drawn = ordinary[torch.randperm(len(ordinary), generator=generator)[:length]]
-        rows.append(torch.cat([_beginning(model), drawn.repeat(times)]))
-    longest = model.cfg.n_ctx if model.cfg.positional_embedding_type == "standard" else None
-    if longest is not None and len(rows[0]) > longest:
-        raise ValueError(
-            f"length: expected prompts of at most {longest} tokens, the model's learned positions; {length} tokens "
-            f"{times} times are {len(rows[0])}. Pass a smaller length"
-        )
-    return Prompts.from_tokens(rows, cast(Any, model))
-
-
-def ordinary_tokens(model: HookedModel) -> Int[Tensor, "token"]:
-    """Ids of the vocabulary that the tokenizer knows and does not call special."""
-    if model.tokenizer is None:
-        config = model.bridge.original_model.config.get_text_config()
-        named = [getattr(config, f"{name}_token_id", None) for name in ("bos", "eos", "pad")]
-        special = {i for ids in named for i in (ids if isinstance(ids, list | tuple) else [ids])}
-        known = model.d_vocab
-    else:
-        added = getattr(model.tokenizer, "added_tokens_decoder", {})
-        special = {*model.tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
-        known = min(model.d_vocab, len(model.tokenizer))
-    return torch.tensor([i for i in range(known) if i not in special], dtype=torch.long)
-
-
-def _beginning(model: HookedModel) -> Int[Tensor, "token"]:
-    """The beginning-of-sequence token, if the model's default is to begin with one."""
-    bos = getattr(model.tokenizer, "bos_token_id", None)
-    begins = bos is not None and int(model.to_tokens("a")[0, 0]) == bos
-    return torch.tensor([bos] if begins else [], dtype=torch.long)
+    return Prompts.from_tokens(repeated_rows(model, n, length, times, seed), model)
 
 
 def _check_given(kind: str, prompts: Any, positions: Any, sign: int, n: int | None, length: int | None) -> None:

@@ -6,10 +6,13 @@ an activation function or a product is a poor guide to it. Relevance propagation
 - norms: the scale is held fixed (LN rule);
 - activation functions, y = f(x): the coefficient is y / x instead of f'(x) (identity rule);
 - products of two activations (gated MLPs): each factor gets half (half rule);
-- attention: patterns are held fixed, so that nothing flows through queries and keys (AH rule).
+- attention: the softmax and its products keep their gradient (`attention="gradient"`), or patterns are held fixed and nothing
+  flows through queries and keys (`"frozen"`, the AH rule).
 
-With these a network without biases is accounted for in full, as a linear one is: coefficients times activations sum to the
-metric at every depth. The rest is `attribution_patching`: `effect = sum((source - base) * coefficient)`, one backward pass.
+With patterns frozen, a network without biases is accounted for in full, as a linear one is: coefficients times activations sum
+to the metric at every depth. But a circuit that works by moving attention, as IOI's does, is then invisible. The rest is
+`attribution_patching`: `effect = sum((source - base) * coefficient)`, one backward pass. Whether that is better than a gradient
+depends on the model: `compare` it (on SmolLM2's IOI it is not, see the README).
 
 Jafari et al. 2025, https://arxiv.org/abs/2508.21258; Achtibat et al. 2024 (AttnLRP), https://arxiv.org/abs/2402.05602.
 """
@@ -40,6 +43,7 @@ def relp(
     site: str = "z",
     over: str = "layer head",
     *,
+    attention: Literal["gradient", "frozen"] = "gradient",
     direction: Literal["denoise", "noise"] = "denoise",
     layers: Sequence[int] | None = None,
     heads: Sequence[int] | None = None,
@@ -51,18 +55,21 @@ def relp(
 
     Args:
         model, pairs, metric, site, over, direction, layers, heads, positions, neurons, budget: As for `attribution_patching`.
+        attention: What flows back through attention patterns: their `"gradient"`, or nothing (`"frozen"`).
 
     Returns:
         A `Result` like `attribution_patching`'s.
 
     Raises:
-        ValueError: as `attribution_patching`; `site` is a query, key, score or pattern (through which no relevance flows);
-            mixtures of experts, for whose routing there is no rule; a norm that is neither a LayerNorm nor an RMSNorm.
+        ValueError: as `attribution_patching`; `site` is a query, key, score or pattern and these are frozen; a mixture of
+            experts, for whose routing there is no rule; a norm that is neither a LayerNorm nor an RMSNorm.
     """
-    if get_site(site).name in ("q", "k", "attn_scores", "pattern"):
+    if attention not in ("gradient", "frozen"):
+        raise ValueError(f"attention: expected 'gradient' or 'frozen', got {attention!r}")
+    if attention == "frozen" and get_site(site).name in ("q", "k", "attn_scores", "pattern"):
         raise ValueError(
             f"site: relevance does not flow through attention patterns, which are held fixed, so that {site!r} would get 0 "
-            "everywhere; use atp_star (its QK fix), or activation_patching"
+            "everywhere; use attention='gradient', atp_star (its QK fix), or activation_patching"
         )
     study = make_study(
         model,
@@ -78,10 +85,11 @@ def relp(
         neurons=neurons,
         technique=TECHNIQUE,
         variant="relp",
+        attention=attention,
     )
     with frozen_parameters(model):
         for chunk in study.chunks():
-            with relevance_rules(model):
+            with relevance_rules(model, attention):
                 first_order(study, chunk)
     return study.result(next(iter(study.axes)))
 
@@ -100,15 +108,16 @@ class _Carried(torch.autograd.Function):
 
 
 @contextmanager
-def relevance_rules(model: HookedModel) -> Iterator[None]:
-    """Inside, the model computes what it always does, and gradients flow back by the four rules above."""
+def relevance_rules(model: HookedModel, attention: str) -> Iterator[None]:
+    """Inside, the model computes what it always does, and gradients flow back by the rules above."""
     hooks: list[tuple[str, Callable[..., Tensor | None]]] = []
     norms = [("ln_final", model.bridge.ln_final)]
     for layer, block in enumerate(model.bridge.blocks):
         norms += [
             (f"blocks.{layer}.{name}", norm) for name in _NORMS if (norm := getattr(block, name, None)) is not None
         ]
-        hooks.append((SITES["pattern"].hook_name(layer), lambda pattern, hook: pattern.detach()))
+        if attention == "frozen":
+            hooks.append((SITES["pattern"].hook_name(layer), lambda pattern, hook: pattern.detach()))
         if model.has_site("mlp_post"):
             hooks += _mlp_rule(model, layer)
     for name, norm in norms:

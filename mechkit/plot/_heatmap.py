@@ -324,7 +324,9 @@ def _caption(result: Result, averaged: bool) -> list[str]:
     prompts = f"{'mean over ' if averaged else ''}{n_prompts} prompt{'s' if n_prompts != '1' else ''}"
     details = [f"{key} {known[key]}" for key in ("site", "direction", "mode") if key in known]
     parts = [known.get("model"), known.get("task"), prompts if n_prompts else None]
-    return [part for part in [*parts, known.get("technique", "").replace("_", " "), *details] if part]
+    return [
+        part for part in [*parts, known.get("technique", "").replace("_", " "), *details, known.get("caution")] if part
+    ]
 
 
 def _number(number: float, digits: int = 3, *, sign: str = "") -> str:

@@ -1,3 +1,4 @@
 """Tasks: prompts with known answers, of the same type as one's own."""
 
 from mechkit.tasks._ioi import ioi as ioi
+from mechkit.tasks._repeated import repeated_tokens as repeated_tokens

@@ -1,0 +1,490 @@
+"""Which input tokens, and which neurons, a metric rests on: gradients at one run, or along a path from a baseline to it.
+
+*Gradient times input* (Shrikumar et al. 2016, https://arxiv.org/abs/1605.01713):
+
+1. Take the gradient of the metric with respect to what the first block reads at each position (`resid_pre` of layer 0).
+2. A position's value is the inner product of the two. One backward pass; the values need not sum to anything.
+
+*Integrated gradients* of the input (Sundararajan et al. 2017, https://arxiv.org/abs/1703.01365):
+
+1. Choose a baseline: what the first block reads when every token's embedding is replaced (by zero, the vocabulary's mean, or
+   one token's). Positional embeddings, and whatever else the model does to embeddings, stay: only the tokens' identity counts.
+2. Move from the baseline to the actual input in a straight line, and average the gradients on the way.
+3. A position's value is the inner product of that average and the change. The values sum to `m(actual) - m(baseline)`.
+
+*Neurons*, likewise (or heads, or any other site inside the blocks), in two ways:
+
+- `path="activation"`: each layer's activations move by themselves from zero to their values in the run (Dai et al. 2022,
+  https://arxiv.org/abs/2104.08696, with all neurons of a layer at once). A layer sums to what zeroing all of it takes away.
+- `path="input"`: the embeddings move, as above, and the neurons follow. A neuron's *conductance* is the integral of the gradient
+  at the neuron over the neuron's own change (Dhamdhere et al. 2019, https://arxiv.org/abs/1805.12233; summed as in Shrikumar et
+  al. 2018, https://arxiv.org/abs/1807.09946): the part of the input's attribution that flows through it. A layer through which
+  everything flows (`resid_pre`, `resid_mid`, `resid_post`) sums to `m(actual) - m(baseline)`; others have a bypass.
+
+A metric may bend very much on the way: norms jump next to zero, and the first position's attention sink switches on all at once (so
+`keep` it). `completeness_error` in the provenance says how far the sums are from what they should be: near 1, they mean nothing.
+
+captum has these methods and is the reference in the tests. It is not used here: the sums are a few lines on paths that other
+methods share, which do all layers in the same runs, unembed the metric's tokens alone, and need no plotting library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from mechkit.attribution._cells import provenance_of
+from mechkit.attribution._nodes import AnyMetric, Chunk, Key, Study, hook_name, make_single_study
+from mechkit.attribution._paths import Rule, along_activation, batches, metric_with, quadrature
+from mechkit.attribution.attribution_patching import check_reached, tapped
+from mechkit.attribution.integrated_gradients import unedited
+from mechkit.hooks import HookedModel, frozen_parameters, get_site
+from mechkit.metrics import Metric, as_metric
+from mechkit.prompts import PromptPairs, Prompts
+from mechkit.result import Cost, Result
+
+_INPUT: Key = ("resid_pre", 0)  # what the first block reads
+_CUTS = ("resid_pre", "resid_mid", "resid_post")  # everything that a later layer gets flows through these
+_VOCABULARY_ROWS = 4096  # embeddings looked up at once for the vocabulary's mean
+
+
+def gradient_x_input(
+    model: HookedModel, prompts: PromptPairs | Prompts, metric: AnyMetric, *, budget: int | None = None
+) -> Result:
+    """The embedding at each position times the metric's gradient there: how the metric grows as the embedding is scaled up.
+
+    First order at one point, and blind to what is saturated there. The embedding is all that the first block reads, positional
+    embeddings included.
+
+    Args:
+        model: In evaluation mode. Its parameters are frozen meanwhile and get no gradient.
+        prompts: Of any lengths. Of pairs, the clean prompts.
+        metric: A differentiable metric of one run, e.g. `logit_diff(pairs)`; or a callable `[batch pos d_vocab] -> [batch]` for
+            prompts of one length.
+        budget: Bytes for activations kept for the backward pass; default half of what the device has free (1 GiB on a CPU).
+
+    Returns:
+        A `Result` with dims `("pos", "prompt")` and no baseline, in the metric's unit: positive where more of this embedding
+        raises the metric. Positions after the one that the metric reads have 0; those that a shorter prompt lacks are NaN.
+
+    Raises:
+        ValueError: a metric without a gradient, that compares with another run, or that was made for other prompts; training
+            mode; a metric or a gradient that is not finite.
+
+    Example:
+        >>> gradient_x_input(model, pairs, logit_diff(pairs)).mean("prompt").top(3)
+    """
+    reader = as_metric(metric)
+    if isinstance(reader, Metric) and reader.reference is not None:
+        raise ValueError(
+            f"metric: expected one of a single run, such as mk.logit_diff; {reader.name!r} compares with the "
+            f"{reader.reference} run, and at that run itself its gradient is 0. token_integrated_gradients can use it"
+        )
+    study = _input_study(model, prompts, reader, budget)
+    with frozen_parameters(model):
+        for chunk in study.chunks():
+            actual = _actual(study, chunk)
+            # Integrated gradients from zero with one point, at the end of the path: (actual - 0) * gradient at actual.
+            zero, enters = torch.zeros_like(actual), _enters(chunk, {0: actual})
+            _check_finite(along_activation(chunk, _INPUT, zero, actual, enters, [1.0], [1.0]), "gradient at the input")
+    return _result(study, passes=1, technique="gradient x input")
+
+
+def token_integrated_gradients(
+    model: HookedModel,
+    prompts: PromptPairs | Prompts,
+    metric: AnyMetric,
+    *,
+    baseline: str | int = "zero",
+    keep: Sequence[int] | None = None,
+    steps: int = 50,
+    rule: Rule = "midpoint",
+    budget: int | None = None,
+) -> Result:
+    """Integrated gradients of the input tokens: how much each position adds to the metric, from a baseline to the actual prompt.
+
+    Args:
+        model, prompts, metric, budget: As for `gradient_x_input`. `kl_divergence(pairs)` is allowed: the baseline's divergence
+            from the actual run is what is shared out, with a minus sign.
+        baseline: What stands for "no token" at every position that is not kept: `"zero"` (the zero vector in place of the
+            token's embedding), `"mean"` (the mean embedding of the whole vocabulary), or a token, by its id or its text (a token
+            whose text is "zero" or "mean" by its id). Positional embeddings and embedding norms stay as they are. A common
+            token such as `" the"` makes the smoothest path: it is a prompt that the model can read.
+        keep: Positions that have their own token in the baseline too, and so get exactly 0. Default: the first one if it is the
+            tokenizer's beginning-of-sequence token, otherwise none; `()` for none. Many models use the first token, whatever it
+            is, as an attention sink, and do not work without it: `keep=[0]` then.
+        steps: Gradients along the path, each a forward and a backward pass.
+        rule: Where they are taken: `"midpoint"` (never at the ends themselves), `"left"`, `"gauss-legendre"` (best for smooth
+            paths, worst for others), or `"stretched"` (closer together in the middle).
+
+    Returns:
+        A `Result` with dims `("pos", "prompt")` and no baseline, in the metric's unit: positive where the token, instead of the
+        baseline, raises the metric. The values of a prompt sum to `m(actual) - m(baseline)`. Provenance: `metric_actual` and
+        `metric_baseline`, averaged over prompts, and `completeness_error`: how far the sums are from that, averaged over
+        prompts without sign, as a share of the average of `|m(actual) - m(baseline)|`. Positions after the one that the metric
+        reads have 0; those that a shorter prompt lacks are NaN.
+
+    Raises:
+        ValueError: as `gradient_x_input`; an unknown baseline or rule; no steps; a position to keep that a prompt lacks.
+
+    Example:
+        >>> tokens = token_integrated_gradients(model, pairs, logit_diff(pairs), baseline=" the")
+        >>> tokens.mean("prompt").top(3), tokens.provenance["completeness_error"]
+    """
+    points, weights = quadrature(steps, rule)
+    study = _input_study(model, prompts, metric, budget)
+    without = _Baseline.of(study, baseline, keep)
+    sums = _Sums(study, [_INPUT])
+    with frozen_parameters(model):
+        for chunk in study.chunks():
+            actual = _actual(study, chunk)
+            start = without.start(chunk, actual)
+            found = along_activation(chunk, _INPUT, start, actual, _enters(chunk, {0: actual}), points, weights)
+            sums.keep(chunk, found[None], _metric_from(chunk, start)[None])
+    asked = {"baseline": baseline, "keep": without.kept, "steps": steps, "rule": rule}
+    end = {"metric_baseline": sums.starts_at(), "completeness_error": max(sums.errors())}
+    return _result(study, passes=steps, technique="token integrated gradients", **asked, **end)
+
+
+def neuron_attribution(
+    model: HookedModel,
+    prompts: PromptPairs | Prompts,
+    metric: AnyMetric,
+    *,
+    site: str = "mlp_post",
+    over: str = "layer neuron",
+    path: Literal["activation", "input"] = "activation",
+    baseline: str | int = "zero",
+    keep: Sequence[int] | None = None,
+    steps: int = 20,
+    rule: Rule = "midpoint",
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+    neurons: Sequence[int] | None = None,
+    positions: Sequence[int] | Sequence[str] | None = None,
+    budget: int | None = None,
+) -> Result:
+    """How much each neuron (or head, or position of a layer) adds to the metric, by integrated gradients.
+
+    Args:
+        model, prompts, metric, budget: As for `token_integrated_gradients`.
+        site: Whose entries: `"mlp_post"` (neurons), `"z"`, `"mlp_out"`, `"resid_pre"`, or any other site inside the blocks but
+            `"attn_scores"`, where zero does not mean nothing.
+        over: The dims of the result, as for `activation_patching`: `"layer neuron"`, `"layer position neuron"`, for `z`
+            `"layer head"`, … Dims that are not named are summed over.
+        path: `"activation"` moves each layer's activations from zero to their values, with everything before them as in the
+            actual run: `steps` runs of every layer from there on. `"input"` moves the embeddings and gives conductances: twice
+            `steps` runs in all.
+        baseline, keep: For `path="input"`, where the embeddings begin; as for `token_integrated_gradients`.
+        steps, rule: As for `token_integrated_gradients`. For `path="input"` each gradient is multiplied by the neuron's change
+            over the stretch of the path that its weight stands for.
+        layers, heads, neurons, positions: Restrict these dims. `positions` are indices with `pos`, names with `position`.
+
+    Returns:
+        A `Result` with dims `(*over, "prompt")` and no baseline, in the metric's unit: positive where the activation, as it is in
+        the run, raises the metric. Positions that a shorter prompt lacks are NaN. Provenance: `metric_actual`, averaged over
+        prompts, and `completeness_error`, the largest of `completeness_errors`. For `path="activation"` these say for each layer
+        how far the sum over its whole activation is from `m(actual) - m(layer zeroed)`; for `path="input"` how far the sum over
+        the embeddings is from `m(actual) - m(baseline)` (`metric_baseline`), and for the residual stream that of each layer.
+        All are averaged over prompts without sign, as a share of the average size of these differences.
+        Where a norm follows (`z`, `mlp_post` in Gemma 2, Gemma 3, OLMo 2) the path from zero jumps at its start, and the error is
+        near 1 at any number of steps: use `attn_out` and `mlp_out` there.
+
+    Raises:
+        ValueError: as `token_integrated_gradients`; an unknown site or dim; a site that this architecture lacks; `baseline` or
+            `keep` for `path="activation"`.
+
+    Example:
+        >>> neurons = neuron_attribution(model, pairs, logit_diff(pairs), layers=[20, 21])
+        >>> neurons.mean("prompt").top(10)
+    """
+    if path not in ("activation", "input"):
+        raise ValueError(f"path: expected 'activation' or 'input', got {path!r}")
+    if path == "activation" and (baseline != "zero" or keep is not None):
+        raise ValueError(
+            "baseline, keep: expected none for path='activation', where activations grow from zero and the input stays; got "
+            f"{baseline!r} and {keep!r}. Use path='input'"
+        )
+    points, weights = quadrature(steps, rule)
+    _check_site(site)
+    chosen = {"layers": layers, "heads": heads, "neurons": neurons, "positions": positions}
+    study = make_single_study(model, prompts, metric, site, over, budget=budget, **chosen)
+    without = _Baseline.of(study, baseline, keep)
+    cuts = study.keys if path == "activation" or get_site(site).name in _CUTS else []
+    sums = _Sums(study, cuts if path == "activation" else list(dict.fromkeys([*cuts, _INPUT])))
+    with frozen_parameters(model):
+        for chunk in study.chunks():
+            if path == "activation":
+                _grow_activations(study, chunk, points, weights, sums)
+            else:
+                _conduct(study, chunk, without, points, weights, sums)
+    asked: dict[str, Any] = {"path": path, "baseline": baseline, "steps": steps, "rule": rule}
+    if path == "input":
+        asked |= {"keep": without.kept, "metric_baseline": sums.starts_at()}
+    return _result(
+        study,
+        passes=2 * steps if path == "input" else steps * len(study.keys),
+        technique="neuron attribution",
+        completeness_error=max(sums.errors()),
+        completeness_errors=sums.errors(),
+        **asked,
+    )
+
+
+# -- what is asked ----------------------------------------------------------------------------------------------------
+
+
+def _input_study(model: HookedModel, prompts: PromptPairs | Prompts, metric: AnyMetric, budget: int | None) -> Study:
+    """A study of what the first block reads. Its effects have a layer axis of length one."""
+    return make_single_study(model, prompts, metric, "resid_pre", "layer pos", layers=[0], budget=budget)
+
+
+def _check_site(site: str) -> None:
+    found = get_site(site)
+    if not found.in_block or found.name == "attn_scores":
+        raise ValueError(
+            f"site: expected one inside the blocks where zero means nothing, got {found.name!r}; for the embeddings use "
+            "token_integrated_gradients, for attention 'pattern'"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Baseline:
+    """Where the embeddings' path begins: `stand_in` is `"zero"`, `"mean"` or a token's id, `kept` one index or none a prompt."""
+
+    model: HookedModel
+    stand_in: str | int
+    kept: list[list[int]]
+
+    @classmethod
+    def of(cls, study: Study, baseline: str | int, keep: Sequence[int] | None) -> _Baseline:
+        """Checks what the user asked for."""
+        model, prompts = study.model, study.base
+        if keep is None:
+            first = getattr(model.tokenizer, "bos_token_id", None)
+            return cls(
+                model, _stand_in(model, baseline), [[0] if int(row[0]) == first else [] for row in prompts.tokens]
+            )
+        shortest = int(prompts.lengths.min())
+        for i in keep:
+            if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < shortest:
+                raise ValueError(f"keep: expected positions in 0..{shortest - 1} (the shortest prompt), got {i!r}")
+        return cls(model, _stand_in(model, baseline), [sorted(set(keep))] * len(prompts))
+
+    @torch.no_grad()
+    def start(self, chunk: Chunk, actual: Float[Tensor, "prompt pos d_model"]) -> Float[Tensor, "prompt pos d_model"]:
+        """What the first block reads when the tokens' embeddings are replaced where the model looks them up."""
+        tokens = chunk.tokens[chunk.study.base_is]
+        if isinstance(self.stand_in, int):
+            start = chunk.runs.embed(torch.full_like(tokens, self.stand_in))
+        else:
+            start = self._looked_up(chunk, tokens)
+        kept: Bool[Tensor, "prompt pos"] = torch.zeros(tokens.shape, dtype=torch.bool, device=start.device)
+        for row, i in enumerate(chunk.ids.tolist()):
+            kept[row, self.kept[i]] = True
+        return torch.where(kept[..., None], actual, start)
+
+    def _looked_up(self, chunk: Chunk, tokens: Int[Tensor, "prompt pos"]) -> Float[Tensor, "prompt pos d_model"]:
+        found = self.model.bridge.original_model.get_input_embeddings()
+        table = getattr(found, "original_component", found)  # itself, without the bridge's hook points
+        vector = _mean_embedding(self.model, table) if self.stand_in == "mean" else torch.zeros(())
+        fired: list[bool] = []
+
+        def replace(module: Any, args: Any, output: Tensor) -> Tensor:
+            fired.append(True)
+            return vector.to(output).expand_as(output).clone()
+
+        handle = table.register_forward_hook(replace)
+        try:
+            start = chunk.runs.embed(tokens)
+        finally:
+            handle.remove()
+        if not fired:
+            raise ValueError(
+                f"baseline: expected a token, because {self.model.name} does not look tokens up in its input embeddings; got "
+                f"{self.stand_in!r}"
+            )
+        return start
+
+
+def _stand_in(model: HookedModel, baseline: str | int) -> str | int:
+    """A baseline as `"zero"`, `"mean"` or a token's id."""
+    wanted = f"expected 'zero', 'mean', a token id in 0..{model.d_vocab - 1}, or the text of one token"
+    if isinstance(baseline, str) and baseline not in ("zero", "mean"):
+        try:
+            return model.to_single_token(baseline)
+        except ValueError as error:
+            raise ValueError(f"baseline: {wanted}; got {baseline!r}: {error}") from None
+    if not isinstance(baseline, str | int) or isinstance(baseline, bool):
+        raise ValueError(f"baseline: {wanted}; got {baseline!r}")
+    if isinstance(baseline, int) and not 0 <= baseline < model.d_vocab:
+        raise ValueError(f"baseline: {wanted}; got {baseline!r}")
+    return baseline
+
+
+def _mean_embedding(model: HookedModel, table: Any) -> Float[Tensor, "d_model"]:
+    """The mean over the vocabulary of what the table gives (some models scale what is in it)."""
+    ids = torch.arange(model.d_vocab, device=model.device)
+    return torch.stack([table(some).double().sum(0) for some in ids.split(_VOCABULARY_ROWS)]).sum(0) / model.d_vocab
+
+
+# -- what is run ------------------------------------------------------------------------------------------------------
+
+
+def _enters(chunk: Chunk, hidden: dict[int, Tensor]) -> dict[int, Tensor] | None:
+    """What blocks read, for runs that can begin at a block."""
+    return hidden if chunk.runs.how == "suffix" else None
+
+
+@torch.no_grad()
+def _actual(study: Study, chunk: Chunk) -> Float[Tensor, "prompt pos d_model"]:
+    """What the first block reads in the unedited run, whose metric is kept."""
+    tokens = chunk.tokens[study.base_is]
+    actual = chunk.runs.embed(tokens)
+    _, final = chunk.runs.forward(tokens, chunk.everyone, hidden=actual)
+    chunk.keep_unedited({study.base_is: final})
+    return actual
+
+
+@torch.no_grad()
+def _metric_from(chunk: Chunk, start: Float[Tensor, "prompt pos d_model"]) -> Float[Tensor, "prompt"]:
+    """The metric of runs that begin with `start` instead of the embeddings."""
+    tokens = chunk.tokens[chunk.study.base_is]
+    return chunk.metric(chunk.runs.forward(tokens, chunk.everyone, hidden=start)[1])
+
+
+def _grow_activations(study: Study, chunk: Chunk, points: list[float], weights: list[float], sums: _Sums) -> None:
+    """Adds the integral of every layer from zero to its activations."""
+    kept, hidden, final = unedited(study, chunk, study.base_is)
+    chunk.keep_unedited({study.base_is: final})
+    enters, totals, zeroed = _enters(chunk, hidden), [], []
+    for key in study.keys:
+        zero = torch.zeros_like(kept[key])
+        totals.append(along_activation(chunk, key, zero, kept[key], enters, points, weights))
+        with torch.no_grad():
+            zeroed.append(metric_with(chunk, key, zero, chunk.everyone, enters))
+    sums.keep(chunk, torch.stack(totals), torch.stack(zeroed))
+
+
+def _conduct(
+    study: Study, chunk: Chunk, without: _Baseline, points: list[float], weights: list[float], sums: _Sums
+) -> None:
+    """Adds, for every stretch of the embeddings' path, the gradients at its point times the activations' change along it."""
+    actual, keys = _actual(study, chunk), list(dict.fromkeys([*study.keys, _INPUT]))
+    start, n, silent = without.start(chunk, actual), len(chunk.everyone), set(study.keys)
+    ends = [
+        sum(weights[: k + 1]) / sum(weights) for k in range(len(weights))
+    ]  # of the stretches; the first begins at 0
+    before = _activations(chunk, keys, start, chunk.everyone)
+    totals = torch.zeros(len(sums.keys), n, dtype=sums.dtype, device=start.device)
+    for row, point, end in batches(chunk, points, ends):
+        along = [start[row] + at[:, None, None] * (actual - start)[row] for at in (point, end)]
+        after = _activations(chunk, keys, along[1], row)  # rows of one point stand together
+        change = {key: x - torch.cat([before[key], x[:-n]]) for key, x in after.items()}
+        before = {key: x[-n:].clone() for key, x in after.items()}
+        del after
+
+        def keep(
+            activation: Tensor, hook: Any, key: Key, row: Tensor = row, change: dict[Key, Tensor] = change
+        ) -> Tensor:
+            def contract(gradient: Tensor) -> None:
+                silent.discard(key)
+                share = change.pop(key) * gradient
+                if key in sums.keys:
+                    totals[sums.keys.index(key)].index_add_(0, row, share.flatten(1).sum(1).to(totals))
+                if key in study.keys:
+                    chunk.add(key, share, row)
+
+            return tapped(activation, contract)
+
+        hooks = [(hook_name(key), partial(keep, key=key)) for key in keys]
+        tokens = chunk.tokens[study.base_is][row]
+        leaf, final = chunk.runs.forward(tokens, row, hooks, hidden=along[0], leaf=True)
+        assert leaf is not None
+        torch.autograd.grad(chunk.metric(final, row).sum(), leaf)
+    check_reached(study, silent)
+    sums.keep(chunk, totals, _metric_from(chunk, start).expand(len(sums.keys), -1))
+
+
+@torch.no_grad()
+def _activations(
+    chunk: Chunk, keys: Sequence[Key], hidden: Float[Tensor, "row pos d_model"], row: Int[Tensor, "row"]
+) -> dict[Key, Tensor]:
+    """The activations at `keys` of runs whose first block reads `hidden`."""
+    kept: dict[Key, Tensor] = {}
+
+    def keep(activation: Tensor, hook: Any, key: Key) -> None:
+        kept[key] = activation.clone()
+
+    hooks = [(hook_name(key), partial(keep, key=key)) for key in keys]
+    chunk.runs.forward(chunk.tokens[chunk.study.base_is][row], row, hooks, hidden=hidden)
+    if missing := [hook_name(key) for key in keys if key not in kept]:
+        raise ValueError(
+            f"site: {', '.join(missing[:4])} is not computed in a forward pass of {chunk.study.model.name}"
+        )
+    return kept
+
+
+# -- what comes out ---------------------------------------------------------------------------------------------------
+
+
+class _Sums:
+    """For each key and prompt the sum of all shares, and the metric at the start of the path, for the error of completeness."""
+
+    def __init__(self, study: Study, keys: Sequence[Key]) -> None:
+        self.keys, self._study = list(keys), study
+        self.dtype = study.values[study.base_is].dtype
+        self._total, self._start = (torch.zeros(len(self.keys), len(study.base), dtype=self.dtype) for _ in range(2))
+
+    def keep(self, chunk: Chunk, total: Float[Tensor, "key prompt"], start: Float[Tensor, "key prompt"]) -> None:
+        """Of a chunk's prompts; raises `ValueError` where they are not finite."""
+        _check_finite(start, "metric at the start of the path")
+        _check_finite(total, "sum of gradients along the path")
+        self._total[:, chunk.ids], self._start[:, chunk.ids] = (x.detach().cpu().to(self.dtype) for x in (total, start))
+
+    def starts_at(self) -> float:
+        """The metric at the start of the path, averaged over prompts."""
+        return float(self._start[-1].mean())
+
+    def errors(self) -> list[float]:
+        """|sum of shares - (m(end) - m(start))| as a share of |m(end) - m(start)|, each averaged over prompts; for each key."""
+        gap = self._study.values[self._study.base_is] - self._start
+        return ((self._total - gap).abs().mean(1) / gap.abs().mean(1).clamp(min=1e-12)).tolist()
+
+
+def _check_finite(values: Tensor, what: str) -> None:
+    if not bool(values.isfinite().all()):
+        raise ValueError(f"{what}: expected finite numbers, got NaN or inf; load the model in a wider dtype")
+
+
+def _result(study: Study, *, passes: int, **provenance: Any) -> Result:
+    """The study's effects. `passes`: whole forward passes that the plain way takes."""
+    axes = next(iter(study.axes.values()))
+    values, dims = study.effects[axes.site.name], axes.dims
+    if provenance["technique"] != "neuron attribution":  # its one layer is no dim
+        values, dims = values[0], ("pos",)
+    return Result(
+        values=values,
+        dims=(*dims, "prompt"),
+        coords={**{dim: axes.coords[dim] for dim in dims}, "prompt": tuple(range(len(study.base)))},
+        baseline={},
+        base="",
+        metric=study.metric.name,
+        unit=study.metric.unit,
+        provenance=provenance_of(
+            study.model,
+            study.base,
+            site=axes.site.name,
+            over=" ".join(dims),
+            runs=study.how,
+            metric_actual=float(study.values[study.base_is].mean()),
+            **{**study.provenance, **provenance},
+        ),
+        cost=Cost(study.block_tokens, int(study.base.lengths.sum()) * study.model.n_layers * passes),
+    )
