@@ -10,7 +10,7 @@ One process a library, one after the other; the same model, prompts and metric (
 | `nodes` | attribution patching of each head, MLP and the embedding, by position | TransformerLens's `attribution_patch` |
 | `components`, `heads` | direct logit attribution | TransformerLens's `direct_logit_attribution` |
 | `lens`, `lens-log-prob` | logit lens of the right answer, every layer and position | TransformerLens's `logit_lens` |
-| `token-ig` | integrated gradients of the tokens, midpoint rule | captum's `LayerIntegratedGradients`, inseq |
+| `token-ig` | integrated gradients of the tokens, Gauss-Legendre | captum's `LayerIntegratedGradients`, inseq |
 | `gradient-x-input` | gradient times input of the tokens | captum's `LayerGradientXActivation`, inseq |
 
 Prompts: `plain` (one template: 14 tokens in SmolLM2) and `ioi` (`mk.tasks.ioi`, of several lengths: the peers get one length a
@@ -24,9 +24,9 @@ first is TransformerLens's embedding node. TransformerLens's direct logit attrib
 (`enable_compatibility_mode`, not timed), which moves value biases from heads to the rest: compare `heads` where there are none.
 
 captum and inseq are optional and run on the plain Hugging Face model, by default with the attention that mechkit uses, eager.
-(With sdpa integrated gradients differ by more, between captum and captum too: near the baseline gradients are large, and so is
-rounding.) inseq wants an older typeguard than TransformerLens; a virtual environment of its own, with mechkit and inseq, can be
-named: `--python inseq=/path/to/python`.
+Near the baseline, where all tokens are the same, gradients are large and so is rounding: integrated gradients differ by more with
+sdpa, and with captum's midpoint rule, whose points are rounded to float32. inseq wants an older typeguard than TransformerLens:
+`--python inseq=/path/to/python` names another virtual environment, with mechkit and inseq in it.
 """
 
 from __future__ import annotations
@@ -73,9 +73,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, help="at most so many pairs in every task")
     parser.add_argument("--peer-pairs", type=int, default=64, help="at most so many where a peer takes one at a time")
     parser.add_argument("--steps", type=int, default=50, help="of integrated gradients")
-    parser.add_argument(
-        "--dtype", choices=("float32", "float64"), default="float32", help="float64 shows agreement best"
-    )
+    parser.add_argument("--dtype", choices=("float32", "float64"), default="float32", help="float64 for agreement")
     parser.add_argument("--rows", type=int, default=64, help="captum's and inseq's internal_batch_size")
     parser.add_argument("--attention", choices=("eager", "sdpa"), default="eager", help="captum's and inseq's model's")
     parser.add_argument("--repeats", type=int, default=2)
@@ -126,12 +124,7 @@ def work(args: argparse.Namespace) -> None:
         return
     version = importlib.metadata.version(LIBRARIES[args.worker])  # before the model is loaded, which takes a while
     model = mk.HookedModel.from_pretrained(args.model, device=args.device, dtype=getattr(torch, args.dtype))
-    library = {
-        "mechkit": with_mechkit,
-        "transformer_lens": with_transformer_lens,
-        "captum": with_captum,
-        "inseq": with_inseq,
-    }[args.worker](args, model)
+    library = globals()[f"with_{args.worker}"](args, model)
     tasks: dict[str, dict[str, Any]] = {}
     values: dict[str, torch.Tensor] = {}
     for task in (task for task in TASKS if task in args.tasks and task in library):  # in their order
@@ -143,13 +136,8 @@ def work(args: argparse.Namespace) -> None:
                 found, values[f"{task} {kind}"] = measure(args, library[task](run_pairs), len(pairs) / len(run_pairs))
             except Exception as error:  # one task that a peer cannot do is no reason to lose the others
                 found = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
-            lengths = sorted(pairs.clean.by_length())
-            tasks.setdefault(task, {})[kind] = {
-                "pairs": len(pairs),
-                "pairs_run": len(run_pairs),
-                "lengths": lengths,
-                **found,
-            }
+            size = {"pairs": len(pairs), "pairs_run": len(run_pairs), "lengths": sorted(pairs.clean.by_length())}
+            tasks.setdefault(task, {})[kind] = size | found
     (args.into / "figures.json").write_text(json.dumps({"version": version, "tasks": tasks}))
     save_file(values, args.into / "values.safetensors")
 
@@ -161,12 +149,8 @@ def measure(args: argparse.Namespace, run: Task, scale: float) -> tuple[dict[str
         took, values = clock(args.device, run)
         seconds.append(took * scale)
         cpu_seconds.append((time.process_time() - cpu) * scale)
-    figures = {
-        "seconds": min(seconds),
-        "all_seconds": seconds,
-        "cpu_seconds": min(cpu_seconds),
-        "peak_memory_gb": (most_held(args.device) - begin) / 1e9,
-    }
+    figures = {"seconds": min(seconds), "all_seconds": seconds, "cpu_seconds": min(cpu_seconds)}
+    figures["peak_memory_gb"] = (most_held(args.device) - begin) / 1e9
     return figures, values.detach().double().cpu().contiguous()
 
 
@@ -205,10 +189,8 @@ def with_mechkit(args: argparse.Namespace, model: Any) -> dict[str, Callable[[An
         return run
 
     def token_ig(pairs: Any) -> torch.Tensor:
-        metric, baseline = mk.logit_diff(pairs), baseline_token(model)
-        return mk.token_integrated_gradients(
-            model, pairs, metric, baseline=baseline, steps=args.steps, rule="midpoint"
-        ).values
+        path = {"baseline": baseline_token(model), "keep": (), "steps": args.steps, "rule": "gauss-legendre"}
+        return mk.token_integrated_gradients(model, pairs, mk.logit_diff(pairs), **path).values
 
     tasks: dict[str, Callable[[Any], torch.Tensor]] = {
         "nodes": nodes,
@@ -301,7 +283,7 @@ def with_captum(args: argparse.Namespace, model: Any) -> dict[str, Callable[[Any
             torch.full_like(tokens, baseline),
             additional_forward_args=(right, wrong),
             n_steps=args.steps,
-            method="riemann_middle",
+            method="gausslegendre",
             internal_batch_size=max(args.rows, len(tokens)),
         )
         return found.detach().sum(-1).T
@@ -351,7 +333,7 @@ def with_inseq(args: argparse.Namespace, model: Any) -> dict[str, Callable[[Any]
 
         return run
 
-    options = {"n_steps": args.steps, "method": "riemann_middle", "internal_batch_size": args.rows}
+    options = {"n_steps": args.steps, "method": "gausslegendre", "internal_batch_size": args.rows}
     return {
         "token-ig": prepared(attribute("integrated_gradients", attribution_args=options)),
         "gradient-x-input": prepared(attribute("input_x_gradient")),

@@ -6,7 +6,7 @@ On indirect-object-identification prompts:
 
 1. Direct logit attribution: what each layer, and each head at each named position, wrote into the logit difference; and whether
    later components take the strongest head's contribution out again (the erasure check).
-2. Logit lens: how probable is the answer, layer by layer?
+2. Logit lens: how probable are the right and the wrong name, layer by layer?
 3. Attribution patching against exact activation patching: heads, and MLPs, where it fails; integrated gradients and RelP there;
    the strongest cells of the estimate corrected by exact patching.
 
@@ -44,7 +44,7 @@ def main() -> None:
 
     pictures = {
         "attribution_dla_heads.html": (heads_wrote, "Direct logit attribution by head, in logits"),
-        "attribution_lens.html": (lens.sel(token="right"), "Probability of the answer by the logit lens"),
+        "attribution_lens.html": (lens, "Log-probability of the two names at the end, by the logit lens"),
         "attribution_approx.html": (approx, "Attribution patching: estimated effect of patching a head"),
         "attribution_exact.html": (exact, "Activation patching: exact effect of patching a head"),
     }
@@ -69,14 +69,13 @@ def who_wrote_it(model: mk.HookedModel, pairs: mk.PromptPairs, metric: mk.Metric
 
 
 def when_is_it_known(model: mk.HookedModel, pairs: mk.PromptPairs) -> mk.Result:
-    """The logit lens at the named positions."""
-    lens = timed(
-        "logit lens", lambda: mk.logit_lens(model, pairs, value="prob", over="layer position", site="resid_post")
-    ).mean("prompt")
-    print("\nProbability of the right and the wrong name at the end, by the logit lens after each layer:")
-    for layer in range(0, model.n_layers, max(1, model.n_layers // 10)):
-        right, wrong = (float(lens.sel(layer=layer, position="END", token=t).values) for t in ("right", "wrong"))
-        print(f"  {layer:3}  {right:6.1%}  {wrong:6.1%}")
+    """The logit lens at the last position: dims `("layer", "token")`."""
+    lens = timed("logit lens", lambda: mk.logit_lens(model, pairs, value="log_prob", over="layer")).mean("prompt")
+    print("\nLog-probability (nats) of the right and the wrong name at the end, by the logit lens after each layer:")
+    last = model.n_layers - 1
+    for layer in sorted({*range(0, last, max(1, last // 4)), *range(max(0, last - 5), last + 1)}):
+        right, wrong = (float(lens.sel(layer=layer, token=token).values) for token in ("right", "wrong"))
+        print(f"  {layer:3}  {right:8.2f}  {wrong:8.2f}")
     return lens
 
 

@@ -64,7 +64,8 @@ def main() -> None:
     lens = timed("logit lens", lambda: mk.logit_lens(model, prompts, "next", value="log_prob", over="layer pos"))
     second = lens.values[:, begin : int(prompts.lengths[0]) - 1].mean((1, 2, 3))
     print("\nLog-probability of the right next token on the repetition, by the logit lens after each layer:")
-    for layer in range(0, model.n_layers, max(1, model.n_layers // 10)):
+    last = model.n_layers - 1
+    for layer in sorted({*range(0, last, max(1, last // 4)), *range(max(0, last - 5), last + 1)}):
         print(f"  {layer:3}  {float(second[layer]):7.2f}")
 
     pictures = {

@@ -63,9 +63,10 @@ class Erasure:
         unit = self.direct.unit
         direct, total = (float(r.mean("prompt").values) for r in (self.direct, self.total))
         by = ", ".join(f"{name} ({value:+.3g})" for name, value in self.erasers())
+        share = f"take back {self.erased:.0%}" if self.erased >= 0 else f"add {-self.erased:.0%}"
         return (
             f"L{self.head[0]}H{self.head[1]}: direct effect {direct:+.3g} {unit}, total effect {total:+.3g}; later components "
-            f"take back {self.erased:.0%}{f', most by {by}' if by else ''}"
+            f"{share} of the direct effect{f'; the opposite is written by {by}' if by else ''}"
         )
 
 
