@@ -124,7 +124,13 @@ def work(args: argparse.Namespace) -> None:
         return
     version = importlib.metadata.version(LIBRARIES[args.worker])  # before the model is loaded, which takes a while
     model = mk.HookedModel.from_pretrained(args.model, device=args.device, dtype=getattr(torch, args.dtype))
-    library = globals()[f"with_{args.worker}"](args, model)
+    known = {
+        "mechkit": with_mechkit,
+        "transformer_lens": with_transformer_lens,
+        "captum": with_captum,
+        "inseq": with_inseq,
+    }
+    library = known[args.worker](args, model)
     tasks: dict[str, dict[str, Any]] = {}
     values: dict[str, torch.Tensor] = {}
     for task in (task for task in TASKS if task in args.tasks and task in library):  # in their order
@@ -180,7 +186,7 @@ def with_mechkit(args: argparse.Namespace, model: Any) -> dict[str, Callable[[An
     def direct(over: str) -> Callable[[Any], torch.Tensor]:
         return lambda pairs: mk.direct_logit_attribution(model, pairs, mk.logit_diff(pairs), over=over).values
 
-    def lens(value: str) -> Callable[[Any], torch.Tensor]:
+    def lens(value: Any) -> Callable[[Any], torch.Tensor]:
         def run(pairs: Any) -> torch.Tensor:
             tokens = {"right": [ids[0] for ids in pairs.right]}
             found = mk.logit_lens(model, pairs.clean, tokens, value=value, over="layer pos", progress=False)
@@ -223,8 +229,8 @@ def with_transformer_lens(args: argparse.Namespace, model: Any) -> dict[str, Cal
             def metric(logits: torch.Tensor, right: int = right, wrong: int = wrong) -> torch.Tensor:
                 return logits[0, -1, right] - logits[0, -1, wrong]
 
-            tokens = (row[None].to(args.device) for row in (clean, corrupted))
-            for node, score in analysis.attribution_patch(bridge, *tokens, metric).node_scores.items():
+            tokens, other = clean[None].to(args.device), corrupted[None].to(args.device)
+            for node, score in analysis.attribution_patch(bridge, tokens, other, metric).node_scores.items():
                 if node.kind == "attn_head_out":
                     z[node.layer, node.position, node.head, i] = score
                 elif node.kind == "mlp_out":

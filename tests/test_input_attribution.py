@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from families import D_VOCAB, FAMILIES, build_hf
@@ -29,7 +31,7 @@ def assert_same(found, expected, tolerance, what=""):
     assert torch.equal(found.isnan(), expected.isnan()), what
     scale = float(expected.nan_to_num().abs().max())
     assert scale > 1e-3, what  # control
-    assert float((found.double() - expected.double()).nan_to_num().abs().max()) <= tolerance * max(scale, 1.0), what
+    assert float((found.double() - expected.double()).nan_to_num().abs().max()) <= tolerance * scale, what
 
 
 def assert_untouched(model):
@@ -68,11 +70,14 @@ def slope_at(model, metric, i, tokens, name, at):
     return torch.autograd.grad(value_with(model, metric, i, tokens, {name: leaf}), leaf)[0]
 
 
+build_cached = functools.lru_cache(maxsize=1)(build_hf)
+
+
 def first_reads(family, model, tokens, baseline):
     """What the first block reads when the tokens' embeddings are replaced: from Hugging Face's own `inputs_embeds`."""
     if isinstance(baseline, int):
         return activation(model, torch.full_like(tokens, baseline), INPUT)
-    hf = build_hf(family, model.dtype)
+    hf = build_cached(family, model.dtype)
     with torch.no_grad():
         table = hf.get_input_embeddings()(torch.arange(D_VOCAB))
         vector = table.mean(0) if baseline == "mean" else torch.zeros_like(table[0])
@@ -319,7 +324,7 @@ def naive_conductance(model, family, pairs, metric, site, layer, steps, baseline
 @pytest.mark.parametrize("path", ["activation", "input"])
 def test_neurons_equal_the_naive_way(family, path):
     model, pairs = make_model(family), make_pairs(PAIRS)
-    metric, steps, layers = whole_vocabulary(pairs), 2, [1, model.n_layers - 1]
+    metric, steps, layers = whole_vocabulary(pairs), 2, [1, 3] if path == "activation" else [2]
     baseline = {"baseline": "mean"} if path == "input" else {}
     for site, over in OVER.items():
         found = neuron_attribution(
@@ -392,7 +397,7 @@ def test_a_neuron_that_writes_nothing_gets_nothing(path):
 
 
 @pytest.mark.parametrize("path", ["activation", "input"])
-@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "mixtral"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3", "mixtral"])
 def test_neurons_of_other_dims_and_budgets(family, path):
     model, pairs = make_model(family), make_pairs()
     metric, options = whole_vocabulary(pairs), {"path": path, "steps": 3}
@@ -501,10 +506,9 @@ def test_equals_captum(family):
         by_token.append(found.sum(-1)[0].detach())
         embeds = hf.get_input_embeddings()(tokens[None]).detach()
         from_zero.append(plain.attribute(embeds, torch.zeros_like(embeds), **options).sum(-1)[0])
-    tolerance = 1e-10 if family in ALL_FLOAT64 else 1e-5
     for baseline, expected in ((7, by_token), ("zero", from_zero)):
         found = token_integrated_gradients(model, pairs, metric, baseline=baseline, steps=20)
-        assert_same(found.values, stack_ragged(expected), tolerance, baseline)
+        assert_same(found.values, stack_ragged(expected), 1e-5, baseline)  # captum's weights are in float32
 
 
 def test_conductance_near_captums():
@@ -542,7 +546,7 @@ def ioi(smollm2):
 def test_smollm2_tokens_are_complete(smollm2, ioi):
     found = token_integrated_gradients(smollm2, ioi, mk.logit_diff(ioi), baseline=" the")
     assert found.provenance["completeness_error"] < 0.01
-    assert found.provenance["keep"] == [[0]] * 4  # the beginning-of-sequence token
+    assert found.provenance["keep"] == "bos"
     assert float(found.values[0].abs().max()) == 0
     mean = found.mean("prompt")
     assert float(mean.values[2]) > 1  # the name that is the answer

@@ -21,8 +21,8 @@
   al. 2018, https://arxiv.org/abs/1807.09946): the part of the input's attribution that flows through it. A layer through which
   everything flows (`resid_pre`, `resid_mid`, `resid_post`) sums to `m(actual) - m(baseline)`; others have a bypass.
 
-A metric may bend very much on the way: norms jump next to zero, and the first position's attention sink switches on all at once (so
-`keep` it). `completeness_error` in the provenance says how far the sums are from what they should be: near 1, they mean nothing.
+A metric may bend a lot on the way: norms jump next to zero, and the first position's attention sink switches on at once (`keep`
+it). `completeness_error` in the provenance says how far the sums are from what they should be: near 1, they mean nothing.
 
 captum has these methods and is the reference in the tests. It is not used here: the sums are a few lines on paths that other
 methods share, which do all layers in the same runs, unembed the metric's tokens alone, and need no plotting library.
@@ -30,13 +30,13 @@ methods share, which do all layers in the same runs, unembed the metric's tokens
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechkit.attribution._cells import provenance_of
@@ -51,7 +51,6 @@ from mechkit.result import Cost, Result
 
 _INPUT: Key = ("resid_pre", 0)  # what the first block reads
 _CUTS = ("resid_pre", "resid_mid", "resid_post")  # everything that a later layer gets flows through these
-_VOCABULARY_ROWS = 4096  # embeddings looked up at once for the vocabulary's mean
 
 
 def gradient_x_input(
@@ -139,15 +138,14 @@ def token_integrated_gradients(
     """
     points, weights = quadrature(steps, rule)
     study = _input_study(model, prompts, metric, budget)
-    without = _Baseline.of(study, baseline, keep)
-    sums = _Sums(study, [_INPUT])
+    without, sums = _Baseline.of(study, baseline, keep), _Sums(study, [_INPUT])
     with frozen_parameters(model):
         for chunk in study.chunks():
             actual = _actual(study, chunk)
             start = without.start(chunk, actual)
             found = along_activation(chunk, _INPUT, start, actual, _enters(chunk, {0: actual}), points, weights)
             sums.keep(chunk, found[None], _metric_from(chunk, start)[None])
-    asked = {"baseline": baseline, "keep": without.kept, "steps": steps, "rule": rule}
+    asked = {"baseline": baseline, "keep": without.keep, "steps": steps, "rule": rule}
     end = {"metric_baseline": sums.starts_at(), "completeness_error": max(sums.errors())}
     return _result(study, passes=steps, technique="token integrated gradients", **asked, **end)
 
@@ -192,13 +190,12 @@ def neuron_attribution(
         prompts, and `completeness_error`, the largest of `completeness_errors`. For `path="activation"` these say for each layer
         how far the sum over its whole activation is from `m(actual) - m(layer zeroed)`; for `path="input"` how far the sum over
         the embeddings is from `m(actual) - m(baseline)` (`metric_baseline`), and for the residual stream that of each layer.
-        All are averaged over prompts without sign, as a share of the average size of these differences.
-        Where a norm follows (`z`, `mlp_post` in Gemma 2, Gemma 3, OLMo 2) the path from zero jumps at its start, and the error is
-        near 1 at any number of steps: use `attn_out` and `mlp_out` there.
+        All are averaged over prompts without sign, as a share of the average size of these differences. Where a norm follows
+        (`z`, `mlp_post` in Gemma 2, Gemma 3, OLMo 2) the path from zero jumps at its start, and hundreds of steps have an error
+        near 1: use `attn_out` and `mlp_out` there.
 
     Raises:
-        ValueError: as `token_integrated_gradients`; an unknown site or dim; a site that this architecture lacks; `baseline` or
-            `keep` for `path="activation"`.
+        ValueError: as `token_integrated_gradients`; an unknown site, dim or path; a site that this architecture lacks.
 
     Example:
         >>> neurons = neuron_attribution(model, pairs, logit_diff(pairs), layers=[20, 21])
@@ -207,17 +204,14 @@ def neuron_attribution(
     if path not in ("activation", "input"):
         raise ValueError(f"path: expected 'activation' or 'input', got {path!r}")
     if path == "activation" and (baseline != "zero" or keep is not None):
-        raise ValueError(
-            "baseline, keep: expected none for path='activation', where activations grow from zero and the input stays; got "
-            f"{baseline!r} and {keep!r}. Use path='input'"
-        )
+        raise ValueError(f"baseline, keep: expected none but for path='input', got {baseline!r} and {keep!r}")
     points, weights = quadrature(steps, rule)
     _check_site(site)
     chosen = {"layers": layers, "heads": heads, "neurons": neurons, "positions": positions}
     study = make_single_study(model, prompts, metric, site, over, budget=budget, **chosen)
     without = _Baseline.of(study, baseline, keep)
-    cuts = study.keys if path == "activation" or get_site(site).name in _CUTS else []
-    sums = _Sums(study, cuts if path == "activation" else list(dict.fromkeys([*cuts, _INPUT])))
+    whole = path == "activation" or get_site(site).name in _CUTS  # whether a layer's sum is known
+    sums = _Sums(study, [*(study.keys if whole else []), *([_INPUT] if path == "input" else [])])
     with frozen_parameters(model):
         for chunk in study.chunks():
             if path == "activation":
@@ -225,19 +219,10 @@ def neuron_attribution(
             else:
                 _conduct(study, chunk, without, points, weights, sums)
     asked: dict[str, Any] = {"path": path, "baseline": baseline, "steps": steps, "rule": rule}
-    if path == "input":
-        asked |= {"keep": without.kept, "metric_baseline": sums.starts_at()}
-    return _result(
-        study,
-        passes=2 * steps if path == "input" else steps * len(study.keys),
-        technique="neuron attribution",
-        completeness_error=max(sums.errors()),
-        completeness_errors=sums.errors(),
-        **asked,
-    )
-
-
-# -- what is asked ----------------------------------------------------------------------------------------------------
+    asked |= {"keep": without.keep, "metric_baseline": sums.starts_at()} if path == "input" else {}
+    found = {"completeness_error": max(sums.errors()), "completeness_errors": sums.errors()}
+    passes = 2 * steps if path == "input" else steps * len(study.keys)
+    return _result(study, passes=passes, technique="neuron attribution", **asked, **found)
 
 
 def _input_study(model: HookedModel, prompts: PromptPairs | Prompts, metric: AnyMetric, budget: int | None) -> Study:
@@ -256,39 +241,34 @@ def _check_site(site: str) -> None:
 
 @dataclass(frozen=True, eq=False)
 class _Baseline:
-    """Where the embeddings' path begins: `stand_in` is `"zero"`, `"mean"` or a token's id, `kept` one index or none a prompt."""
+    """Where the embeddings' path begins: `stand_in` is `"zero"`, `"mean"` or a token's id, `kept` each prompt's positions."""
 
     model: HookedModel
     stand_in: str | int
+    keep: Literal["bos"] | list[int]
     kept: list[list[int]]
 
     @classmethod
     def of(cls, study: Study, baseline: str | int, keep: Sequence[int] | None) -> _Baseline:
         """Checks what the user asked for."""
-        model, prompts = study.model, study.base
-        if keep is None:
-            first = getattr(model.tokenizer, "bos_token_id", None)
-            return cls(
-                model, _stand_in(model, baseline), [[0] if int(row[0]) == first else [] for row in prompts.tokens]
-            )
-        shortest = int(prompts.lengths.min())
-        for i in keep:
+        model, tokens, shortest = study.model, study.base.tokens, int(study.base.lengths.min())
+        for i in keep or ():
             if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < shortest:
                 raise ValueError(f"keep: expected positions in 0..{shortest - 1} (the shortest prompt), got {i!r}")
-        return cls(model, _stand_in(model, baseline), [sorted(set(keep))] * len(prompts))
+        if keep is not None:
+            return cls(model, _stand_in(model, baseline), list(keep), [list(keep)] * len(tokens))
+        bos = getattr(model.tokenizer, "bos_token_id", None)
+        return cls(model, _stand_in(model, baseline), "bos", [[0] if int(row[0]) == bos else [] for row in tokens])
 
     @torch.no_grad()
     def start(self, chunk: Chunk, actual: Float[Tensor, "prompt pos d_model"]) -> Float[Tensor, "prompt pos d_model"]:
         """What the first block reads when the tokens' embeddings are replaced where the model looks them up."""
         tokens = chunk.tokens[chunk.study.base_is]
-        if isinstance(self.stand_in, int):
-            start = chunk.runs.embed(torch.full_like(tokens, self.stand_in))
-        else:
-            start = self._looked_up(chunk, tokens)
-        kept: Bool[Tensor, "prompt pos"] = torch.zeros(tokens.shape, dtype=torch.bool, device=start.device)
+        token = self.stand_in if isinstance(self.stand_in, int) else None
+        start = self._looked_up(chunk, tokens) if token is None else chunk.runs.embed(torch.full_like(tokens, token))
         for row, i in enumerate(chunk.ids.tolist()):
-            kept[row, self.kept[i]] = True
-        return torch.where(kept[..., None], actual, start)
+            start[row, self.kept[i]] = actual[row, self.kept[i]]
+        return start
 
     def _looked_up(self, chunk: Chunk, tokens: Int[Tensor, "prompt pos"]) -> Float[Tensor, "prompt pos d_model"]:
         found = self.model.bridge.original_model.get_input_embeddings()
@@ -307,8 +287,7 @@ class _Baseline:
             handle.remove()
         if not fired:
             raise ValueError(
-                f"baseline: expected a token, because {self.model.name} does not look tokens up in its input embeddings; got "
-                f"{self.stand_in!r}"
+                f"baseline: expected a token for {self.model.name}, which has no lookup; got {self.stand_in!r}"
             )
         return start
 
@@ -321,9 +300,8 @@ def _stand_in(model: HookedModel, baseline: str | int) -> str | int:
             return model.to_single_token(baseline)
         except ValueError as error:
             raise ValueError(f"baseline: {wanted}; got {baseline!r}: {error}") from None
-    if not isinstance(baseline, str | int) or isinstance(baseline, bool):
-        raise ValueError(f"baseline: {wanted}; got {baseline!r}")
-    if isinstance(baseline, int) and not 0 <= baseline < model.d_vocab:
+    known = isinstance(baseline, int) and not isinstance(baseline, bool) and 0 <= baseline < model.d_vocab
+    if not (known or isinstance(baseline, str)):
         raise ValueError(f"baseline: {wanted}; got {baseline!r}")
     return baseline
 
@@ -331,10 +309,7 @@ def _stand_in(model: HookedModel, baseline: str | int) -> str | int:
 def _mean_embedding(model: HookedModel, table: Any) -> Float[Tensor, "d_model"]:
     """The mean over the vocabulary of what the table gives (some models scale what is in it)."""
     ids = torch.arange(model.d_vocab, device=model.device)
-    return torch.stack([table(some).double().sum(0) for some in ids.split(_VOCABULARY_ROWS)]).sum(0) / model.d_vocab
-
-
-# -- what is run ------------------------------------------------------------------------------------------------------
+    return torch.stack([table(some).double().sum(0) for some in ids.split(4096)]).sum(0) / model.d_vocab
 
 
 def _enters(chunk: Chunk, hidden: dict[int, Tensor]) -> dict[int, Tensor] | None:
@@ -342,21 +317,17 @@ def _enters(chunk: Chunk, hidden: dict[int, Tensor]) -> dict[int, Tensor] | None
     return hidden if chunk.runs.how == "suffix" else None
 
 
-@torch.no_grad()
 def _actual(study: Study, chunk: Chunk) -> Float[Tensor, "prompt pos d_model"]:
     """What the first block reads in the unedited run, whose metric is kept."""
-    tokens = chunk.tokens[study.base_is]
-    actual = chunk.runs.embed(tokens)
-    _, final = chunk.runs.forward(tokens, chunk.everyone, hidden=actual)
+    _, hidden, final = unedited(study, chunk, study.base_is)
     chunk.keep_unedited({study.base_is: final})
-    return actual
+    return hidden[0]
 
 
 @torch.no_grad()
 def _metric_from(chunk: Chunk, start: Float[Tensor, "prompt pos d_model"]) -> Float[Tensor, "prompt"]:
     """The metric of runs that begin with `start` instead of the embeddings."""
-    tokens = chunk.tokens[chunk.study.base_is]
-    return chunk.metric(chunk.runs.forward(tokens, chunk.everyone, hidden=start)[1])
+    return metric_with(chunk, _INPUT, start, chunk.everyone, _enters(chunk, {0: start}))
 
 
 def _grow_activations(study: Study, chunk: Chunk, points: list[float], weights: list[float], sums: _Sums) -> None:
@@ -378,9 +349,8 @@ def _conduct(
     """Adds, for every stretch of the embeddings' path, the gradients at its point times the activations' change along it."""
     actual, keys = _actual(study, chunk), list(dict.fromkeys([*study.keys, _INPUT]))
     start, n, silent = without.start(chunk, actual), len(chunk.everyone), set(study.keys)
-    ends = [
-        sum(weights[: k + 1]) / sum(weights) for k in range(len(weights))
-    ]  # of the stretches; the first begins at 0
+    # Where the stretches end; the first begins at 0.
+    ends = [sum(weights[: k + 1]) / sum(weights) for k in range(len(weights))]
     before = _activations(chunk, keys, start, chunk.everyone)
     totals = torch.zeros(len(sums.keys), n, dtype=sums.dtype, device=start.device)
     for row, point, end in batches(chunk, points, ends):
@@ -390,20 +360,18 @@ def _conduct(
         before = {key: x[-n:].clone() for key, x in after.items()}
         del after
 
-        def keep(
-            activation: Tensor, hook: Any, key: Key, row: Tensor = row, change: dict[Key, Tensor] = change
-        ) -> Tensor:
-            def contract(gradient: Tensor) -> None:
-                silent.discard(key)
-                share = change.pop(key) * gradient
-                if key in sums.keys:
-                    totals[sums.keys.index(key)].index_add_(0, row, share.flatten(1).sum(1).to(totals))
-                if key in study.keys:
-                    chunk.add(key, share, row)
+        def contract(gradient: Tensor, key: Key, row: Tensor = row, change: dict[Key, Tensor] = change) -> None:
+            silent.discard(key)
+            share = change.pop(key) * gradient
+            if key in sums.keys:
+                totals[sums.keys.index(key)].index_add_(0, row, share.flatten(1).sum(1).to(totals))
+            if key in study.keys:
+                chunk.add(key, share, row)
 
-            return tapped(activation, contract)
+        def keep(activation: Tensor, hook: Any, fn: Callable[[Tensor], None]) -> Tensor:
+            return tapped(activation, fn)
 
-        hooks = [(hook_name(key), partial(keep, key=key)) for key in keys]
+        hooks = [(hook_name(key), partial(keep, fn=partial(contract, key=key))) for key in keys]
         tokens = chunk.tokens[study.base_is][row]
         leaf, final = chunk.runs.forward(tokens, row, hooks, hidden=along[0], leaf=True)
         assert leaf is not None
@@ -424,28 +392,21 @@ def _activations(
 
     hooks = [(hook_name(key), partial(keep, key=key)) for key in keys]
     chunk.runs.forward(chunk.tokens[chunk.study.base_is][row], row, hooks, hidden=hidden)
-    if missing := [hook_name(key) for key in keys if key not in kept]:
-        raise ValueError(
-            f"site: {', '.join(missing[:4])} is not computed in a forward pass of {chunk.study.model.name}"
-        )
     return kept
-
-
-# -- what comes out ---------------------------------------------------------------------------------------------------
 
 
 class _Sums:
     """For each key and prompt the sum of all shares, and the metric at the start of the path, for the error of completeness."""
 
     def __init__(self, study: Study, keys: Sequence[Key]) -> None:
-        self.keys, self._study = list(keys), study
+        self.keys, self._study = list(dict.fromkeys(keys)), study
         self.dtype = study.values[study.base_is].dtype
         self._total, self._start = (torch.zeros(len(self.keys), len(study.base), dtype=self.dtype) for _ in range(2))
 
     def keep(self, chunk: Chunk, total: Float[Tensor, "key prompt"], start: Float[Tensor, "key prompt"]) -> None:
         """Of a chunk's prompts; raises `ValueError` where they are not finite."""
         _check_finite(start, "metric at the start of the path")
-        _check_finite(total, "sum of gradients along the path")
+        _check_finite(total, "gradients along the path")
         self._total[:, chunk.ids], self._start[:, chunk.ids] = (x.detach().cpu().to(self.dtype) for x in (total, start))
 
     def starts_at(self) -> float:

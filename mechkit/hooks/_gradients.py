@@ -5,17 +5,19 @@ activations of the base run. Before the first position at which the two prompts 
 activation there has nothing to change, and its gradient is not needed. So:
 
 1. Parameters are frozen: no gradient is computed for them, and their `.grad` stays as it was.
-2. The base prompts are run once without gradients, for each layer's keys and values (skipped where little would be saved).
+2. The base prompts' common beginnings are run once without gradients, for each layer's keys and values (skipped where little
+   would be saved), equal beginnings once for all of them.
 3. The blocks run again on the positions from `start` on alone, with these keys and values as a prefix that is only read.
    Gradients flow back through these positions only.
-4. The first use for a set of prompts proves itself against whole runs: the base's, and one source prompt's. Where that fails
-   (encoders, state-space models, other people's hooks) whole forward passes are run, and `GradientRuns.how` says why.
+4. Each set of prompts proves itself: suffixes of one pair must end where the pair's whole runs end. Where that fails (encoders,
+   state-space models, other people's hooks) whole forward passes are run, and `GradientRuns.how` says why.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -94,8 +96,9 @@ class GradientRuns:
             whole = "the model has no final norm in front of its unembedding"
         length = base.shape[1]
         self.start = start if 3 * start >= length and whole is None else 0
-        self._run: Run | None = None
         self._replayer: Replayer | None = None
+        self._prefix_of = torch.arange(len(base), device=base.device)  # which recorded prefix each base prompt has
+        self._prefix_final: Tensor | None = None  # the final residual stream of those prefixes
         if whole is None:
             whole = self._prepare(source)
         if whole is not None:
@@ -104,19 +107,18 @@ class GradientRuns:
     @torch.no_grad()
     def _prepare(self, source: Tensor | None) -> str | None:
         """Records what the suffix needs, and proves it. Returns why that cannot be done, or `None`."""
-        model, length = self.model, self.base.shape[1]
+        model = self.model
+        sample = self.base[:1] if source is None else torch.cat([self.base[:1], source[:1]])
         try:
-            # With no prefix there are no keys and values to know: one prompt's masks and position encodings are enough.
-            run = record(model, self.base if self.start else self.base[:1])
-            self._replayer = Replayer(model, run, None)
-            self.block_tokens += len(run.tokens) * length * model.n_layers
-            for tokens in (self.base[:1], *([] if source is None else [source[:1]])):
-                expected = record(model, tokens, blocks=False).resid[-1][:, self.start :]
-                found = self.forward(tokens, torch.zeros(1, dtype=torch.long, device=tokens.device))[1]
-                self.block_tokens += length * model.n_layers
-                off = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
-                if not off <= TOLERANCE[model.dtype]:
-                    return f"suffixes of runs differ from whole runs by {off:.1e} of the residual stream"
+            # Masks and position encodings are the same for all prompts of a length: one prompt's serve, and it is the proof.
+            run = record(model, sample)
+            self.block_tokens += sample.numel() * model.n_layers
+            self._replayer = Replayer(model, self._with_prefix(run) if self.start else run, None)
+            found = self.forward(sample, torch.zeros(len(sample), dtype=torch.long, device=sample.device))[1]
+            expected = run.resid[-1][:, self.start :]
+            off = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
+            if not off <= TOLERANCE[model.dtype]:
+                return f"suffixes of runs differ from whole runs by {off:.1e} of the residual stream"
             unembedded, own = model.unembed(run.resid[-1][:1, -1]), run.last_logits[:1]
             spread = (own - own.mean()).abs().max().clamp(min=1e-12)
             if (
@@ -126,8 +128,16 @@ class GradientRuns:
                 return "the logits are not the final norm and unembedding of the last block's output"
         except (CannotReplayError, TypeError, AttributeError, IndexError, KeyError) as error:
             return f"blocks cannot be run by themselves: {error}"
-        self._run = run
         return None
+
+    def _with_prefix(self, run: Run) -> Run:
+        """A sample's recorded calls, with the keys and values of all base prompts before `start`. Equal prefixes run once."""
+        prefixes, self._prefix_of = self.base[:, : self.start].unique(dim=0, return_inverse=True)
+        before = record(self.model, prefixes)
+        self.block_tokens += prefixes.numel() * self.model.n_layers
+        self._prefix_final = before.resid[-1]
+        calls = [{k: before.cache if v is run.cache else v for k, v in call.items()} for call in run.calls]
+        return replace(run, calls=calls, cache=before.cache)
 
     @torch.no_grad()
     def embed(self, tokens: Int[Tensor, "row pos"]) -> Float[Tensor, "row suffix d_model"]:
@@ -177,7 +187,7 @@ class GradientRuns:
             for name, fn in hooks:
                 attached.attach(name, fn)
             for i in range(layer, self.model.n_layers):
-                hidden = self._replayer.block(i, hidden, prompt, self.start)
+                hidden = self._replayer.block(i, hidden, self._prefix_of[prompt], self.start)
         self.block_tokens += hidden.shape[0] * hidden.shape[1] * (self.model.n_layers - layer)
         return first, hidden
 
@@ -206,7 +216,7 @@ class GradientRuns:
                     self._whole(tokens, (), hidden, layer, leaf=False)
                 else:
                     self.block_tokens += hidden.shape[0] * hidden.shape[1]
-                    self._replayer.block(layer, hidden, prompt, self.start)
+                    self._replayer.block(layer, hidden, self._prefix_of[prompt], self.start)
             except _Captured as found:
                 captured: Tensor = found.args[0]
                 return captured
@@ -266,8 +276,8 @@ class GradientRuns:
         if getattr(self.model.bridge, "ln_final", None) is None:
             return widen(final)
         if self.start:
-            assert self._run is not None
-            final = torch.cat([self._run.resid[-1][prompt, : self.start], final], 1)
+            assert self._prefix_final is not None
+            final = torch.cat([self._prefix_final[self._prefix_of[prompt]], final], 1)
         return widen(self.model.unembed(final))
 
 
