@@ -54,12 +54,16 @@ def main() -> None:
         print(f"{name} heads:", ", ".join(f"{cell.label} {cell.value:.2f}" for cell in scores.top(5, by="max")))
 
     best = [(int(cell.coords["layer"]), int(cell.coords["head"])) for cell in induction.top(5, by="max")]
-    others = random_heads(model, best, args.seed)
-    print("\nMean ablation of five heads together, change of the loss on the repetition:")
-    for name, heads in (("induction heads", best), ("random heads of the same layers", others)):
+    ablated = {"induction heads": best}
+    for draw in range(3):
+        ablated[f"random heads, draw {draw + 1}"] = random_heads(model, best, args.seed + draw)
+    print(
+        "\nMean ablation of five heads together, change of the loss on the repetition (random heads: of the same layers):"
+    )
+    for name, heads in ablated.items():
         without = loss_by_position(model, prompts, ablate=heads)
         change = float((without - loss)[:, begin:].mean())
-        print(f"  {name:32} {', '.join(f'L{layer}H{head}' for layer, head in heads):38} {change:+.2f} nats")
+        print(f"  {name:22} {', '.join(f'L{layer}H{head}' for layer, head in heads):38} {change:+.2f} nats")
 
     lens = timed("logit lens", lambda: mk.logit_lens(model, prompts, "next", value="log_prob", over="layer pos"))
     second = lens.values[:, begin : int(prompts.lengths[0]) - 1].mean((1, 2, 3))
@@ -84,28 +88,33 @@ def main() -> None:
 def loss_by_position(
     model: mk.HookedModel, prompts: mk.Prompts, ablate: list[tuple[int, int]] | None = None
 ) -> torch.Tensor:
-    """`[prompt pos-1]`, in nats; with the given heads replaced by their mean over prompts and positions."""
+    """`[prompt pos-1]`, in nats; with the given heads replaced by their mean in the unedited run, over prompts and positions."""
     tokens = torch.stack(prompts.tokens)
+    layers = sorted({layer for layer, _ in ablate or ()})
     hooks = []
-    for layer in sorted({layer for layer, _ in ablate or ()}):
-        heads = [head for at, head in ablate or () if at == layer]
+    with torch.no_grad():
+        clean = model.run_with_cache(tokens, [("z", layer) for layer in layers])[1] if layers else {}
+        for layer in layers:
+            heads = [head for at, head in ablate or () if at == layer]
+            mean = clean["z", layer].mean((0, 1))
 
-        def mean_of(z: torch.Tensor, hook, heads=heads) -> torch.Tensor:
-            z = z.clone()
-            z[:, :, heads] = z[:, :, heads].mean((0, 1), keepdim=True)
-            return z
+            def replace(z: torch.Tensor, hook, heads=heads, mean=mean) -> torch.Tensor:
+                z = z.clone()
+                z[:, :, heads] = mean[heads]
+                return z
 
-        hooks.append((("z", layer), mean_of))
-    with torch.no_grad(), model.hooks(hooks):
-        return model(tokens, return_type="loss", loss_per_token=True).cpu()
+            hooks.append((("z", layer), replace))
+        with model.hooks(hooks):
+            return model(tokens, return_type="loss", loss_per_token=True).cpu()
 
 
 def random_heads(model: mk.HookedModel, heads: list[tuple[int, int]], seed: int) -> list[tuple[int, int]]:
-    """As many other heads of the same layers."""
+    """As many other heads, of the same layers as far as these have so many, then of any."""
     generator, chosen = random.Random(seed), []
     for layer, _ in heads:
-        free = [(layer, head) for head in range(model.n_heads) if (layer, head) not in heads + chosen]
-        chosen.append(generator.choice(free))
+        every = [(at, head) for at in range(model.n_layers) for head in range(model.n_heads)]
+        free = [head for head in every if head not in heads + chosen]
+        chosen.append(generator.choice([head for head in free if head[0] == layer] or free))
     return chosen
 
 

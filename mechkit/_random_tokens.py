@@ -19,8 +19,8 @@ def repeated_rows(model: Any, n: int, length: int, times: int, seed: int) -> lis
     ordinary = ordinary_tokens(model)
     if n < 1 or times < 1 or not 2 <= length <= len(ordinary):
         raise ValueError(
-            f"n, length: expected n >= 1, times >= 1 and a length from 2 to {len(ordinary)}, the vocabulary's ordinary tokens; "
-            f"got n={n}, times={times} and length={length}"
+            f"n, times, length: expected n >= 1, times >= 1 and a length from 2 to {len(ordinary)} (the vocabulary's "
+            f"ordinary tokens); got n={n}, times={times} and length={length}"
         )
     generator = torch.Generator().manual_seed(seed)
     rows = []

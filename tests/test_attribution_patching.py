@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import FAMILIES
+from families import FAMILIES, build_hf
 from test_exact import make_model, make_pairs, whole_vocabulary
 
 import mechkit as mk
@@ -232,3 +232,57 @@ def test_parameters_that_were_frozen_stay_frozen():
     with torch.no_grad():  # a caller's grad mode does not matter
         mk.attribution_patching(model, pairs, mk.logit_diff(pairs))
         assert not torch.is_grad_enabled()
+
+
+def test_inference_mode():
+    model, pairs = make_model("llama"), make_pairs()
+    metric = mk.logit_diff(pairs)
+    expected = mk.attribution_patching(model, pairs, metric)
+    dla = mk.direct_logit_attribution(model, pairs, metric)
+    with torch.inference_mode():
+        assert torch.equal(mk.attribution_patching(model, pairs, metric).values, expected.values)
+        assert torch.equal(mk.direct_logit_attribution(model, pairs, metric).values, dla.values)
+        assert torch.is_inference_mode_enabled()
+
+
+def test_full_hook_names_mean_their_layer():
+    model, pairs = make_model("gpt2"), make_pairs()
+    metric = mk.logit_diff(pairs)
+    whole = mk.attribution_patching(model, pairs, metric)
+    one = mk.attribution_patching(model, pairs, metric, "blocks.2.attn.hook_z")
+    assert one.coords["layer"] == (2,)
+    assert torch.allclose(one.values[0], whole.values[2], atol=1e-9)
+    exact = mk.activation_patching(model, pairs, metric, "blocks.2.attn.hook_z", progress=False)
+    assert exact.coords["layer"] == (2,)
+    with pytest.raises(ValueError, match="layers"):
+        mk.attribution_patching(model, pairs, metric, "blocks.2.attn.hook_z", layers=[1])
+    with pytest.raises(ValueError, match="twice"):
+        mk.attribution_patching(model, pairs, metric, {"z": "layer head", "blocks.0.attn.hook_z": "layer"})
+    with pytest.raises(ValueError, match="from the end"):
+        mk.attribution_patching(model, pairs, metric, "z", "layer pos head", positions=[-1])
+    with pytest.raises(ValueError, match="one string"):
+        mk.attribution_patching(model, pairs, metric, "z", ["layer", "head"])
+
+
+def test_half_precision_is_summed_in_float32():
+    hf = build_hf("llama", torch.bfloat16)
+    model, pairs = mk.HookedModel.from_hf(hf, name="llama"), make_pairs()
+    metric = mk.logit_diff(pairs)
+    by_head = mk.attribution_patching(model, pairs, metric, "z", "layer head").effect().values
+    by_layer = mk.attribution_patching(model, pairs, metric, "z", "layer").effect().values
+    assert torch.allclose(by_head.sum(1), by_layer, atol=1e-5 * float(by_layer.abs().max()))
+
+
+def test_blocks_that_cannot_be_run_alone_fall_back():
+    """Falcon's older form, whose alibi this library does not cut to a suffix."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    arguments = FAMILIES["falcon"][1] | {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True}
+    torch.manual_seed(0)
+    hf = AutoModelForCausalLM.from_config(AutoConfig.for_model("falcon", **arguments), attn_implementation="eager")
+    model, pairs = mk.HookedModel.from_hf(hf.eval(), name="falcon-alibi"), make_pairs()
+    metric = mk.logit_diff(pairs)
+    found = mk.attribution_patching(model, pairs, metric)
+    for i in range(len(pairs)):
+        alone = mk.attribution_patching(model, pairs[[i]], mk.logit_diff(pairs[[i]]))
+        assert torch.allclose(found.values[..., i], alone.values[..., 0], atol=1e-5)

@@ -100,6 +100,30 @@ def test_a_head_and_a_neuron_are_what_they_add_to_the_stream(family):
         assert float(neurons.values[0, i, 0]) == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("family", ["gpt2", "llama_mqa", "gemma2", "qwen3", "gptj"])
+def test_half_precision(family, dtype):
+    if family == "gptj" and dtype == torch.float16:
+        pytest.skip("its attention overflows in float16 on a CPU")
+    model, pairs = make_model(family, dtype), make_pairs()
+    metric = mk.logit_diff(pairs)
+    dla = mk.direct_logit_attribution(model, pairs, metric)
+    exact = mk.direct_logit_attribution(make_model(family, torch.float32), pairs, metric)
+    size = float(exact.values.abs().max())
+    assert dla.provenance["residual_error"] <= 0.1 * size
+    assert float((dla.values - exact.values).abs().max()) <= 0.25 * size
+
+
+def test_a_metric_that_is_linear_at_most_points_only():
+    model = make_model("gpt2")
+    for seed in range(8):
+        pairs = make_pairs(seed=seed)
+        for read in (lambda x, p, _: x.amax(-1), lambda x, p, _: x.abs().sum(-1)):
+            metric = mk.Metric("bent", "", 3, pairs.positions["END"], torch.tensor([5, 6, 7]), read)
+            with pytest.raises(ValueError, match="linear"):
+                mk.direct_logit_attribution(model, pairs, metric)
+
+
 def test_soft_capped_logits_are_decomposed_exactly():
     """Gemma 2 with a cap that bites: the terms sum to the difference of the capped logits."""
     hf = build_hf("gemma2")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from mechkit._version import __version__
-from mechkit.hooks import Answers, Cell, Edit, HookedModel, Site, get_site
+from mechkit.hooks import Answers, Cell, Edit, HookedModel, Site, get_site, parse_hook_name
 from mechkit.metrics import CallableMetric, Metric
 from mechkit.prompts import PromptPairs, Prompts
 from mechkit.result import Result
@@ -69,8 +69,22 @@ def make_axes(
         ValueError: an unknown dim or one that the site does not have, an index out of range, a position that has no name.
     """
     found = get_site(site)
+    if not isinstance(over, str):
+        raise ValueError(f"over: expected dims in one string, such as 'layer head'; got {over!r}")
     dims = tuple(over.split())
     _check_dims(found, dims, over)
+    named_layer = parse_hook_name(site)[1]
+    if named_layer is not None:  # a full hook name means its own layer
+        if layers is not None and list(layers) != [named_layer]:
+            raise ValueError(
+                f"layers: site {site!r} is in layer {named_layer}; leave layers out, or use site={found.name!r}"
+            )
+        layers = [named_layer]
+    if "pos" in dims and positions is not None and len(prompts.by_length()) > 1 and any(i < 0 for i in positions):  # type: ignore[operator]
+        raise ValueError(
+            f"positions: an index from the end is another position in prompts of lengths "
+            f"{sorted(prompts.by_length())}; expected indices from 0, or over='layer position' with a named one such as 'END'"
+        )
     model.hook_names((found.name, 0) if found.in_block else found.name)  # raises if this architecture lacks the site
     longest = int(prompts.lengths.max())
     sizes: dict[str, tuple[Sequence[Any] | None, int]] = {
@@ -155,6 +169,15 @@ def to_result(
     )
 
 
+def check_final_norm(model: HookedModel, what: str) -> None:
+    """Refuses a model whose logits are not read off its residual stream through a final norm."""
+    if getattr(model.bridge, "ln_final", None) is None:
+        raise ValueError(
+            f"model: {what} needs a final norm between residual stream and unembedding; {model.name} "
+            f"({model.cfg.architecture}) has none"
+        )
+
+
 def provenance_of(model: HookedModel, prompts: Prompts, **more: Any) -> dict[str, Any]:
     """Where a result comes from: the model, the prompts, this mechkit, and the technique's own arguments."""
     return {
@@ -208,7 +231,11 @@ def choose_indices(dim: str, chosen: Sequence[Any] | None, size: int) -> list[in
 
 def choose_positions(named: Mapping[str, torch.Tensor], chosen: Sequence[Any] | None) -> list[str]:
     """The named positions that a user chose; all of them for `None`."""
+    if isinstance(chosen, str):
+        raise ValueError(f"positions: expected a list of names, got {chosen!r}; write positions=[{chosen!r}]")
     names = list(named) if chosen is None else list(chosen)
+    if not names or len(set(names)) != len(names):
+        raise ValueError(f"positions: expected at least one name, each once; got {names}")
     for name in names:
         if name not in named:
             raise ValueError(f"positions: expected names among {', '.join(named)}; got {name!r}")

@@ -48,6 +48,7 @@ class Study:
     values: dict[str, Tensor] = field(init=False)
     block_tokens: int = 0
     how: str = "suffix"
+    proofs: dict[bool, str | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         wide = torch.float64 if self.model.dtype == torch.float64 else torch.float32
@@ -71,7 +72,7 @@ class Study:
     def chunks(self) -> Iterator[Chunk]:
         """Prompts that run together: of one length, as many as fit the budget."""
         first = self.first_differences()
-        for length, ids in sorted(self.base.by_length().items()):
+        for length, ids in sorted(self.base.by_length().items(), reverse=True):  # a proof holds for shorter prompts too
             ids = sorted(ids, key=lambda i: first[i])
             while ids:
                 suffix = length - min(first[ids[0]], length - 1)
@@ -139,7 +140,7 @@ class Chunk:
             start = min(start, int(study.metric.positions[list(ids)].min()))
         whole = "an activation before the first block" if "embed" in study.axes else None
         source = tokens.get(study.source_is) if study.source_is is not None else None
-        runs = GradientRuns(model, base, source, min(start, base.shape[1] - 1), whole=whole)
+        runs = GradientRuns(model, base, source, min(start, base.shape[1] - 1), whole=whole, proofs=study.proofs)
         return cls(study, torch.tensor(ids), tokens, runs, torch.arange(len(ids), device=model.device), rows)
 
     def metric(self, final: Tensor, row: Int[Tensor, "row"] | None = None) -> Float[Tensor, "row"]:
@@ -167,6 +168,7 @@ class Chunk:
     def add(self, key: Key, per_entry: Float[Tensor, "row *dims"], row: Int[Tensor, "row"] | None = None) -> None:
         """Adds effects of one layer's activations (positions from `runs.start` on) to the study's."""
         site, layer = key
+        per_entry = per_entry.to(torch.promote_types(per_entry.dtype, torch.float32))
         axes, into = self.study.axes[site], self.study.effects[site]
         if row is not None:
             summed = per_entry.new_zeros(len(self.ids), *per_entry.shape[1:])
@@ -241,6 +243,10 @@ def make_study(
     axes = {}
     for name, dims in wanted.items():
         one = make_axes(model, pairs.clean, pairs.positions, name, dims, **chosen)  # type: ignore[arg-type]
+        if one.site.name in axes:
+            raise ValueError(
+                f"site: {one.site.name!r} is given twice; expected each site once, with layers=[...] to choose layers"
+            )
         axes[one.site.name] = one
     metric = as_metric(metric)
     check_study(model, metric, {runs[0]: base, runs[1]: source})

@@ -34,12 +34,14 @@ def quadrature(steps: int, rule: str) -> tuple[list[float], list[float]]:
     """
     if rule not in RULES:
         raise ValueError(f"rule: expected one of {', '.join(map(repr, RULES))}; got {rule!r}")
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+    if isinstance(steps, bool) or not hasattr(steps, "__index__") or steps < 1:
         raise ValueError(f"steps: expected a whole number of 1 or more, got {steps!r}")
+    steps = steps.__index__()
     if rule in ("gauss-legendre", "stretched"):
         at, weight = np.polynomial.legendre.leggauss(steps)
         if rule == "stretched":
-            weight = weight * _STRETCH * np.cosh(_STRETCH * at) / np.sinh(_STRETCH)
+            weight = weight * np.cosh(_STRETCH * at)
+            weight *= 2 / weight.sum()  # so that a constant gradient is integrated exactly
             at = np.sinh(_STRETCH * at) / np.sinh(_STRETCH)
         return ((at + 1) / 2).tolist(), (weight / 2).tolist()
     first = 0.0 if rule == "left" else 0.5

@@ -20,6 +20,9 @@ from mechkit.hooks import FrozenNorm, HookedModel
 from mechkit.metrics import CallableMetric, Metric
 from mechkit.prompts import Prompts
 
+# Largest error that rounding explains, of logits put together anew or of a sum of terms, relative to the logits' size.
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
+
 Direction = Metric | str | int | Sequence[str | int] | Tensor
 
 
@@ -68,6 +71,10 @@ def as_direction(model: HookedModel, direction: Direction, prompts: Prompts) -> 
             "metric: direct logit attribution must know which logits are read, so it takes one of mechkit's metrics "
             "(mk.logit_diff(pairs)), a token, or a direction in the residual stream; got a callable"
         )
+    if not isinstance(direction, str | int | Sequence | Tensor):
+        raise ValueError(
+            f"metric: expected one of mechkit's metrics, a token, a token for each prompt, or a direction; got {direction!r}"
+        )
     answers = [direction] * n if isinstance(direction, str | int) else list(direction)
     if len(answers) != n:
         raise ValueError(f"metric: expected one token, or one for each of {n} prompts; got {len(answers)}")
@@ -110,7 +117,7 @@ def read_direction(
             raw = normed @ weight + bias
             logits = _widen(model.unembed(resid, tokens))
             size = float(logits.abs().max())
-            _check_same(_widen(model.scale_logits(raw)), logits, size)
+            _check_same(_widen(model.scale_logits(raw)), logits, size, model.dtype)
             per_logit = linear_gradient(direction, logits, prompt)
             value = direction.read(logits, prompt, None)
             # A soft cap multiplies each logit with a factor of its own, which is held fixed as the norm's scale is.
@@ -136,7 +143,8 @@ def linear_gradient(
         )
 
     def value_and_gradient(at: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
+            at = at.clone()
             at = at.detach().requires_grad_()
             value = metric.read(at, prompt, None)
             if not value.requires_grad:
@@ -146,10 +154,10 @@ def linear_gradient(
                 )
             return value.detach(), torch.autograd.grad(value.sum(), at)[0]
 
-    noise = torch.randn(logits.shape, dtype=logits.dtype, generator=torch.Generator().manual_seed(0)).to(logits.device)
-    elsewhere = logits.flip(-1) + noise * logits.abs().mean().clamp(min=1e-3)
+    generator, size = torch.Generator().manual_seed(0), logits.abs().mean().clamp(min=1e-3)
+    draws = [torch.randn(logits.shape, dtype=logits.dtype, generator=generator).to(logits.device) for _ in range(4)]
     value, gradient = value_and_gradient(logits)
-    for at, found in ((logits, value), (elsewhere, value_and_gradient(elsewhere)[0])):
+    for at, found in ((logits, value), *((x * size, value_and_gradient(x * size)[0]) for x in (-logits, *draws))):
         off = (found - (gradient * at).sum(-1)).abs().max()
         if not off <= 1e-4 * (gradient.abs() * at.abs()).sum(-1).max().clamp(min=1e-6):
             raise ValueError(
@@ -159,8 +167,8 @@ def linear_gradient(
     return gradient
 
 
-def _check_same(found: Tensor, logits: Tensor, size: float) -> None:
-    tolerance = {torch.float64: 1e-5}.get(logits.dtype, 1e-3) * max(size, 1e-30)
+def _check_same(found: Tensor, logits: Tensor, size: float, dtype: torch.dtype) -> None:
+    tolerance = TOLERANCE[dtype] * max(size, 1e-30)
     off = float((found - logits).abs().max())
     if not off <= tolerance:
         raise ValueError(

@@ -12,13 +12,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechkit.attribution._reading import Reading, read_direction
+from mechkit.attribution._cells import check_final_norm
+from mechkit.attribution._reading import TOLERANCE, Reading, read_direction
 from mechkit.hooks import SITES, FrozenNorm, HookedModel, record
 from mechkit.metrics import Metric
 from mechkit.prompts import Prompts
-
-# Largest error of a sum of terms that rounding explains, relative to the logits' size.
-TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 
 
 def labels(model: HookedModel, over: str) -> tuple[str, ...]:
@@ -76,6 +74,7 @@ class StreamRun:
         also: Sequence[str] = (),
     ) -> None:
         self.model, self.error = model, 0.0
+        check_final_norm(model, "direct logit attribution")
         tokens = torch.stack([prompts.tokens[i] for i in ids]).to(model.device)
         which = torch.tensor(ids)
         positions = direction.positions if isinstance(direction, Metric) else prompts.lengths - 1

@@ -9,7 +9,8 @@
    residual stream alone), and a node's score is the mean of the absolute estimates: `sum over layers |estimate| / (layers - 1)`
    (a node has no estimate where its own layer is dropped). It has no sign.
 
-Costs one backward pass, or one and a half times as many as half the layers with GradDrop, and one attention pattern a layer.
+Costs one backward pass, with GradDrop one more for each layer (from that layer down, so half as long on average), and for the QK
+fix two or three attention patterns a layer.
 
 Kramar, Lieberum, Shah and Nanda 2024, https://arxiv.org/abs/2403.00745.
 """
@@ -66,6 +67,17 @@ def atp_star(
         ValueError: as `attribution_patching`; GradDrop on a model of one layer or in the residual stream; a QK fix where the
             pattern is not the softmax of the scores (attention sinks) or one head's query changes another's pattern (OLMo 2).
     """
+    if not isinstance(site, str):
+        raise ValueError(
+            f"site: expected one site; several from one backward pass are attribution_patching's alone. Got {site!r}"
+        )
+    if qk_fix and get_site(site).name in ("q", "k") and "neuron" in over.split():
+        raise ValueError(
+            f"qk_fix: the softmax moves with a whole query or key, not with one entry of it; leave 'neuron' out of "
+            f"over={over!r}, or use qk_fix=False"
+        )
+    if grad_drop and getattr(model.bridge, "ln_final", None) is None:
+        raise ValueError(f"grad_drop: {model.name} has no final norm in front of its unembedding; use grad_drop=False")
     if grad_drop and model.n_layers < 2:
         raise ValueError("grad_drop: expected a model of at least 2 layers, since a node's own layer is never dropped")
     if grad_drop and get_site(site).name in ("embed", "resid_pre", "resid_mid", "resid_post"):
@@ -213,7 +225,8 @@ def _key_fix(study: Study, chunk: Chunk, key: Key, keys: Tensor, hidden: Tensor)
     scores = _pattern(study, chunk, key[1], hidden, site="attn_scores")
     moved = _pattern(study, chunk, key[1], hidden, edit, site="attn_scores")
     off = float((scores.softmax(-1) - pattern).abs().max())
-    if not off <= (0.02 if pattern.dtype.itemsize < 4 else 1e-4):
+    narrowest = min(x.dtype.itemsize for x in (pattern, scores, hidden))
+    if not off <= (0.02 if narrowest < 4 else 1e-4):
         raise ValueError(
             f"qk_fix: expected the pattern of layer {key[1]} to be the softmax of its scores, but it differs by {off:.1e} "
             "(attention sinks?); use qk_fix=False, or over='layer head', which patches all keys of a head together"

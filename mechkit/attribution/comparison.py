@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mechkit.attribution._cells import make_grid, position_labels
@@ -103,6 +104,17 @@ def compare(approx: Result, exact: Result, *, k: int = 10) -> Comparison:
         raise ValueError(
             f"exact: expected metric {approx.metric!r}, base {approx.base!r} and dims {approx.dims}; got {exact.metric!r}, "
             f"{exact.base!r} and {exact.dims}"
+        )
+    for run in approx.baseline:
+        _check_baseline(approx.baseline[run], exact.baseline.get(run), run, approx.values.dtype)
+    if (
+        approx.provenance.get("sign") == "magnitude"
+        and "prompt" not in approx.dims
+        and approx.provenance.get("n_prompts") != 1
+    ):
+        raise ValueError(
+            "approx: magnitudes are compared prompt by prompt, with the size of each exact effect; expected results with their "
+            "'prompt' dim, got averages"
         )
     lacking = {dim: [x for x in labels if x not in exact.coords[dim]] for dim, labels in approx.coords.items()}
     if missing := {dim: labels for dim, labels in lacking.items() if labels}:
@@ -207,6 +219,8 @@ def verify(
         budget=budget,
         progress=progress,
     )
+    _check_baseline(approx.baseline[runs[0]], answers.base, runs[0], approx.values.dtype)
+    _check_baseline(approx.baseline[runs[1]], answers.source, runs[1], approx.values.dtype)
     exact = answers.values.to(approx.values)
     if origin.get("sign") == "magnitude":
         exact = answers.base + (exact - answers.base).abs()
@@ -220,6 +234,20 @@ def verify(
         provenance={**origin, "verified": [cell.label for cell in best], "verified_error": float(error)},
         cost=Cost(cost.block_tokens + answers.cost.block_tokens, cost.naive_block_tokens),
     )
+
+
+def _check_baseline(approx: Tensor, exact: Tensor | None, run: str, dtype: torch.dtype) -> None:
+    """The unedited runs have the same metric: else the other prompts of the pairs, or their answers, are not the same."""
+    tolerance = 1e-6 if dtype == torch.float64 else 2e-3
+    if (
+        exact is None
+        or approx.shape != exact.shape
+        or not torch.allclose(approx, exact.to(approx), rtol=tolerance, atol=tolerance, equal_nan=True)
+    ):
+        raise ValueError(
+            f"exact: the unedited {run} run has another metric than the approximation's, so that its pairs or their "
+            "answers are not the same (or the metric is not); make both from the same pairs and metric"
+        )
 
 
 def _restrictions(approx: Result, prompts: Any) -> dict[str, Any]:

@@ -93,7 +93,7 @@ def direct_logit_attribution(
         coords["src"] = position_labels(base, index["src"])
     wide = torch.float64 if model.dtype == torch.float64 else torch.float32
     values = torch.full((*(len(labels) for labels in coords.values()), len(base)), torch.nan, dtype=wide)
-    totals, error = torch.zeros(len(base)), 0.0
+    totals, error = torch.zeros(len(base), dtype=wide), 0.0
     room = Budget.of(model, budget)
     for length, ids in base.by_length().items():
         at_once = room.prompts_at_once(
@@ -102,7 +102,7 @@ def direct_logit_attribution(
         for part in (ids[first : first + at_once] for first in range(0, len(ids), at_once)):
             run = StreamRun(model, base, part, direction, needed(model, over, index))
             values[..., part] = run.split(over, index, {name: at[part] for name, at in named.items()}).to(values)
-            totals[part], error = run.reading.value.cpu().float(), max(error, run.error)
+            totals[part], error = run.reading.value.to(totals), max(error, run.error)
     return Result(
         values=values,
         dims=(*coords, "prompt"),

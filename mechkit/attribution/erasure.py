@@ -39,7 +39,8 @@ class Erasure:
         direct: Direct effect of each prompt, dims `("prompt",)`: positive where the head's own output pushed the metric up.
         total: Total effect: the metric of the run minus that of the run with the head ablated.
         written: The part of the total effect that every other head and MLP from the head's layer on wrote, dims
-            `("component", "prompt")`; `"final norm"` is what the change of its scale adds.
+            `("component", "prompt")`; `"final norm"` is what the change of its scale (and of a soft cap's factor) adds. Where a
+            block norms what it adds, other heads of the head's own layer change with that norm's scale.
         erased: Share of the direct effect that later components take back, from the means over prompts: 0 if nothing is erased,
             1 if all of it is, above 1 if more than it; NaN for a head without direct effect.
     """
@@ -66,7 +67,8 @@ class Erasure:
         share = f"take back {self.erased:.0%}" if self.erased >= 0 else f"add {-self.erased:.0%}"
         return (
             f"L{self.head[0]}H{self.head[1]}: direct effect {direct:+.3g} {unit}, total effect {total:+.3g}; later components "
-            f"{share} of the direct effect{f'; the opposite is written by {by}' if by else ''}"
+            f"{share} of the direct effect{f'; the opposite is written by {by}' if by else ''}; the final norm's scale adds "
+            f"{float(self.written.sel(component='final norm').mean('prompt').values):+.3g}"
         )
 
 
@@ -97,7 +99,9 @@ def dla_erasure_check(
         ValueError: no such head or mode; `"mean"` over a single prompt of a length; a metric that is not linear in the logits;
             training mode.
     """
-    layer, index = head
+    if not (isinstance(head, tuple | list) and len(head) == 2 and all(hasattr(i, "__index__") for i in head)):
+        raise ValueError(f"head: expected (layer, head), two indices; got {head!r}")
+    layer, index = (int(i) for i in head)
     if not (0 <= layer < model.n_layers and 0 <= index < model.n_heads):
         raise ValueError(
             f"head: expected (layer, head) within {model.n_layers} layers and {model.n_heads} heads, got {head}"

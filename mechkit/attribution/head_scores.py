@@ -210,7 +210,7 @@ def composition_scores(model: HookedModel, kind: Literal["Q", "K", "V"] = "K") -
 def random_prompts(model: HookedModel, kind: Kind, n: int, length: int | None, seed: int) -> Prompts:
     """Random tokens, drawn anew for each prompt and repeated as `head_scores` says."""
     times = {"prefix_matching": 4, "name_mover_copy": 1}.get(kind, 2)
-    length = length or (25 if kind == "prefix_matching" else 50)
+    length = (25 if kind == "prefix_matching" else 50) if length is None else length
     return Prompts.from_tokens(repeated_rows(model, n, length, times, seed), model)
 
 

@@ -145,9 +145,9 @@ def token_integrated_gradients(
             start = without.start(chunk, actual)
             found = along_activation(chunk, _INPUT, start, actual, _enters(chunk, {0: actual}), points, weights)
             sums.keep(chunk, found[None], _metric_from(chunk, start)[None])
-    asked = {"baseline": baseline, "keep": without.keep, "steps": steps, "rule": rule}
+    asked = {"baseline": without.stand_in, "keep": without.keep, "steps": len(points), "rule": rule}
     end = {"metric_baseline": sums.starts_at(), "completeness_error": max(sums.errors())}
-    return _result(study, passes=steps, technique="token integrated gradients", **asked, **end)
+    return _result(study, passes=len(points), technique="token integrated gradients", **asked, **end)
 
 
 def neuron_attribution(
@@ -218,10 +218,10 @@ def neuron_attribution(
                 _grow_activations(study, chunk, points, weights, sums)
             else:
                 _conduct(study, chunk, without, points, weights, sums)
-    asked: dict[str, Any] = {"path": path, "baseline": baseline, "steps": steps, "rule": rule}
+    asked: dict[str, Any] = {"path": path, "baseline": without.stand_in, "steps": len(points), "rule": rule}
     asked |= {"keep": without.keep, "metric_baseline": sums.starts_at()} if path == "input" else {}
     found = {"completeness_error": max(sums.errors()), "completeness_errors": sums.errors()}
-    passes = 2 * steps if path == "input" else steps * len(study.keys)
+    passes = len(points) * (2 if path == "input" else len(study.keys))
     return _result(study, passes=passes, technique="neuron attribution", **asked, **found)
 
 
@@ -252,11 +252,11 @@ class _Baseline:
     def of(cls, study: Study, baseline: str | int, keep: Sequence[int] | None) -> _Baseline:
         """Checks what the user asked for."""
         model, tokens, shortest = study.model, study.base.tokens, int(study.base.lengths.min())
-        for i in keep or ():
-            if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < shortest:
-                raise ValueError(f"keep: expected positions in 0..{shortest - 1} (the shortest prompt), got {i!r}")
         if keep is not None:
-            return cls(model, _stand_in(model, baseline), list(keep), [list(keep)] * len(tokens))
+            if any(isinstance(i, bool) or not hasattr(i, "__index__") or not 0 <= i < shortest for i in keep):
+                raise ValueError(f"keep: expected positions in 0..{shortest - 1} (the shortest prompt), got {keep!r}")
+            chosen = [i.__index__() for i in keep]
+            return cls(model, _stand_in(model, baseline), chosen, [chosen] * len(tokens))
         bos = getattr(model.tokenizer, "bos_token_id", None)
         return cls(model, _stand_in(model, baseline), "bos", [[0] if int(row[0]) == bos else [] for row in tokens])
 
@@ -300,10 +300,11 @@ def _stand_in(model: HookedModel, baseline: str | int) -> str | int:
             return model.to_single_token(baseline)
         except ValueError as error:
             raise ValueError(f"baseline: {wanted}; got {baseline!r}: {error}") from None
-    known = isinstance(baseline, int) and not isinstance(baseline, bool) and 0 <= baseline < model.d_vocab
-    if not (known or isinstance(baseline, str)):
+    if isinstance(baseline, str):
+        return baseline
+    if isinstance(baseline, bool) or not hasattr(baseline, "__index__") or not 0 <= baseline < model.d_vocab:
         raise ValueError(f"baseline: {wanted}; got {baseline!r}")
-    return baseline
+    return baseline.__index__()
 
 
 def _mean_embedding(model: HookedModel, table: Any) -> Float[Tensor, "d_model"]:

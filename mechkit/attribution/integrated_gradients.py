@@ -57,13 +57,17 @@ def integrated_gradients(
         path: What moves; see the module's docstring.
 
     Returns:
-        A `Result` like `attribution_patching`'s. Provenance: `completeness_error`, the error of the sum over all nodes of a
-        layer (of the embeddings, for `path="input"`), averaged over prompts, as a share of the gap between the two runs; the
-        largest of the layers'.
+        A `Result` like `attribution_patching`'s. Provenance: `completeness_error`, the absolute error of the sum over all nodes
+        of a layer (of the embeddings, for `path="input"`) as a share of the absolute gap between the two runs, both averaged
+        over prompts; the largest of the layers'.
 
     Raises:
         ValueError: as `attribution_patching`; an unknown rule or path; fewer than one step.
     """
+    if not isinstance(site, str):
+        raise ValueError(
+            f"site: expected one site; several from one backward pass are attribution_patching's alone. Got {site!r}"
+        )
     if path not in ("activation", "input"):
         raise ValueError(f"path: expected 'activation' or 'input', got {path!r}")
     points, weights = quadrature(steps, rule)
@@ -92,8 +96,8 @@ def integrated_gradients(
         for chunk in study.chunks():
             walk = _activation_paths if path == "activation" else _input_path
             errors[:, chunk.ids] = walk(study, chunk, points, weights).double().cpu()
-    gap = (study.values[runs_of(study)[1]] - study.values[study.base_is]).double().mean().abs().clamp(min=1e-12)
-    return study.result(next(iter(study.axes)), completeness_error=float(errors.mean(1).abs().max() / gap))
+    gap = (study.values[runs_of(study)[1]] - study.values[study.base_is]).double().abs().mean().clamp(min=1e-12)
+    return study.result(next(iter(study.axes)), completeness_error=float(errors.abs().mean(1).max() / gap))
 
 
 def runs_of(study: Study) -> tuple[str, str]:
@@ -148,7 +152,7 @@ def _input_path(study: Study, chunk: Chunk, points: list[float], weights: list[f
         difference[key].sub_(base.pop(key))
     chunk.keep_unedited({source_is: source_final, base_is: base_final})
     change = source_hidden[0] - base_hidden[0]
-    total, silent = torch.zeros(len(chunk.everyone), device=chunk.everyone.device), set(study.keys)
+    total, silent = change.new_zeros(len(chunk.everyone)), set(study.keys)
     for row, point, weight in batches(chunk, points, weights):
 
         def keep(activation: Tensor, hook: Any, key: Key, row: Tensor = row, weight: Tensor = weight) -> Tensor:

@@ -272,6 +272,8 @@ def _token_ids(
                 "tokens: 'next' is unknown at the last position; expected 'pos' or 'position' in over, got neither"
             )
         return ("next",), None
+    if not isinstance(tokens, Mapping | Sequence | Tensor):
+        raise ValueError(f"tokens: expected a list of tokens, a mapping or 'next'; got {tokens!r}. Write [{tokens!r}]")
     if isinstance(tokens, Mapping):
         for label, several in tokens.items():
             if isinstance(several, str | int) or len(several) != n:
@@ -279,8 +281,8 @@ def _token_ids(
         labels: tuple[Token, ...] = tuple(tokens)
         columns = [[_single(model, token) for token in several] for several in tokens.values()]
     else:
-        labels = tuple(token if isinstance(token, str) else int(token) for token in tokens)
         columns = [[_single(model, token)] * n for token in tokens]
+        labels = tuple(token if isinstance(token, str) else int(token) for token in tokens)
     if not labels or len(set(labels)) != len(labels):
         raise ValueError(f"tokens: expected at least one, each once; got {list(labels)}")
     return labels, torch.tensor(columns).T
@@ -292,8 +294,9 @@ def _single(model: HookedModel, token: Token) -> int:
             return model.to_single_token(token)
         except ValueError as error:
             raise ValueError(f"tokens: {error}") from None
-    if not 0 <= int(token) < model.d_vocab:
-        raise ValueError(f"tokens: expected ids in 0..{model.d_vocab - 1}, got {token}")
+    whole = hasattr(token, "__index__") and not isinstance(token, bool)
+    if not whole or not 0 <= int(token) < model.d_vocab:
+        raise ValueError(f"tokens: expected text, or ids in 0..{model.d_vocab - 1}; got {token!r}")
     return int(token)
 
 

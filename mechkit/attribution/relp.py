@@ -27,6 +27,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from mechkit.attribution._cells import check_final_norm
 from mechkit.attribution._nodes import TECHNIQUE, AnyMetric, make_study
 from mechkit.attribution.attribution_patching import first_order
 from mechkit.hooks import SITES, FrozenNorm, HookedModel, attached_hooks, frozen_parameters, get_site
@@ -64,6 +65,11 @@ def relp(
         ValueError: as `attribution_patching`; `site` is a query, key, score or pattern and these are frozen; a mixture of
             experts, for whose routing there is no rule; a norm that is neither a LayerNorm nor an RMSNorm.
     """
+    if not isinstance(site, str):
+        raise ValueError(
+            f"site: expected one site; several from one backward pass are attribution_patching's alone. Got {site!r}"
+        )
+    check_final_norm(model, "relevance propagation")
     if attention not in ("gradient", "frozen"):
         raise ValueError(f"attention: expected 'gradient' or 'frozen', got {attention!r}")
     if attention == "frozen" and get_site(site).name in ("q", "k", "attn_scores", "pattern"):
@@ -127,9 +133,7 @@ def relevance_rules(model: HookedModel, attention: str) -> Iterator[None]:
 
 
 def _norm_rule(model: HookedModel, name: str, module: Any) -> list[tuple[str, Callable[..., Tensor | None]]]:
-    norm = FrozenNorm(
-        module, torch.zeros(model.d_model, dtype=model.dtype, device=next(module.parameters()).device), name
-    )
+    norm = FrozenNorm(module, torch.zeros(model.d_model, dtype=model.dtype, device=model.device), name)
     entering: list[Tensor] = []
 
     def keep(x: Tensor, hook: Any) -> None:

@@ -44,8 +44,9 @@ class TunedLens:
         layers: The layer that each belongs to. The last layer needs none.
         n_layers: Of the model.
         provenance: JSON values: the model's name and weights hash, the hash of the text, how it was fitted, and
-            `validation_kl`: for each layer, mean KL to the final distribution (nats) of the logit lens and of this lens on
-            the validation prompts.
+            `validation_kl`: for each layer, mean KL to the final distribution (nats) of the logit lens and of this lens, on
+            at most 128 positions of the validation prompts. These also chose the ridge and when to stop, so the lens's is a
+            little optimistic: measure it on other text.
     """
 
     A: Float[Tensor, "layer d_model d_model"]
@@ -113,7 +114,8 @@ class TunedLens:
         if model.n_layers - 1 in chosen:
             raise ValueError(f"layers: the last layer, {model.n_layers - 1}, needs no translator; leave it out")
         settings = Settings(validation, steps, batch, lr, vocabulary, skip_first, seed)
-        A, b, report = fit_translators(model, text, chosen, settings, budget, progress)
+        with torch.inference_mode(False):
+            A, b, report = fit_translators(model, text, chosen, settings, budget, progress)
         provenance = provenance_of(model, text, technique="tuned_lens", **vars(settings), **report)
         return cls(A, b, tuple(chosen), model.n_layers, provenance)
 
@@ -121,6 +123,10 @@ class TunedLens:
         """What the lens expects `resid_post` of `layer` to have become after the last layer. The last layer's is itself."""
         if layer == self.n_layers - 1:
             return resid
+        if layer not in self.layers:
+            raise ValueError(
+                f"layer: expected one of the layers that this lens was fitted for, {list(self.layers)}; got {layer!r}"
+            )
         i = self.layers.index(layer)
         wide = resid.to(torch.promote_types(resid.dtype, self.b.dtype))  # half precision would lose the sum
         A, b = (part.to(wide) for part in (self.A[i], self.b[i]))

@@ -16,6 +16,7 @@ from mechkit.hooks._replay import record as record
 from mechkit.hooks._sites import SITES as SITES
 from mechkit.hooks._sites import Site as Site
 from mechkit.hooks._sites import get_site as get_site
+from mechkit.hooks._sites import parse_hook_name as parse_hook_name
 from mechkit.hooks._sweep import Answers as Answers
 from mechkit.hooks._sweep import sweep as sweep
 from mechkit.hooks._validate import ValidationReport as ValidationReport

@@ -9,8 +9,8 @@ activation there has nothing to change, and its gradient is not needed. So:
    would be saved), equal beginnings once for all of them.
 3. The blocks run again on the positions from `start` on alone, with these keys and values as a prefix that is only read.
    Gradients flow back through these positions only.
-4. Each set of prompts proves itself: suffixes of one pair must end where the pair's whole runs end. Where that fails (encoders,
-   state-space models, other people's hooks) whole forward passes are run, and `GradientRuns.how` says why.
+4. Each call proves itself on its longest prompts: suffixes of one pair must end where the pair's whole runs end. Where that
+   fails (encoders, state-space models, other people's hooks) whole forward passes are run, and `GradientRuns.how` says why.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechkit.hooks._hooking import HookFunction, Hooks
+from mechkit.hooks._memory import out_of_memory
 from mechkit.hooks._replay import CannotReplayError, Replayer, Run, record
 from mechkit.metrics import CallableMetric, Metric
 
@@ -42,7 +43,7 @@ def frozen_parameters(model: HookedModel) -> Iterator[None]:
     for parameter in parameters:
         parameter.requires_grad_(False)
     try:
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             yield
     finally:
         for parameter in parameters:
@@ -79,6 +80,7 @@ class GradientRuns:
         start: int,
         *,
         whole: str | None = None,
+        proofs: dict[bool, str | None] | None = None,
     ) -> None:
         """
         Args:
@@ -87,6 +89,8 @@ class GradientRuns:
             source: Prompts that equal the base prompts before `start`, if any are to be run.
             start: First position to run; moved to 0 where that is cheaper.
             whole: A reason to run whole forward passes from the outset.
+            proofs: What was found for longer prompts in the same call, with a prefix (`True`) and without: `None`, or why
+                suffixes cannot be run. What is found here is added.
         """
         self.model, self.base, self.block_tokens = model, base, 0
         self.how = "suffix"
@@ -100,20 +104,27 @@ class GradientRuns:
         self._prefix_of = torch.arange(len(base), device=base.device)  # which recorded prefix each base prompt has
         self._prefix_final: Tensor | None = None  # the final residual stream of those prefixes
         if whole is None:
-            whole = self._prepare(source)
+            proofs = {} if proofs is None else proofs
+            known = bool(self.start) in proofs
+            whole = proofs[bool(self.start)] if known else None
+            if whole is None:
+                whole = self._prepare(source, prove=not known)
+            proofs[bool(self.start)] = whole
         if whole is not None:
             self.start, self._replayer, self.how = 0, None, f"full: {whole}"
 
     @torch.no_grad()
-    def _prepare(self, source: Tensor | None) -> str | None:
+    def _prepare(self, source: Tensor | None, prove: bool) -> str | None:
         """Records what the suffix needs, and proves it. Returns why that cannot be done, or `None`."""
         model = self.model
-        sample = self.base[:1] if source is None else torch.cat([self.base[:1], source[:1]])
+        sample = self.base[:1] if source is None or not prove else torch.cat([self.base[:1], source[:1]])
         try:
             # Masks and position encodings are the same for all prompts of a length: one prompt's serve, and it is the proof.
             run = record(model, sample)
             self.block_tokens += sample.numel() * model.n_layers
             self._replayer = Replayer(model, self._with_prefix(run) if self.start else run, None)
+            if not prove:
+                return None
             found = self.forward(sample, torch.zeros(len(sample), dtype=torch.long, device=sample.device))[1]
             expected = run.resid[-1][:, self.start :]
             off = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
@@ -126,7 +137,9 @@ class GradientRuns:
                 or not float((unembedded - own).abs().max() / spread) <= TOLERANCE[model.dtype]
             ):
                 return "the logits are not the final norm and unembedding of the last block's output"
-        except (CannotReplayError, TypeError, AttributeError, IndexError, KeyError) as error:
+        except (CannotReplayError, TypeError, AttributeError, IndexError, KeyError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and out_of_memory(error):
+                raise
             return f"blocks cannot be run by themselves: {error}"
         return None
 

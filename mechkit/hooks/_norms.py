@@ -52,6 +52,10 @@ class FrozenNorm:
         """What the norm multiplies `x` with, `1 / std` or `1 / rms`. Raises `ValueError` if its output has another form."""
         with torch.no_grad():
             y = self._call(x)
+            if not bool(torch.isfinite(y).all()):
+                raise ValueError(
+                    f"{self._name}: expected finite activations, got NaN or inf; the weights may hold NaN, or the dtype overflow"
+                )
             shape = self._centred(x) * self.gain
             scale = ((y - self.bias) * shape).sum(-1, keepdim=True) / shape.pow(2).sum(-1, keepdim=True).clamp(
                 min=1e-30
