@@ -214,6 +214,7 @@ def reduce_to(
     return x.permute(0, *(1 + i for i in order))
 
 
+@torch.inference_mode(False)
 def make_study(
     model: HookedModel,
     pairs: PromptPairs,
@@ -263,6 +264,7 @@ def make_study(
     )
 
 
+@torch.inference_mode(False)
 def make_single_study(
     model: HookedModel,
     prompts: PromptPairs | Prompts,

@@ -55,7 +55,7 @@ def batches(chunk: Chunk, points: list[float], weights: list[float]) -> Iterator
     """
     n = len(chunk.everyone)
     at_once = max(1, chunk.rows // n) if isinstance(chunk.study.metric, Metric) else 1
-    dtype, device = chunk.study.model.dtype, chunk.everyone.device
+    dtype, device = torch.promote_types(chunk.study.model.dtype, torch.float32), chunk.everyone.device
     for first in range(0, len(points), at_once):
         some = slice(first, first + at_once)
         k = len(points[some])
@@ -86,10 +86,7 @@ def along_activation(
     total = torch.zeros(len(chunk.everyone), dtype=wide, device=chunk.everyone.device)
     for row, point, weight in batches(chunk, points, weights):
         shape = (-1, *[1] * (start.ndim - 1))
-        at = (start[row] + point.reshape(shape) * change[row]).to(
-            start.dtype
-        )  # a softmax may be in another than the model's
-        at = at.detach().requires_grad_()
+        at = (start[row] + point.reshape(shape) * change[row]).to(start.dtype).detach().requires_grad_()
         share = change[row] * _gradient(chunk, key, at, row, hidden) * weight.reshape(shape)
         chunk.add(key, share, row)
         total = total.index_add(0, row, share.flatten(1).sum(1).to(total))

@@ -95,6 +95,7 @@ def gradient_x_input(
     return _result(study, passes=1, technique="gradient x input")
 
 
+@torch.inference_mode(False)
 def token_integrated_gradients(
     model: HookedModel,
     prompts: PromptPairs | Prompts,
@@ -150,6 +151,7 @@ def token_integrated_gradients(
     return _result(study, passes=len(points), technique="token integrated gradients", **asked, **end)
 
 
+@torch.inference_mode(False)
 def neuron_attribution(
     model: HookedModel,
     prompts: PromptPairs | Prompts,
@@ -355,7 +357,7 @@ def _conduct(
     before = _activations(chunk, keys, start, chunk.everyone)
     totals = torch.zeros(len(sums.keys), n, dtype=sums.dtype, device=start.device)
     for row, point, end in batches(chunk, points, ends):
-        along = [start[row] + at[:, None, None] * (actual - start)[row] for at in (point, end)]
+        along = [(start[row] + at[:, None, None] * (actual - start)[row]).to(start.dtype) for at in (point, end)]
         after = _activations(chunk, keys, along[1], row)  # rows of one point stand together
         change = {key: x - torch.cat([before[key], x[:-n]]) for key, x in after.items()}
         before = {key: x[-n:].clone() for key, x in after.items()}

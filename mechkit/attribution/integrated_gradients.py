@@ -29,6 +29,7 @@ from mechkit.prompts import PromptPairs
 from mechkit.result import Result
 
 
+@torch.inference_mode(False)
 def integrated_gradients(
     model: HookedModel,
     pairs: PromptPairs,
@@ -164,7 +165,7 @@ def _input_path(study: Study, chunk: Chunk, points: list[float], weights: list[f
             return tapped(activation, contract)
 
         hooks = [(hook_name(key), partial(keep, key=key)) for key in study.keys]
-        hidden = base_hidden[0][row] + point[:, None, None] * change[row]
+        hidden = (base_hidden[0][row] + point[:, None, None] * change[row]).to(change.dtype)
         leaf, final = chunk.runs.forward(chunk.tokens[base_is][row], row, hooks, hidden=hidden, leaf=True)
         assert leaf is not None
         slope = torch.autograd.grad(chunk.metric(final, row).sum(), leaf)[0]
