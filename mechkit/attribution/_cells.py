@@ -80,7 +80,12 @@ def make_axes(
                 f"layers: site {site!r} is in layer {named_layer}; leave layers out, or use site={found.name!r}"
             )
         layers = [named_layer]
-    if "pos" in dims and positions is not None and len(prompts.by_length()) > 1 and any(i < 0 for i in positions):  # type: ignore[operator]
+    if (
+        "pos" in dims
+        and positions is not None
+        and len(prompts.by_length()) > 1
+        and any(isinstance(i, int) and i < 0 for i in positions)
+    ):
         raise ValueError(
             f"positions: an index from the end is another position in prompts of lengths "
             f"{sorted(prompts.by_length())}; expected indices from 0, or over='layer position' with a named one such as 'END'"
