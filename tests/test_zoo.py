@@ -7,12 +7,14 @@ from collections.abc import Callable, Mapping
 
 import pytest
 import torch
+from families import D_VOCAB, FAMILIES, build_hf
+from reference_circuits import edge_names, patch_edge, reader_names, run_circuit, whole_run, writers_of
 from torch import Tensor
 
 import mechkit as mk
 from mechkit import zoo
 from mechkit.hooks import SITES, Edit
-from mechkit.zoo import _build, _cue, _induction, _saturated
+from mechkit.zoo import _build, _cue, _greater_than, _induction, _saturated, _serial_ioi
 
 MODELS: dict[str, Callable[..., zoo.Known]] = {
     "induction": zoo.induction,
@@ -21,7 +23,10 @@ MODELS: dict[str, Callable[..., zoo.Known]] = {
     "saturated key": lambda **kwargs: zoo.saturated_attention("key", **kwargs),
     "cancellation": zoo.cancellation,
     "writer and eraser": zoo.writer_and_eraser,
+    "serial ioi": zoo.serial_ioi,
+    "greater than": zoo.greater_than,
 }
+WITH_CIRCUIT = [name for name in MODELS if name != "linear"]
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -204,6 +209,121 @@ def test_a_role_must_exist():
         ValueError, match=r"roles\['writer'\]: expected components within 2 layers and 2 heads, got \(0, 2\)"
     ):
         zoo.Known(built.model, built.pairs, built.metric, {"writer": ((0, 2),)})
+
+
+# --- circuits: the oracle, and every model's own
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_reference_circuits(family):
+    """All edges give the clean run and none the corrupted one; writers add up; two ways of patching one edge agree."""
+    exact = family != "mixtral"  # its kernels have no float64
+    tolerance = 1e-9 if exact else 1e-4
+    model = mk.HookedModel.from_hf(build_hf(family, torch.float64 if exact else torch.float32), name=family)
+    generator = torch.Generator().manual_seed(1)
+    clean, corrupted = (torch.randint(3, D_VOCAB, (1, 7), generator=generator) for _ in range(2))
+    corrupted[:, :2] = clean[:, :2]
+    edges = edge_names(model)
+    assert len(edges) == len(set(edges))
+    with torch.no_grad():
+        wanted = {"clean": model(clean), "corrupted": model(corrupted)}
+    assert float((wanted["clean"] - wanted["corrupted"]).abs().max()) > 1
+    assert float((run_circuit(model, clean, corrupted, edges) - wanted["clean"]).abs().max()) <= tolerance
+    assert float((run_circuit(model, clean, corrupted, ()) - wanted["corrupted"]).abs().max()) <= tolerance
+    source, base = whole_run(model, clean), whole_run(model, corrupted)
+    for reader in reader_names(model):
+        changes = [source.wrote[writer] - base.wrote[writer] for writer in writers_of(model, reader)]
+        change = source.read[reader] - base.read[reader]
+        assert torch.allclose(sum(changes), change, atol=100 * tolerance, rtol=0), reader
+    # The corrupted run with one edge clean: by itself, and as the circuit of all other edges with the roles swapped.
+    for edge in edges[5 :: len(edges) // 4]:
+        patched = patch_edge(model, base, source, corrupted, edge)
+        other = run_circuit(model, corrupted, clean, set(edges) - {edge})
+        assert float((patched - other).abs().max()) <= tolerance, edge
+        assert float((patched - wanted["corrupted"]).abs().max()) > 1e-3, edge
+    with pytest.raises(ValueError, match="edges: the model has no"):
+        run_circuit(model, clean, corrupted, {"a0.h0->a0.h1<q>"})
+    assert not model.has_hooks
+
+
+def test_edge_names():
+    """Small cases counted by hand; MHA, shared key-value heads, parallel blocks."""
+
+    def count(family: str) -> int:
+        return len(edge_names(mk.HookedModel.from_hf(build_hf(family), name=family)))
+
+    layers, heads = 4, 4
+    below = [1 + layer * (heads + 1) for layer in range(layers + 1)]  # writers before each layer, and before the logits
+    mlps = sum(below[:-1]) + below[-1]
+    assert count("gpt2") == 12 * sum(below[:-1]) + mlps + layers * heads
+    assert count("llama") == 8 * sum(below[:-1]) + mlps + layers * heads
+    assert count("falcon") == 6 * sum(below[:-1]) + mlps  # parallel: an MLP does not see its layer's heads
+    built = zoo.cancellation(n=1)
+    assert set(edge_names(built.model)) == _build.all_edges(2, 2)
+    assert {"input->a0.h0<q>", "m0->a1.h1<v>", "a1.h1->m1", "m1->logits"} < _build.all_edges(2, 2)
+    assert not {"a0.h0->a0.h1<q>", "m0->m0", "m1->a1.h0<k>", "logits->m0"} & _build.all_edges(2, 2)
+
+
+def metric_of(known: zoo.Known, logits: Tensor, prompt: int) -> float:
+    return float(read(known, logits, prompt))
+
+
+@pytest.mark.parametrize("name", WITH_CIRCUIT)
+def test_edges_outside_the_circuit_do_nothing(name):
+    built = MODELS[name]()
+    prompt, model = 1, built.model
+    clean, corrupted = (prompts.tokens[prompt][None] for prompts in (built.pairs.clean, built.pairs.corrupted))
+    runs = whole_run(model, clean), whole_run(model, corrupted)
+    changed = set()  # the control: by the same measure the circuit's edges do something
+    for edge in edge_names(model):
+        for base, source, tokens in ((runs[1], runs[0], corrupted), (runs[0], runs[1], clean)):
+            patched = metric_of(built, patch_edge(model, base, source, tokens, edge), prompt)
+            effect = abs(patched - metric_of(built, base.logits, prompt))
+            if edge not in built.circuit:
+                assert effect < 1e-8, edge
+            elif effect > 0.1:
+                changed.add(edge)
+    # What this edge sends is erased again (see the docstring).
+    erased = {"input->a0.h0<v>"} if name == "writer and eraser" else set()
+    assert built.circuit - changed == erased
+
+
+@pytest.mark.parametrize("name", WITH_CIRCUIT)
+def test_the_circuit_is_sufficient_complete_and_minimal(name):
+    built = MODELS[name]()
+    model, circuit = built.model, built.circuit
+    everything = set(edge_names(model))
+    base = baselines(built)
+    for prompt in range(min(4, len(built.pairs))):
+        tokens = [prompts.tokens[prompt][None] for prompts in (built.pairs.clean, built.pairs.corrupted)]
+
+        def run(edges, tokens=tokens, prompt=prompt) -> float:
+            return metric_of(built, run_circuit(model, *tokens, edges), prompt)
+
+        whole = run(circuit)
+        assert abs(whole - float(base["clean"][prompt])) < 1e-8  # sufficient
+        assert abs(run(everything - circuit) - float(base["corrupted"][prompt])) < 1e-8  # complete
+        for edge in circuit:
+            effect = abs(run(circuit - {edge}) - whole)
+            if name == "writer and eraser" and edge == "input->a0.h0<v>":
+                assert (
+                    effect < 1e-8
+                )  # undone by the eraser, so that it shows only where one edge of the two is missing:
+                for other in ("a0.h0->logits", "a0.h0->a1.h0<v>", "a1.h0->logits"):
+                    assert abs(run(circuit - {edge, other}) - run(circuit - {other})) > 1
+            else:
+                assert effect > 0.1, edge  # minimal
+
+
+def test_a_circuit_must_exist():
+    built = zoo.cancellation(n=1)
+    for edge in ("a1.h0->m0", "m0->a0.h0<q>", "a0.h0->a1.h2<q>", "a0.h0->a1.h0", "a0.kv0->logits"):
+        with pytest.raises(ValueError, match=r"circuit: expected edges of a model of 2 layers and 2 heads.*; got \['"):
+            zoo.Known(built.model, built.pairs, built.metric, {}, frozenset({edge, "input->logits"}))
+    known = zoo.Known(built.model, built.pairs, built.metric, {}, {"input->logits"})
+    assert known.circuit == frozenset({"input->logits"})
+    assert zoo.linear(n=1).circuit == frozenset()
+    assert len(zoo.writer_and_eraser(n=1, bystander=0).circuit) == 4
 
 
 # --- induction
@@ -563,6 +683,161 @@ def test_cue_prompts():
             assert int(clean[2:].min()) > _cue.WRONG
 
 
+# --- serial IOI
+
+
+def test_serial_ioi_heads_attend_where_they_say():
+    built = zoo.serial_ioi(n=8)
+    for kind, prompts in (("clean", built.pairs.clean), ("corrupted", built.pairs.corrupted)):
+        for i, tokens in enumerate(rows(prompts)):
+            cache = cache_of(built.model, tokens, "pattern")
+            io, s1, s2, end = (int(built.pairs.positions[name][i]) for name in ("IO", "S1", "S2", "END"))
+            duplicate = cache["pattern", 0][0, 0, s2]
+            assert float(duplicate[s1 if kind == "clean" else 0]) > 1 - 1e-12
+            assert float(cache["pattern", 0][0, 1, :, 0].min()) > 1 - 1e-12
+            for head in range(2):
+                assert float(cache["pattern", 1][0, head, end, s2]) > 1 - 1e-12
+                mover = cache["pattern", 2][0, head, end]
+                shares = [float(mover[io]), float(mover[s1])]
+                assert shares == pytest.approx([1, 0] if kind == "clean" else [0.5, 0.5], abs=1e-12)
+
+
+def test_serial_ioi_features_are_what_the_table_says():
+    built, n = zoo.serial_ioi(n=8), _serial_ioi.N_NAMES
+    name, duplicated, inhibit, output, unread = (
+        slice(_serial_ioi.N_CTX + i * n, _serial_ioi.N_CTX + (i + 1) * n) for i in range(5)
+    )
+    for kind, prompts in (("clean", built.pairs.clean), ("corrupted", built.pairs.corrupted)):
+        for i, tokens in enumerate(rows(prompts)):
+            features = cache_of(built.model, tokens, ("resid_post", 2))["resid_post", 2][0, :, ::2]
+            one_hot = torch.nn.functional.one_hot(tokens[0], _serial_ioi.D_VOCAB).double()[:, _serial_ioi.NAME :]
+            io, s1, s2 = (int(built.pairs.positions[at][i]) for at in ("IO", "S1", "S2"))
+            s_if_clean = one_hot[s1] * (kind == "clean")
+            mixture = one_hot[io] if kind == "clean" else (one_hot[io] + one_hot[s1]) / 2
+            assert torch.equal(features[:, name], one_hot)
+            assert torch.allclose(features[s2, duplicated], s_if_clean, atol=1e-9)
+            assert torch.allclose(features[-1, inhibit], s_if_clean, atol=1e-9)
+            assert torch.allclose(features[-1, output], mixture, atol=1e-9)
+            assert torch.allclose(features[-1, unread], mixture + one_hot[s2], atol=1e-9)
+
+
+def test_serial_ioi_patching_and_ablation():
+    built = zoo.serial_ioi(n=8)
+    base = baselines(built)
+    four = torch.tensor(4.0).double()
+    assert torch.allclose(base["clean"], four, atol=1e-8)
+    assert torch.allclose(base["corrupted"], 0 * four, atol=1e-8)
+    z, zeroed = effects(built, "z"), zero_ablation(built)
+    for role in ("duplicate_token", "s_inhibition", "name_mover"):
+        for component in built.roles[role]:
+            assert torch.allclose(z[component], four, atol=1e-8)
+            assert torch.allclose(zeroed[component], -four, atol=1e-8)
+    for component in built.roles["control"]:
+        assert float(z[component].abs().max()) < 1e-8
+        assert float(zeroed[component].abs().max()) < 1e-8
+    # Two of the controls do write what differs between the prompts.
+    for layer in (1, 2):
+        assert min(float(change[-1, 1].abs().max()) for change in changes(built, "result", layer)) > 0.4
+    assert torch.allclose(effects(built, "q")[0, 0], four, atol=1e-8)
+    assert torch.allclose(effects(built, "v")[1, 0], four, atol=1e-8)
+    assert torch.allclose(effects(built, "q")[2, 0], four, atol=1e-8)
+    for layer, site in ((0, "k"), (0, "v"), (1, "q"), (1, "k"), (2, "k"), (2, "v")):
+        assert float(effects(built, site)[layer, 0].abs().max()) < 1e-8
+    # The corrupted name mover is not saturated: its gradient sees the change, if not its size.
+    assert float(estimates(built, "q", 2)[0].min()) > 4
+
+
+def test_serial_ioi_prompts():
+    built = zoo.serial_ioi(n=16)
+    assert built.pairs.clean.lengths.tolist() == [8, 8, 9, 9, 10, 10, 11, 11] * 2
+    for i, (clean, corrupted) in enumerate(zip(built.pairs.clean.tokens, built.pairs.corrupted.tokens, strict=True)):
+        io, s1, s2 = (int(built.pairs.positions[name][i]) for name in ("IO", "S1", "S2"))
+        assert (io, s1) == ((1, 3) if i % 2 == 0 else (3, 1))
+        assert (clean != corrupted).nonzero().flatten().tolist() == [s2]
+        assert (int(clean[io]),) == built.pairs.right[i]
+        assert int(clean[s1]) == int(clean[s2]) == built.pairs.wrong[i][0]
+        assert int(corrupted[s2]) not in (int(clean[io]), int(clean[s1]))
+        for tokens in (clean, corrupted):
+            names = (tokens >= _serial_ioi.NAME).nonzero().flatten().tolist()
+            assert names == [1, 3, s2]
+            assert int(tokens[0]) == _serial_ioi.BOS
+            assert int(tokens[-1]) == _serial_ioi.END
+
+
+# --- greater-than
+
+
+@pytest.mark.parametrize("steepness", [2.0, 8.0, 50.0])
+def test_greater_than(steepness):
+    built = zoo.greater_than(n=8, steepness=steepness)
+    base = baselines(built)
+    years = torch.arange(100).double()
+    for i, (clean, corrupted) in enumerate(zip(built.pairs.clean.tokens, built.pairs.corrupted.tokens, strict=True)):
+        start = int(clean[2]) - _greater_than.YEAR
+        right, wrong = (torch.tensor(side[i]) - _greater_than.YEAR for side in (built.pairs.right, built.pairs.wrong))
+        assert right.tolist() == list(range(start + 1, 100))
+        assert wrong.tolist() == list(range(start + 1))
+        for kind, tokens, year in (("clean", clean, start), ("corrupted", corrupted, 1)):
+            later = torch.sigmoid(steepness * (years - year - 0.5))
+            with torch.no_grad():
+                logits = built.model(tokens[None])[0, -1]
+            assert torch.allclose(logits[_greater_than.YEAR :], 4 * later, atol=1e-8, rtol=0)
+            assert torch.equal(logits[: _greater_than.YEAR], torch.zeros(_greater_than.YEAR).double())
+            expected = 4 * (later[right].mean() - later[wrong].mean())
+            assert float((base[kind][i] - expected).abs()) < 1e-8
+            sharp = 4.0 if kind == "clean" else 8 / (start + 1)
+            assert abs(float(expected) - sharp) < {2.0: 0.4, 8.0: 0.05, 50.0: 1e-8}[steepness]
+    gap = base["clean"] - base["corrupted"]
+    assert torch.allclose(effects(built, "z")[0, 0], gap, atol=1e-8, rtol=0)
+    assert torch.allclose(effects(built, "mlp_out", "layer")[1], gap, atol=1e-8, rtol=0)
+    assert float(effects(built, "z").flatten(0, 1)[1:].abs().max()) < 1e-8
+    assert float(effects(built, "mlp_out", "layer")[0].abs().max()) < 1e-8
+    # The controls do write what differs between the prompts.
+    assert min(float(change[-1, 1].abs().max()) for change in changes(built, "result", 1)) > 0.08
+    assert min(float(change[-1].abs().max()) for change in changes(built, "mlp_out", 0)) > 0.01
+    assert torch.allclose(zero_ablation(built)[0, 0], -gap - (base["corrupted"] - year_zero(built)), atol=1e-8, rtol=0)
+    # Gradients see the thresholds from afar only where they are not steep.
+    share = estimates(built, "z", 0)[0] / gap
+    assert float(share.min()) > 0.7 if steepness == 2 else float(share.max()) < {8.0: 0.5, 50.0: 1e-6}[steepness]
+
+
+def year_zero(built: zoo.Known) -> Tensor:
+    """The metric of each pair with 00 as the start year."""
+    found = []
+    for i, tokens in enumerate(rows(built.pairs.clean)):
+        tokens = tokens.clone()
+        tokens[0, 2] = _greater_than.YEAR
+        with torch.no_grad():
+            found.append(read(built, built.model(tokens), i))
+    return torch.stack(found)
+
+
+def test_greater_than_prompts_and_attention():
+    built = zoo.greater_than(n=12)
+    assert built.pairs.clean.lengths.tolist() == [5, 6, 7, 8] * 3
+    assert built.pairs.positions["YEAR"].tolist() == [2] * 12
+    for clean, corrupted in zip(built.pairs.clean.tokens, built.pairs.corrupted.tokens, strict=True):
+        assert (clean != corrupted).nonzero().flatten().tolist() == [2]
+        assert int(corrupted[2]) == _greater_than.YEAR + 1
+        assert _greater_than.YEAR + 10 <= int(clean[2]) <= _greater_than.YEAR + 90
+        assert int(clean[0]) == _greater_than.BOS
+        others = torch.cat([clean[1:2], clean[3:]])
+        assert _greater_than.FILLER <= int(others.min()) <= int(others.max()) < _greater_than.YEAR
+        cache = cache_of(built.model, clean[None], "pattern")
+        for layer, head, at in ((0, 0, 2), (1, 1, 2), (0, 1, 0), (1, 0, 0)):
+            assert float(cache["pattern", layer][0, head, 2:, at].min()) > 1 - 1e-12
+    # The paper's metric.
+    metric = mk.prob_diff(built.pairs)
+    base = mk.activation_patching(built.model, built.pairs, metric, progress=False).baseline
+    assert float((base["clean"] - base["corrupted"]).min()) > 0.1
+    for value in (1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"steepness: expected 2 or more, .* got {value}"):
+            zoo.greater_than(steepness=value)
+
+
 def test_token_layouts_do_not_overlap():
+    assert _serial_ioi.NAME + _serial_ioi.N_NAMES == _serial_ioi.D_VOCAB
+    assert _serial_ioi.FIRST < _serial_ioi.SECOND < _serial_ioi.N_CTX
+    assert _greater_than.BOS < _greater_than.FILLER < _greater_than.YEAR
     assert _cue.OFF + len(_cue.STRENGTHS) == _cue.RIGHT < _cue.WRONG < _cue.D_VOCAB - _cue.N_FILLERS + 1
     assert _saturated.END + 1 + _saturated.N_PAYLOADS == _saturated.D_VOCAB

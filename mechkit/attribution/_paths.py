@@ -19,15 +19,15 @@ from torch import Tensor
 from mechkit.attribution._nodes import Chunk, Key, hook_name
 from mechkit.metrics import Metric
 
-Rule = Literal["left", "midpoint", "gauss-legendre", "stretched"]
-RULES = ("left", "midpoint", "gauss-legendre", "stretched")
+Rule = Literal["left", "right", "midpoint", "gauss-legendre", "stretched"]
+RULES = ("left", "right", "midpoint", "gauss-legendre", "stretched")
 _STRETCH = 2.0
 
 
 def quadrature(steps: int, rule: str) -> tuple[list[float], list[float]]:
     """Where on the path gradients are taken (0 = start, 1 = end), and their weights, which sum to 1.
 
-    `"left"` takes `steps` points from 0 on and its error falls as 1 / steps; `"midpoint"` the middles of equal steps, as
+    `"left"` takes `steps` points from 0 on, `"right"` up to 1, and their error falls as 1 / steps; `"midpoint"` the middles of equal steps, as
     1 / steps^2; `"gauss-legendre"` is exact for polynomials of degree 2 steps - 1: best for few steps and smooth paths.
     `"stretched"` is Gauss-Legendre in a variable that runs slower in the middle of the path (a sinh): between two embeddings or
     residual streams nearly all change happens there, where the direction turns fastest. All converge to the same integral.
@@ -44,7 +44,7 @@ def quadrature(steps: int, rule: str) -> tuple[list[float], list[float]]:
             weight *= 2 / weight.sum()  # so that a constant gradient is integrated exactly
             at = np.sinh(_STRETCH * at) / np.sinh(_STRETCH)
         return ((at + 1) / 2).tolist(), (weight / 2).tolist()
-    first = 0.0 if rule == "left" else 0.5
+    first = {"left": 0.0, "midpoint": 0.5, "right": 1.0}[rule]
     return [(first + k) / steps for k in range(steps)], [1 / steps] * steps
 
 

@@ -12,11 +12,16 @@ from mechkit.hooks._gradients import metric_values as metric_values
 from mechkit.hooks._memory import Budget as Budget
 from mechkit.hooks._model import HookedModel as HookedModel
 from mechkit.hooks._norms import FrozenNorm as FrozenNorm
+from mechkit.hooks._parts import Parts as Parts
+from mechkit.hooks._replay import CannotReplayError as CannotReplayError
+from mechkit.hooks._replay import Replayer as Replayer
+from mechkit.hooks._replay import Run as Run
 from mechkit.hooks._replay import record as record
 from mechkit.hooks._sites import SITES as SITES
 from mechkit.hooks._sites import Site as Site
 from mechkit.hooks._sites import get_site as get_site
 from mechkit.hooks._sites import parse_hook_name as parse_hook_name
 from mechkit.hooks._sweep import Answers as Answers
+from mechkit.hooks._sweep import Derived as Derived
 from mechkit.hooks._sweep import sweep as sweep
 from mechkit.hooks._validate import ValidationReport as ValidationReport

@@ -97,10 +97,19 @@ def check_group(state: _State, group: EditGroup) -> None:
         if state.source is None:
             raise ValueError("source: an edit takes its value from the source run, but no source prompts were given")
         return
+    if group.value in state.derived:
+        return  # made from the two runs: checked when it is
     value = state.constants.get(group.value, {}).get((site.name, group.layer))
     if value is None:
         raise ValueError(f"values: there is none under {group.value!r} for {(site.name, group.layer)}")
     full = [n, *(model.site_size(site.name, dim, longest) for dim in site.dims)]
+    if group.variant is not None:
+        if value.ndim != len(full) + 1 or group.variant.max() >= len(value):
+            raise ValueError(
+                f"values[{group.value!r}][{(site.name, group.layer)}]: expected more than {group.variant.max()} variants along a "
+                f"first axis, got shape {list(value.shape)}"
+            )
+        value = value[0]
     if value.ndim != len(full) or any(have not in (1, want) for have, want in zip(value.shape, full, strict=True)):
         axes = ("prompt", *site.dims)
         raise ValueError(

@@ -7,7 +7,7 @@ one *row* of a replayed batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,7 @@ class Edit:
         pos: One position (a destination for `pattern`), or one for each prompt; `None` is all. A row whose prompt has no
             such position has no answer (NaN).
         neuron: One index of the last axis; `None` is all.
+        variant: Which of several values, where they are stacked along a first axis under one key; `None` where they are not.
     """
 
     site: str
@@ -46,13 +47,14 @@ class Edit:
     head: int | None = None
     pos: int | tuple[int, ...] | None = None
     neuron: int | None = None
+    variant: int | None = None
 
     def __post_init__(self) -> None:
         site = get_site(self.site)
         object.__setattr__(self, "site", site.name)
         if isinstance(self.pos, np.integer):
             object.__setattr__(self, "pos", int(self.pos))
-        for name in ("layer", "head", "neuron"):
+        for name in ("layer", "head", "neuron", "variant"):
             index = getattr(self, name)
             if index is not None and (not isinstance(index, int | np.integer) or index < 0):
                 raise ValueError(f"{name}: expected an index of 0 or more, got {index!r}")
@@ -78,6 +80,7 @@ class EditGroup:
     head: Int[np.ndarray, "edit"] | None
     pos: Int[np.ndarray, "edit prompt"] | None  # a second axis of 1 is the same for every prompt
     neuron: Int[np.ndarray, "edit"] | None
+    variant: Int[np.ndarray, "edit"] | None = None
 
     def match(self, cell: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """For rows that answer these cells: the pairs `(row, edit)` to be written."""
@@ -126,15 +129,20 @@ class EditPlan:
         return frozenset(group.site.name for group in self)
 
     def starts(
-        self, prompts: Int[np.ndarray, "prompt"], length: int, first_difference: Int[np.ndarray, "prompt"]
+        self,
+        prompts: Int[np.ndarray, "prompt"],
+        length: int,
+        first_difference: Int[np.ndarray, "prompt"],
+        derived: Collection[str] = (),
     ) -> tuple[Int[np.ndarray, "cell prompt"], Int[np.ndarray, "cell prompt"]]:
         """For each cell and prompt: the first position that changes (`NEVER` if none does), and whether the prompt lacks a
         position that the cell names. Before `first_difference` the source run equals the base run, so that an edit there
-        changes nothing."""
+        changes nothing; the same holds for values that are `derived` from the two runs."""
         start = np.full((self.n_cells, len(prompts)), NEVER)
         absent = np.zeros((self.n_cells, len(prompts)), dtype=bool)
         for group in self:
-            begins = first_difference if group.value == SOURCE else np.zeros_like(first_difference)
+            follows = group.value == SOURCE or group.value in derived
+            begins = first_difference if follows else np.zeros_like(first_difference)
             if group.pos is None:
                 where = np.broadcast_to(begins, (len(group.cell), len(prompts)))
             else:
@@ -145,10 +153,10 @@ class EditPlan:
         return np.where(start >= length, NEVER, start), absent
 
 
-def _form(edit: Edit) -> tuple[bool, str, bool]:
+def _form(edit: Edit) -> tuple[bool, str, bool, bool]:
     """Which axes are chosen: two edits of one form either write the same place or do not overlap."""
     pos = "all" if edit.pos is None else "one" if isinstance(edit.pos, int) else "each"
-    return edit.head is None, pos, edit.neuron is None
+    return edit.head is None, pos, edit.neuron is None, edit.variant is None
 
 
 def _ranks(number: int, cell: Cell) -> list[int]:
@@ -193,6 +201,7 @@ def _columns(members: list[tuple[int, Edit]]) -> EditGroup:
         head=None if first.head is None else np.array([e.head for e in edits]),
         pos=pos,
         neuron=None if first.neuron is None else np.array([e.neuron for e in edits]),
+        variant=None if first.variant is None else np.array([e.variant for e in edits]),
     )
 
 
@@ -233,20 +242,23 @@ def write(group: EditGroup, rows: Rows, activation: Tensor, lookup: ValueLookup)
     device = activation.device
     target: list[slice | Tensor] = [slice(None)] * activation.ndim
     source: list[slice | Tensor] = [slice(None)] * activation.ndim
+    sizes = value.shape if group.variant is None else value.shape[1:]
 
     def choose(axis: int, here: np.ndarray, there: np.ndarray) -> None:
         index = torch.from_numpy(here).to(device)
         target[axis] = index
-        source[axis] = torch.from_numpy(there).to(device) if value.shape[axis] > 1 else torch.zeros_like(index)
+        source[axis] = torch.from_numpy(there).to(device) if sizes[axis] > 1 else torch.zeros_like(index)
 
     choose(0, row, rows.prompt[row])
     pos_axis = group.site.axis("pos")
     if pos is not None:
         choose(pos_axis, pos - rows.start, pos)
-    elif value.shape[pos_axis] > 1:
+    elif sizes[pos_axis] > 1:
         source[pos_axis] = slice(rows.start, rows.start + activation.shape[pos_axis])
     if group.head is not None:
         choose(group.site.axis("head"), group.head[edit], group.head[edit])
     if group.neuron is not None:
         choose(activation.ndim - 1, group.neuron[edit], group.neuron[edit])
+    if group.variant is not None:
+        source.insert(0, torch.from_numpy(group.variant[edit]).to(device))
     activation[tuple(target)] = value[tuple(source)].to(activation.dtype)

@@ -17,6 +17,7 @@ import copy
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -146,6 +147,10 @@ class _KeysAndValues(Exception):
     """Carries a layer's keys and values out of its attention, which needs nothing else computed."""
 
 
+class _HeadsDone(Exception):
+    """Carries a layer's z out of its block."""
+
+
 class _LeavingCache(PrefixCache):
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         raise _KeysAndValues(*super().update(keys, values))
@@ -235,6 +240,38 @@ class Replayer:
     def block(self, layer: int, hidden: Tensor, prompt: Int[Tensor, "row"], start: int) -> Tensor:
         """One whole block, with the bridge's hook points, for rows `[row pos d_model]` that begin at position `start`."""
         return self._call(layer, hidden, self._prefix(layer, prompt, start), start, hooked=True)
+
+    def attend(
+        self,
+        layer: int,
+        q: Float[Tensor, "row pos head d_head"],
+        k: Float[Tensor, "row pos kv_head d_head"],
+        v: Float[Tensor, "row pos kv_head d_head"],
+        prompt: Int[Tensor, "row"],
+        start: int,
+    ) -> Float[Tensor, "row pos head d_head"]:
+        """What a layer's heads make of given queries, keys and values (before rotations and norms of them): their z.
+
+        Gradients flow through. What the block would read is not used, nor is anything computed that comes after z.
+        """
+        given = {"q": q, "k": k, "v": v}
+
+        def put(activation: Tensor, hook: Any, which: str) -> Tensor:
+            return given[which].reshape(activation.shape)
+
+        def leave(activation: Tensor, hook: Any) -> None:
+            raise _HeadsDone(activation)
+
+        hidden = self.run.resid[layer][prompt, start:]
+        with Hooks(self.model.bridge) as hooks:
+            for which in given:
+                hooks.attach(SITES[which].hook_name(layer), partial(put, which=which))
+            hooks.attach(SITES["z"].hook_name(layer), leave)
+            try:
+                self._call(layer, hidden, self._prefix(layer, prompt, start), start, hooked=True)
+            except _HeadsDone as found:
+                return found.args[0].reshape(*q.shape[:3], -1)
+        raise CannotReplayError("its attention does not compute z")
 
     def _block(
         self,

@@ -13,7 +13,7 @@ For each group of prompts of equal length, in chunks that fit the budget:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -30,6 +30,7 @@ from mechkit.hooks._edits import NEVER, Cell, EditPlan, Rows
 from mechkit.hooks._hooking import Hooks
 from mechkit.hooks._memory import Budget, out_of_memory
 from mechkit.hooks._replay import CannotReplayError, PlainBlocks, Replayer, Run, attach_edit, record
+from mechkit.hooks._sites import SITES
 from mechkit.metrics import CallableMetric, Metric
 from mechkit.prompts import Prompts
 from mechkit.result import Cost
@@ -38,6 +39,22 @@ if TYPE_CHECKING:
     from mechkit.hooks._model import HookedModel
 
 Values = Mapping[str, Mapping[tuple[str, int], Tensor]]
+
+
+@dataclass(frozen=True, eq=False)
+class Derived:
+    """Values that are made from the two unedited runs when they are at hand, and equal the base run's before the prompts differ.
+
+    Attributes:
+        sites: The activations that `make` needs of both runs.
+        make: `(base run, source run, ids, site, layer) -> [prompt, *dims]`, or `[variant, prompt, *dims]` for edits that name a
+            variant; `ids` says which of all prompts these are. Called once for each site and layer, and each set of prompts
+            that run together.
+    """
+
+    sites: tuple[tuple[str, int], ...]
+    make: Callable[[Run, Run, np.ndarray, str, int], Tensor]
+
 
 # Largest difference between a replayed and a whole forward pass that rounding explains, relative to the logits' spread.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
@@ -72,6 +89,7 @@ def sweep(
     source: Prompts | None = None,
     source_sites: ActivationCache | None = None,
     values: Values | None = None,
+    derived: Mapping[str, Derived] | None = None,
     base_is: str = "corrupted",
     source_is: str = "clean",
     budget: int | None = None,
@@ -88,7 +106,8 @@ def sweep(
         source: Prompts whose activations `"source"` edits take; each as long as its base prompt.
         source_sites: The source run's activations, if they are at hand; they must be of exactly these prompts.
         values: `{key: {(site, layer): value}}` for edits with other keys; each value broadcastable to the activation
-            `[prompt pos …]`, with a first axis of 1 or of all prompts.
+            `[prompt pos …]`, with a first axis of 1 or of all prompts (behind the axis of the variants, if edits name them).
+        derived: `{key: Derived}` for edits whose values are made from the two runs; needs `source`.
         base_is, source_is: Which of `"clean"` and `"corrupted"` the two runs are, for metrics that compare with one of them.
         budget: Bytes of working memory to stay within; default half of what the device has free (1 GiB on a CPU).
         progress: Whether long sweeps show a progress bar.
@@ -100,7 +119,17 @@ def sweep(
     plan = EditPlan(cells, model.n_layers)
     runs = {base_is: "base", source_is: "source"} if source is not None else {base_is: "base"}
     state = _State(
-        model, base, source, source_sites, values or {}, plan, metric, runs, Budget.of(model, budget), replay
+        model,
+        base,
+        source,
+        source_sites,
+        values or {},
+        derived or {},
+        plan,
+        metric,
+        runs,
+        Budget.of(model, budget),
+        replay,
     )
     check_sweep(state)
     bar = tqdm(total=len(cells) * len(base), disable=None if progress else True, unit="row", leave=False, delay=2)
@@ -110,7 +139,8 @@ def sweep(
             while todo:
                 at_once = len(todo)
                 if not state.whole_set:
-                    at_once = state.budget.prompts_at_once(model, length, plan.sites, plan.n_cells)
+                    kept = [*plan.sites, *(site for one in state.derived.values() for site in 2 * one.sites)]
+                    at_once = state.budget.prompts_at_once(model, length, kept, plan.n_cells)
                 try:
                     _sweep_chunk(state, todo[:at_once], bar)
                 except RuntimeError as error:  # while recording; batches look after themselves
@@ -137,6 +167,7 @@ class _State:
     source: Prompts | None
     source_sites: ActivationCache | None
     constants: Values
+    derived: Mapping[str, Derived]
     plan: EditPlan
     metric: Metric | CallableMetric
     runs: Mapping[str, str]  # "clean" or "corrupted" -> which of "base" and "source" it is
@@ -174,6 +205,7 @@ class _Chunk:
     ids: np.ndarray  # indices of its prompts in the whole set
     run: Run
     source: Run | None
+    made: dict[tuple[str, str, int], Tensor] = field(default_factory=dict)  # derived values so far
 
     @property
     def tokens(self) -> Tensor:
@@ -184,8 +216,17 @@ class _Chunk:
         if key == "source":
             assert self.source is not None
             return self.source.sites[site, layer]
+        if key in self.state.derived:
+            if (key, site, layer) not in self.made:
+                assert self.source is not None
+                make = self.state.derived[key].make
+                self.made[key, site, layer] = make(self.run, self.source, self.ids, site, layer)
+            return self.made[key, site, layer]
         value = self.state.constants[key][site, layer].to(self.tokens.device)
-        return value if value.shape[0] == 1 else value[torch.from_numpy(self.ids)]
+        axis = value.ndim - 1 - len(SITES[site].dims)  # behind the variants, if there are several
+        return (
+            value if value.shape[axis] == 1 else value.index_select(axis, torch.from_numpy(self.ids).to(value.device))
+        )
 
     def read(self, logits: Tensor, prompt: np.ndarray) -> Tensor:
         """The metric of rows, from their logits `[row token]` where the metric reads."""
@@ -254,7 +295,7 @@ def _call_metric(metric: CallableMetric, logits: Tensor, n_prompts: int) -> Tens
 def _sweep_chunk(state: _State, ids: Sequence[int], bar: tqdm) -> None:
     chunk = _run_chunk(state, np.array(ids))
     length = chunk.run.length
-    start, absent = state.plan.starts(chunk.ids, length, _first_differences(state, chunk.ids))
+    start, absent = state.plan.starts(chunk.ids, length, _first_differences(state, chunk.ids), state.derived)
     replayer = _proved_replayer(chunk, start, absent)
     if replayer is None:
         start = np.zeros_like(start)  # whole forward passes: nothing is skipped, no position is presumed unaffected
@@ -282,12 +323,14 @@ def _run_chunk(state: _State, ids: np.ndarray) -> _Chunk:
     def tokens(prompts: Prompts) -> Tensor:
         return torch.stack([prompts.tokens[i] for i in ids]).to(model.device)
 
-    run = record(model, tokens(state.base))
+    derived = sorted({site for one in state.derived.values() for site in one.sites})
+    run = record(model, tokens(state.base), derived)
     state.block_tokens += run.tokens.numel() * model.n_layers
     source = None
     if state.source is not None:
         at_hand = state.source_sites
-        source = record(model, tokens(state.source), sorted(state.plan.sites) if at_hand is None else (), blocks=False)
+        sites = sorted({*(state.plan.sites if at_hand is None else ()), *derived})
+        source = record(model, tokens(state.source), sites, blocks=False)
         if at_hand is not None:
             source.sites.update({key: at_hand[key][ids].to(model.device) for key in state.plan.sites})
         state.block_tokens += run.tokens.numel() * model.n_layers

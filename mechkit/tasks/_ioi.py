@@ -13,7 +13,6 @@ that was said once, and not the subject (S), which was said twice.
 from __future__ import annotations
 
 import random
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -21,6 +20,7 @@ from typing import Literal
 from torch import Tensor
 
 from mechkit.prompts import PromptPairs, Prompts, Tokenizes
+from mechkit.tasks._words import check_arguments, check_differences, said, single_token_words
 
 
 def ioi(
@@ -61,13 +61,10 @@ def ioi(
         >>> pairs.clean.str_tokens[0][pairs.positions["S2"][0]] == pairs.clean.str_tokens[0][pairs.positions["S1"][0]]
         True
     """
-    if n < 1:
-        raise ValueError(f"n: expected at least 1 pair, got {n}")
+    check_arguments(model, n)
     if corruption not in ("name", "swap"):
         raise ValueError(f"corruption: expected 'name' or 'swap', got {corruption!r}")
-    if getattr(model, "tokenizer", model) is None:
-        raise ValueError("model: expected one with a tokenizer, because the prompts are text; this one has none")
-    ids = _single_token_names(model)
+    ids = single_token_words(model, NAMES, at_least=3, kind="names")
     drawn = _draw(sorted(ids), _checked_templates(TEMPLATES if templates is None else templates), n, seed)
     clean, corrupted = [], []
     for d in drawn:
@@ -86,7 +83,7 @@ def ioi(
         positions=positions,
         task="ioi",
     )
-    _check_corruption(pairs)
+    check_differences(pairs, ["S2"])
     return pairs
 
 
@@ -124,24 +121,6 @@ def _draw(names: list[str], templates: list[str], n: int, seed: int) -> list[_Dr
     return list(drawn.values())
 
 
-def _single_token_names(model: Tokenizes) -> dict[str, int]:
-    """The names that are one token after a space, and its id. Those that share one (unknown words do) are left out."""
-    ids = {}
-    for name in NAMES:
-        try:
-            ids[name] = model.to_single_token(f" {name}")
-        except ValueError:
-            continue
-    uses = Counter(ids.values())
-    ids = {name: token for name, token in ids.items() if uses[token] == 1}
-    if len(ids) < 3:
-        raise ValueError(
-            f"model: expected a tokenizer to which at least 3 of the {len(NAMES)} names, with a space before them, are "
-            f"single tokens; got {len(ids)}: {', '.join(ids) or 'none'}. Build pairs with PromptPairs.from_text instead"
-        )
-    return ids
-
-
 def _checked_templates(templates: Sequence[str]) -> list[str]:
     if isinstance(templates, str) or not templates:
         raise ValueError(f"templates: expected a non-empty list of templates, got {templates!r}")
@@ -167,7 +146,7 @@ def _problem(template: str) -> str:
 
 def _find_names(tokens: Tensor, io: int, s: int, text: str) -> dict[str, int]:
     """Where the names are, from the tokens."""
-    said_io, said_s = ((tokens == name).nonzero().flatten().tolist() for name in (io, s))
+    said_io, said_s = said(tokens, io), said(tokens, s)
     if len(said_io) != 1 or len(said_s) != 2:
         raise ValueError(
             f"expected one name once and one twice among the tokens of {text!r}; got tokens {io} and {s} "
@@ -175,16 +154,6 @@ def _find_names(tokens: Tensor, io: int, s: int, text: str) -> dict[str, int]:
             "words around them, or the template says a name itself"
         )
     return {"IO": said_io[0], "S1": said_s[0], "S1+1": said_s[0] + 1, "S2": said_s[1]}
-
-
-def _check_corruption(pairs: PromptPairs) -> None:
-    rows = zip(pairs.clean.tokens, pairs.corrupted.tokens, pairs.positions["S2"].tolist(), strict=True)
-    for i, (clean, corrupted, s2) in enumerate(rows):
-        if (different := (clean != corrupted).nonzero().flatten().tolist()) != [s2]:
-            raise ValueError(
-                f"pair {i}: expected the corrupted prompt to differ at S2 ({s2}) alone; it differs at {different}. "
-                f"The tokenizer joins names to the words around them: {clean.tolist()} and {corrupted.tolist()}"
-            )
 
 
 # Names stand after a space, never at the start, where many tokenizers write a word differently.

@@ -46,12 +46,18 @@ class Known:
         pairs: Prompts on which the circuit shows.
         metric: `logit_diff(pairs)`.
         roles: Role -> its components: `(layer, head)`, or `(layer, None)` for an MLP.
+        circuit: The edges on which the difference between clean and corrupted prompt reaches the metric, by name:
+            `"a0.h0->a1.h0<k>"`. Writers are `input` (token and position embedding), `a1.h0` (a head), `m1` (an MLP); readers
+            `a1.h0<q>`, `a1.h0<k>`, `a1.h0<v>`, `m1`, `logits`. An edge is in it if and only if patching it changes the metric,
+            alone or together with other edges of the circuit. So the circuit on clean values with all else corrupted
+            gives the clean metric, and no edge of it is there in vain. Empty where every edge matters.
     """
 
     model: HookedModel
     pairs: PromptPairs
     metric: Metric
     roles: Mapping[str, Role]
+    circuit: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         for role, components in self.roles.items():
@@ -61,7 +67,14 @@ class Known:
                         f"roles[{role!r}]: expected components within {self.model.n_layers} layers and "
                         f"{self.model.n_heads} heads, got {(layer, head)}"
                     )
+        known = all_edges(self.model.n_layers, self.model.n_heads)
+        if unknown := sorted(set(self.circuit) - known):
+            raise ValueError(
+                f"circuit: expected edges of a model of {self.model.n_layers} layers and {self.model.n_heads} heads, such as "
+                f"'input->a0.h0<v>', from a writer to a reader after it; got {unknown}"
+            )
         object.__setattr__(self, "roles", MappingProxyType(dict(self.roles)))
+        object.__setattr__(self, "circuit", frozenset(self.circuit))
 
 
 class HandWritten:
@@ -211,6 +224,18 @@ def _blank(**config: Any) -> Any:
     return hf
 
 
+def all_edges(n_layers: int, n_heads: int) -> frozenset[str]:
+    """Every edge of a GPT-2, by name."""
+    edges, writers = set(), ["input"]
+    for layer in range(n_layers):
+        heads = [f"a{layer}.h{head}" for head in range(n_heads)]
+        edges |= {f"{writer}->{head}<{site}>" for writer in writers for head in heads for site in "qkv"}
+        writers += heads
+        edges |= {f"{writer}->m{layer}" for writer in writers}
+        writers.append(f"m{layer}")
+    return frozenset(edges | {f"{writer}->logits" for writer in writers})
+
+
 def one(size: int, index: int, value: float = 1.0) -> Float[Tensor, "size"]:
     """Zero but for `value` at `index`."""
     vector = torch.zeros(size, dtype=torch.float64)
@@ -232,9 +257,10 @@ def attend_to_position(n_ctx: int, position: int) -> dict[str, Any]:
     return {"q_bias": one(1, 0, SHARP), "k": {"position": one(n_ctx, position)[:, None]}}
 
 
-def attend_to_previous(n_ctx: int) -> dict[str, Any]:
-    """Arguments of `HandWritten.head` for a head that attends to the position before; the first attends to itself."""
-    return {"q": {"position": SHARP * torch.roll(eye(n_ctx), -1, dims=1)}, "k": {"position": eye(n_ctx)}}
+def attend_to_previous(n_ctx: int, back: int = 1) -> dict[str, Any]:
+    """Arguments of `HandWritten.head` for a head that attends to the position `back` before; where there is none, evenly to
+    all that there are."""
+    return {"q": {"position": SHARP * torch.roll(eye(n_ctx), -back, dims=1)}, "k": {"position": eye(n_ctx)}}
 
 
 def attend_to_self(n_ctx: int) -> dict[str, Any]:

@@ -41,6 +41,15 @@ def cancellation(n: int = 6, *, size: float = 2.0, steepness: float = 10.0, seed
     layer 1's gradient it is a, the direct path: 2, 3 or 4 logits (Kramár et al. 2024, https://arxiv.org/abs/2403.00745:
     brittle cancellation, and their "GradDrop").
 
+    | edge of the circuit | carries |
+    | --- | --- |
+    | `input->a0.h0<v>` | the strength |
+    | `a0.h0->logits` | the direct path, +a |
+    | `a0.h0->m1` | a, which the MLP reads |
+    | `m1->logits` | -size/steepness x tanh(steepness x a/size) |
+
+    Not in it: attention is by position, and the cue itself is read by head (0, 0) alone.
+
     Args:
         n: How many pairs.
         size: Logits for a cue of strength 1.
@@ -49,7 +58,7 @@ def cancellation(n: int = 6, *, size: float = 2.0, steepness: float = 10.0, seed
 
     Returns:
         `Known`, with roles `writer` (head (0, 0)), `canceller` (MLP 1) and `control` (the other heads, which attend to
-        position 0 and write nothing, and MLP 0, which is zero).
+        position 0 and write nothing, and MLP 0, which is zero), and a circuit of 4 edges.
 
     Raises:
         ValueError: `n` below 1, `size` of 0 or less, `steepness` below 8.
@@ -63,7 +72,8 @@ def cancellation(n: int = 6, *, size: float = 2.0, steepness: float = 10.0, seed
         gpt2.head(layer, head, **attend_to_position(N_CTX, 0))
     pairs = _pairs(n, seed, "zoo.cancellation")
     roles = {"writer": ((0, 0),), "canceller": ((1, None),), "control": ((0, 1), (1, 0), (1, 1), (0, None))}
-    return Known(gpt2.model("zoo.cancellation"), pairs, logit_diff(pairs), roles)
+    circuit = frozenset({"input->a0.h0<v>", "a0.h0->logits", "a0.h0->m1", "m1->logits"})
+    return Known(gpt2.model("zoo.cancellation"), pairs, logit_diff(pairs), roles, circuit)
 
 
 def writer_and_eraser(n: int = 6, *, size: float = 4.0, bystander: float = 1.0, seed: int = 0) -> Known:
@@ -86,6 +96,19 @@ def writer_and_eraser(n: int = 6, *, size: float = 4.0, bystander: float = 1.0, 
     bystander x strength; all others 0. The corrupted run, whose strength is 0, has metric 0; the clean run has the
     bystander's alone. Ablating (zero) or patching the writer changes nothing; ablating the eraser adds size x strength.
 
+    | edge of the circuit | carries |
+    | --- | --- |
+    | `input->a0.h0<v>`, `input->a0.h1<v>` | the strength |
+    | `a0.h0->logits` | +size x strength |
+    | `a0.h0->a1.h0<v>` | the same, to the eraser |
+    | `a1.h0->logits` | -size x strength |
+    | `a0.h1->logits` | bystander x strength |
+
+    Not in it: attention is by position, and nothing else reads `cue`, `answer` or `other`. The effect of `input->a0.h0<v>`
+    is 0 by itself, and 0 with the whole circuit: what it sends is erased. It is in the circuit because it changes the
+    metric as soon as one of the three edges that write and erase is taken away. A method that looks at one edge at a
+    time cannot tell it from an edge that is not in the circuit.
+
     Args:
         n: How many pairs.
         size: Logits that the writer writes for a cue of strength 1.
@@ -94,7 +117,7 @@ def writer_and_eraser(n: int = 6, *, size: float = 4.0, bystander: float = 1.0, 
 
     Returns:
         `Known`, with roles `writer`, `eraser`, `bystander` and `control` (head (1, 1), which attends to position 0 and
-        writes nothing).
+        writes nothing), and a circuit of 6 edges, or 4 where `bystander` is 0.
 
     Raises:
         ValueError: `n` below 1, `size` of 0 or less.
@@ -107,7 +130,9 @@ def writer_and_eraser(n: int = 6, *, size: float = 4.0, bystander: float = 1.0, 
     gpt2.unembed("other", _answers())
     pairs = _pairs(n, seed, "zoo.writer_and_eraser")
     roles = {"writer": ((0, 0),), "eraser": ((1, 0),), "bystander": ((0, 1),), "control": ((1, 1),)}
-    return Known(gpt2.model("zoo.writer_and_eraser"), pairs, logit_diff(pairs), roles)
+    circuit = {"input->a0.h0<v>", "a0.h0->logits", "a0.h0->a1.h0<v>", "a1.h0->logits"}
+    circuit |= {"input->a0.h1<v>", "a0.h1->logits"} if bystander else set()
+    return Known(gpt2.model("zoo.writer_and_eraser"), pairs, logit_diff(pairs), roles, frozenset(circuit))
 
 
 def _check(n: int, size: float) -> None:

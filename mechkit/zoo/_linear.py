@@ -37,7 +37,8 @@ def linear(seed: int = 0, *, n: int = 4) -> Known:
         n: How many pairs.
 
     Returns:
-        `Known`, with the one role `linear`: all heads and MLPs.
+        `Known`, with the one role `linear`: all heads and MLPs. Its `circuit` is left empty: every edge matters, but those to
+        queries and keys.
 
     Raises:
         ValueError: `n` below 1.

@@ -52,6 +52,15 @@ def saturated_attention(node: Literal["query", "key"] = "query", *, n: int = 4, 
     Logits of tokens 6 to 11 are 4 x `output`. Clean and corrupted logit differences are +4 and -4, so the exact
     effect of patching is 8 logits; plain gradient times change is about 1e-6. After the softmax all is linear.
 
+    | edge of the circuit | carries |
+    | --- | --- |
+    | `input->a0.h0<v>` | the ask (`"query"`) or the marks (`"key"`) |
+    | `a0.h0->a1.h0<q>`, or `a0.h0->a1.h0<k>` | `asked` at END, or `marked` at X and Y |
+    | `a1.h0->logits` | which payload is found |
+
+    Not in it: head (0, 0) attends by position; payloads, which head (1, 0)'s values hold, are the same in both prompts; and
+    nothing but head (0, 0) reads marks and asks.
+
     Args:
         node: What tells the two prompts apart. `"query"`: the ask, so that the head's query at END differs and its keys
             do not. `"key"`: the marks change places, so that its keys at X and Y differ and its query at END does not.
@@ -59,8 +68,8 @@ def saturated_attention(node: Literal["query", "key"] = "query", *, n: int = 4, 
         seed: Of the prompts; the model is always the same.
 
     Returns:
-        `Known`, with roles `saturated`, `writer` (of the query or the keys) and `control`. Its pairs have the named
-        positions RIGHT and WRONG: the payload to be found, and the other one.
+        `Known`, with roles `saturated`, `writer` (of the query or the keys) and `control`, and a circuit of 3 edges. Its
+        pairs have the named positions RIGHT and WRONG: the payload to be found, and the other one.
 
     Raises:
         ValueError: an unknown node, `n` below 1.
@@ -105,7 +114,8 @@ def saturated_attention(node: Literal["query", "key"] = "query", *, n: int = 4, 
     gpt2.unembed("output", LOGIT * payload.T)
     pairs = _pairs(node, n, seed)
     roles = {"saturated": ((1, 0),), "writer": ((0, 0),), "control": ((0, 1), (1, 1))}
-    return Known(gpt2.model("zoo.saturated_attention"), pairs, logit_diff(pairs), roles)
+    circuit = frozenset({"input->a0.h0<v>", f"a0.h0->a1.h0<{node[0]}>", "a1.h0->logits"})
+    return Known(gpt2.model("zoo.saturated_attention"), pairs, logit_diff(pairs), roles, circuit)
 
 
 def _pairs(node: str, n: int, seed: int) -> PromptPairs:

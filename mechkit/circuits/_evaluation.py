@@ -1,0 +1,326 @@
+"""The metric of many circuits on a set of pairs: ablated values, prompts in chunks that fit the budget, circuits in batches.
+
+Ablated values (what a reader sees of a writer whose edge is missing):
+
+| name | value |
+| --- | --- |
+| `"resample"` | the writer's in the corrupted run |
+| `"zero"` | nothing |
+| `"mean"` | its mean over all corrupted prompts and positions |
+| `"position-mean"` | its mean over the corrupted prompts at each position (prompts of one length are averaged together) |
+| `Constants` | given vectors, such as `optimal_ablation` finds |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mechkit.attribution._nodes import AnyMetric, check_study
+from mechkit.circuits._runs import CircuitRuns, Written, sites_of
+from mechkit.circuits.graph import Graph
+from mechkit.hooks import Budget, HookedModel, Parts, Run, record
+from mechkit.hooks._memory import out_of_memory
+from mechkit.metrics import CallableMetric, Metric, as_metric
+from mechkit.prompts import PromptPairs
+
+Ablation = Literal["resample", "zero", "mean", "position-mean"]
+ABLATIONS = ("resample", "zero", "mean", "position-mean")
+
+
+@dataclass(frozen=True, eq=False)
+class Constants:
+    """One ablated value for each writer, whatever the prompt and the position.
+
+    Attributes:
+        values: `[writer d_model]`, in the graph's order: what the writer adds to the residual stream.
+        graph: Of the model that they are for.
+        name: For provenance, such as `"optimal"`.
+    """
+
+    values: Float[Tensor, "writer d_model"]
+    graph: Graph
+    name: str = "constants"
+
+    def written(self) -> Written:
+        """As the ablated values of runs, `[1 writer 1 d_model]`."""
+        graph, values = self.graph, self.values[None, :, None]
+        firsts = [1 + layer * graph.layer_size for layer in range(graph.n_layers)]
+        heads = [values[:, i : i + graph.n_heads] for i in firsts]
+        mlps = [values[:, i + graph.n_heads : i + graph.n_heads + 1] for i in firsts] if graph.mlps else []
+        return Written(values[:, :1], heads, mlps)
+
+
+@dataclass(eq=False)
+class Chunk:
+    """Prompts of equal length whose circuits run together.
+
+    Attributes:
+        ids: Their indices in the whole set.
+        runs: Their circuits' runs.
+        reference: The logits that the metric compares with, if it does, `[prompt token]`.
+    """
+
+    owner: Evaluator
+    ids: Int[Tensor, "prompt"]
+    runs: CircuitRuns
+    reference: Tensor | None
+
+    def logits(self, final: Float[Tensor, "row pos d_model"], prompt: Int[Tensor, "row"]) -> Float[Tensor, "row token"]:
+        """The logits of the metric's tokens where it reads."""
+        metric = self.owner.metric
+        assert isinstance(metric, Metric)
+        at = metric.positions[self.ids].to(final.device)[prompt] - self.runs.start
+        rows = torch.arange(len(final), device=final.device)
+        return _wide(self.owner.model.unembed(final[rows, at], metric.tokens))
+
+    def value(self, final: Float[Tensor, "row pos d_model"], prompt: Int[Tensor, "row"]) -> Float[Tensor, "row"]:
+        """The metric of each row, in the graph."""
+        metric, model = self.owner.metric, self.owner.model
+        if isinstance(metric, Metric):
+            reference = None if self.reference is None else self.reference[prompt]
+            return metric.read(self.logits(final, prompt), self.ids.to(final.device)[prompt], reference)
+        whole = torch.cat([self.runs.run.resid[-1][prompt, : self.runs.start], final], 1)
+        n = len(self.ids)
+        answers = [metric.fn(_wide(model.unembed(one))) for one in whole.split(n)]
+        for answer in answers:
+            if not isinstance(answer, Tensor) or answer.shape != (n,):
+                got = list(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
+                raise ValueError(f"metric {metric.name!r}: expected one value a prompt, shape [{n}], got {got}")
+        return torch.cat(answers)
+
+
+class Evaluator:
+    """Runs circuits on pairs and reads the metric.
+
+    Attributes:
+        values: The metric of the unedited runs, `"clean"` and `"corrupted"`, and of the empty circuit, `"ablated"`.
+        block_tokens: Computed so far; a circuit's counts up to twice a plain block's work.
+    """
+
+    def __init__(
+        self,
+        model: HookedModel,
+        pairs: PromptPairs,
+        metric: AnyMetric,
+        ablation: Ablation | Constants = "resample",
+        budget: int | None = None,
+    ) -> None:
+        if not isinstance(pairs, PromptPairs):
+            raise ValueError(f"pairs: expected PromptPairs, whose two runs are compared; got {type(pairs).__name__}")
+        if not isinstance(ablation, Constants) and ablation not in ABLATIONS:
+            raise ValueError(
+                f"ablation: expected one of {', '.join(map(repr, ABLATIONS))} or Constants, got {ablation!r}"
+            )
+        self.model, self.pairs, self.ablation = model, pairs, ablation
+        self.metric: Metric | CallableMetric = as_metric(metric)
+        check_study(model, self.metric, {"clean": pairs.clean, "corrupted": pairs.corrupted})
+        self.graph, self.parts, self.budget = Graph.of(model), Parts(model), Budget.of(model, budget)
+        if isinstance(ablation, Constants) and ablation.graph != self.graph:
+            raise ValueError(f"ablation: expected constants for {self.graph}, got some for {ablation.graph}")
+        self.parts.check(pairs.clean.tokens[0][None].to(model.device))
+        wide = torch.float64 if model.dtype == torch.float64 else torch.float32
+        runs = ("clean", "corrupted", "ablated")
+        self.values = {run: torch.full((len(pairs),), torch.nan, dtype=wide) for run in runs}
+        self.block_tokens = 0
+        self._checked: set[bool] = set()
+        self._means: dict[int, Written] | None = None
+        self._kept: list[Chunk] = []
+
+    def chunks(self) -> Iterator[Chunk]:
+        """All prompts, in chunks. Their unedited runs are recorded once, if all of them fit the budget together."""
+        if self._kept:
+            yield from self._kept
+            return
+        plan = [ids for length in sorted(self.pairs.clean.by_length(), reverse=True) for ids in self._at_once(length)]
+        keep = sum(len(ids) * self._bytes(ids) for ids in plan) <= self.budget.bytes // 2
+        kept = []
+        for ids in plan:
+            chunk = self._record(ids)
+            self.block_tokens += chunk.runs.replayer.block_tokens
+            chunk.runs.replayer.block_tokens = 0
+            if keep:
+                kept.append(chunk)
+            yield chunk
+        self._kept = kept
+
+    @torch.no_grad()
+    def evaluate(
+        self, circuits: Float[Tensor, "circuit writer reader"], *, first_layer: int = 0
+    ) -> Float[Tensor, "circuit prompt"]:
+        """The metric of every circuit on every prompt. `circuits` are masks or gates from 0 to 1."""
+        answers = torch.full((len(circuits), len(self.pairs)), torch.nan, dtype=self.values["clean"].dtype)
+        for chunk in self.chunks():
+            answers[:, chunk.ids] = self.evaluate_chunk(chunk, circuits, first_layer=first_layer).to(answers)
+        return answers
+
+    @torch.no_grad()
+    def evaluate_chunk(
+        self, chunk: Chunk, circuits: Float[Tensor, "circuit writer reader"], *, first_layer: int = 0
+    ) -> Float[Tensor, "circuit prompt"]:
+        """The same for one chunk."""
+        n, device = len(chunk.ids), self.model.device
+        circuit = torch.arange(len(circuits)).repeat_interleave(n)
+        prompt = torch.arange(n).repeat(len(circuits))
+        unit = n if isinstance(self.metric, CallableMetric) else 1  # a callable sees all prompts of a circuit together
+        done, found = 0, []
+        while done < len(circuit):
+            size = max(unit, chunk.runs.rows_at_once(self.budget) // unit * unit)
+            rows = slice(done, done + size)
+            at = prompt[rows].to(device)
+            try:
+                final = chunk.runs.final(circuits[circuit[rows]].to(device), at, first_layer=first_layer)
+            except RuntimeError as error:
+                if not out_of_memory(error) or size <= unit:
+                    raise
+                self.budget.halve()
+                continue
+            found.append(chunk.value(final, at).detach().cpu())
+            done += size
+        self.block_tokens += chunk.runs.replayer.block_tokens
+        chunk.runs.replayer.block_tokens = 0
+        values = torch.cat(found).reshape(len(circuits), n)
+        if not bool(torch.isfinite(values).all()):
+            bad = (~torch.isfinite(values)).nonzero()[0].tolist()
+            raise ValueError(
+                f"circuit {bad[0]}: expected a finite metric, got NaN or inf for prompt {int(chunk.ids[bad[1]])}; what the ablated "
+                "values lead to in this dtype is not finite"
+            )
+        return values
+
+    def _at_once(self, length: int) -> Iterator[list[int]]:
+        ids = sorted(self.pairs.clean.by_length()[length], key=lambda i: int(self.pairs.first_difference[i]))
+        fits = max(1, self.budget.bytes // 2 // self._bytes(ids))
+        at_once = fits if isinstance(self.metric, Metric) else len(ids)
+        return (ids[i : i + at_once] for i in range(0, len(ids), at_once))
+
+    def _bytes(self, ids: Sequence[int]) -> int:
+        """What is kept of each of these prompts, which have one length: clean and ablated values, streams, keys and values."""
+        model, length = self.model, int(self.pairs.clean.lengths[ids[0]])
+        floats = (length - self._start(ids, length)) * model.d_model * 2 * len(self.graph.writers)
+        floats += length * model.n_layers * (3 * model.d_model + 2 * model.n_kv_heads * model.d_head)
+        return floats * torch.empty((), dtype=model.dtype).element_size()
+
+    def _start(self, ids: Sequence[int], length: int) -> int:
+        """The first position to run: that of the first difference, where the corrupted run is what is put in."""
+        if self.ablation != "resample":
+            return 0
+        start = min(int(self.pairs.first_difference[i]) for i in ids)
+        read = int(self.metric.positions[list(ids)].min()) if isinstance(self.metric, Metric) else length - 1
+        return min(start, read, length - 1)
+
+    @torch.no_grad()
+    def _record(self, ids: list[int]) -> Chunk:
+        clean, corrupted = (
+            torch.stack([prompts.tokens[i] for i in ids]).to(self.model.device)
+            for prompts in (self.pairs.clean, self.pairs.corrupted)
+        )
+        start = self._start(ids, clean.shape[1])
+        other = record(self.model, corrupted, sites_of(self.parts) if self.ablation == "resample" else (), blocks=False)
+        self.block_tokens += corrupted.numel() * self.model.n_layers
+        ablated = self._ablated(other, clean.shape[1], start)
+        runs = CircuitRuns(self.model, self.graph, self.parts, clean, ablated, start)
+        chunk = Chunk(self, torch.tensor(ids), runs, None)
+        if bool(start) not in self._checked:
+            runs.check(other.last_logits[0] if self.ablation == "resample" else None)
+            self._checked.add(bool(start))
+        self._keep_unedited(chunk, runs.run, other)
+        return chunk
+
+    def _ablated(self, corrupted: Run, length: int, start: int) -> Written:
+        if isinstance(self.ablation, Constants):
+            return self.ablation.written().map(lambda x: x.to(self.model.device, self.model.dtype))
+        if self.ablation == "resample":
+            return Written.of(self.parts, corrupted.sites, start)
+        if self.ablation == "zero":
+            return (
+                Constants(torch.zeros(len(self.graph.writers), self.model.d_model), self.graph)
+                .written()
+                .map(lambda x: x.to(self.model.device, self.model.dtype))
+            )
+        if self._means is None:
+            self._means = self._mean_written()
+        return self._means[length if self.ablation == "position-mean" else 0]
+
+    @torch.no_grad()
+    def _mean_written(self) -> dict[int, Written]:
+        """Means over the corrupted prompts: by length and position, or (under 0) over everything."""
+        sums: dict[int, list[Tensor]] = {}
+        counts: dict[int, int] = {}
+        by_position = self.ablation == "position-mean"
+        for length, ids in self.pairs.corrupted.by_length().items():
+            sites = sites_of(self.parts)
+            at_once = self.budget.prompts_at_once(self.model, length, sites)
+            for first in range(0, len(ids), at_once):
+                tokens = torch.stack([self.pairs.corrupted.tokens[i] for i in ids[first : first + at_once]])
+                run = record(self.model, tokens.to(self.model.device), sites, blocks=False)
+                self.block_tokens += tokens.numel() * self.model.n_layers
+                written = Written.of(self.parts, run.sites).stacked()
+                summed = [x.double().sum((0,) if by_position else (0, 2), keepdim=True) for x in written]
+                key = length if by_position else 0
+                sums[key] = [a + b for a, b in zip(sums[key], summed, strict=True)] if key in sums else summed
+                counts[key] = counts.get(key, 0) + len(tokens) * (1 if by_position else length)
+        means = {}
+        for key, total in sums.items():
+            mean = [(x / counts[key]).to(self.model.dtype) for x in total]
+            size = 2 if self.parts.has_mlp else 1
+            means[key] = Written(mean[0], mean[1::size], mean[2::size] if self.parts.has_mlp else [])
+        return means
+
+    @torch.no_grad()
+    def _keep_unedited(self, chunk: Chunk, clean: Run, corrupted: Run) -> None:
+        """The metric of the unedited runs and of the empty circuit."""
+        everyone = torch.arange(len(chunk.ids), device=self.model.device)
+        start = chunk.runs.start
+        finals = {"clean": clean.resid[-1][:, start:], "corrupted": corrupted.resid[-1][:, start:]}
+        metric = self.metric
+        if isinstance(metric, Metric) and metric.reference is not None:
+            chunk.reference = chunk.logits(finals[metric.reference], everyone)
+        nothing = torch.zeros(len(everyone), *self.graph.exists.shape, device=self.model.device)
+        finals["ablated"] = finals["corrupted"]
+        if self.ablation != "resample":
+            finals["ablated"] = chunk.runs.final(nothing, everyone)
+        for run, final in finals.items():
+            whole = self._value_of_run(chunk, run, final, everyone, corrupted)
+            self.values[run][chunk.ids] = whole.cpu().to(self.values[run])
+            if not bool(torch.isfinite(whole).all()):
+                raise ValueError(
+                    f"{run} run: expected a finite metric, got NaN or inf for prompts "
+                    f"{chunk.ids[~torch.isfinite(whole).cpu()].tolist()[:5]}; the weights may hold NaN, or the dtype overflow"
+                )
+
+    def _value_of_run(self, chunk: Chunk, run: str, final: Tensor, everyone: Tensor, corrupted: Run) -> Tensor:
+        if isinstance(self.metric, Metric) or run != "corrupted":
+            return chunk.value(final, everyone)
+        return self.metric.fn(_wide(self.model.unembed(corrupted.resid[-1])))
+
+
+def _wide(logits: Tensor) -> Tensor:
+    """Metrics are computed in float32 at least."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A ratio of means over prompts with its bootstrap interval.
+
+    Attributes:
+        value: Of all prompts.
+        low, high: The interval's ends; NaN with fewer than two prompts.
+    """
+
+    value: float
+    low: float = field(default=float("nan"))
+    high: float = field(default=float("nan"))
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def provenance_of_ablation(ablation: Ablation | Constants) -> Any:
+    return ablation.name if isinstance(ablation, Constants) else ablation

@@ -1,0 +1,75 @@
+"""What readers compute when what they read is changed: the values that edge and path patching write into a run.
+
+`a reader's value` is a function of the stream that it reads: a head's query, key or value, what an MLP adds, the final stream.
+Here it is computed for the base run's stream plus a change, such as one writer's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechkit.circuits.graph import Graph, Reader, Writer
+from mechkit.hooks import Parts, Run
+
+Sites = tuple[tuple[str, int], ...]
+
+
+def needed_sites(parts: Parts, layers: Sequence[int] | range) -> Sites:
+    """The activations of a run that `Changes` and `stream` need, for writers in `layers`."""
+    sites = [("resid_pre", 0)]
+    for layer in layers:
+        sites.append(("z", layer))
+        if parts.has_mlp:
+            sites.append(("mlp_out", layer))
+    return tuple(sites)
+
+
+@dataclass(frozen=True, eq=False)
+class Changes:
+    """What writers wrote in the source run less what they wrote in the base run.
+
+    Attributes:
+        parts: Of the model.
+        base, source: Runs recorded with `needed_sites`.
+        counts: Where a change counts, `[prompt pos]`; elsewhere it is 0.
+    """
+
+    parts: Parts
+    base: Run
+    source: Run
+    counts: Tensor
+
+    def of(self, writers: Sequence[Writer]) -> Float[Tensor, "writer prompt pos d_model"]:
+        """The changes of some writers."""
+        kept: dict[int, Tensor] = {}  # the heads of a layer come together
+        return torch.stack([self._one(writer, kept) for writer in writers]) * self.counts[..., None]
+
+    def _one(self, writer: Writer, kept: dict[int, Tensor]) -> Float[Tensor, "prompt pos d_model"]:
+        if writer.layer < 0:
+            return self.source.sites["resid_pre", 0] - self.base.sites["resid_pre", 0]
+        if writer.head is None:
+            return self.source.sites["mlp_out", writer.layer] - self.base.sites["mlp_out", writer.layer]
+        if writer.layer not in kept:
+            kept.clear()
+            here, there = (self._z(run, writer.layer) for run in (self.source, self.base))
+            if self.parts.heads_are_linear(writer.layer):
+                kept[writer.layer] = self.parts.heads(writer.layer, here - there)
+            else:
+                kept[writer.layer] = self.parts.heads(writer.layer, here) - self.parts.heads(writer.layer, there)
+        return kept[writer.layer][:, :, writer.head]
+
+    def _z(self, run: Run, layer: int) -> Float[Tensor, "prompt pos head d_head"]:
+        z = run.sites["z", layer]
+        return z.reshape(*z.shape[:2], self.parts.model.n_heads, -1)
+
+
+def stream(graph: Graph, run: Run, reader: Reader) -> Float[Tensor, "prompt pos d_model"]:
+    """What a reader reads in a recorded run; an MLP that reads after its layer's heads needs the site `resid_mid`."""
+    if reader.kind == "mlp" and not graph.parallel:
+        return run.sites["resid_mid", reader.layer]
+    return run.resid[reader.layer]

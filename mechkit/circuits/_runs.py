@@ -1,0 +1,280 @@
+"""Running circuits: every reader sees, from each writer, its value in this very run if the edge is in the circuit, and an ablated
+value if it is not. Many circuits a batch.
+
+1. Record the clean run, and the ablated value of every writer (`Ablated`). A writer's *difference* is what it writes in a run less
+   its ablated value.
+2. Layer by layer: a reader's input is the stream with everything ablated plus the differences of the writers that it has an edge
+   from, one matrix product for all readers of a layer (`gates` may be numbers between 0 and 1, and have gradients).
+3. Queries, keys and values are computed from their own inputs, each head from its own; the model's attention makes z of them
+   (`Replayer.attend`); so on to the final stream.
+4. Positions before the first difference of the two prompts are not run (resample ablation): clean and ablated run are the same
+   there. Layers below the first missing edge are not run either, where the caller says so.
+
+All edges give the clean run, and none the ablated one: `CircuitRuns.check` holds both against the model in every call.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mechkit.circuits.graph import Graph
+from mechkit.hooks import Budget, CannotReplayError, HookedModel, Parts, Replayer, record
+
+# How far the full circuit may be from the clean run, as a share of the logits' spread. Hugging Face's norms are float32 at most.
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.03}
+
+
+@dataclass(frozen=True, eq=False)
+class Written:
+    """What every writer adds to the residual stream, each `[prompt … pos d_model]`; axes of 1 where it is the same for all.
+
+    Attributes:
+        embed: `[prompt 1 pos d_model]`.
+        heads: For each layer `[prompt head pos d_model]`.
+        mlps: For each layer `[prompt 1 pos d_model]`; empty for a model without MLPs.
+    """
+
+    embed: Tensor
+    heads: list[Tensor]
+    mlps: list[Tensor]
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, parts: Parts, sites: dict[tuple[str, int], Tensor], start: int = 0) -> Written:
+        """From recorded activations (`sites_of`), positions from `start` on."""
+        model = parts.model
+
+        def heads(layer: int) -> Tensor:
+            z = sites["z", layer][:, start:]
+            return parts.heads(layer, z.reshape(*z.shape[:2], model.n_heads, -1)).transpose(1, 2)
+
+        mlps = [sites["mlp_out", i][:, None, start:] for i in range(model.n_layers)] if parts.has_mlp else []
+        return cls(sites["resid_pre", 0][:, None, start:], [heads(i) for i in range(model.n_layers)], mlps)
+
+    def stacked(self) -> list[Tensor]:
+        """In the graph's order."""
+        return [self.embed] + [x for i, h in enumerate(self.heads) for x in (h, *self.mlps[i : i + 1])]
+
+    def map(self, fn: Any) -> Written:
+        return Written(fn(self.embed), [fn(x) for x in self.heads], [fn(x) for x in self.mlps])
+
+
+def sites_of(parts: Parts) -> list[tuple[str, int]]:
+    """The activations that `Written.of` needs."""
+    layers = range(parts.model.n_layers)
+    return [("resid_pre", 0), *(("z", i) for i in layers), *(("mlp_out", i) for i in layers if parts.has_mlp)]
+
+
+class CircuitRuns:
+    """Runs circuits on clean prompts of equal length.
+
+    Attributes:
+        start: The first position that is run.
+        clean: What every writer wrote in the clean run, from `start` on.
+        replayer: Its `block_tokens` counts the (block, token) pairs that were run. One of them costs up to twice a plain block's,
+            because every reader has an input of its own.
+    """
+
+    def __init__(
+        self,
+        model: HookedModel,
+        graph: Graph,
+        parts: Parts,
+        tokens: Int[Tensor, "prompt pos"],
+        ablated: Written,
+        start: int,
+    ) -> None:
+        """
+        Args:
+            model, graph, parts: The model, in evaluation mode.
+            tokens: Clean prompts.
+            ablated: The ablated value of every writer, positions from `start` on (or one for all).
+            start: The first position at which clean and ablated values differ.
+
+        Raises:
+            ValueError: the architecture cannot be run block by block.
+        """
+        self.model, self.graph, self.parts, self.start, self.ablated = model, graph, parts, start, ablated
+        mids = [] if parts.parallel else [("resid_mid", layer) for layer in range(model.n_layers)]
+        with torch.no_grad():
+            run = record(model, tokens, [*sites_of(parts), *mids])
+            self.run = run
+            self.clean = Written.of(parts, run.sites, start)
+            self.last_logits = run.last_logits
+            self._mid = {layer: run.sites["resid_mid", layer][:, start:] for _, layer in mids}
+            run.sites.clear()
+            self._ablated_streams = self._streams(ablated)
+        try:
+            self.replayer = Replayer(model, run, None)
+        except CannotReplayError as error:
+            raise ValueError(
+                f"model: expected causal attention in blocks that can be run one by one; {model.name} "
+                f"({model.cfg.architecture}): {error}"
+            ) from error
+        self.replayer.block_tokens = tokens.numel() * model.n_layers
+
+    @property
+    def n_prompts(self) -> int:
+        return len(self.run.tokens)
+
+    def rows_at_once(self, budget: Budget) -> int:
+        """Circuits times prompts that fit the budget."""
+        graph, model = self.graph, self.model
+        readers = graph.n_heads + 2 * graph.n_kv_heads
+        a_token = model.d_model * (2 * len(graph.writers) + 6 * readers) + 4 * model.n_heads * self.run.length
+        item = torch.empty((), dtype=model.dtype).element_size()
+        suffix = self.run.length - self.start
+        fits = budget.bytes // 2 // (a_token * item * suffix)
+        if budget.tokens is not None:
+            fits = min(fits, budget.tokens // suffix)
+        return max(1, fits)
+
+    def final(
+        self,
+        gates: Float[Tensor, "row writer reader"],
+        prompt: Int[Tensor, "row"],
+        *,
+        first_layer: int = 0,
+        ablated: Written | None = None,
+    ) -> Float[Tensor, "row pos d_model"]:
+        """The final stream that the unembedding reads, from `start` on.
+
+        Args:
+            gates: For each edge how much of the writer's difference passes: 1 in the circuit, 0 not. Nothing where there is no edge.
+            prompt: Which prompt each row is.
+            first_layer: Layers below it are taken from the clean run: say so only if no edge into them is missing.
+            ablated: Other ablated values than this object's, with gradients perhaps.
+        """
+        graph, parts = self.graph, self.parts
+        streams = self._ablated_streams if ablated is None else self._streams(ablated)
+        ablated = self.ablated if ablated is None else ablated
+        gates = gates.to(self.model.dtype)
+        keep = not _has_gradient(gates, ablated)
+        kept = _Differences(graph, len(prompt), self.run.length - self.start, self.model, keep)
+
+        def read(stream: Tensor, readers: slice) -> Tensor:
+            """What readers see, `[row reader pos d_model]`."""
+            upto = graph.n_writers(graph.readers[readers.start])
+            return _rows(stream, prompt)[:, None] + kept.through(gates[:, :upto, readers])
+
+        kept.append(self.clean.embed[prompt] - _rows(ablated.embed, prompt))
+        for layer in range(graph.n_layers):
+            attention, mlp = self._readers(layer)
+            computed = layer >= first_layer
+            heads = self._heads(layer, read(streams[layer, "pre"], attention), prompt) if computed else None
+            written = None
+            if parts.has_mlp and computed and parts.parallel:
+                written = parts.mlp(layer, read(streams[layer, "pre"], mlp)[:, 0])[:, None]
+            heads = self.clean.heads[layer][prompt] if heads is None else heads
+            kept.append(heads - _rows(ablated.heads[layer], prompt))
+            if parts.has_mlp:
+                if computed and not parts.parallel:
+                    written = parts.mlp(layer, read(streams[layer, "mid"], mlp)[:, 0])[:, None]
+                written = self.clean.mlps[layer][prompt] if written is None else written
+                kept.append(written - _rows(ablated.mlps[layer], prompt))
+        last = len(graph.readers) - 1
+        return read(streams[graph.n_layers, "pre"], slice(last, last + 1))[:, 0]
+
+    def _streams(self, ablated: Written) -> dict[tuple[int, str], Tensor]:
+        """The residual stream in front of each block, and within it, if every writer had its ablated value."""
+        streams = {}
+        removed = (self.clean.embed - ablated.embed).sum(1)
+        for layer in range(self.graph.n_layers):
+            streams[layer, "pre"] = self.run.resid[layer][:, self.start :] - removed
+            removed = removed + (self.clean.heads[layer] - ablated.heads[layer]).sum(1)
+            if not self.parts.parallel:
+                streams[layer, "mid"] = self._mid[layer] - removed
+            if self.parts.has_mlp:
+                removed = removed + (self.clean.mlps[layer] - ablated.mlps[layer]).sum(1)
+        streams[self.graph.n_layers, "pre"] = self.run.resid[-1][:, self.start :] - removed
+        return streams
+
+    def _heads(self, layer: int, reads: Float[Tensor, "row reader pos d_model"], prompt: Tensor) -> Tensor:
+        """What each head writes, `[row head pos d_model]`, given what each of the layer's readers reads."""
+        graph, parts = self.graph, self.parts
+        normed = parts.attention_input(layer, reads).transpose(0, 1)  # [reader row pos d_model]
+        ends = (graph.n_heads, graph.n_heads + graph.n_kv_heads)
+        q = parts.project_each(layer, "q", normed[: ends[0]])
+        k = parts.project_each(layer, "k", normed[ends[0] : ends[1]])
+        v = parts.project_each(layer, "v", normed[ends[1] :])
+        return parts.heads(layer, self.replayer.attend(layer, q, k, v, prompt, self.start)).transpose(1, 2)
+
+    def _readers(self, layer: int) -> tuple[slice, slice]:
+        """Where a layer's readers are in the graph's: the attention's and the MLP's."""
+        size = self.graph.n_heads + 2 * self.graph.n_kv_heads
+        first = layer * (size + self.graph.mlps)
+        return slice(first, first + size), slice(first + size, first + size + 1)
+
+    @torch.no_grad()
+    def check(self, corrupted_logits: Float[Tensor, "d_vocab"] | None) -> None:
+        """All edges give the clean run's logits at the first prompt's last position, and no edges those of the ablated run.
+
+        Raises:
+            ValueError: they do not: the message says by how much.
+        """
+        prompt = torch.zeros(2, dtype=torch.long, device=self.model.device)
+        every = self.graph.exists.to(self.model.device)
+        final = self.final(torch.stack([every, torch.zeros_like(every)]), prompt)
+        found = self.model.unembed(final[:, -1])
+        expected = {"full circuit": self.last_logits[0], "empty circuit": corrupted_logits}
+        for got, (what, logits) in zip(found, expected.items(), strict=True):
+            if logits is None:
+                continue
+            spread = (logits - logits.mean()).abs().max().clamp(min=1e-12)
+            off = float(((got - got.mean()) - (logits - logits.mean())).abs().max() / spread)
+            if not off <= TOLERANCE[self.model.dtype]:
+                run = "clean" if what == "full circuit" else "ablated"
+                raise ValueError(
+                    f"model: the {what} differs from the {run} run by {off:.1e} of the logits' spread: circuits of "
+                    f"{self.model.name} ({self.model.cfg.architecture}) cannot be run"
+                )
+
+
+class _Differences:
+    """The writers' differences so far, and what readers see of them."""
+
+    def __init__(self, graph: Graph, rows: int, positions: int, model: HookedModel, keep: bool) -> None:
+        self._blocks: list[Tensor] = []
+        self._n = 0
+        self._all: Tensor | None = None
+        if keep:  # no gradients: one tensor that is filled
+            shape = (rows, len(graph.writers), positions, model.d_model)
+            self._all = torch.empty(shape, dtype=model.dtype, device=model.device)
+
+    def append(self, block: Float[Tensor, "row writer pos d_model"]) -> None:
+        if self._all is None:
+            self._blocks.append(block)
+        else:
+            self._all[:, self._n : self._n + block.shape[1]] = block
+        self._n += block.shape[1]
+
+    def through(self, gates: Float[Tensor, "row writer reader"]) -> Float[Tensor, "row reader pos d_model"]:
+        """The sum over writers, each times its gate."""
+        if self._all is not None:
+            upto = gates.shape[1]
+            flat = self._all[:, :upto].flatten(2)
+            return torch.bmm(gates.mT, flat).unflatten(2, self._all.shape[2:])
+        total, first = None, 0
+        for block in self._blocks:
+            if first >= gates.shape[1]:
+                break
+            part = gates[:, first : first + block.shape[1]]
+            seen = torch.bmm(part.mT, block.expand(len(gates), -1, -1, -1).flatten(2)).unflatten(2, block.shape[2:])
+            total = seen if total is None else total + seen
+            first += block.shape[1]
+        assert total is not None
+        return total
+
+
+def _rows(x: Tensor, prompt: Tensor) -> Tensor:
+    """What belongs to each row's prompt; an axis of 1 is the same for all."""
+    return x if x.shape[0] == 1 else x[prompt]
+
+
+def _has_gradient(gates: Tensor, ablated: Written) -> bool:
+    return torch.is_grad_enabled() and (gates.requires_grad or any(x.requires_grad for x in ablated.stacked()))

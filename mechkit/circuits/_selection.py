@@ -1,0 +1,132 @@
+"""Choosing edges: the best, the best that can be reached, those that are no dead ends, random ones.
+
+An edge is a pair of places, (writer, reader), in the graph's tuples. `keys` are `[writer reader]`, the larger the better; an edge
+whose key is NaN is never chosen. `members` are `[writer reader]`, true where an edge is in.
+"""
+
+from __future__ import annotations
+
+import heapq
+from functools import lru_cache
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from mechkit.circuits.graph import Graph
+
+_DRAWS = 200  # how often the exact number of edges is tried for
+
+
+def members_at(graph: Graph, places: list[tuple[int, int]]) -> Tensor:
+    members = torch.zeros_like(graph.exists)
+    if places:
+        members[tuple(torch.tensor(places).unbind(1))] = True
+    return members
+
+
+def top(graph: Graph, keys: Tensor, limit: int, lowest: float) -> list[tuple[int, int]]:
+    """The best edges, best first; ties by reader and then by writer."""
+    reader, writer = (keys >= lowest).T.nonzero().unbind(1)  # false where NaN
+    best = keys[writer, reader].argsort(descending=True, stable=True)[:limit]
+    return list(zip(writer[best].tolist(), reader[best].tolist(), strict=True))
+
+
+def greedy(graph: Graph, keys: Tensor, limit: int, lowest: float) -> list[tuple[int, int]]:
+    """The best edges that can be reached from the logits, in the order in which they are taken."""
+    inputs = [readers.nonzero().flatten().tolist() for readers in _inputs(graph)]
+    n_candidates = (keys >= lowest).sum(0).tolist()
+    order = keys.nan_to_num(nan=-torch.inf).sort(dim=0, descending=True, stable=True)
+    ranked, writers = order.values.T.tolist(), order.indices.T.tolist()  # by reader: its edges, best first
+    frontier: list[tuple[float, int, int, int]] = []  # the best edge left of each reader that is in
+
+    def offer(reader: int, rank: int) -> None:
+        if rank < n_candidates[reader]:
+            heapq.heappush(frontier, (-ranked[reader][rank], reader, writers[reader][rank], rank))
+
+    last = len(graph.readers) - 1
+    offer(last, 0)
+    taken: list[tuple[int, int]] = []
+    reached = {last}
+    while frontier and len(taken) < limit:
+        _, reader, writer, rank = heapq.heappop(frontier)
+        taken.append((writer, reader))
+        offer(reader, rank + 1)
+        for fresh in inputs[writer]:
+            if fresh not in reached:
+                reached.add(fresh)
+                offer(fresh, 0)
+    return taken
+
+
+@lru_cache(maxsize=8)
+def _inputs(graph: Graph) -> Bool[Tensor, "writer reader"]:
+    """Which readers are inputs of which component."""
+    inputs = torch.zeros_like(graph.exists)
+    for i, writer in enumerate(graph.writers):
+        for reader in graph.readers_of(writer):
+            inputs[i, graph.reader_index[reader.name]] = True
+    return inputs
+
+
+def alive(graph: Graph, members: Tensor) -> Tensor:
+    """The edges that lie on a path from the embedding to the logits."""
+    inputs = _inputs(graph)
+    fed = torch.zeros(len(graph.writers), dtype=torch.bool)
+    useful = torch.zeros(len(graph.readers), dtype=torch.bool)
+    fed[0] = useful[-1] = True
+    for _ in graph.writers:  # a path is no longer than that; nearly all are found in a few rounds
+        more_fed = fed | (inputs & members[fed].any(0)).any(1)
+        more_useful = useful | inputs[members[:, useful].any(1)].any(0)
+        if torch.equal(more_fed, fed) and torch.equal(more_useful, useful):
+            break
+        fed, useful = more_fed, more_useful
+    return members & fed[:, None] & useful
+
+
+def random_edges(graph: Graph, n_edges: int, generator: torch.Generator) -> Tensor:
+    places = graph.exists.nonzero()
+    return members_at(graph, places[torch.randperm(len(places), generator=generator)[:n_edges]].tolist())
+
+
+def random_connected(graph: Graph, n_edges: int, generator: torch.Generator) -> Tensor:
+    inputs = _inputs(graph)
+    for _ in range(_DRAWS):
+        keys = torch.rand(graph.exists.shape, generator=generator).masked_fill(~graph.exists, torch.nan)
+        members = _largest_alive(graph, keys, n_edges)
+        if n_edges >= 2 and not members.any():  # the first path that was found is longer than that
+            members = _short_path(graph, generator)
+        writes = members.any(1)
+        writes[0] = True
+        reads = inputs[writes].any(0)
+        reads[-1] = True
+        open_ = (graph.exists & ~members & writes[:, None] & reads).nonzero()
+        missing = n_edges - int(members.sum())
+        if missing <= len(open_):
+            extra = open_[torch.randperm(len(open_), generator=generator)[:missing]]
+            return members | members_at(graph, extra.tolist())
+    raise ValueError(f"n_edges: found no connected circuit of {n_edges} edges in {_DRAWS} draws; try connected=False")
+
+
+def _short_path(graph: Graph, generator: torch.Generator) -> Tensor:
+    """From the embedding to the logits by way of one component: any of its inputs, all being equally likely."""
+    reader = int(torch.randint(len(graph.readers) - 1, (), generator=generator))
+    owners = graph.writers_of(graph.readers[reader])
+    owner = owners[int(torch.randint(len(owners), (), generator=generator))]
+    return members_at(graph, [(0, reader), (graph.writer_index[owner.name], len(graph.readers) - 1)])
+
+
+def _largest_alive(graph: Graph, keys: Tensor, n_edges: int) -> Tensor:
+    """The greedy circuit of the most edges of which no more than `n_edges` are left when it is pruned."""
+    limit, order = 2 * n_edges, []
+    while True:
+        order = greedy(graph, keys, limit, -torch.inf)
+        if len(order) < limit or int(alive(graph, members_at(graph, order)).sum()) > n_edges:
+            break
+        limit = 2 * limit + 1
+    low, high = 0, len(order) + 1  # low fits, high does not (or there is no such circuit)
+    while high - low > 1:
+        middle = (low + high) // 2
+        fits = int(alive(graph, members_at(graph, order[:middle])).sum()) <= n_edges
+        low, high = (middle, high) if fits else (low, middle)
+    return alive(graph, members_at(graph, order[:low]))

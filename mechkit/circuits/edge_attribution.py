@@ -1,0 +1,412 @@
+"""Edge attribution patching: an estimate of every edge's effect from a few forward and backward passes.
+
+1. Run clean and corrupted prompts, and keep what every writer wrote (heads as their z).
+2. Run the base prompts (or runs on the way from their embeddings to the others') with gradients, and keep the metric's gradient
+   at every head's query, key and value, at every MLP's input, and at the final stream.
+3. Pull each of these back through its weights and the norm in front of them, at the residual stream that this very reader reads.
+4. An edge's score is the change of its writer times the gradient of its reader, summed over positions.
+
+No copies of the stream are made for the readers: step 3 replaces them. Positions before the first difference are not run, and
+parameters have no gradients (see `mechkit.hooks._gradients`).
+
+EAP: Syed, Rager and Conmy 2023, https://arxiv.org/abs/2310.10348. EAP-IG: Hanna, Pezzelle and Belinkov 2024,
+https://arxiv.org/abs/2403.17806; for activations, Marks et al. 2024, https://arxiv.org/abs/2403.19647. With the rules of RelP:
+Jafari et al. 2025, https://arxiv.org/abs/2508.21258.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from mechkit.attribution._cells import choose_positions, provenance_of
+from mechkit.attribution._nodes import AnyMetric, Chunk, Study, check_study
+from mechkit.attribution._paths import Rule, batches, quadrature
+from mechkit.attribution.attribution_patching import tapped
+from mechkit.attribution.relp import relevance_rules
+from mechkit.circuits._writings import HookPairs, Writings
+from mechkit.circuits.edge_scores import EdgeScores
+from mechkit.circuits.graph import Graph
+from mechkit.hooks import SITES, Budget, HookedModel, Parts, frozen_parameters
+from mechkit.metrics import as_metric
+from mechkit.prompts import PromptPairs
+from mechkit.result import Cost
+
+Path = Literal["input", "activation"]
+# How far the embedding's scores may be from what the whole gradient says: norms of Hugging Face's are float32 at most.
+_COVERED = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.1}
+
+
+@torch.inference_mode(False)
+def edge_attribution(
+    model: HookedModel,
+    pairs: PromptPairs,
+    metric: AnyMetric,
+    *,
+    steps: int = 5,
+    rule: Rule | Literal["clean-corrupted"] | None = None,
+    path: Path = "input",
+    direction: Literal["denoise", "noise"] = "denoise",
+    gradient: Literal["exact", "relp"] = "exact",
+    positions: Sequence[int] | Sequence[str] | None = None,
+    per_prompt: bool = True,
+    budget: int | None = None,
+) -> EdgeScores:
+    """Estimates what each edge's clean value adds to the metric.
+
+    Args:
+        model, pairs: As for `activation_patching`.
+        metric: A differentiable metric, or a callable `[batch pos d_vocab] -> [batch]` for prompts of one length.
+        steps: Gradients along the path; 1 is EAP.
+        rule: How they are placed, from the base run (0) to the other (1): `"left"`, `"right"`, `"midpoint"`, `"gauss-legendre"`,
+            `"stretched"` (see `mechkit.attribution._paths`), or `"clean-corrupted"`: one at each end, whatever `steps` says.
+            Default: the base run for one step, else `"stretched"`, the most accurate between embeddings.
+        path: What moves. `"input"`: the embeddings, `steps` backward passes in all. `"activation"`: the output of each layer's
+            heads, of each MLP, and the embedding, each by itself, with the base run before it: about 2 `n_layers` as many.
+        direction: `"denoise"`: from the corrupted run (one step: its gradient) towards the clean one. `"noise"`: from the clean
+            run, as in the papers. The sign is the same in both: positive where the clean value supports the metric.
+        gradient: `"exact"`, or `"relp"`: by the rules of relevance propagation (norms' scales and activation functions' ratios
+            held fixed).
+        positions: Where the writer's change counts: indices, or names such as `"S2"`. Default: everywhere.
+        per_prompt: Keep each prompt's scores, or their mean alone (less memory for large graphs).
+        budget: Bytes for activations kept for the backward pass; default half of what the device has free (1 GiB on a CPU).
+
+    Returns:
+        `EdgeScores`, in the metric's unit. Provenance: `gradient_at`, and `completeness_error`: how far the scores of the
+        embedding's edges are from adding up to the difference of the two runs, prompt by prompt, as a share of it (only for
+        `path="input"`, exact gradients, all positions). Identical prompts score 0 exactly.
+
+    Raises:
+        ValueError: a metric without a gradient, an architecture whose edges are not known, training mode, NaN in a run.
+    """
+    ask = _asked(steps, rule, path, gradient)
+    study = edge_study(model, pairs, metric, direction, budget)
+    graph, parts = Graph.of(model), Parts(model)
+    parts.check(study.base.tokens[0][None].to(model.device))
+    scores = _Scores(graph, study, per_prompt, positions)
+    errors = torch.full((len(pairs),), torch.nan, dtype=torch.float64)
+    with frozen_parameters(model):
+        for chunk in study.chunks():
+            work = _Work(chunk, parts, graph, scores, relp=gradient == "relp")
+            work.keep_runs(every_hidden=path == "activation")
+            if path == "input":
+                errors[chunk.ids] = work.along_input(*ask).double().cpu()
+            else:
+                work.along_activations(*ask)
+    share = {}
+    if path == "input" and gradient == "exact" and positions is None:
+        gap = (study.values["clean"] - study.values["corrupted"]).double().abs().mean().clamp(min=1e-12)
+        share = {"completeness_error": float(errors.abs().mean() / gap)}
+    return scores.result(
+        steps=len(ask[0]),
+        rule=rule or ("left" if steps == 1 else "stretched"),
+        path=path,
+        gradient=gradient,
+        gradient_at=study.base_is if ask[0] == [0.0] else "clean and corrupted" if ask[0] == [0.0, 1.0] else "between",
+        **share,
+    )
+
+
+def _asked(steps: int, rule: str | None, path: str, gradient: str) -> tuple[list[float], list[float]]:
+    for name, value, choices in (("path", path, ("input", "activation")), ("gradient", gradient, ("exact", "relp"))):
+        if value not in choices:
+            raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}; got {value!r}")
+    if rule == "clean-corrupted":
+        return [0.0, 1.0], [0.5, 0.5]
+    return quadrature(steps, rule or ("left" if steps == 1 else "stretched"))
+
+
+@torch.inference_mode(False)
+def edge_study(
+    model: HookedModel, pairs: PromptPairs, metric: AnyMetric, direction: str, budget: int | None, **provenance: Any
+) -> Study:
+    """Checks what the user asked for, for all that look at edges. `ValueError`s name the argument."""
+    if direction not in ("denoise", "noise"):
+        raise ValueError(f"direction: expected 'denoise' or 'noise', got {direction!r}")
+    if not isinstance(pairs, PromptPairs):
+        raise ValueError(f"pairs: expected PromptPairs, whose two runs are compared; got {type(pairs).__name__}")
+    runs = ("corrupted", "clean") if direction == "denoise" else ("clean", "corrupted")
+    base, source = (getattr(pairs, run) for run in runs)
+    metric = as_metric(metric)
+    check_study(model, metric, {runs[0]: base, runs[1]: source})
+    provenance = {"task": pairs.task, "direction": direction, **provenance}
+    room = Budget.of(model, budget)
+    room.bytes //= 2  # half for the runs, half for readers' gradients and writers' changes
+    return Study(model, base, source, *runs, pairs.positions, metric, {}, room, provenance)
+
+
+class _Scores:
+    """The scores so far, and from them the result."""
+
+    def __init__(self, graph: Graph, study: Study, per_prompt: bool, positions: Sequence[Any] | None) -> None:
+        self.graph, self.study, self.per_prompt = graph, study, per_prompt
+        shape = (len(graph.writers), len(graph.readers), len(study.base) if per_prompt else 1)
+        wide = study.values[study.base_is].dtype
+        self.values = torch.zeros(shape, dtype=wide)
+        self.positions = positions
+        if positions is not None and any(isinstance(at, str) for at in positions):
+            self.positions = choose_positions(study.named, positions)
+
+    def add(
+        self, prompt: Int[Tensor, "prompt"], writers: slice, readers: slice, part: Float[Tensor, "prompt writer reader"]
+    ) -> None:
+        sign = 1 if self.study.base_is == "corrupted" else -1
+        part = sign * part.to("cpu", self.values.dtype).permute(1, 2, 0)
+        into = self.values[writers, readers]
+        if self.per_prompt:
+            into[..., prompt] += part
+        else:
+            into += part.sum(-1, keepdim=True) / len(self.study.base)
+
+    def counts(self, chunk: Chunk) -> Bool[Tensor, "prompt pos"]:
+        """At which positions, from the chunk's start on, a change of a writer counts: not before the prompts differ."""
+        first = torch.tensor(self.study.first_differences())[chunk.ids]
+        length = chunk.tokens[self.study.base_is].shape[1]
+        at = torch.arange(chunk.runs.start, length)
+        counts = at >= first[:, None]
+        if self.positions is not None:
+            chosen = torch.zeros_like(counts)
+            for position in self.positions:
+                named = self.study.named[position][chunk.ids] if isinstance(position, str) else torch.tensor(position)
+                if isinstance(position, int) and not 0 <= position:
+                    raise ValueError(f"positions: expected indices from 0 or names, got {position}")
+                chosen |= at == named.reshape(-1, 1)
+            counts &= chosen
+        return counts.to(chunk.everyone.device)
+
+    def result(self, **provenance: Any) -> EdgeScores:
+        study = self.study
+        naive = int(study.base.lengths.sum()) * study.model.n_layers * self.graph.n_edges
+        return EdgeScores.of(
+            self.graph,
+            self.values if self.per_prompt else self.values[..., 0],
+            baseline=study.values,
+            metric=study.metric.name,
+            unit=study.metric.unit,
+            provenance=provenance_of(
+                study.model,
+                study.base if study.base_is == "clean" or study.source is None else study.source,
+                technique="edge attribution",
+                runs=study.how,
+                **{**study.provenance, **provenance},
+                positions=None if self.positions is None else list(self.positions),
+            ),
+            cost=Cost(study.block_tokens, naive),
+            prompts=self.per_prompt,
+        )
+
+
+@dataclass
+class _Gradients:
+    """The metric's gradient at what one layer's readers compute, and the stream that they read."""
+
+    x_attention: Tensor | None = None
+    x_mlp: Tensor | None = None
+    at: dict[str, Tensor] = field(default_factory=dict)  # "q", "k", "v", "mlp"
+
+
+class _Work:
+    """One chunk of prompts."""
+
+    def __init__(self, chunk: Chunk, parts: Parts, graph: Graph, scores: _Scores, relp: bool) -> None:
+        self.chunk, self.parts, self.graph, self.scores, self.relp = chunk, parts, graph, scores, relp
+        self.model: HookedModel = chunk.study.model
+        self.counts = scores.counts(chunk)
+
+    @torch.no_grad()
+    def keep_runs(self, every_hidden: bool) -> None:
+        """Both unedited runs, in one batch."""
+        chunk, study = self.chunk, self.chunk.study
+        assert study.source_is is not None
+        n = len(chunk.ids)
+        both = Writings(self.parts)
+        tokens = torch.cat([chunk.tokens[study.base_is], chunk.tokens[study.source_is]])
+        _, final = chunk.runs.forward(tokens, chunk.everyone.repeat(2), both.hooks(every_hidden=every_hidden))
+        self.base, self.source = both.rows(slice(0, n)), both.rows(slice(n, None))
+        chunk.keep_unedited({study.base_is: final[:n], study.source_is: final[n:]})
+
+    def along_input(self, points: list[float], weights: list[float]) -> Float[Tensor, "prompt"]:
+        """Adds all scores. Returns by how much those of the embedding's edges miss the difference of the two runs."""
+        start = self.base.hidden[0]
+        change = self.source.hidden[0] - start
+        everyone = slice(0, len(self.graph.writers))
+        mean, total = _Mean(self, everyone), torch.zeros_like(self.chunk.everyone, dtype=self.scores.values.dtype)
+        for row, point, weight in batches(self.chunk, points, weights):
+            hidden = (start[row] + point[:, None, None] * change[row]).to(change.dtype)
+            slope, layers, last = self._backward(row, hidden, 0, ())
+            total = total.index_add(0, row, ((change[row] * slope).flatten(1).sum(1) * weight).to(total))
+            mean.add(row, weight, layers, last)
+        of_embedding = mean.contract()
+        if self.scores.positions is None:
+            self._check_covered(of_embedding, total)
+        values = self.chunk.study.values
+        gap = (values[str(self.chunk.study.source_is)] - values[self.chunk.study.base_is])[self.chunk.ids]
+        return total - gap.to(total)
+
+    def _check_covered(self, of_embedding: Float[Tensor, "prompt"], total: Float[Tensor, "prompt"]) -> None:
+        """What the embedding adds through all of its edges is what it adds at all: else a reader is missing in the graph."""
+        error, size = float((of_embedding - total).abs().max()), float(of_embedding.abs().max())
+        if not self.relp and error > _COVERED[self.model.dtype] * max(size, float(total.abs().max()), 1e-6):
+            raise ValueError(
+                f"model: the scores of the embedding's edges add up to something else than the whole gradient says (off by "
+                f"{error:.1e} of {size:.1e}): something besides heads and MLPs reads the residual stream of {self.model.name} "
+                f"({self.model.cfg.architecture})"
+            )
+
+    def along_activations(self, points: list[float], weights: list[float]) -> None:
+        """Adds the scores of each layer's heads, of each MLP, and of the embedding, from paths of their own."""
+        whole = self.chunk.runs.how != "suffix"
+        moving: list[tuple[str, int, Tensor, Tensor, slice]] = [
+            ("resid_pre", 0, self.base.hidden[0], self.source.hidden[0], slice(0, 1))
+        ]
+        for layer in range(self.model.n_layers):
+            first = 1 + layer * self.graph.layer_size
+            heads = slice(first, first + self.graph.n_heads)
+            moving.append(("z", layer, self.base.z[layer], self.source.z[layer], heads))
+            if self.parts.has_mlp:
+                m = heads.stop
+                moving.append(("mlp_out", layer, self.base.mlp[layer], self.source.mlp[layer], slice(m, m + 1)))
+        for site, layer, start, end, writers in moving:
+            mean = _Mean(self, writers)
+            for row, point, weight in batches(self.chunk, points, weights):
+                at = (start[row] + point.reshape(-1, *[1] * (start.ndim - 1)) * (end - start)[row]).to(start.dtype)
+
+                def replace(activation: Tensor, hook: Any, at: Tensor = at) -> Tensor:
+                    return at.reshape(activation.shape)
+
+                hidden = None if whole and site != "resid_pre" else self.base.hidden[layer][row]
+                hooks: HookPairs = [] if site == "resid_pre" else [(SITES[site].hook_name(layer), replace)]
+                hidden = at if site == "resid_pre" else hidden
+                _, layers, last = self._backward(row, hidden, layer, hooks)
+                mean.add(row, weight, layers, last)
+            mean.contract()
+
+    def _backward(
+        self, row: Int[Tensor, "row"], hidden: Tensor | None, layer: int, edits: Sequence[tuple[str, Any]]
+    ) -> tuple[Tensor, dict[int, _Gradients], Tensor]:
+        """One forward and backward pass from block `layer` on.
+
+        Returns:
+            The gradient at what the first block reads, those of every later layer's readers, and that at the final stream.
+        """
+        layers: dict[int, _Gradients] = {}
+        last: list[Tensor] = []
+
+        def keep_stream(activation: Tensor, hook: Any, at: int, name: str) -> None:
+            setattr(layers.setdefault(at, _Gradients()), name, activation.detach())
+
+        def keep_gradient(activation: Tensor, hook: Any, at: int, name: str) -> Tensor:
+            return tapped(activation, partial(layers.setdefault(at, _Gradients()).at.__setitem__, name))
+
+        hooks: HookPairs = list(edits)
+        for i in range(layer, self.model.n_layers):
+            hooks.append((SITES["resid_pre"].hook_name(i), partial(keep_stream, at=i, name="x_attention")))
+            hooks += [(SITES[k].hook_name(i), partial(keep_gradient, at=i, name=k)) for k in ("q", "k", "v")]
+            if self.parts.has_mlp:
+                mid = "resid_pre" if self.parts.parallel else "resid_mid"
+                hooks.append((SITES[mid].hook_name(i), partial(keep_stream, at=i, name="x_mlp")))
+                hooks.append((f"blocks.{i}.mlp.hook_in", partial(keep_gradient, at=i, name="mlp")))
+        tokens = self.chunk.tokens[self.chunk.study.base_is][row]
+        with relevance_rules(self.model, "gradient") if self.relp else nullcontext():
+            leaf, final = self.chunk.runs.forward(tokens, row, hooks, hidden=hidden, layer=layer, leaf=True)
+            assert leaf is not None
+            value = self.chunk.metric(tapped(final, last.append), row).sum()
+            (slope,) = torch.autograd.grad(value, leaf)
+        return slope, layers, last[0]
+
+
+class _Mean:
+    """Gradients at the residual stream of all readers of some writers, averaged over a path; and their products with these
+    writers' changes."""
+
+    def __init__(self, work: _Work, writers: slice) -> None:
+        self.work, self.writers = work, writers
+        self.readers: dict[
+            tuple[int, str], Tensor
+        ] = {}  # (layer, "attention" | "mlp" | "logits") -> [prompt reader pos d]
+
+    def add(self, row: Tensor, weight: Tensor, layers: dict[int, _Gradients], last: Tensor) -> None:
+        for layer, kept in layers.items():
+            if self._reads((layer, "attention")):
+                self._add((layer, "attention"), row, weight, self._attention(layer, kept))
+            if self.work.parts.has_mlp and self._reads((layer, "mlp")):
+                self._add((layer, "mlp"), row, weight, self._mlp(layer, kept))
+        self._add((self.work.model.n_layers, "logits"), row, weight, last[:, :, None])
+
+    def _add(
+        self, key: tuple[int, str], row: Tensor, weight: Tensor, gradients: Float[Tensor, "row pos reader d"]
+    ) -> None:
+        gradients = gradients.to(weight.dtype) * weight[:, None, None, None]
+        n = len(self.work.chunk.ids)
+        if len(row) == n:  # one point: rows are the prompts in their order
+            summed = gradients
+        else:
+            summed = gradients.new_zeros(n, *gradients.shape[1:]).index_add(0, row, gradients)
+        summed = summed.transpose(1, 2)
+        self.readers[key] = self.readers[key] + summed if key in self.readers else summed
+
+    def _attention(self, layer: int, kept: _Gradients) -> Float[Tensor, "row pos reader d_model"]:
+        parts, x = self.work.parts, kept.x_attention
+        assert x is not None
+        back = []
+        for which in ("q", "k", "v"):
+            if which not in kept.at:
+                raise ValueError(
+                    f"metric: no gradient path from {self.work.chunk.study.metric.name!r} to the {which} of layer {layer} of "
+                    f"{self.work.model.name}, so that edges cannot be estimated there; use edge_patching, which needs no gradient"
+                )
+            weight = parts.weight(layer, which)  # type: ignore[arg-type]
+            gradient = kept.at[which].reshape(*x.shape[:2], len(weight), -1)
+            back.append(torch.einsum("bphe,hme->bphm", gradient, weight))
+        return parts.pull_back_attention(layer, x, torch.cat(back, 2), self.work.relp)
+
+    def _mlp(self, layer: int, kept: _Gradients) -> Float[Tensor, "row pos 1 d_model"]:
+        x = kept.x_mlp
+        assert x is not None
+        gradient = kept.at["mlp"].reshape(x.shape)[:, :, None]
+        return self.work.parts.pull_back_mlp(layer, x, gradient, self.work.relp)
+
+    @torch.no_grad()
+    def contract(self) -> Float[Tensor, "prompt"]:
+        """Adds the scores, from changes of a few positions at a time. Returns the sum of the first writer's."""
+        work, graph = self.work, self.work.graph
+        n, n_positions = work.counts.shape
+        first = work.scores.values.new_zeros(n, device=work.chunk.everyone.device)
+        for where in self._position_blocks(n_positions):
+            changes = work.source.changes(work.base, where) * work.counts[:, None, where, None]
+            changes = changes.to(work.scores.values.dtype).flatten(2)
+            for key, gradients in self.readers.items():
+                readers = self._columns(key)
+                upto = min(graph.n_writers(graph.readers[readers.start]), self.writers.stop)
+                writers = slice(self.writers.start, upto)
+                gradients = gradients[:, :, where].to(changes.dtype).flatten(2)
+                part = torch.bmm(changes[:, writers], gradients.mT)
+                first += part[:, 0].sum(-1)
+                work.scores.add(work.chunk.ids, writers, readers, part)
+        return first
+
+    def _reads(self, key: tuple[int, str]) -> bool:
+        """Whether these readers come after the first of the writers."""
+        return self.work.graph.n_writers(self.work.graph.readers[self._columns(key).start]) > self.writers.start
+
+    def _columns(self, key: tuple[int, str]) -> slice:
+        (layer, kind), graph = key, self.work.graph
+        if kind == "logits":
+            return slice(len(graph.readers) - 1, len(graph.readers))
+        heads = graph.n_heads + 2 * graph.n_kv_heads
+        first = layer * (heads + graph.mlps)
+        return slice(first, first + heads) if kind == "attention" else slice(first + heads, first + heads + 1)
+
+    def _position_blocks(self, n_positions: int) -> Iterator[slice]:
+        """Positions whose changes fit into a quarter of the budget at once."""
+        work = self.work
+        a_position = len(work.chunk.ids) * len(work.graph.writers) * work.model.d_model * work.scores.values.itemsize
+        size = max(1, work.chunk.study.budget.bytes // 4 // a_position)
+        return (slice(first, min(first + size, n_positions)) for first in range(0, n_positions, size))

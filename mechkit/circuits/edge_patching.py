@@ -1,0 +1,308 @@
+"""The exact effect of an edge: one reader sees one writer's value from the other run, and nobody else does.
+
+1. Run both prompts. A writer's *change* is what it wrote in the source run less what it wrote in the base run.
+2. Add it to the stream that the reader reads in the base run, and compute what the reader makes of that: a head's query, key or
+   value, what an MLP adds, the final stream. All writers of a reader come at once.
+3. Write this into the base run, and replay what comes after it (`mechkit.hooks.sweep`: blocks from the reader on, positions from
+   the first difference on, many edges a batch; proved on a sample in every call).
+
+Nothing is approximated: behind the reader the model itself runs, norms and all. In models with a norm behind the attention (Gemma
+2 and 3, OLMo 2) what a head wrote is measured with its own run's scale.
+
+Goldowsky-Dill et al. 2023, https://arxiv.org/abs/2304.05969 (path patching of single edges); Conmy et al. 2023,
+https://arxiv.org/abs/2304.14997.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from mechkit.attribution._cells import choose_positions, provenance_of
+from mechkit.attribution._nodes import AnyMetric, Study
+from mechkit.circuits._reads import Changes, needed_sites, stream
+from mechkit.circuits.circuit import Circuit
+from mechkit.circuits.edge_attribution import edge_study
+from mechkit.circuits.edge_scores import EdgeScores, ScoredEdge
+from mechkit.circuits.graph import Edge, Graph, Reader, Writer
+from mechkit.hooks import Cell, Derived, Edit, HookedModel, Parts, Run, sweep
+from mechkit.prompts import PromptPairs
+from mechkit.result import Cost
+
+KEY = "edge"  # the key of the values that are written
+SAVE_EVERY = 30.0  # seconds
+
+
+@torch.no_grad()
+def edge_patching(
+    model: HookedModel,
+    pairs: PromptPairs,
+    metric: AnyMetric,
+    edges: Iterable[Edge | ScoredEdge | str] | Circuit | None = None,
+    *,
+    direction: Literal["denoise", "noise"] = "denoise",
+    positions: Sequence[int] | Sequence[str] | None = None,
+    per_prompt: bool = True,
+    checkpoint: str | Path | None = None,
+    budget: int | None = None,
+    progress: bool = True,
+) -> EdgeScores:
+    """The true effect of each edge: what its clean value adds to the metric.
+
+    Args:
+        model, pairs, metric: As for `activation_patching`.
+        edges: Which: edges, names such as `"a9.h9->logits"`, what `EdgeScores.top` gives, or a circuit. Default: all of them.
+        direction: `"denoise"`: the corrupted run, in which this edge alone carries its clean value. `"noise"`: the clean run, in
+            which it alone carries its corrupted value. The sign is the same: positive where the clean value supports the metric.
+        positions: Where the writer's change counts: indices, or names such as `"S2"`. Default: everywhere.
+        per_prompt: Keep each prompt's effects, or their mean alone (less memory for all edges of large graphs).
+        checkpoint: A file that is written every half minute, and from which the same call goes on if it was interrupted.
+        budget: Bytes of working memory; default half of what the device has free (1 GiB on a CPU).
+        progress: Whether to show a progress bar.
+
+    Returns:
+        `EdgeScores` in the metric's unit; NaN for edges that were not asked for. Identical prompts have 0 exactly.
+
+    Raises:
+        ValueError: an edge that does not exist, or twice; a circuit of another model; an architecture whose edges are not known;
+            a checkpoint of another study; what `activation_patching` refuses.
+    """
+    study = edge_study(model, pairs, metric, direction, budget)
+    graph, parts = Graph.of(model), Parts(model)
+    wanted = chosen_edges(graph, model, edges)
+    if positions is not None and any(isinstance(at, str) for at in positions):
+        positions = choose_positions(study.named, positions)
+    parts.check(study.base.tokens[0][None].to(model.device))
+    work = _Work(study, graph, parts, positions, per_prompt)
+    saved = None if checkpoint is None else _Checkpoint(Path(checkpoint), work)
+    todo = [edge for edge in wanted if saved is None or not saved.has(edge)]
+    with tqdm(total=len(wanted), initial=len(wanted) - len(todo), disable=not progress, unit="edge", delay=2) as bar:
+        for some in work.batches(todo):
+            work.patch(some)
+            bar.update(len(some))
+            if saved is not None and time.monotonic() - saved.at > SAVE_EVERY:
+                saved.save()
+    if saved is not None:
+        saved.save()
+    return work.result()
+
+
+def chosen_edges(
+    graph: Graph, model: HookedModel, edges: Iterable[Edge | ScoredEdge | str] | Circuit | None
+) -> list[Edge]:
+    """The edges that a user chose, in the order in which they are read."""
+    if edges is None:
+        return list(graph.edges)
+    if isinstance(edges, str):
+        raise ValueError(f"edges: expected a list of edges, got {edges!r}; write edges=[{edges!r}]")
+    if isinstance(edges, Circuit):
+        edges.check(model)
+        return sorted(edges, key=lambda edge: graph.index(edge)[::-1])
+    found = [graph.edge(edge if isinstance(edge, str) else edge.name) for edge in edges]
+    if not found:
+        raise ValueError("edges: expected at least one edge, got none")
+    if len(set(found)) != len(found):
+        twice = next(edge for edge in found if found.count(edge) > 1)
+        raise ValueError(f"edges: expected each edge once, got {twice.name!r} more than once")
+    return sorted(found, key=lambda edge: graph.index(edge)[::-1])
+
+
+class _Work:
+    """One study of edges: the effects so far."""
+
+    def __init__(
+        self, study: Study, graph: Graph, parts: Parts, positions: Sequence[Any] | None, per_prompt: bool
+    ) -> None:
+        self.study, self.graph, self.parts, self.positions, self.per_prompt = study, graph, parts, positions, per_prompt
+        self.tokens, self.naive, self.how = 0, 0, "suffix"
+        n = len(study.base) if per_prompt else 1
+        wide = study.values[study.base_is].dtype
+        self.values = torch.full((len(graph.writers), len(graph.readers), n), torch.nan, dtype=wide)
+
+    def batches(self, edges: Sequence[Edge]) -> Iterator[list[Edge]]:
+        """Edges whose values fit into a quarter of the budget together."""
+        model, n_tokens = self.study.model, int(self.study.base.lengths.sum())
+        room = self.study.budget.bytes // 2
+        item = torch.empty((), dtype=model.dtype).element_size()
+        attention = model.d_head * (model.n_heads + 2 * model.n_kv_heads) + 2 * model.d_model
+        some: list[Edge] = []
+        seen: set[tuple[Any, ...]] = set()
+        for edge in sorted(edges, key=lambda e: (e.reader.layer, e.reader.kind == "mlp", self.graph.index(e))):
+            variant = _variant(edge)
+            if variant not in seen:
+                needs = n_tokens * item * (attention if edge.reader.kind in "qkv" else 2 * model.d_model)
+                if some and needs > room:
+                    yield some
+                    some, seen, room = [], set(), self.study.budget.bytes // 2
+                room -= needs
+                seen.add(variant)
+            some.append(edge)
+        if some:
+            yield some
+
+    def patch(self, edges: Sequence[Edge]) -> None:
+        """Computes the effects of some edges."""
+        study, last = self.study, self.study.model.n_layers - 1
+        variants: dict[tuple[str, int], dict[tuple[Any, ...], int]] = {}
+        cells: list[Cell] = []
+        for edge in edges:
+            site, layer = place(edge.reader, last)
+            stacked = variants.setdefault(("qkv", layer) if site in ("q", "k", "v") else (site, layer), {})
+            i = stacked.setdefault(_variant(edge), len(stacked))
+            cells.append((Edit(site, layer, KEY, head=edge.reader.head, variant=i),))
+        asked = {
+            key: [what for what, _ in sorted(of.items(), key=lambda item: item[1])] for key, of in variants.items()
+        }
+        layers = sorted({edge.writer.layer for edge in edges if edge.writer.layer >= 0})
+        sites = set(needed_sites(self.parts, layers))
+        if not self.graph.parallel:
+            sites |= {("resid_mid", edge.reader.layer) for edge in edges if edge.reader.kind == "mlp"}
+        sites |= {("mlp_out", edge.reader.layer) for edge in edges if edge.reader.kind == "mlp"}
+        answers = sweep(
+            study.model,
+            study.base,
+            cells,
+            study.metric,
+            source=study.source,
+            derived={KEY: Derived(tuple(sorted(sites)), _Values(self, asked).make)},
+            base_is=study.base_is,
+            source_is=str(study.source_is),
+            budget=study.budget.bytes * 2,
+            progress=False,
+        )
+        assert answers.source is not None
+        study.values[study.base_is], study.values[str(study.source_is)] = answers.base, answers.source
+        effects = answers.values - answers.base
+        effects = effects if study.base_is == "corrupted" else -effects
+        effects = effects if self.per_prompt else effects.mean(1, keepdim=True)
+        where = torch.tensor([self.graph.index(edge) for edge in edges])
+        self.values[where[:, 0], where[:, 1]] = effects.to(self.values)
+        self.tokens += answers.cost.block_tokens
+        self.naive += answers.cost.naive_block_tokens
+        self.how = self.how if answers.replay == "suffix" else answers.replay
+
+    def counts(self, tokens: Tensor, other: Tensor, ids: np.ndarray) -> Tensor:
+        """At which positions of these prompts a writer's change counts, `[prompt pos]`."""
+        counts = (tokens != other).cumsum(1) > 0
+        if self.positions is None:
+            return counts
+        at, chosen = torch.arange(tokens.shape[1], device=tokens.device), torch.zeros_like(counts)
+        for position in self.positions:
+            named = self.study.named[position][ids] if isinstance(position, str) else torch.tensor([position])
+            if int(named.min()) < 0:
+                raise ValueError(f"positions: expected indices from 0 or names, got {position}")
+            chosen |= at == named.reshape(-1, 1).to(at.device)
+        return counts & chosen
+
+    def result(self) -> EdgeScores:
+        study = self.study
+        return EdgeScores.of(
+            self.graph,
+            self.values if self.per_prompt else self.values[..., 0],
+            baseline=study.values,
+            metric=study.metric.name,
+            unit=study.metric.unit,
+            provenance=self.provenance(),
+            cost=Cost(self.tokens, self.naive),
+            prompts=self.per_prompt,
+        )
+
+    def provenance(self) -> dict[str, Any]:
+        study = self.study
+        prompts = study.base if study.base_is == "clean" else study.source
+        assert prompts is not None
+        positions = None if self.positions is None else list(self.positions)
+        return provenance_of(
+            study.model, prompts, technique="edge patching", replay=self.how, **study.provenance, positions=positions
+        )
+
+
+def place(reader: Reader, last_layer: int) -> tuple[str, int]:
+    """Where a reader's value is written: its query, key or value; else the stream after it, of which it changes nothing else."""
+    if reader.kind == "logits":
+        return "resid_post", last_layer
+    return ("resid_post" if reader.kind == "mlp" else reader.kind), reader.layer
+
+
+def _variant(edge: Edge) -> tuple[Any, ...]:
+    """What tells the values apart that are written at one place. Queries, keys and values of a layer share a writer's."""
+    kind = "qkv" if edge.reader.kind in ("q", "k", "v") else edge.reader.kind
+    return edge.reader.layer, kind, edge.writer
+
+
+class _Values:
+    """Makes the values of a batch of edges from the two runs."""
+
+    def __init__(self, work: _Work, asked: dict[tuple[str, int], list[tuple[Any, ...]]]) -> None:
+        self.work, self.asked = work, asked
+        self.ids: np.ndarray | None = None
+        self.projected: dict[tuple[str, int], Tensor] = {}
+
+    def make(self, base: Run, source: Run, ids: np.ndarray, site: str, layer: int) -> Tensor:
+        """`[variant prompt pos …]`."""
+        changes = Changes(self.work.parts, base, source, self.work.counts(base.tokens, source.tokens, ids))
+        if site == "resid_post":
+            asked = self.asked[site, layer]
+            return torch.cat([self._after(changes, kind, at, writers) for at, kind, writers in _runs(asked)])
+        if self.ids is not ids:
+            self.ids, self.projected = ids, {}
+        if (site, layer) not in self.projected:
+            writers = [writer for _, _, writer in self.asked["qkv", layer]]
+            normed = self.work.parts.attention_input(layer, changes.base.resid[layer] + changes.of(writers))
+            for which in ("q", "k", "v"):
+                self.projected[which, layer] = self.work.parts.project(layer, which, normed)  # type: ignore[arg-type]
+        return self.projected.pop((site, layer))
+
+    def _after(self, changes: Changes, kind: str, layer: int, writers: list[Writer]) -> Tensor:
+        """The stream after an MLP, or the final one, if this reader alone sees the changes."""
+        base, change = changes.base, changes.of(writers)
+        if kind == "logits":
+            return base.resid[-1] + change
+        parts, graph = self.work.parts, self.work.graph
+        reads = stream(graph, base, Reader("mlp", layer)) + change
+        return base.resid[layer + 1] - base.sites["mlp_out", layer] + parts.mlp(layer, reads)
+
+
+def _runs(asked: list[tuple[Any, ...]]) -> Iterator[tuple[int, str, list[Writer]]]:
+    """Consecutive variants of one reader."""
+    first = 0
+    for i in range(1, len(asked) + 1):
+        if i == len(asked) or asked[i][:2] != asked[first][:2]:
+            yield asked[first][0], asked[first][1], [writer for *_, writer in asked[first:i]]
+            first = i
+
+
+class _Checkpoint:
+    """The file that an interrupted study goes on from."""
+
+    def __init__(self, path: Path, work: _Work) -> None:
+        self.path, self.work, self.at = path, work, time.monotonic()
+        if not path.exists():
+            return
+        saved = EdgeScores.load(path)
+        theirs, ours = dict(saved.provenance), work.provenance()
+        for key in sorted({*theirs, *ours} - {"replay", "mechkit"}):
+            if theirs.get(key) != ours.get(key):
+                raise ValueError(
+                    f"checkpoint: {path} is of another study: its {key} is {theirs.get(key)!r}, here it is {ours.get(key)!r}. "
+                    "Give another file, or delete it"
+                )
+        values = saved.per_prompt if work.per_prompt else saved.values[..., None]
+        if values.shape != work.values.shape:
+            raise ValueError(f"checkpoint: {path} is of another study: other prompts, or another choice of per_prompt")
+        work.values = values.to(work.values)
+        work.study.values.update({run: value.clone() for run, value in saved.baseline.items()})
+
+    def has(self, edge: Edge) -> bool:
+        return not bool(self.work.values[self.work.graph.index(edge)].isnan().any())
+
+    def save(self) -> None:
+        self.work.result().save(self.path)
+        self.at = time.monotonic()

@@ -1,0 +1,211 @@
+"""What a block is made of, as functions of the residual stream: who reads what, and who writes what.
+
+1. Queries, keys and values are linear in what the block's norm makes of the stream: `W_Q`, `W_K`, `W_V` by head.
+2. Heads write `z W_O`, one by one. Where a norm comes after the attention (Gemma 2 and 3, OLMo 2), its scale is that of the run
+   that `z` is from: the heads of one run then sum to what its attention wrote, exactly.
+3. The MLP is a function of the stream behind its norm. In parallel blocks it reads what the attention reads.
+
+Nothing is presumed: `check` holds every piece against a recorded run, and refuses a model of another form.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mechkit.hooks._norms import TOLERANCE, FrozenNorm
+from mechkit.hooks._replay import Run, record
+
+if TYPE_CHECKING:
+    from mechkit.hooks._model import HookedModel
+
+Projection = Literal["q", "k", "v"]
+
+
+class Parts:
+    """The pieces of a model's blocks.
+
+    Attributes:
+        parallel: Whether attention and MLP of a block read the same stream.
+    """
+
+    def __init__(self, model: HookedModel) -> None:
+        self.model = model
+        self.parallel = not model.has_site("resid_mid")
+        self.has_mlp = model.has_site("mlp_out")
+        self._norms: dict[tuple[str, int], FrozenNorm] = {}
+
+    def attention_input(self, layer: int, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
+        """What queries, keys and values are made from: the stream behind the block's norm, if it has one."""
+        return self._normed(layer, ("ln1",), x)
+
+    def mlp_input(self, layer: int, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
+        """What the MLP itself is given, for `x` in the stream."""
+        return self._normed(layer, ("ln2", "ln1") if self.parallel else ("ln2",), x)
+
+    def weight(self, layer: int, which: Projection) -> Float[Tensor, "head d_model d_head"]:
+        """`W_Q`, `W_K` or `W_V`, without gradient; the last two by key-value head."""
+        weight: Tensor = getattr(self._attention(layer), f"W_{which.upper()}").detach()
+        return weight
+
+    def bias(self, layer: int, which: Projection) -> Float[Tensor, "head d_head"] | float:
+        """`b_Q`, `b_K` or `b_V`; 0 where there is none."""
+        bias = getattr(self._attention(layer), f"b_{which.upper()}", None)
+        return 0.0 if bias is None else bias.detach()
+
+    def project(
+        self, layer: int, which: Projection, normed: Float[Tensor, "... d_model"]
+    ) -> Float[Tensor, "... head d_head"]:
+        """Queries, keys or values of all heads, of what `attention_input` gives."""
+        return torch.einsum("...m,hmd->...hd", normed, self.weight(layer, which)) + self.bias(layer, which)
+
+    def project_each(
+        self, layer: int, which: Projection, normed: Float[Tensor, "head row pos d_model"]
+    ) -> Float[Tensor, "row pos head d_head"]:
+        """The same where every head reads an input of its own."""
+        heads, rows, positions, width = normed.shape
+        projected = torch.bmm(normed.reshape(heads, rows * positions, width), self.weight(layer, which))
+        return projected.reshape(heads, rows, positions, -1).permute(1, 2, 0, 3) + self.bias(layer, which)
+
+    def heads(self, layer: int, z: Float[Tensor, "... head d_head"]) -> Float[Tensor, "... head d_model"]:
+        """What each head writes into the stream, without the bias, which belongs to none of them."""
+        written = torch.einsum("...hd,hdm->...hm", z, self._attention(layer).W_O.detach())
+        norm = self._frozen("ln1_post", layer, written)
+        if norm is None:
+            return written
+        bias = getattr(self._attention(layer), "b_O", None)
+        together = written.sum(-2) if bias is None else written.sum(-2) + bias.detach()
+        scale = norm.live_scale(together) if together.requires_grad else norm.scale(together)
+        return norm.linear(written, scale[..., None, :])
+
+    def heads_are_linear(self, layer: int) -> bool:
+        """Whether what a head writes is linear in its z: no norm comes after the attention."""
+        return getattr(self.model.bridge.blocks[layer], "ln1_post", None) is None
+
+    def mlp(self, layer: int, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
+        """What the MLP adds to the stream when it reads `x` in the stream."""
+        block, flat = self.model.bridge.blocks[layer], x.reshape(-1, *x.shape[-2:])
+        written = _call_mlp(block, self.mlp_input(layer, flat))
+        norm = getattr(block, "ln2_post", None)
+        written = written if norm is None else norm.original_component(written)
+        return written.reshape(x.shape)
+
+    @torch.no_grad()
+    def check(self, tokens: Int[Tensor, "prompt pos"]) -> None:
+        """Runs prompts and holds every piece against what the model computed.
+
+        Raises:
+            ValueError: some piece is not what this module takes it for; the message says which.
+        """
+        stream = ["resid_pre", "resid_post", *([] if self.parallel else ["resid_mid"])]
+        kinds = ["q", "k", "v", "z", "attn_out", *(["mlp_out"] if self.has_mlp else []), *stream]
+        layers = range(self.model.n_layers)
+        run = record(self.model, tokens, [(kind, layer) for layer in layers for kind in kinds], blocks=False)
+        for layer in layers:
+            self._check_layer(run, layer)
+
+    def _check_layer(self, run: Run, layer: int) -> None:
+        sites = {kind: activation for (kind, at), activation in run.sites.items() if at == layer}
+        x, width = sites["resid_pre"], self.model.d_head
+        normed = self.attention_input(layer, x)
+        for which in ("q", "k", "v"):
+            found = self.project(layer, which, normed)  # type: ignore[arg-type]
+            self._equal(f"{which} of layer {layer}", found.reshape(sites[which].shape), sites[which])
+        z = sites["z"].reshape(*x.shape[:-1], -1, width)
+        nothing = self.heads(layer, z).sum(-2) + self._written_by_bias(layer, z)
+        self._equal(f"the heads' outputs of layer {layer}", nothing, sites["attn_out"])
+        added = sites["attn_out"]
+        if self.has_mlp:
+            self._equal(
+                f"the MLP of layer {layer}",
+                self.mlp(layer, x if self.parallel else sites["resid_mid"]),
+                sites["mlp_out"],
+            )
+            added = added + sites["mlp_out"]
+        self._equal(f"the residual stream after layer {layer}", x + added, sites["resid_post"])
+        if not self.parallel:
+            self._equal(f"the residual stream within layer {layer}", x + sites["attn_out"], sites["resid_mid"])
+
+    def pull_back_attention(self, layer: int, x: Tensor, u: Tensor, frozen: bool = False) -> Tensor:
+        """From gradients at what the projections are given to gradients at the stream that the norm reads.
+
+        Args:
+            layer: The layer.
+            x: The stream, `[row pos d_model]`.
+            u: Several gradients at each place, `[row pos reader d_model]`.
+            frozen: Whether the norm's scale counts as a constant.
+        """
+        return self._pull_back(layer, ("ln1",), x, u, frozen)
+
+    def pull_back_mlp(self, layer: int, x: Tensor, u: Tensor, frozen: bool = False) -> Tensor:
+        """The same for the MLP's input."""
+        return self._pull_back(layer, ("ln2", "ln1") if self.parallel else ("ln2",), x, u, frozen)
+
+    def _pull_back(self, layer: int, names: tuple[str, ...], x: Tensor, u: Tensor, frozen: bool) -> Tensor:
+        name = next((n for n in names if getattr(self.model.bridge.blocks[layer], n, None) is not None), None)
+        if name is None:
+            return u
+        if frozen:
+            norm = self._frozen(name, layer, x)
+            assert norm is not None
+            return norm.pull_back(u, norm.scale(x)[..., None, :])
+        with torch.enable_grad():
+            copies = x.detach()[..., None, :].expand_as(u).requires_grad_()
+            normed = getattr(self.model.bridge.blocks[layer], name).original_component(copies)
+            return torch.autograd.grad(normed, copies, u)[0]
+
+    def _written_by_bias(self, layer: int, z: Tensor) -> Tensor | float:
+        """What attention adds beside its heads: its bias, and that of a norm behind it."""
+        bias = getattr(self._attention(layer), "b_O", None)
+        added = 0.0 if bias is None else bias.detach()
+        written = torch.einsum("...hd,hdm->...m", z, self._attention(layer).W_O.detach()) + added
+        norm = self._frozen("ln1_post", layer, written)
+        if norm is None:
+            return added
+        return norm.bias if bias is None else norm.linear(added.expand_as(written), norm.scale(written)) + norm.bias
+
+    def _equal(self, what: str, found: Tensor, expected: Tensor) -> None:
+        error = float((found - expected).abs().max())
+        if not error <= TOLERANCE[self.model.dtype] * max(float(expected.abs().max()), 1e-12):
+            raise ValueError(
+                f"model: {what} of {self.model.name} ({self.model.cfg.architecture}) is off by {error:.1e} from what its "
+                f"weights say (largest {float(expected.abs().max()):.1e}), so that its edges are not known"
+            )
+
+    def _attention(self, layer: int) -> Any:
+        attention = self.model.bridge.blocks[layer].attn
+        if getattr(attention, "W_Q", None) is None or attention.W_Q.ndim != 3:
+            raise ValueError(
+                f"model: expected attention with weights by head in layer {layer} of {self.model.name} "
+                f"({self.model.cfg.architecture}), got none"
+            )
+        return attention
+
+    def _normed(self, layer: int, names: tuple[str, ...], x: Tensor) -> Tensor:
+        block = self.model.bridge.blocks[layer]
+        norm = next((norm for name in names if (norm := getattr(block, name, None)) is not None), None)
+        return x if norm is None else norm.original_component(x)
+
+    def _frozen(self, name: str, layer: int, like: Tensor) -> FrozenNorm | None:
+        module = getattr(self.model.bridge.blocks[layer], name, None)
+        if module is not None and (name, layer) not in self._norms:
+            self._norms[name, layer] = FrozenNorm(module, like.detach(), f"{name} of layer {layer}")
+        return self._norms.get((name, layer))
+
+
+def _call_mlp(block: Any, normed: Tensor) -> Tensor:
+    """The MLP module. Two families have none that can be called with its input alone: OPT keeps its two layers in the block,
+    and Bloom's adds the residual stream by itself."""
+    if getattr(block.mlp, "name", "") is None:
+        plain = block.original_component
+        hidden: Tensor = plain.fc2(plain.activation_fn(plain.fc1(normed)))
+        return hidden
+    takes = inspect.signature(type(block.mlp.original_component).forward).parameters
+    more = (torch.zeros_like(normed),) if "residual" in takes else ()
+    output = block.mlp(normed, *more)
+    written: Tensor = output[0] if isinstance(output, tuple) else output
+    return written

@@ -1,0 +1,176 @@
+"""Faithfulness curves: how much of the model's behaviour a circuit keeps, by how many edges it has.
+
+1. The circuit's faithfulness at each size, with an interval as a band; random circuits of the same sizes in grey.
+2. A line at 0, the corrupted run, and one at 1, the whole model: what the numbers are to be compared with.
+3. The axis of sizes is logarithmic.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import plotly.graph_objects as go
+from torch import Tensor
+
+from mechkit.plot._heatmap import _COLOURS, _FONT, _number, _plain
+
+_BLUE, _GREY = _COLOURS[-2], "#8c8c8c"
+
+Numbers = Sequence[float] | Tensor
+
+
+def curve(
+    n_edges: Numbers,
+    faithfulness: Numbers,
+    *,
+    low: Numbers | None = None,
+    high: Numbers | None = None,
+    random: Numbers | None = None,
+    random_low: Numbers | None = None,
+    random_high: Numbers | None = None,
+    title: str | None = None,
+    unit: str = "",
+) -> go.Figure:
+    """Draw a faithfulness curve.
+
+    Args:
+        n_edges: How many edges each circuit has, ascending, at least 1 (the axis is logarithmic).
+        faithfulness: Of each circuit: 0 is the corrupted run, 1 the whole model. NaN is left out.
+        low, high: Ends of its interval, both or neither.
+        random: Faithfulness of random circuits of the same sizes.
+        random_low, random_high: Ends of its interval, both or neither.
+        title: Of the figure, as plain text.
+        unit: What faithfulness is measured in, for the axis; empty if it is normalized. The lines at 0 and 1 are drawn in that
+            case alone.
+
+    Returns:
+        A plotly figure; nothing is shown or written.
+
+    Raises:
+        ValueError: lists of different lengths, no points, sizes out of order or below 1, an infinite number, one end of an
+            interval without the other, ends the wrong way round, or an interval of random circuits without these.
+    """
+    x = _floats("n_edges", n_edges)
+    if not x or not all(1 <= size < math.inf for size in x) or any(b <= a for a, b in itertools.pairwise(x)):
+        raise ValueError(f"n_edges: expected ascending numbers of at least 1, got {x}")
+    given = {
+        "faithfulness": faithfulness,
+        "low": low,
+        "high": high,
+        "random": random,
+        "random_low": random_low,
+        "random_high": random_high,
+    }
+    y = {name: _checked(name, values, len(x)) for name, values in given.items() if values is not None}
+    if "random" not in y and y.keys() & {"random_low", "random_high"}:
+        raise ValueError(
+            "random: expected the faithfulness of random circuits with its interval, got the interval alone"
+        )
+    figure = go.Figure()
+    if "random" in y:
+        figure.add_traces(_band(x, y, "random_low", "random_high", "rgba(140,140,140,0.22)"))
+        figure.add_trace(_points(x, y["random"], "random circuits", _GREY, "dash", "square", y, "random_"))
+    figure.add_traces(_band(x, y, "low", "high", "rgba(33,102,172,0.20)"))
+    figure.add_trace(_points(x, y["faithfulness"], "circuit", _BLUE, "solid", "circle", y, ""))
+    _style(figure, x, title, unit, legend="random" in y)
+    return figure
+
+
+def _floats(name: str, values: Numbers) -> list[float]:
+    try:
+        return [float(value) for value in values]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: expected a list of numbers, got {values!r}") from error
+
+
+def _checked(name: str, values: Numbers, n: int) -> list[float]:
+    floats = _floats(name, values)
+    if len(floats) != n:
+        raise ValueError(f"{name}: expected {n} numbers, one for each of n_edges; got {len(floats)}")
+    if any(math.isinf(value) for value in floats):
+        raise ValueError(f"{name}: expected finite numbers, got {floats}")
+    return floats
+
+
+def _band(x: list[float], y: dict[str, list[float]], low: str, high: str, colour: str) -> list[go.Scatter]:
+    """An area between two lines: the second is filled down to the first."""
+    if low not in y and high not in y:
+        return []
+    if low not in y or high not in y:
+        raise ValueError(f"{low}, {high}: expected both or neither, got one of them")
+    if any(b < a for a, b in zip(y[low], y[high], strict=True)):
+        raise ValueError(f"{low}, {high}: expected {low} <= {high}, got {y[low]} and {y[high]}")
+    kept = [i for i in range(len(x)) if not math.isnan(y[low][i]) and not math.isnan(y[high][i])]
+    line = {"mode": "lines", "line": {"width": 0}, "hoverinfo": "skip", "showlegend": False, "x": [x[i] for i in kept]}
+    return [
+        go.Scatter(y=[y[low][i] for i in kept], **line),
+        go.Scatter(y=[y[high][i] for i in kept], fill="tonexty", fillcolor=colour, **line),
+    ]
+
+
+def _points(
+    x: list[float],
+    values: list[float],
+    name: str,
+    colour: str,
+    dash: str,
+    symbol: str,
+    y: dict[str, list[float]],
+    prefix: str,
+) -> go.Scatter:
+    low, high = y.get(f"{prefix}low"), y.get(f"{prefix}high")
+    hover = [f"{name}, {size:,.0f} edges<br>{_number(value, 4)}" for size, value in zip(x, values, strict=True)]
+    if low and high:
+        hover = [f"{text} ({_number(a)} to {_number(b)})" for text, a, b in zip(hover, low, high, strict=True)]
+    return go.Scatter(
+        x=x,
+        y=values,
+        mode="lines+markers",
+        name=name,
+        line={"color": colour, "width": 2, "dash": dash},
+        marker={"size": 7, "symbol": symbol},
+        hoverinfo="text",
+        hovertext=hover,
+    )
+
+
+def _style(figure: go.Figure, x: list[float], title: str | None, unit: str, *, legend: bool) -> None:
+    if not unit:
+        for height, name in ((0, "corrupted run"), (1, "whole model")):
+            figure.add_hline(height, line={"color": "#444444", "width": 1, "dash": "dot"}, layer="below")
+            figure.add_annotation(
+                text=name,
+                xref="paper",
+                x=1,
+                y=height,
+                xanchor="left",
+                yanchor="middle",
+                xshift=6,
+                showarrow=False,
+                font={"size": 11, "color": "#444444"},
+            )
+    figure.update_xaxes(
+        type="log",
+        title_text="edges kept",
+        dtick=1 if x[-1] / x[0] > 20 else "D2",
+        tickformat=",d",
+        exponentformat="none",
+    )
+    figure.update_yaxes(title_text=f"faithfulness ({_plain(unit)})" if unit else "faithfulness", zeroline=False)
+    axis = {"showgrid": True, "gridcolor": "#ececec", "showline": True, "linecolor": "#444444", "ticks": "outside"}
+    figure.update_xaxes(**axis)
+    figure.update_yaxes(**axis)
+    figure.update_layout(
+        title={"text": _plain(title or "Faithfulness by circuit size"), "font_size": 17, "x": 0.02, "xanchor": "left"},
+        width=720,
+        height=460,
+        margin={"l": 70, "r": 110, "t": 66, "b": 60},
+        font={"family": _FONT, "size": 12, "color": "#222222"},
+        showlegend=legend,
+        legend={"x": 0.02, "y": 0.98, "xanchor": "left", "yanchor": "top", "bgcolor": "rgba(255,255,255,0.8)"},
+        hovermode="closest",
+        paper_bgcolor="#ffffff",
+        plot_bgcolor="#ffffff",
+    )
