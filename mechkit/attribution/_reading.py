@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechkit.hooks import FrozenNorm, HookedModel
+from mechkit.hooks import FrozenNorm, HookedModel, widen
 from mechkit.metrics import CallableMetric, Metric
 from mechkit.prompts import Prompts
 
@@ -115,9 +115,9 @@ def read_direction(
             weight = model.W_U if tokens is None else model.W_U[:, tokens.to(model.W_U.device)]
             bias = model.b_U if tokens is None else model.b_U[tokens.to(model.b_U.device)]
             raw = normed @ weight + bias
-            logits = _widen(model.unembed(resid, tokens))
+            logits = widen(model.unembed(resid, tokens))
             size = float(logits.abs().max())
-            _check_same(_widen(model.scale_logits(raw)), logits, size, model.dtype)
+            _check_same(widen(model.scale_logits(raw)), logits, size, model.dtype)
             per_logit = linear_gradient(direction, logits, prompt)
             value = direction.read(logits, prompt, None)
             # A soft cap multiplies each logit with a factor of its own, which is held fixed as the norm's scale is.
@@ -126,9 +126,9 @@ def read_direction(
             u = (per_logit.to(raw.dtype) * factor) @ weight.T
             constant = (per_logit.to(raw.dtype) * factor * bias).sum(-1)
         return Reading(
-            direction=_widen(norm.pull_back(u, scale)),
-            constant=_widen(constant) + _widen(u * norm.bias).sum(-1),
-            value=_widen(value),
+            direction=widen(norm.pull_back(u, scale)),
+            constant=widen(constant) + widen(u * norm.bias).sum(-1),
+            value=widen(value),
             scale=max(size, 1e-30),
         )
 
@@ -175,7 +175,3 @@ def _check_same(found: Tensor, logits: Tensor, size: float, dtype: torch.dtype) 
             f"model: its logits are not the unembedding of its final norm's output (they differ by {off:.1e}), so that they "
             "cannot be attributed to what is written into the residual stream"
         )
-
-
-def _widen(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()

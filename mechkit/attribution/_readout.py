@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mechkit.attribution._cells import Axes
-from mechkit.hooks import SITES, Budget, FrozenNorm, HookedModel, check_tokens, record
+from mechkit.hooks import SITES, Budget, FrozenNorm, HookedModel, check_tokens, record, widen
 from mechkit.prompts import Prompts
 
 RESIDUAL = ("embed", "resid_pre", "resid_mid", "resid_post")
@@ -152,11 +152,6 @@ def read_cells(
                             ids[where] = tokens.cpu()
                     bar.update(len(chunk.prompt))
     return _ordered(values, axes, places), _ordered(ids, axes, places), computed
-
-
-def widen(x: Tensor) -> Tensor:
-    """Half precision as float32."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 class _Kept:

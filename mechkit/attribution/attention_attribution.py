@@ -38,7 +38,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mechkit.attribution._cells import position_labels, provenance_of, split_prompts
-from mechkit.hooks import Budget, HookedModel, check_tokens
+from mechkit.hooks import Budget, HookedModel, check_tokens, widen
 from mechkit.metrics import CallableMetric, Metric, as_metric
 from mechkit.prompts import PromptPairs, Prompts
 from mechkit.result import Result
@@ -308,7 +308,7 @@ def _weighted_patterns(
     with torch.inference_mode(False), torch.enable_grad():
         with model.hooks([(("pattern", layer), partial(add_zero, layer=layer)) for layer in layers]):
             logits = model(tokens.clone())  # a tensor that autograd may keep, wherever it was made
-        value = _read(metric, logits if logits.dtype == torch.float64 else logits.float(), ids)
+        value = _read(metric, widen(logits), ids)
         gradients = torch.autograd.grad(value.sum(), [zeros[layer] for layer in layers], allow_unused=True)
     weighted = []
     for layer, gradient in zip(layers, gradients, strict=True):

@@ -42,9 +42,8 @@ from mechkit.attribution._head_weights import (
     project,
     weight_of,
     weights_result,
-    wide,
 )
-from mechkit.hooks import Budget, HookedModel, check_tokens, record
+from mechkit.hooks import Budget, HookedModel, check_tokens, record, widen
 from mechkit.prompts import PromptPairs, Prompts
 from mechkit.result import Result
 
@@ -252,7 +251,7 @@ def _pattern_scores(
     budget: Budget,
     progress: bool,
 ) -> Float[Tensor, "layer head prompt"]:
-    values = torch.full((len(layers), len(heads), len(prompts)), torch.nan, dtype=wide(_scalar(model)).dtype)
+    values = torch.full((len(layers), len(heads), len(prompts)), torch.nan, dtype=widen(_scalar(model)).dtype)
     for ids, tokens in _batches(model, prompts, budget, progress):
         sources = attended(tokens, kind)
         counts = sources.any(-1).sum(-1).to(values.dtype)  # destinations that count
@@ -319,9 +318,9 @@ def _copying(
 ) -> Float[Tensor, "layer head"]:
     """Eigenvalues of E V O U [vocabulary vocabulary] are those of O (U E) V [d_head d_head], and zeros."""
     probe_attention(model, layers)
-    through = torch.zeros(model.d_model, model.d_model, dtype=wide(_scalar(model)).dtype, device=model.device)
+    through = torch.zeros(model.d_model, model.d_model, dtype=widen(_scalar(model)).dtype, device=model.device)
     for tokens in torch.arange(model.d_vocab).split(CHUNK):
-        through += wide(model.W_U[:, tokens]) @ wide(embeddings(model, tokens))  # [written read]
+        through += widen(model.W_U[:, tokens]) @ widen(embeddings(model, tokens))  # [written read]
     rows = []
     bar = tqdm(total=len(layers), disable=None if progress else True, unit="layer", leave=False, delay=2)
     with bar:

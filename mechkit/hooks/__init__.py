@@ -12,6 +12,7 @@ from mechkit.hooks._gradients import metric_values as metric_values
 from mechkit.hooks._memory import Budget as Budget
 from mechkit.hooks._model import HookedModel as HookedModel
 from mechkit.hooks._norms import FrozenNorm as FrozenNorm
+from mechkit.hooks._precision import widen as widen
 from mechkit.hooks._replay import record as record
 from mechkit.hooks._sites import SITES as SITES
 from mechkit.hooks._sites import Site as Site

@@ -26,14 +26,12 @@ from torch import Tensor
 
 from mechkit.hooks._hooking import HookFunction, Hooks
 from mechkit.hooks._memory import out_of_memory
+from mechkit.hooks._precision import TOLERANCE, widen
 from mechkit.hooks._replay import CannotReplayError, Replayer, Run, record
 from mechkit.metrics import CallableMetric, Metric
 
 if TYPE_CHECKING:
     from mechkit.hooks._model import HookedModel
-
-# Largest difference between a suffix's residual stream and a whole run's that rounding explains, relative to its largest entry.
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
 
 
 @contextmanager
@@ -331,8 +329,3 @@ def metric_values(
             "something computed outside torch's autograd); use a differentiable metric such as mk.logit_diff"
         )
     return value
-
-
-def widen(logits: Tensor) -> Tensor:
-    """Metrics are computed in float32 at least."""
-    return logits if logits.dtype == torch.float64 else logits.float()

@@ -29,6 +29,7 @@ from mechkit.hooks._checks import check_sweep
 from mechkit.hooks._edits import NEVER, Cell, EditPlan, Rows
 from mechkit.hooks._hooking import Hooks
 from mechkit.hooks._memory import Budget, out_of_memory
+from mechkit.hooks._precision import TOLERANCE, widen
 from mechkit.hooks._replay import CannotReplayError, PlainBlocks, Replayer, Run, attach_edit, record
 from mechkit.metrics import CallableMetric, Metric
 from mechkit.prompts import Prompts
@@ -38,9 +39,6 @@ if TYPE_CHECKING:
     from mechkit.hooks._model import HookedModel
 
 Values = Mapping[str, Mapping[tuple[str, int], Tensor]]
-
-# Largest difference between a replayed and a whole forward pass that rounding explains, relative to the logits' spread.
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,7 +192,7 @@ class _Chunk:
         reference = None
         if metric.reference is not None:
             reference = self.reference_logits[torch.from_numpy(prompt).to(logits.device)]
-        return metric.read(_widen(logits), torch.from_numpy(self.ids[prompt]).to(logits.device), reference).cpu()
+        return metric.read(widen(logits), torch.from_numpy(self.ids[prompt]).to(logits.device), reference).cpu()
 
     @cached_property
     def reference_logits(self) -> Tensor:
@@ -202,7 +200,7 @@ class _Chunk:
         assert isinstance(self.state.metric, Metric)
         run = self.run if self.state.runs[str(self.state.metric.reference)] == "base" else self.source
         assert run is not None
-        return _widen(self.logits_of(run))
+        return widen(self.logits_of(run))
 
     def logits_of(self, run: Run) -> Tensor:
         """The logits that the metric reads in an unedited run, `[prompt token]`."""
@@ -216,7 +214,7 @@ class _Chunk:
         """The metric of an unedited run, `[prompt]`."""
         if isinstance(self.state.metric, Metric):
             return self.read(self.logits_of(run), np.arange(len(self.ids)))
-        return _call_metric(self.state.metric, _widen(self.all_logits(run)), len(self.ids))
+        return _call_metric(self.state.metric, widen(self.all_logits(run)), len(self.ids))
 
     def all_logits(self, run: Run) -> Tensor:
         return self.state.model.unembed(run.resid[-1]) if self.state.unembeds else self.state.model.bridge(run.tokens)
@@ -230,11 +228,6 @@ class _Chunk:
     def chosen_tokens(self, logits: Tensor) -> Tensor:
         tokens = getattr(self.state.metric, "tokens", None)
         return logits if tokens is None else logits[:, tokens.to(logits.device)]
-
-
-def _widen(logits: Tensor) -> Tensor:
-    """Metrics are computed in float32 at least."""
-    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def _call_metric(metric: CallableMetric, logits: Tensor, n_prompts: int) -> Tensor:
@@ -372,11 +365,11 @@ def _answer_batch(chunk: _Chunk, replayer: Replayer | None, rows: Rows) -> Tenso
         return chunk.read(logits, rows.prompt)
     if replayer is None:
         cells = _whole_forward(chunk, rows).split(len(chunk.ids))
-        return torch.cat([_call_metric(metric, _widen(logits), len(logits)) for logits in cells])
+        return torch.cat([_call_metric(metric, widen(logits), len(logits)) for logits in cells])
     answers = []
     for suffix in replayer.replay(state.plan, rows, chunk.lookup, False).split(len(chunk.ids)):
         resid = torch.cat([chunk.run.resid[-1][:, : rows.start], suffix], 1)
-        answers.append(_call_metric(metric, _widen(state.model.unembed(resid)), len(suffix)))
+        answers.append(_call_metric(metric, widen(state.model.unembed(resid)), len(suffix)))
     return torch.cat(answers)
 
 
