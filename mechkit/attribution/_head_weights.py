@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechkit._version import __version__
-from mechkit.hooks import FrozenNorm, HookedModel, record, widen
+from mechkit.hooks import FrozenNorm, HookedModel, check_can_run, record, widen
 from mechkit.result import Result
 
 CHUNK = 4096  # tokens embedded at once
@@ -197,8 +197,7 @@ def probe_attention(model: HookedModel, layers: Sequence[int]) -> dict[int, floa
     Raises:
         ValueError: training mode; queries, keys, values, scores or outputs that are not what the weights say.
     """
-    if model.training:
-        raise ValueError("model: expected evaluation mode, got training mode (dropout would be on). Call model.eval()")
+    check_can_run(model)
     first = torch.arange(_PROBES) % model.d_vocab
     noise = torch.randn(_PROBES, model.d_model, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     size = float(embeddings(model, first).double().pow(2).mean().sqrt()) or 1.0

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechkit.attribution._cells import Axes, make_axes, provenance_of, split_prompts
-from mechkit.hooks import SITES, Budget, GradientRuns, HookedModel, check_metric, check_tokens, metric_values
+from mechkit.hooks import SITES, Budget, GradientRuns, HookedModel, check_can_run, check_metric, metric_values
 from mechkit.metrics import CallableMetric, Metric, as_metric
 from mechkit.prompts import PromptPairs, Prompts
 from mechkit.result import Cost, Result
@@ -286,19 +286,8 @@ def make_single_study(
 
 def check_study(model: HookedModel, metric: Metric | CallableMetric, runs: Mapping[str, Prompts]) -> None:
     """Refuses a model in training mode, tokens that it cannot read, and a metric made for other prompts."""
-    if model.training:
-        raise ValueError("model: expected evaluation mode, got training mode (dropout would be on). Call model.eval()")
-    for name, prompts in runs.items():
-        for i, tokens in enumerate(prompts.tokens):
-            check_tokens(model, tokens, f"{name} prompt {i}")
-    first = next(iter(runs.values()))
-    if isinstance(metric, Metric):
-        check_metric(model, first, metric, runs)
-    elif len(first.by_length()) > 1:
-        raise ValueError(
-            f"metric: a plain callable needs prompts of one length, got lengths {sorted(first.by_length())}. Use one of "
-            "mechkit's metrics, which know where each prompt ends, or pass prompts of one length"
-        )
+    check_can_run(model, {f"{name} prompt": prompts for name, prompts in runs.items()})
+    check_metric(model, next(iter(runs.values())), metric, runs)
 
 
 def hook_name(key: Key) -> str:

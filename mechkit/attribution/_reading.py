@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechkit.hooks import FrozenNorm, HookedModel, widen
+from mechkit.hooks import FrozenNorm, HookedModel, check_metric, widen
 from mechkit.metrics import CallableMetric, Metric
 from mechkit.prompts import Prompts
 
@@ -51,13 +51,7 @@ def as_direction(model: HookedModel, direction: Direction, prompts: Prompts) -> 
     """
     n = len(prompts)
     if isinstance(direction, Metric):
-        if direction.n_prompts != n or (
-            direction.lengths is not None and not torch.equal(direction.lengths, prompts.lengths)
-        ):
-            raise ValueError(
-                f"metric: expected one made for these {n} prompts, got one made for {direction.n_prompts} of lengths "
-                f"{direction.lengths}; make it from the pairs that are attributed"
-            )
+        check_metric(model, prompts, direction, ("clean",))
         return direction
     if isinstance(direction, Tensor) and direction.is_floating_point():
         if direction.shape not in ((model.d_model,), (n, model.d_model)):

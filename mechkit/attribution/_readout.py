@@ -25,8 +25,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mechkit.attribution._cells import Axes
-from mechkit.hooks import SITES, Budget, FrozenNorm, HookedModel, check_tokens, record, widen
+from mechkit.attribution._cells import Axes, check_final_norm
+from mechkit.hooks import SITES, Budget, FrozenNorm, HookedModel, check_can_run, record, widen
 from mechkit.prompts import Prompts
 
 RESIDUAL = ("embed", "resid_pre", "resid_mid", "resid_post")
@@ -268,21 +268,10 @@ def _check_model(model: HookedModel, prompts: Prompts, axes: Axes) -> None:
             f"over: expected {'' if site == 'result' else 'no '}'head' and no 'neuron' among the dims at site {site!r}, got "
             f"{' '.join(axes.dims)!r}. A head's contribution is at site 'result'"
         )
-    check_can_run(model, prompts)
+    check_can_run(model, {"prompt": prompts})
+    check_final_norm(model, "a lens")
     if site in COMPONENTS:
         _check_parts(model, prompts, axes)
-
-
-def check_can_run(model: HookedModel, prompts: Prompts, what: str = "prompt") -> None:
-    """Raises `ValueError` for training mode, a model without a final norm, and tokens that are none of the model's."""
-    if model.training:
-        raise ValueError("model: expected evaluation mode, got training mode (dropout would be on). Call model.eval()")
-    if getattr(model.bridge, "ln_final", None) is None:
-        raise ValueError(
-            f"model: expected a final norm and an unembedding after it; {model.name} ({model.cfg.architecture}) has no ln_final"
-        )
-    for i, tokens in enumerate(prompts.tokens):
-        check_tokens(model, tokens, f"{what} {i}")
 
 
 def _check_unembedding(model: HookedModel, final: Tensor, logits: Tensor) -> None:

@@ -27,7 +27,7 @@ from torch import Tensor
 from mechkit.attribution._cells import choose_indices, choose_positions, position_labels, provenance_of, split_prompts
 from mechkit.attribution._reading import Direction, as_direction
 from mechkit.attribution._stream import StreamRun, labels, needed
-from mechkit.hooks import Budget, HookedModel, check_tokens
+from mechkit.hooks import Budget, HookedModel, check_can_run
 from mechkit.metrics import Metric
 from mechkit.prompts import PromptPairs, Prompts
 from mechkit.result import Cost, Result
@@ -79,12 +79,9 @@ def direct_logit_attribution(
     """
     if over not in OVER:
         raise ValueError(f"over: expected one of {', '.join(map(repr, OVER))}; got {over!r}")
-    if model.training:
-        raise ValueError("model: expected evaluation mode, got training mode (dropout would be on). Call model.eval()")
     base, named, task = split_prompts(prompts)
+    check_can_run(model, {"prompt": base})
     direction = as_direction(model, metric, base)
-    for i, tokens in enumerate(base.tokens):
-        check_tokens(model, tokens, f"prompt {i}")
     index = _chosen(model, base, named, over, layers, heads, neurons, positions)
     coords = {dim: tuple(labels) for dim, labels in index.items()}
     if over in ("component", "cumulative"):

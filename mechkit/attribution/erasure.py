@@ -24,7 +24,7 @@ from torch import Tensor
 from mechkit.attribution._cells import provenance_of, split_prompts
 from mechkit.attribution._reading import Direction, as_direction
 from mechkit.attribution._stream import StreamRun, labels, needed
-from mechkit.hooks import SITES, Budget, HookedModel, attached_hooks, check_tokens
+from mechkit.hooks import SITES, Budget, HookedModel, attached_hooks, check_can_run
 from mechkit.metrics import Metric
 from mechkit.prompts import PromptPairs, Prompts
 from mechkit.result import Cost, Result
@@ -108,12 +108,9 @@ def dla_erasure_check(
         )
     if mode not in ("zero", "mean"):
         raise ValueError(f"mode: expected 'zero' or 'mean', got {mode!r}")
-    if model.training:
-        raise ValueError("model: expected evaluation mode, got training mode (dropout would be on). Call model.eval()")
     base, _, task = split_prompts(prompts)
+    check_can_run(model, {"prompt": base})
     direction = as_direction(model, metric, base)
-    for i, tokens in enumerate(base.tokens):
-        check_tokens(model, tokens, f"prompt {i}")
     groups = base.by_length()
     if mode == "mean" and min(len(ids) for ids in groups.values()) < 2:
         raise ValueError("mode: 'mean' needs at least 2 prompts of each length; use 'zero', or prompts of one length")

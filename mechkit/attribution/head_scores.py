@@ -43,7 +43,7 @@ from mechkit.attribution._head_weights import (
     weight_of,
     weights_result,
 )
-from mechkit.hooks import Budget, HookedModel, check_tokens, record, widen
+from mechkit.hooks import Budget, HookedModel, check_can_run, record, widen
 from mechkit.prompts import PromptPairs, Prompts
 from mechkit.result import Result
 
@@ -117,8 +117,7 @@ def head_scores(
     """
     if kind not in KINDS:
         raise ValueError(f"kind: expected one of {', '.join(KINDS)}; got {kind!r}")
-    if model.training:
-        raise ValueError("model: expected evaluation mode, got training mode (dropout would be on). Call model.eval()")
+    check_can_run(model)
     if sign not in (1, -1):
         raise ValueError(f"sign: expected 1 or -1, got {sign!r}")
     _check_given(kind, prompts, positions, sign, n, length)
@@ -130,8 +129,7 @@ def head_scores(
     if prompts is None:
         prompts = random_prompts(model, kind, 8 if n is None else n, length, seed)
     base, named, given_task = split_prompts(prompts)
-    for i, tokens in enumerate(base.tokens):
-        check_tokens(model, tokens, f"{'random ' if random else ''}prompt {i}")
+    check_can_run(model, {"random prompt" if random else "prompt": base})
     if kind == "name_mover_copy":
         at = None if positions is None else [named[name] for name in choose_positions(named, positions)]
         values = _name_mover_copy(model, base, at, sign, *chosen, Budget.of(model, budget), progress)

@@ -26,10 +26,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechkit.attribution._cells import choose_indices, provenance_of, split_prompts
-from mechkit.attribution._readout import check_can_run
+from mechkit.attribution._cells import check_final_norm, choose_indices, provenance_of, split_prompts
 from mechkit.attribution._tuned_fit import Settings, fit_translators
-from mechkit.hooks import HookedModel
+from mechkit.hooks import HookedModel, check_can_run
 from mechkit.prompts import PromptPairs, Prompts
 
 _FORMAT = 1
@@ -109,7 +108,8 @@ class TunedLens:
             ValueError: fewer than two prompts, an argument out of range, training mode, a model with no final norm.
         """
         text, _, _ = split_prompts(prompts)
-        check_can_run(model, text)
+        check_can_run(model, {"prompt": text})
+        check_final_norm(model, "a lens")
         chosen = choose_indices("layers", range(model.n_layers - 1) if layers is None else layers, model.n_layers)
         if model.n_layers - 1 in chosen:
             raise ValueError(f"layers: the last layer, {model.n_layers - 1}, needs no translator; leave it out")

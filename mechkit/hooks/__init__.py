@@ -1,6 +1,7 @@
 """HookedModel, sites, caches, and the replay engine. The only part of mechkit that imports transformer_lens."""
 
 from mechkit.hooks._cache import ActivationCache as ActivationCache
+from mechkit.hooks._checks import check_can_run as check_can_run
 from mechkit.hooks._checks import check_metric as check_metric
 from mechkit.hooks._checks import check_tokens as check_tokens
 from mechkit.hooks._edits import Cell as Cell
