@@ -174,15 +174,6 @@ def to_result(
     )
 
 
-def check_final_norm(model: HookedModel, what: str) -> None:
-    """Refuses a model whose logits are not read off its residual stream through a final norm."""
-    if getattr(model.bridge, "ln_final", None) is None:
-        raise ValueError(
-            f"model: {what} needs a final norm between residual stream and unembedding; {model.name} "
-            f"({model.cfg.architecture}) has none"
-        )
-
-
 def provenance_of(model: HookedModel, prompts: Prompts, **more: Any) -> dict[str, Any]:
     """Where a result comes from: the model, the prompts, this mechkit, and the technique's own arguments."""
     return {

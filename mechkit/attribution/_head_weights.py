@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechkit._version import __version__
-from mechkit.hooks import FrozenNorm, HookedModel, check_can_run, record, widen
+from mechkit.hooks import FrozenNorm, HookedModel, adds_positions, check_can_run, post_norm, record, widen
 from mechkit.result import Result
 
 CHUNK = 4096  # tokens embedded at once
@@ -55,7 +55,7 @@ def embeddings(model: HookedModel, tokens: Int[Tensor, "token"]) -> Float[Tensor
         kept["stream"] = activation
         raise _EnoughError
 
-    added = model.cfg.positional_embedding_type == "standard" and getattr(model.bridge, "pos_embed", None) is not None
+    added = adds_positions(model)
     hooks: list[Any] = [(("resid_pre", 0), keep_stream)]
     if added:
         hooks.append(("pos_embed.hook_out", keep_position))
@@ -78,12 +78,6 @@ def read(model: HookedModel, layer: int, x: Float[Tensor, "row d_model"]) -> Flo
     """What the attention of `layer` reads if `x` is in the residual stream: the block's norm, exactly."""
     module = getattr(model.bridge.blocks[layer], "ln1", None)
     return x if module is None else module.original_component(x)
-
-
-def post_norm(model: HookedModel, layer: int) -> Any | None:
-    """The norm behind a block's attention (Gemma 2 and 3, OLMo 2)."""
-    bridge = getattr(model.bridge.blocks[layer], "ln1_post", None)
-    return None if bridge is None else bridge.original_component
 
 
 def embedded_chunks(model: HookedModel, tokens: Tensor) -> Iterator[Tensor]:

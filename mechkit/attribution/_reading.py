@@ -9,16 +9,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechkit.attribution._cells import provenance_of
 from mechkit.hooks import FrozenNorm, HookedModel, check_metric, widen
 from mechkit.metrics import CallableMetric, Metric
 from mechkit.prompts import Prompts
+from mechkit.result import Cost, Result
 
 # Largest error that rounding explains, of logits put together anew or of a sum of terms, relative to the logits' size.
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
@@ -81,6 +84,35 @@ def as_direction(model: HookedModel, direction: Direction, prompts: Prompts) -> 
         return logits.gather(-1, which.to(logits.device)[prompt, None])[:, 0]
 
     return Metric("logit", "logits", n, prompts.lengths - 1, tokens, read, lengths=prompts.lengths)
+
+
+def to_result(
+    values: Float[Tensor, "*dims prompt"],
+    coords: Mapping[str, tuple[int | str, ...]],
+    model: HookedModel,
+    prompts: Prompts,
+    direction: Metric | Tensor,
+    *,
+    runs: int = 1,
+    **provenance: Any,
+) -> Result:
+    """Terms of a reading as a `Result` without baselines.
+
+    Args:
+        coords: Labels of every dim but the prompt.
+        runs: Forward passes of each prompt that it took.
+    """
+    return Result(
+        values=values,
+        dims=(*coords, "prompt"),
+        coords={**coords, "prompt": tuple(range(len(prompts)))},
+        baseline={},
+        base="",
+        metric=direction.name if isinstance(direction, Metric) else "direction",
+        unit=direction.unit if isinstance(direction, Metric) else "logits",
+        provenance=provenance_of(model, prompts, **provenance),
+        cost=Cost(*[runs * int(prompts.lengths.sum()) * model.n_layers] * 2),
+    )
 
 
 def read_direction(

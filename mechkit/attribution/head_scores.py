@@ -37,13 +37,12 @@ from mechkit.attribution._head_weights import (
     embeddings,
     final_norm,
     folded_weights,
-    post_norm,
     probe_attention,
     project,
     weight_of,
     weights_result,
 )
-from mechkit.hooks import Budget, HookedModel, check_can_run, record, widen
+from mechkit.hooks import Budget, HookedModel, check_can_run, post_norm, record, widen
 from mechkit.prompts import PromptPairs, Prompts
 from mechkit.result import Result
 

@@ -20,9 +20,19 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mechkit.attribution._cells import check_final_norm, choose_indices, choose_positions, provenance_of, split_prompts
+from mechkit.attribution._cells import choose_indices, choose_positions, provenance_of, split_prompts
 from mechkit.attribution.logit_lens import TopTokens, check_k, make_top_tokens
-from mechkit.hooks import SITES, Budget, HookedModel, check_can_run, check_tokens, get_site, record, widen
+from mechkit.hooks import (
+    SITES,
+    Budget,
+    HookedModel,
+    check_can_run,
+    check_final_norm,
+    check_tokens,
+    get_site,
+    record,
+    widen,
+)
 from mechkit.prompts import PromptPairs, Prompts
 
 # Makes a model repeat what stands at its `?`, which is at position -2 wherever `?` and `->` are one token each.

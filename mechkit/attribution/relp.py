@@ -27,10 +27,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mechkit.attribution._cells import check_final_norm
 from mechkit.attribution._nodes import TECHNIQUE, AnyMetric, make_study
 from mechkit.attribution.attribution_patching import first_order
-from mechkit.hooks import SITES, FrozenNorm, HookedModel, attached_hooks, frozen_parameters, get_site
+from mechkit.hooks import SITES, FrozenNorm, HookedModel, attached_hooks, check_final_norm, frozen_parameters, get_site
 from mechkit.prompts import PromptPairs
 from mechkit.result import Result
 

@@ -26,9 +26,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechkit.attribution._cells import check_final_norm, choose_indices, provenance_of, split_prompts
+from mechkit.attribution._cells import choose_indices, provenance_of, split_prompts
 from mechkit.attribution._tuned_fit import Settings, fit_translators
-from mechkit.hooks import HookedModel, check_can_run
+from mechkit.hooks import HookedModel, check_can_run, check_final_norm
 from mechkit.prompts import PromptPairs, Prompts
 
 _FORMAT = 1

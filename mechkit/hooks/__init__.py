@@ -1,7 +1,13 @@
 """HookedModel, sites, caches, and the replay engine. The only part of mechkit that imports transformer_lens."""
 
+from mechkit.hooks._anatomy import PostNorm as PostNorm
+from mechkit.hooks._anatomy import adds_positions as adds_positions
+from mechkit.hooks._anatomy import has_final_norm as has_final_norm
+from mechkit.hooks._anatomy import into_post_norm as into_post_norm
+from mechkit.hooks._anatomy import post_norm as post_norm
 from mechkit.hooks._cache import ActivationCache as ActivationCache
 from mechkit.hooks._checks import check_can_run as check_can_run
+from mechkit.hooks._checks import check_final_norm as check_final_norm
 from mechkit.hooks._checks import check_metric as check_metric
 from mechkit.hooks._checks import check_tokens as check_tokens
 from mechkit.hooks._edits import Cell as Cell

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mechkit.hooks._anatomy import has_final_norm
 from mechkit.hooks._edits import SOURCE, EditGroup
 from mechkit.metrics import CallableMetric, Metric
 from mechkit.prompts import Prompts
@@ -56,6 +57,15 @@ def check_tokens(model: HookedModel, tokens: Tensor, what: str) -> None:
     longest = getattr(model.cfg, "n_ctx", None)
     if longest is not None and model.cfg.positional_embedding_type == "standard" and len(tokens) > longest:
         raise ValueError(f"{what}: expected at most {longest} tokens, the model's learned positions; got {len(tokens)}")
+
+
+def check_final_norm(model: HookedModel, what: str) -> None:
+    """Raises `ValueError` for a model whose logits are not read off its residual stream through a final norm."""
+    if not has_final_norm(model):
+        raise ValueError(
+            f"model: {what} needs a final norm between residual stream and unembedding; {model.name} "
+            f"({model.cfg.architecture}) has none"
+        )
 
 
 def check_metric(model: HookedModel, prompts: Prompts, metric: Metric | CallableMetric, runs: Collection[str]) -> None:

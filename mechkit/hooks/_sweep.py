@@ -24,6 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from mechkit.hooks._anatomy import unembeds_final_stream
 from mechkit.hooks._cache import ActivationCache
 from mechkit.hooks._checks import check_sweep
 from mechkit.hooks._edits import NEVER, Cell, EditPlan, Rows
@@ -285,7 +286,7 @@ def _run_chunk(state: _State, ids: np.ndarray) -> _Chunk:
             source.sites.update({key: at_hand[key][ids].to(model.device) for key in state.plan.sites})
         state.block_tokens += run.tokens.numel() * model.n_layers
     chunk = _Chunk(state, ids, run, source)
-    state.unembeds = _reads_logits_off_residual(model, run)
+    state.unembeds = unembeds_final_stream(model, run)
     for name, one, into in (("base", run, state.base_metric), ("source", source, state.source_metric)):
         if one is None:
             continue
@@ -293,17 +294,6 @@ def _run_chunk(state: _State, ids: np.ndarray) -> _Chunk:
         if not bool(torch.isfinite(into[ids]).all()):
             raise ValueError(f"{name} run: {_where_nan_began(model, one)}")
     return chunk
-
-
-def _reads_logits_off_residual(model: HookedModel, run: Run) -> bool:
-    """Whether `model.unembed` of the final residual stream gives the model's own logits (encoders have more in between)."""
-    if getattr(model.bridge, "ln_final", None) is None:
-        return False
-    found = model.unembed(run.resid[-1][:1, -1])
-    return (
-        found.shape == run.last_logits[:1].shape
-        and not _difference(found, run.last_logits[:1]) > TOLERANCE[model.dtype]
-    )
 
 
 def _first_differences(state: _State, ids: np.ndarray) -> np.ndarray:
