@@ -25,7 +25,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechkit.attribution._nodes import TECHNIQUE, AnyMetric, Chunk, Key, Study, hook_name, make_study
+from mechkit.attribution._cells import Chosen
+from mechkit.attribution._nodes import AnyMetric, Chunk, Key, Study, check_one_site, hook_name, make_study
 from mechkit.attribution.attribution_patching import check_reached, tapped
 from mechkit.attribution.integrated_gradients import runs_of, unedited
 from mechkit.hooks import SITES, HookedModel, frozen_parameters, get_site, has_final_norm
@@ -67,10 +68,7 @@ def atp_star(
         ValueError: as `attribution_patching`; GradDrop on a model of one layer or in the residual stream; a QK fix where the
             pattern is not the softmax of the scores (attention sinks) or one head's query changes another's pattern (OLMo 2).
     """
-    if not isinstance(site, str):
-        raise ValueError(
-            f"site: expected one site; several from one backward pass are attribution_patching's alone. Got {site!r}"
-        )
+    check_one_site(site)
     if qk_fix and get_site(site).name in ("q", "k") and "neuron" in over.split():
         raise ValueError(
             f"qk_fix: the softmax moves with a whole query or key, not with one entry of it; leave 'neuron' out of "
@@ -85,24 +83,14 @@ def atp_star(
             f"grad_drop: expected a component's site (z, q, k, v, mlp_out, ...), whose own layer is left out; got "
             f"{site!r}, which belongs to the residual stream. Use grad_drop=False"
         )
-    study = make_study(
-        model,
-        pairs,
-        metric,
-        site,
-        over,
-        direction=direction,
-        budget=budget,
-        layers=layers,
-        heads=heads,
-        positions=positions,
-        neurons=neurons,
-        technique=TECHNIQUE,
-        variant="atp_star",
-        qk_fix=qk_fix,
-        grad_drop=grad_drop,
-        sign="magnitude" if grad_drop else "signed",
-    )
+    chosen: Chosen = {"layers": layers, "heads": heads, "positions": positions, "neurons": neurons}
+    about = {
+        "variant": "atp_star",
+        "qk_fix": qk_fix,
+        "grad_drop": grad_drop,
+        "sign": "magnitude" if grad_drop else "signed",
+    }
+    study = make_study(model, pairs, metric, site, over, direction, chosen, budget, about)
     with frozen_parameters(model):
         for chunk in study.chunks():
             _attribute(study, chunk, qk_fix, grad_drop)

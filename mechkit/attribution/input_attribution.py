@@ -39,7 +39,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechkit.attribution._cells import provenance_of
+from mechkit.attribution._cells import Chosen, provenance_of
 from mechkit.attribution._nodes import AnyMetric, Chunk, Key, Study, hook_name, make_single_study
 from mechkit.attribution._paths import Rule, along_activation, batches, metric_with, quadrature
 from mechkit.attribution.attribution_patching import check_reached, tapped
@@ -209,7 +209,7 @@ def neuron_attribution(
         raise ValueError(f"baseline, keep: expected none but for path='input', got {baseline!r} and {keep!r}")
     points, weights = quadrature(steps, rule)
     _check_site(site)
-    chosen = {"layers": layers, "heads": heads, "neurons": neurons, "positions": positions}
+    chosen: Chosen = {"layers": layers, "heads": heads, "neurons": neurons, "positions": positions}
     study = make_single_study(model, prompts, metric, site, over, budget=budget, **chosen)
     without = _Baseline.of(study, baseline, keep)
     whole = path == "activation" or get_site(site).name in _CUTS  # whether a layer's sum is known
