@@ -14,11 +14,11 @@ from mechkit.metrics import CallableMetric, Metric
 from mechkit.prompts import Prompts
 
 if TYPE_CHECKING:
+    from mechkit.hooks._chunk import State
     from mechkit.hooks._model import HookedModel
-    from mechkit.hooks._sweep import _State
 
 
-def check_sweep(state: _State) -> None:
+def check_sweep(state: State) -> None:
     """Raises `ValueError` for anything that would make a sweep wrong, before anything is run."""
     model, base, source = state.model, state.base, state.source
     check_can_run(model, {"base prompt": base} | ({} if source is None else {"source prompt": source}))
@@ -105,7 +105,7 @@ def check_metric(model: HookedModel, prompts: Prompts, metric: Metric | Callable
         )
 
 
-def check_group(state: _State, group: EditGroup) -> None:
+def check_group(state: State, group: EditGroup) -> None:
     """Every edit's indices and value fit the model and the prompts."""
     model, site, n, longest = state.model, group.site, len(state.base), int(state.base.lengths.max())
     model.hook_names((site.name, group.layer) if site.in_block else site.name)
