@@ -14,7 +14,6 @@ Belrose et al. 2023, https://arxiv.org/abs/2303.08112.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechkit._safetensors import read, write
 from mechkit.attribution._cells import choose_indices, provenance_of, split_prompts
 from mechkit.attribution._tuned_fit import Settings, fit_translators
 from mechkit.hooks import HookedModel, check_can_run, check_final_norm
@@ -155,39 +155,20 @@ class TunedLens:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes a safetensors file that `load` reads back bit for bit."""
-        from safetensors.torch import save_file
-
-        path = Path(path)
         header = {
             "format": _FORMAT,
             "layers": self.layers,
             "n_layers": self.n_layers,
             "provenance": dict(self.provenance),
         }
-        tensors = {name: part.detach().cpu().contiguous() for name, part in (("A", self.A), ("b", self.b))}
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            save_file(tensors, partial, metadata={"mechkit_tuned_lens": json.dumps(header)})
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-        return path
+        return write(path, {"A": self.A, "b": self.b}, "mechkit_tuned_lens", header)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TunedLens:
         """Reads what `save` wrote, onto the CPU. Raises `ValueError` if the file is something else, or of another version."""
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, framework="pt") as file:
-                header = json.loads((file.metadata() or {})["mechkit_tuned_lens"])
-                A, b = file.get_tensor("A"), file.get_tensor("b")
-        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-            raise ValueError(
-                f"{path}: expected a file written by TunedLens.save, got something else: {error}"
-            ) from error
+        tensors, header = read(path, "mechkit_tuned_lens", writer="TunedLens.save", names=("A", "b"))
         if header.get("format") != _FORMAT:
             raise ValueError(
                 f"{path}: expected format {_FORMAT}, got {header.get('format')!r}: read it with the mechkit that wrote it"
             )
-        return cls(A, b, tuple(header["layers"]), header["n_layers"], header["provenance"])
+        return cls(tensors["A"], tensors["b"], tuple(header["layers"]), header["n_layers"], header["provenance"])
