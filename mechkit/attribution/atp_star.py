@@ -239,9 +239,7 @@ def replaced_columns(
     becomes `w g_j + (1 - w) m`. The mean and the normalizer of the others follow from those of the whole row by leaving j out,
     which loses nothing unless j holds nearly everything; so the row's strongest source is left out by a softmax of its own.
     """
-    wide = torch.promote_types(
-        pattern.dtype, gradient.dtype
-    )  # some softmaxes are in float32 whatever the model's dtype
+    wide = torch.promote_types(pattern.dtype, gradient.dtype)  # some softmaxes are float32 whatever the model's dtype
     pattern, scores, moved, gradient = (x.to(wide) for x in (pattern, scores, moved, gradient))
     whole = (gradient * pattern).sum(-1, keepdim=True)
     others = (1 - pattern).clamp(min=torch.finfo(pattern.dtype).tiny)
@@ -249,9 +247,8 @@ def replaced_columns(
     log_others = scores.logsumexp(-1, keepdim=True) + others.log()
     strongest = pattern.argmax(-1, keepdim=True)
     rest = scores.scatter(-1, strongest, torch.finfo(scores.dtype).min)
-    alone = (
-        rest.amax(-1, keepdim=True) <= torch.finfo(scores.dtype).min / 2
-    )  # the row sees one source: nothing to share
+    # Where the row sees one source there is nothing to share.
+    alone = rest.amax(-1, keepdim=True) <= torch.finfo(scores.dtype).min / 2
     rest_mean = (gradient * rest.softmax(-1)).sum(-1, keepdim=True)
     mean = mean.scatter(-1, strongest, rest_mean)
     log_others = log_others.scatter(-1, strongest, rest.logsumexp(-1, keepdim=True))
