@@ -96,7 +96,7 @@ class Chunk:
         if low == high:
             return added * low
         raw = (norm.linear(self.final, scale) + norm.bias) @ weight + bias
-        # Below that the cap's factor is all but constant; so nothing is divided by 0.
+        # Below 1e-3 the cap's factor is all but constant; so nothing is divided by 0.
         raw = torch.where(raw.abs() > 1e-3, raw, 1e-3)
         return added * (self.model.scale_logits(raw) / raw)
 
