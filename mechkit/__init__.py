@@ -1,5 +1,6 @@
 """mechkit: mechanistic interpretability with exact, fast sweeps, labelled results and pictures that one can trust."""
 
+from mechkit import circuits as circuits
 from mechkit import plot as plot
 from mechkit import tasks as tasks
 from mechkit import zoo as zoo
@@ -33,6 +34,12 @@ from mechkit.attribution import relp as relp
 from mechkit.attribution import token_integrated_gradients as token_integrated_gradients
 from mechkit.attribution import top_tokens as top_tokens
 from mechkit.attribution import verify as verify
+from mechkit.circuits import Circuit as Circuit
+from mechkit.circuits import EdgeScores as EdgeScores
+from mechkit.circuits import Graph as Graph
+from mechkit.circuits import acdc as acdc
+from mechkit.circuits import edge_attribution as edge_attribution
+from mechkit.circuits import edge_patching as edge_patching
 from mechkit.hooks import SITES as SITES
 from mechkit.hooks import ActivationCache as ActivationCache
 from mechkit.hooks import Edit as Edit

@@ -14,7 +14,7 @@ section 3.2; false-discovery control, Benjamini and Hochberg (1995).
 import json
 import operator
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -25,13 +25,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechkit._safetensors import read, write
+from mechkit._statistics import bootstrap, sign_flip_test
+
 if TYPE_CHECKING:
     import pandas
     import xarray
 
 Label = int | str
 _SCHEMA_VERSION = 1
-_CHUNK = 2**22  # numbers held at once by the resampling statistics: 32 MiB of float64
 _PREFIXES = {"layer": "L", "head": "H", "neuron": "N"}
 
 
@@ -338,7 +340,7 @@ class Result:
         quantiles = ((1 - level) / 2, (1 + level) / 2)
         n_prompts = len(self.coords["prompt"])
         draws = np.random.default_rng(seed).multinomial(n_prompts, [1 / n_prompts] * n_prompts, size=n_resamples)
-        bounds = _bootstrap(self._by_prompt(numerator), self._by_prompt(denominator), draws, quantiles, method)
+        bounds = bootstrap(self._by_prompt(numerator), self._by_prompt(denominator), draws, quantiles, method)
         low, high = (self._statistic(bound, unit) for bound in bounds)
         return Interval(low, high, level)
 
@@ -366,7 +368,7 @@ class Result:
         if n_resamples < 1:
             raise ValueError(f"p_values: expected n_resamples >= 1, got {n_resamples!r}")
         effects = self._by_prompt(self.effect().values if self.baseline else self.values)
-        p = _sign_flip_test(effects, n_resamples, np.random.default_rng(seed))
+        p = sign_flip_test(effects, n_resamples, np.random.default_rng(seed))
         present = ~np.isnan(p)
         if fdr and present.any():
             p[present] = false_discovery_control(p[present])
@@ -374,9 +376,6 @@ class Result:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write a safetensors file that `load` reads back bit for bit; an existing file is replaced in one step."""
-        from safetensors.torch import save_file
-
-        path = Path(path)
         tensors = {"values": self.values, **{f"baseline.{name}": b for name, b in self.baseline.items()}}
         header = {
             "schema_version": _SCHEMA_VERSION,
@@ -386,14 +385,7 @@ class Result:
             "provenance": dict(self.provenance),
             "cost": asdict(self.cost) if self.cost else None,
         }
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-            save_file(contiguous, partial, metadata={"mechkit_result": json.dumps(header)})
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-        return path
+        return write(path, tensors, "mechkit_result", header)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Result":
@@ -402,14 +394,7 @@ class Result:
         Raises:
             ValueError: if the file is something else, or was written by a newer mechkit.
         """
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, framework="pt") as file:
-                header = json.loads((file.metadata() or {})["mechkit_result"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path}: expected a file written by Result.save, got something else: {error}") from error
+        tensors, header = read(path, "mechkit_result", writer="Result.save")
         if header.get("schema_version") != _SCHEMA_VERSION:
             raise ValueError(
                 f"{path}: expected schema version {_SCHEMA_VERSION}, got {header.get('schema_version')!r}: "
@@ -523,59 +508,6 @@ class Result:
         varying = [dim for dim, size in zip(self.dims, mask.shape, strict=True) if size > 1]
         labels = [_cell_label({d: self._coords_at(i)[d] for d in varying}) for i in mask.nonzero().tolist()]
         return f" at {', '.join(labels[:10])}{', ...' if len(labels) > 10 else ''}" if varying else ""
-
-
-def _bootstrap(
-    numerator: np.ndarray, denominator: np.ndarray, draws: np.ndarray, quantiles: tuple[float, float], method: str
-) -> np.ndarray:
-    """Bounds `[2 cell]` of sum(numerator) / sum(denominator) over the prompts that have the cell.
-
-    Drawing a set of prompts is counting how often each is drawn, so all resamples are one matrix product.
-    """
-    bounds = np.full((2, numerator.shape[1]), np.nan)
-    exists = ~np.isnan(numerator)
-    enough = (exists.sum(0) >= 2).nonzero()[0]
-    weights = np.concatenate([np.ones_like(draws[:1]), draws]).astype(np.float64)  # first row: the prompts themselves
-    for cells in _chunks(enough, len(weights)):
-        here = exists[:, cells]
-        total = weights @ np.where(here, numerator[:, cells], 0)
-        scale = weights @ np.where(here, denominator[:, cells], 0)
-        drawn = weights @ here > 0  # a resample may lack every prompt that has the cell
-        flips = (drawn & (scale * scale[0] <= 0)).mean(0)
-        if (flips > quantiles[0]).any():
-            raise ValueError(
-                f"ci: expected clean - corrupted to keep its sign, but it changes in {flips.max():.0%} of the "
-                "resamples: too noisy to divide by; use effect().ci()"
-            )
-        ratio = np.divide(total, scale, out=np.full_like(total, np.nan), where=drawn & (scale != 0))
-        quantile = np.nanquantile if np.isnan(ratio).any() else np.quantile
-        bounds[:, cells] = quantile(ratio[1:], quantiles, axis=0)
-        if method == "basic":
-            bounds[:, cells] = 2 * ratio[0] - bounds[::-1, cells]
-    return bounds
-
-
-def _sign_flip_test(effects: np.ndarray, n_resamples: int, rng: np.random.Generator) -> np.ndarray:
-    """p-value `[cell]` of effects `[prompt cell]`; a prompt that lacks the cell adds 0 to every sum."""
-    n_prompts, n_cells = effects.shape
-    exact = 2**n_prompts <= n_resamples + 1
-    if exact:
-        flips = np.arange(2**n_prompts)[:, None] >> np.arange(n_prompts) & 1
-    else:
-        flips = rng.integers(0, 2, size=(n_resamples, n_prompts))
-    signs = 1.0 - 2.0 * flips
-    p = np.full(n_cells, np.nan)
-    for cells in _chunks((~np.isnan(effects)).any(0).nonzero()[0], len(signs)):
-        here = np.nan_to_num(effects[:, cells])
-        rounding = 1e-12 * np.abs(here).sum(0)
-        extreme = (np.abs(signs @ here) >= np.abs(here.sum(0)) - rounding).sum(0)
-        p[cells] = extreme / len(signs) if exact else (extreme + 1) / (len(signs) + 1)
-    return p
-
-
-def _chunks(cells: np.ndarray, rows: int) -> Iterator[np.ndarray]:
-    size = max(1, _CHUNK // rows)
-    return (cells[start : start + size] for start in range(0, len(cells), size))
 
 
 def _as_float(value: Any, name: str) -> Tensor:

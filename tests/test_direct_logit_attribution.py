@@ -186,6 +186,11 @@ def test_selections():
     assert torch.allclose(some.values, whole.values[[3, 1]][:, [2]][:, :, [0, 5]], equal_nan=True)
 
 
+def reading(positions: torch.Tensor, tokens: torch.Tensor | None) -> mk.Metric:
+    """A sum of logits, read where one says."""
+    return mk.Metric("sum", "logits", len(positions), positions, tokens, lambda logits, *_: logits.sum(-1))
+
+
 @pytest.mark.parametrize(
     ("metric", "match"),
     [
@@ -198,6 +203,8 @@ def test_selections():
         (lambda pairs: [5, 6], "one for each of 3 prompts"),
         (lambda pairs: D_VOCAB, "token ids"),
         (lambda pairs: mk.logit_diff(pairs[[0, 1]]), "made for 2"),
+        (lambda pairs: reading(torch.full((3,), 6), None), "positions within the prompts"),  # the third has 5 tokens
+        (lambda pairs: reading(pairs.clean.lengths - 1, torch.tensor([D_VOCAB])), "answer tokens in"),
     ],
 )
 def test_metrics_that_cannot_be_split_are_refused(metric, match):

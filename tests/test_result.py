@@ -504,7 +504,7 @@ def test_p_values_of_ragged_cells() -> None:
 def test_chunks_do_not_change_the_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
     result = random_result(9, shape=(5, 4, 20), ragged=True)
     before = result.p_values(n_resamples=99).values, result.ci().high.values
-    monkeypatch.setattr("mechkit.result._CHUNK", 1)
+    monkeypatch.setattr("mechkit._statistics._CHUNK", 1)
     after = result.p_values(n_resamples=99).values, result.ci().high.values
     close(before[0], after[0])
     close(before[1], after[1])

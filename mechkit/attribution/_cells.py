@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 
@@ -16,6 +16,15 @@ from mechkit.prompts import PromptPairs, Prompts
 from mechkit.result import Result
 
 DIMS = ("layer", "pos", "position", "head", "neuron")
+
+
+class Chosen(TypedDict, total=False):
+    """What restricts the dims of a result: arguments of nearly every technique. `None` is all there are."""
+
+    layers: Sequence[int] | None
+    heads: Sequence[int] | None
+    positions: Sequence[int] | Sequence[str] | None
+    neurons: Sequence[int] | None
 
 
 @dataclass(frozen=True)
@@ -124,16 +133,11 @@ def make_grid(
     site: str,
     over: str,
     *,
-    layers: Sequence[int] | None = None,
-    heads: Sequence[int] | None = None,
-    positions: Sequence[int] | Sequence[str] | None = None,
-    neurons: Sequence[int] | None = None,
     value: str = "source",
+    **chosen: Unpack[Chosen],
 ) -> Grid:
     """The cells of a sweep over the axes that `make_axes` gives, each writing the value called `value`."""
-    axes = make_axes(
-        model, prompts, named, site, over, layers=layers, heads=heads, positions=positions, neurons=neurons
-    )
+    axes = make_axes(model, prompts, named, site, over, **chosen)
     cells: list[Cell] = []
     for labels in itertools.product(*(axes.index[dim] for dim in axes.dims)):
         at = dict(zip(axes.dims, labels, strict=True))
@@ -172,15 +176,6 @@ def to_result(
         ),
         cost=answers.cost,
     )
-
-
-def check_final_norm(model: HookedModel, what: str) -> None:
-    """Refuses a model whose logits are not read off its residual stream through a final norm."""
-    if getattr(model.bridge, "ln_final", None) is None:
-        raise ValueError(
-            f"model: {what} needs a final norm between residual stream and unembedding; {model.name} "
-            f"({model.cfg.architecture}) has none"
-        )
 
 
 def provenance_of(model: HookedModel, prompts: Prompts, **more: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechkit._version import __version__
-from mechkit.hooks import FrozenNorm, HookedModel, record
+from mechkit.hooks import FrozenNorm, HookedModel, adds_positions, check_can_run, post_norm, record, widen
 from mechkit.result import Result
 
 CHUNK = 4096  # tokens embedded at once
@@ -55,7 +55,7 @@ def embeddings(model: HookedModel, tokens: Int[Tensor, "token"]) -> Float[Tensor
         kept["stream"] = activation
         raise _EnoughError
 
-    added = model.cfg.positional_embedding_type == "standard" and getattr(model.bridge, "pos_embed", None) is not None
+    added = adds_positions(model)
     hooks: list[Any] = [(("resid_pre", 0), keep_stream)]
     if added:
         hooks.append(("pos_embed.hook_out", keep_position))
@@ -80,12 +80,6 @@ def read(model: HookedModel, layer: int, x: Float[Tensor, "row d_model"]) -> Flo
     return x if module is None else module.original_component(x)
 
 
-def post_norm(model: HookedModel, layer: int) -> Any | None:
-    """The norm behind a block's attention (Gemma 2 and 3, OLMo 2)."""
-    bridge = getattr(model.bridge.blocks[layer], "ln1_post", None)
-    return None if bridge is None else bridge.original_component
-
-
 def embedded_chunks(model: HookedModel, tokens: Tensor) -> Iterator[Tensor]:
     return (embeddings(model, part) for part in tokens.split(CHUNK))
 
@@ -95,7 +89,7 @@ def through_ov(
 ) -> Float[Tensor, "row d_model"]:
     """What a head writes when it attends fully to `x` in the stream; of a norm behind the attention, gain and centring."""
     v = project(model, layer, x, "V")[:, head // (model.n_heads // model.n_kv_heads)]
-    return _behind(model, layer, wide(v) @ wide(weight_of(model, layer, "W_O")[head]))
+    return _behind(model, layer, widen(v) @ widen(weight_of(model, layer, "W_O")[head]))
 
 
 def _behind(model: HookedModel, layer: int, written: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
@@ -110,7 +104,7 @@ def block_norm(model: HookedModel, layer: int) -> FrozenNorm | None:
 
 def normed(norm: FrozenNorm | None, x: Tensor) -> Tensor:
     """`x` times the norm's scale. Centring and gain are in the folded weights."""
-    return wide(x) if norm is None else wide(x) * wide(norm.scale(x))
+    return widen(x) if norm is None else widen(x) * widen(norm.scale(x))
 
 
 def project(
@@ -164,11 +158,11 @@ def folded_weights(model: HookedModel, layers: Sequence[int]) -> Iterator[Folded
         norm = block_norm(model, layer)
         folded = {}
         for which in ("Q", "K", "V"):
-            weight = wide(weight_of(model, layer, f"W_{which}"))
+            weight = widen(weight_of(model, layer, f"W_{which}"))
             weight = weight if norm is None else norm.pull_back(weight.mT, _one(weight)).mT
             weight = _across(_qk_norm(model, layer, which), weight.transpose(0, 1), _fold(model)).transpose(0, 1)
             folded[which] = weight if which == "Q" else weight.repeat_interleave(shared, 0)
-        written = _behind(model, layer, wide(weight_of(model, layer, "W_O")))
+        written = _behind(model, layer, widen(weight_of(model, layer, "W_O")))
         yield FoldedWeights(W_Q=folded["Q"], W_K=folded["K"], W_V=folded["V"], W_O=written)
 
 
@@ -197,8 +191,7 @@ def probe_attention(model: HookedModel, layers: Sequence[int]) -> dict[int, floa
     Raises:
         ValueError: training mode; queries, keys, values, scores or outputs that are not what the weights say.
     """
-    if model.training:
-        raise ValueError("model: expected evaluation mode, got training mode (dropout would be on). Call model.eval()")
+    check_can_run(model)
     first = torch.arange(_PROBES) % model.d_vocab
     noise = torch.randn(_PROBES, model.d_model, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     size = float(embeddings(model, first).double().pow(2).mean().sqrt()) or 1.0
@@ -223,8 +216,8 @@ def probe_attention(model: HookedModel, layers: Sequence[int]) -> dict[int, floa
         written = einops.einsum(z, weight_of(model, layer, "W_O"), "row head d, head d m -> row m")
         bias, norm = getattr(model.bridge.blocks[layer].attn, "b_O", None), post_norm(model, layer)
         written = written if bias is None else written + bias
-        products = (wide(q) * wide(k).repeat_interleave(model.n_heads // model.n_kv_heads, 1)).sum(-1)
-        scores = wide(kept["attn_scores", layer])
+        products = (widen(q) * widen(k).repeat_interleave(model.n_heads // model.n_kv_heads, 1)).sum(-1)
+        scores = widen(kept["attn_scores", layer])
         scales[layer] = _scale(products, scores, _soft_cap(model, layer))
         _check(model, layer, "values", kept["v", layer].reshape(v.shape), v)
         _check(model, layer, "scores", scores, soft_capped(model, layer, scales[layer] * products))
@@ -249,11 +242,6 @@ def _check(model: HookedModel, layer: int, what: str, found: Tensor, expected: T
             f"model: the attention {what} of layer {layer} of {model.name} ({model.cfg.architecture}) differ from what its "
             f"weights say by {error:.1e} (largest {size:.1e}), so that its circuits cannot be read off its weights"
         )
-
-
-def wide(x: Tensor) -> Tensor:
-    """Float32 at least."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def _like(model: HookedModel, width: int) -> Tensor:

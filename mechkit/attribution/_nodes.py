@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechkit.attribution._cells import Axes, make_axes, provenance_of, split_prompts
-from mechkit.hooks import SITES, Budget, GradientRuns, HookedModel, check_metric, check_tokens, metric_values
+from mechkit.attribution._cells import Axes, Chosen, make_axes, provenance_of, split_prompts
+from mechkit.hooks import SITES, Budget, GradientRuns, HookedModel, check_can_run, check_metric, metric_values
 from mechkit.metrics import CallableMetric, Metric, as_metric
 from mechkit.prompts import PromptPairs, Prompts
 from mechkit.result import Cost, Result
@@ -214,6 +214,14 @@ def reduce_to(
     return x.permute(0, *(1 + i for i in order))
 
 
+def check_one_site(site: Any) -> None:
+    """Refuses several sites, for methods that take one."""
+    if not isinstance(site, str):
+        raise ValueError(
+            f"site: expected one site; several from one backward pass are attribution_patching's alone. Got {site!r}"
+        )
+
+
 @torch.inference_mode(False)
 def make_study(
     model: HookedModel,
@@ -221,29 +229,24 @@ def make_study(
     metric: AnyMetric,
     site: str | Mapping[str, str],
     over: str,
-    *,
-    direction: Literal["denoise", "noise"] = "denoise",
-    budget: int | None = None,
-    layers: Sequence[int] | None = None,
-    heads: Sequence[int] | None = None,
-    positions: Sequence[int] | Sequence[str] | None = None,
-    neurons: Sequence[int] | None = None,
-    **provenance: Any,
+    direction: Literal["denoise", "noise"],
+    chosen: Chosen,
+    budget: int | None,
+    provenance: Mapping[str, Any],
 ) -> Study:
-    """Checks what the user asked for. `ValueError`s name the argument."""
+    """Checks what the user asked for. `ValueError`s name the argument. `provenance`: the variant, and its own arguments."""
     if direction not in ("denoise", "noise"):
         raise ValueError(f"direction: expected 'denoise' or 'noise', got {direction!r}")
     if not isinstance(pairs, PromptPairs):
         raise ValueError(f"pairs: expected PromptPairs, whose two runs are compared; got {type(pairs).__name__}")
     runs = ("corrupted", "clean") if direction == "denoise" else ("clean", "corrupted")
     base, source = (getattr(pairs, run) for run in runs)
-    chosen = {"layers": layers, "heads": heads, "positions": positions, "neurons": neurons}
     wanted = {site: over} if isinstance(site, str) else dict(site)
     if not wanted:
         raise ValueError("site: expected at least one site, got none")
     axes = {}
     for name, dims in wanted.items():
-        one = make_axes(model, pairs.clean, pairs.positions, name, dims, **chosen)  # type: ignore[arg-type]
+        one = make_axes(model, pairs.clean, pairs.positions, name, dims, **chosen)
         if one.site.name in axes:
             raise ValueError(
                 f"site: {one.site.name!r} is given twice; expected each site once, with layers=[...] to choose layers"
@@ -260,7 +263,7 @@ def make_study(
         metric,
         axes,
         Budget.of(model, budget),
-        {"task": pairs.task, "direction": direction, **provenance},
+        {"task": pairs.task, "direction": direction, "technique": TECHNIQUE, **provenance},
     )
 
 
@@ -273,7 +276,7 @@ def make_single_study(
     over: str,
     *,
     budget: int | None = None,
-    **chosen: Any,
+    **chosen: Unpack[Chosen],
 ) -> Study:
     """The same for methods that look at one run: the clean prompts of pairs."""
     base, named, task = split_prompts(prompts)
@@ -286,19 +289,8 @@ def make_single_study(
 
 def check_study(model: HookedModel, metric: Metric | CallableMetric, runs: Mapping[str, Prompts]) -> None:
     """Refuses a model in training mode, tokens that it cannot read, and a metric made for other prompts."""
-    if model.training:
-        raise ValueError("model: expected evaluation mode, got training mode (dropout would be on). Call model.eval()")
-    for name, prompts in runs.items():
-        for i, tokens in enumerate(prompts.tokens):
-            check_tokens(model, tokens, f"{name} prompt {i}")
-    first = next(iter(runs.values()))
-    if isinstance(metric, Metric):
-        check_metric(model, first, metric, runs)
-    elif len(first.by_length()) > 1:
-        raise ValueError(
-            f"metric: a plain callable needs prompts of one length, got lengths {sorted(first.by_length())}. Use one of "
-            "mechkit's metrics, which know where each prompt ends, or pass prompts of one length"
-        )
+    check_can_run(model, {f"{name} prompt": prompts for name, prompts in runs.items()})
+    check_metric(model, next(iter(runs.values())), metric, runs)
 
 
 def hook_name(key: Key) -> str:

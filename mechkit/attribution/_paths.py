@@ -27,8 +27,9 @@ _STRETCH = 2.0
 def quadrature(steps: int, rule: str) -> tuple[list[float], list[float]]:
     """Where on the path gradients are taken (0 = start, 1 = end), and their weights, which sum to 1.
 
-    `"left"` takes `steps` points from 0 on, `"right"` up to 1, and their error falls as 1 / steps; `"midpoint"` the middles of equal steps, as
-    1 / steps^2; `"gauss-legendre"` is exact for polynomials of degree 2 steps - 1: best for few steps and smooth paths.
+    `"left"` takes `steps` points from 0 on, `"right"` up to 1, and their error falls as 1 / steps; `"midpoint"` the middles of
+    equal steps, as 1 / steps^2; `"gauss-legendre"` is exact for polynomials of degree 2 steps - 1: best for few steps and smooth
+    paths.
     `"stretched"` is Gauss-Legendre in a variable that runs slower in the middle of the path (a sinh): between two embeddings or
     residual streams nearly all change happens there, where the direction turns fastest. All converge to the same integral.
     """

@@ -9,16 +9,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechkit.hooks import FrozenNorm, HookedModel
+from mechkit.attribution._cells import provenance_of
+from mechkit.hooks import FrozenNorm, HookedModel, check_metric, widen
 from mechkit.metrics import CallableMetric, Metric
 from mechkit.prompts import Prompts
+from mechkit.result import Cost, Result
 
 # Largest error that rounding explains, of logits put together anew or of a sum of terms, relative to the logits' size.
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
@@ -51,13 +54,7 @@ def as_direction(model: HookedModel, direction: Direction, prompts: Prompts) -> 
     """
     n = len(prompts)
     if isinstance(direction, Metric):
-        if direction.n_prompts != n or (
-            direction.lengths is not None and not torch.equal(direction.lengths, prompts.lengths)
-        ):
-            raise ValueError(
-                f"metric: expected one made for these {n} prompts, got one made for {direction.n_prompts} of lengths "
-                f"{direction.lengths}; make it from the pairs that are attributed"
-            )
+        check_metric(model, prompts, direction, ("clean",))
         return direction
     if isinstance(direction, Tensor) and direction.is_floating_point():
         if direction.shape not in ((model.d_model,), (n, model.d_model)):
@@ -89,6 +86,35 @@ def as_direction(model: HookedModel, direction: Direction, prompts: Prompts) -> 
     return Metric("logit", "logits", n, prompts.lengths - 1, tokens, read, lengths=prompts.lengths)
 
 
+def to_result(
+    values: Float[Tensor, "*dims prompt"],
+    coords: Mapping[str, tuple[int | str, ...]],
+    model: HookedModel,
+    prompts: Prompts,
+    direction: Metric | Tensor,
+    *,
+    runs: int = 1,
+    **provenance: Any,
+) -> Result:
+    """Terms of a reading as a `Result` without baselines.
+
+    Args:
+        coords: Labels of every dim but the prompt.
+        runs: Forward passes of each prompt that it took.
+    """
+    return Result(
+        values=values,
+        dims=(*coords, "prompt"),
+        coords={**coords, "prompt": tuple(range(len(prompts)))},
+        baseline={},
+        base="",
+        metric=direction.name if isinstance(direction, Metric) else "direction",
+        unit=direction.unit if isinstance(direction, Metric) else "logits",
+        provenance=provenance_of(model, prompts, **provenance),
+        cost=Cost(*[runs * int(prompts.lengths.sum()) * model.n_layers] * 2),
+    )
+
+
 def read_direction(
     model: HookedModel,
     resid: Float[Tensor, "prompt d_model"],
@@ -115,9 +141,9 @@ def read_direction(
             weight = model.W_U if tokens is None else model.W_U[:, tokens.to(model.W_U.device)]
             bias = model.b_U if tokens is None else model.b_U[tokens.to(model.b_U.device)]
             raw = normed @ weight + bias
-            logits = _widen(model.unembed(resid, tokens))
+            logits = widen(model.unembed(resid, tokens))
             size = float(logits.abs().max())
-            _check_same(_widen(model.scale_logits(raw)), logits, size, model.dtype)
+            _check_same(widen(model.scale_logits(raw)), logits, size, model.dtype)
             per_logit = linear_gradient(direction, logits, prompt)
             value = direction.read(logits, prompt, None)
             # A soft cap multiplies each logit with a factor of its own, which is held fixed as the norm's scale is.
@@ -126,9 +152,9 @@ def read_direction(
             u = (per_logit.to(raw.dtype) * factor) @ weight.T
             constant = (per_logit.to(raw.dtype) * factor * bias).sum(-1)
         return Reading(
-            direction=_widen(norm.pull_back(u, scale)),
-            constant=_widen(constant) + _widen(u * norm.bias).sum(-1),
-            value=_widen(value),
+            direction=widen(norm.pull_back(u, scale)),
+            constant=widen(constant) + widen(u * norm.bias).sum(-1),
+            value=widen(value),
             scale=max(size, 1e-30),
         )
 
@@ -175,7 +201,3 @@ def _check_same(found: Tensor, logits: Tensor, size: float, dtype: torch.dtype) 
             f"model: its logits are not the unembedding of its final norm's output (they differ by {off:.1e}), so that they "
             "cannot be attributed to what is written into the residual stream"
         )
-
-
-def _widen(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()

@@ -26,16 +26,26 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mechkit.attribution._cells import Axes
-from mechkit.hooks import SITES, Budget, FrozenNorm, HookedModel, check_tokens, record
+from mechkit.hooks import (
+    SITES,
+    Budget,
+    FrozenNorm,
+    HookedModel,
+    check_can_run,
+    check_final_norm,
+    into_post_norm,
+    post_norm,
+    record,
+    widen,
+)
 from mechkit.prompts import Prompts
 
 RESIDUAL = ("embed", "resid_pre", "resid_mid", "resid_post")
 COMPONENTS = ("attn_out", "mlp_out", "result")
 # Largest error that rounding explains, relative to the largest number compared.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
-COPIES = (
-    6  # tensors of a chunk's logits that are alive at once: logits, log-probabilities, probabilities, the final layer's
-)
+# Tensors of a chunk's logits that are alive at once: logits, log-probabilities, probabilities, the final layer's.
+COPIES = 6
 
 Logits = Callable[[Tensor | None], Tensor]  # token ids, or None for all of them -> this cell's logits [row token]
 
@@ -86,9 +96,8 @@ class Chunk:
         if low == high:
             return added * low
         raw = (norm.linear(self.final, scale) + norm.bias) @ weight + bias
-        raw = torch.where(
-            raw.abs() > 1e-3, raw, 1e-3
-        )  # where the cap's factor is all but constant, so as not to divide by 0
+        # Below 1e-3 the cap's factor is all but constant; so nothing is divided by 0.
+        raw = torch.where(raw.abs() > 1e-3, raw, 1e-3)
         return added * (self.model.scale_logits(raw) / raw)
 
 
@@ -154,11 +163,6 @@ def read_cells(
     return _ordered(values, axes, places), _ordered(ids, axes, places), computed
 
 
-def widen(x: Tensor) -> Tensor:
-    """Half precision as float32."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
 class _Kept:
     """One run's activations at the rows that are read."""
 
@@ -183,9 +187,9 @@ class _Kept:
             self._activations[name] = at if heads is None else at[:, heads]
 
         hooks = [(self._name(layer), partial(keep, name=self._name(layer), heads=heads)) for layer in layers]
-        for name in (_into_post_norm(model, layer) for layer in layers if axes.site.name == "result"):
-            if name is not None:
-                hooks.append((name, partial(keep, name=name, heads=None)))
+        if axes.site.name == "result":
+            names = [into_post_norm(layer) for layer in layers if post_norm(model, layer) is not None]
+            hooks += [(name, partial(keep, name=name, heads=None)) for name in names]
         self._heads = {head: j for j, head in enumerate(heads or ())}
         tokens = torch.stack([prompts.tokens[i] for i in members]).to(model.device)
         with model.hooks(hooks):
@@ -210,21 +214,15 @@ class _Kept:
 
     def _after_post_norm(self, written: Float[Tensor, "row d_model"], layer: int, part: slice) -> Tensor:
         """What a head adds to the residual stream: its output, through the block's norm on it where there is one."""
-        name = _into_post_norm(self.model, layer)
-        if name is None:
+        module = post_norm(self.model, layer)
+        if module is None:
             return written
-        whole = self._activations[name][part].to(written.device)
-        norm = FrozenNorm(self.model.bridge.blocks[layer].ln1_post, whole, f"ln1_post of layer {layer}")
+        whole = self._activations[into_post_norm(layer)][part].to(written.device)
+        norm = FrozenNorm(module, whole, f"ln1_post of layer {layer}")
         return norm.linear(written, norm.scale(whole))
 
     def _name(self, layer: int) -> str:
         return SITES[self.site].hook_name(layer)
-
-
-def _into_post_norm(model: HookedModel, layer: int) -> str | None:
-    """The hook in front of a block's norm on its attention's output, if it has one."""
-    has_one = getattr(model.bridge.blocks[layer], "ln1_post", None) is not None
-    return f"blocks.{layer}.ln1_post.hook_in" if has_one else None
 
 
 def _places(axes: Axes, prompts: Prompts, named: Mapping[str, Tensor]) -> Int[Tensor, "place prompt"]:
@@ -273,21 +271,10 @@ def _check_model(model: HookedModel, prompts: Prompts, axes: Axes) -> None:
             f"over: expected {'' if site == 'result' else 'no '}'head' and no 'neuron' among the dims at site {site!r}, got "
             f"{' '.join(axes.dims)!r}. A head's contribution is at site 'result'"
         )
-    check_can_run(model, prompts)
+    check_can_run(model, {"prompt": prompts})
+    check_final_norm(model, "a lens")
     if site in COMPONENTS:
         _check_parts(model, prompts, axes)
-
-
-def check_can_run(model: HookedModel, prompts: Prompts, what: str = "prompt") -> None:
-    """Raises `ValueError` for training mode, a model without a final norm, and tokens that are none of the model's."""
-    if model.training:
-        raise ValueError("model: expected evaluation mode, got training mode (dropout would be on). Call model.eval()")
-    if getattr(model.bridge, "ln_final", None) is None:
-        raise ValueError(
-            f"model: expected a final norm and an unembedding after it; {model.name} ({model.cfg.architecture}) has no ln_final"
-        )
-    for i, tokens in enumerate(prompts.tokens):
-        check_tokens(model, tokens, f"{what} {i}")
 
 
 def _check_unembedding(model: HookedModel, final: Tensor, logits: Tensor) -> None:
@@ -320,8 +307,8 @@ def _check_parts(model: HookedModel, prompts: Prompts, axes: Axes) -> None:
         _check_close(model, outputs, stream, f"block {layer} does not add its attention's and its MLP's output")
         if "result" in at:
             heads = at["result"].sum(0) + model.b_O[layer].to(stream.device)
-            module = getattr(model.bridge.blocks[layer], "ln1_post", None)
-            heads = heads if module is None else getattr(module, "original_component", module)(heads[None])[0]
+            norm = post_norm(model, layer)
+            heads = heads if norm is None else norm(heads[None])[0]
             _check_close(
                 model, heads, at["attn_out"], f"the heads of layer {layer} do not sum to its attention's output"
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -12,9 +12,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechkit.attribution._cells import check_final_norm
 from mechkit.attribution._reading import TOLERANCE, Reading, read_direction
-from mechkit.hooks import SITES, FrozenNorm, HookedModel, record
+from mechkit.hooks import (
+    SITES,
+    FrozenNorm,
+    HookedModel,
+    PostNorm,
+    adds_positions,
+    check_final_norm,
+    into_post_norm,
+    post_norm,
+    record,
+)
 from mechkit.metrics import Metric
 from mechkit.prompts import Prompts
 
@@ -24,32 +33,33 @@ def labels(model: HookedModel, over: str) -> tuple[str, ...]:
         return ("embed", *(f"L{layer}" for layer in range(model.n_layers)), "bias")
     kinds = [kind for kind, site in (("attn", "attn_out"), ("mlp", "mlp_out")) if model.has_site(site)]
     inside = [f"L{layer} {kind}" for layer in range(model.n_layers) for kind in kinds]
-    return ("embed", *(["pos_embed"] if _has_positions(model) else []), *inside, "bias")
+    return ("embed", *(["pos_embed"] if adds_positions(model) else []), *inside, "bias")
 
 
+@dataclass(frozen=True)
+class _Parts:
+    """What an attention or an MLP consists of, where that is read, and what it sums to."""
+
+    name: str
+    site: str
+    norm: PostNorm  # that a block may apply to the sum
+    output: str
+    output_name: str
+
+
+_HEADS = _Parts("heads", "z", "ln1_post", "attn_out", "attention output")
+_NEURONS = _Parts("neurons", "mlp_post", "ln2_post", "mlp_out", "MLP output")
 _POS_EMBED = "hook_pos_embed"
-
-
-def _has_positions(model: HookedModel) -> bool:
-    """Whether positions are learned vectors that are added to the embedding (not rotations, nor a bias of the scores)."""
-    return (
-        bool(model.cfg.positional_embedding_type == "standard") and getattr(model.bridge, "pos_embed", None) is not None
-    )
-
-
-def _post_norm(model: HookedModel, layer: int, which: str) -> Any | None:
-    """The norm that a block applies to its attention's or MLP's output before it is added (Gemma 2 and 3, OLMo 2)."""
-    return getattr(model.bridge.blocks[layer], which, None)
 
 
 def needed(model: HookedModel, over: str, index: Mapping[str, Sequence[Any]]) -> list[str]:
     """The activations that a split needs beside every component's output."""
     names = []
     for layer in index.get("layer", ()):
-        site, norm = ("mlp_post", "ln2_post") if "neuron" in index else ("z", "ln1_post")
-        names.append(SITES[site].hook_name(layer))
-        if _post_norm(model, layer, norm) is not None:
-            names.append(f"blocks.{layer}.{norm}.hook_in")
+        part = _NEURONS if "neuron" in index else _HEADS
+        names.append(SITES[part.site].hook_name(layer))
+        if post_norm(model, layer, part.norm) is not None:
+            names.append(into_post_norm(layer, part.norm))
         if over.startswith("layer head "):
             names += [SITES[site].hook_name(layer) for site in ("pattern", "v")]
     return names
@@ -81,7 +91,7 @@ class StreamRun:
         everyone, read_at = torch.arange(len(ids), device=model.device), positions[which].to(model.device)
         sites = [site for site in ("attn_out", "mlp_out") if model.has_site(site)]
         self.outputs = [SITES[site].hook_name(layer) for layer in range(model.n_layers) for site in sites]
-        embedding = ["blocks.0.hook_resid_pre", *([_POS_EMBED] if _has_positions(model) else [])]
+        embedding = ["blocks.0.hook_resid_pre", *([_POS_EMBED] if adds_positions(model) else [])]
         self.kept: dict[str, Tensor] = {}
 
         def keep(activation: Tensor, hook: Any, name: str) -> None:
@@ -134,19 +144,13 @@ class StreamRun:
     ) -> Float[Tensor, "head *src prompt"]:
         """Each head's term in one layer, or that split by source position."""
         attention = self.model.bridge.blocks[layer].attn
-        direction, bias = self.before_post_norm(layer, "ln1_post")
+        direction, after = self.before_post_norm(layer, _HEADS.norm)
         weight = attention.W_O.detach().to(direction.dtype)  # [head d_head d_model]
         reads = einops.einsum(weight, direction, "head d_head d_model, prompt d_model -> prompt head d_head")
         z = self.kept[SITES["z"].hook_name(layer)].to(reads.dtype)
         z = z.reshape(reads.shape)
         terms = (z * reads).sum(-1)  # [prompt head]
-        b_O = getattr(attention, "b_O", None)
-        rest = bias if b_O is None else bias + direction @ b_O.detach().to(direction.dtype)
-        self.check(
-            terms.sum(1) + rest,
-            self.term(self.kept[SITES["attn_out"].hook_name(layer)]),
-            f"the heads of layer {layer} do not sum to its attention output",
-        )
+        self.check_parts(layer, _HEADS, terms, direction, getattr(attention, "b_O", None), after)
         if "src" not in index and "position" not in index:
             return terms[:, index["head"]].T
         pattern = self.kept[SITES["pattern"].hook_name(layer)].to(reads.dtype)
@@ -168,26 +172,19 @@ class StreamRun:
     ) -> Float[Tensor, "neuron prompt"]:
         """Each neuron's term in one layer."""
         mlp = self.model.bridge.blocks[layer].mlp
-        direction, bias = self.before_post_norm(layer, "ln2_post")
+        direction, after = self.before_post_norm(layer, _NEURONS.norm)
         activation = self.kept[SITES["mlp_post"].hook_name(layer)].to(direction.dtype).reshape(len(direction), -1)
         terms = activation * (direction @ mlp.W_out.detach().to(direction.dtype).T)  # [prompt neuron]
-        b_out = getattr(mlp, "b_out", None)
-        rest = bias if b_out is None else bias + direction @ b_out.detach().to(direction.dtype)
-        self.check(
-            terms.sum(1) + rest,
-            self.term(self.kept[SITES["mlp_out"].hook_name(layer)]),
-            f"the neurons of layer {layer} do not sum to its MLP output",
-        )
+        self.check_parts(layer, _NEURONS, terms, direction, getattr(mlp, "b_out", None), after)
         return terms[:, index["neuron"]].T
 
-    def before_post_norm(self, layer: int, which: str) -> tuple[Tensor, Tensor]:
+    def before_post_norm(self, layer: int, which: PostNorm) -> tuple[Tensor, Tensor]:
         """The reading's direction in front of a block's norm on its own output, its scale held fixed, and what the norm's bias
         adds; the reading's own direction where there is no such norm."""
-        module = _post_norm(self.model, layer, which)
-        direction = self.reading.direction
+        module, direction = post_norm(self.model, layer, which), self.reading.direction
         if module is None:
             return direction, torch.zeros_like(self.reading.value)
-        written = self.kept[f"blocks.{layer}.{which}.hook_in"]
+        written = self.kept[into_post_norm(layer, which)]
         norm = FrozenNorm(module, written, f"{which} of layer {layer}")
         scale = norm.scale(written).to(direction.dtype)
         gained = norm.pull_back(direction.to(scale.dtype), scale).to(direction.dtype)
@@ -196,6 +193,27 @@ class StreamRun:
     def term(self, written: Float[Tensor, "prompt d_model"]) -> Float[Tensor, "prompt"]:
         """What a vector in the residual stream adds to the metric."""
         return (self.reading.direction * written.to(self.reading.direction.dtype)).sum(-1)
+
+    def check_parts(
+        self,
+        layer: int,
+        parts: _Parts,
+        terms: Float[Tensor, "prompt part"],
+        direction: Float[Tensor, "prompt d_model"],
+        bias: Float[Tensor, "d_model"] | None,
+        after: Float[Tensor, "prompt"],
+    ) -> None:
+        """Refuses terms of all heads or neurons that, with the biases inside the block, do not sum to the block's output.
+
+        Args:
+            direction: The reading's, in front of the norm on the output.
+            bias: Of the attention or MLP, in front of that norm.
+            after: What the norm's own bias adds to the metric.
+        """
+        rest = after if bias is None else after + direction @ bias.detach().to(direction.dtype)
+        output = self.term(self.kept[SITES[parts.output].hook_name(layer)])
+        what = f"the {parts.name} of layer {layer} do not sum to its {parts.output_name}"
+        self.check(terms.sum(1) + rest, output, what)
 
     def check(self, found: Tensor, expected: Tensor, what: str) -> None:
         """Keeps the largest error of a sum, and refuses one that rounding does not explain."""

@@ -30,9 +30,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mechkit.attribution._readout import COPIES, widen
+from mechkit.attribution._readout import COPIES
 from mechkit.attribution.logit_lens import kl
-from mechkit.hooks import Budget, FrozenNorm, HookedModel, record
+from mechkit.hooks import Budget, FrozenNorm, HookedModel, record, widen
 from mechkit.prompts import Prompts
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0)  # relative to the mean eigenvalue of the covariance

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mechkit.attribution._cells import Grid, make_grid, split_prompts, to_result
-from mechkit.hooks import Budget, HookedModel, check_tokens, record, sweep
+from mechkit.hooks import Budget, HookedModel, check_can_run, record, sweep
 from mechkit.metrics import CallableMetric, Metric, as_metric
 from mechkit.prompts import PromptPairs, Prompts
 from mechkit.result import Result
@@ -162,8 +162,7 @@ def _position_means(
 ) -> dict[tuple[str, int], tuple[Tensor, Tensor]]:
     """For each `(site, layer)`: the mean over the prompts that have the position, and how many those are, in float64."""
     longest = int(reference.lengths.max())
-    for i, tokens in enumerate(reference.tokens):
-        check_tokens(model, tokens, f"reference prompt {i}")
+    check_can_run(model, {"reference prompt": reference})
     sums: dict[tuple[str, int], Tensor] = {}
     counts = torch.zeros(longest, dtype=torch.float64, device=model.device)
     for length, members in reference.by_length().items():

@@ -25,10 +25,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechkit.attribution._nodes import TECHNIQUE, AnyMetric, Chunk, Key, Study, hook_name, make_study
+from mechkit.attribution._cells import Chosen
+from mechkit.attribution._nodes import AnyMetric, Chunk, Key, Study, check_one_site, hook_name, make_study
 from mechkit.attribution.attribution_patching import check_reached, tapped
 from mechkit.attribution.integrated_gradients import runs_of, unedited
-from mechkit.hooks import SITES, HookedModel, frozen_parameters, get_site
+from mechkit.hooks import SITES, HookedModel, frozen_parameters, get_site, has_final_norm
 from mechkit.prompts import PromptPairs
 from mechkit.result import Result
 
@@ -67,16 +68,13 @@ def atp_star(
         ValueError: as `attribution_patching`; GradDrop on a model of one layer or in the residual stream; a QK fix where the
             pattern is not the softmax of the scores (attention sinks) or one head's query changes another's pattern (OLMo 2).
     """
-    if not isinstance(site, str):
-        raise ValueError(
-            f"site: expected one site; several from one backward pass are attribution_patching's alone. Got {site!r}"
-        )
+    check_one_site(site)
     if qk_fix and get_site(site).name in ("q", "k") and "neuron" in over.split():
         raise ValueError(
             f"qk_fix: the softmax moves with a whole query or key, not with one entry of it; leave 'neuron' out of "
             f"over={over!r}, or use qk_fix=False"
         )
-    if grad_drop and getattr(model.bridge, "ln_final", None) is None:
+    if grad_drop and not has_final_norm(model):
         raise ValueError(f"grad_drop: {model.name} has no final norm in front of its unembedding; use grad_drop=False")
     if grad_drop and model.n_layers < 2:
         raise ValueError("grad_drop: expected a model of at least 2 layers, since a node's own layer is never dropped")
@@ -85,24 +83,14 @@ def atp_star(
             f"grad_drop: expected a component's site (z, q, k, v, mlp_out, ...), whose own layer is left out; got "
             f"{site!r}, which belongs to the residual stream. Use grad_drop=False"
         )
-    study = make_study(
-        model,
-        pairs,
-        metric,
-        site,
-        over,
-        direction=direction,
-        budget=budget,
-        layers=layers,
-        heads=heads,
-        positions=positions,
-        neurons=neurons,
-        technique=TECHNIQUE,
-        variant="atp_star",
-        qk_fix=qk_fix,
-        grad_drop=grad_drop,
-        sign="magnitude" if grad_drop else "signed",
-    )
+    chosen: Chosen = {"layers": layers, "heads": heads, "positions": positions, "neurons": neurons}
+    about = {
+        "variant": "atp_star",
+        "qk_fix": qk_fix,
+        "grad_drop": grad_drop,
+        "sign": "magnitude" if grad_drop else "signed",
+    }
+    study = make_study(model, pairs, metric, site, over, direction, chosen, budget, about)
     with frozen_parameters(model):
         for chunk in study.chunks():
             _attribute(study, chunk, qk_fix, grad_drop)
@@ -251,9 +239,7 @@ def replaced_columns(
     becomes `w g_j + (1 - w) m`. The mean and the normalizer of the others follow from those of the whole row by leaving j out,
     which loses nothing unless j holds nearly everything; so the row's strongest source is left out by a softmax of its own.
     """
-    wide = torch.promote_types(
-        pattern.dtype, gradient.dtype
-    )  # some softmaxes are in float32 whatever the model's dtype
+    wide = torch.promote_types(pattern.dtype, gradient.dtype)  # some softmaxes are float32 whatever the model's dtype
     pattern, scores, moved, gradient = (x.to(wide) for x in (pattern, scores, moved, gradient))
     whole = (gradient * pattern).sum(-1, keepdim=True)
     others = (1 - pattern).clamp(min=torch.finfo(pattern.dtype).tiny)
@@ -261,9 +247,8 @@ def replaced_columns(
     log_others = scores.logsumexp(-1, keepdim=True) + others.log()
     strongest = pattern.argmax(-1, keepdim=True)
     rest = scores.scatter(-1, strongest, torch.finfo(scores.dtype).min)
-    alone = (
-        rest.amax(-1, keepdim=True) <= torch.finfo(scores.dtype).min / 2
-    )  # the row sees one source: nothing to share
+    # Where the row sees one source there is nothing to share.
+    alone = rest.amax(-1, keepdim=True) <= torch.finfo(scores.dtype).min / 2
     rest_mean = (gradient * rest.softmax(-1)).sum(-1, keepdim=True)
     mean = mean.scatter(-1, strongest, rest_mean)
     log_others = log_others.scatter(-1, strongest, rest.logsumexp(-1, keepdim=True))

@@ -38,7 +38,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mechkit.attribution._cells import position_labels, provenance_of, split_prompts
-from mechkit.hooks import Budget, HookedModel, check_tokens
+from mechkit.hooks import Budget, HookedModel, check_can_run, check_metric, widen
 from mechkit.metrics import CallableMetric, Metric, as_metric
 from mechkit.prompts import PromptPairs, Prompts
 from mechkit.result import Result
@@ -308,7 +308,7 @@ def _weighted_patterns(
     with torch.inference_mode(False), torch.enable_grad():
         with model.hooks([(("pattern", layer), partial(add_zero, layer=layer)) for layer in layers]):
             logits = model(tokens.clone())  # a tensor that autograd may keep, wherever it was made
-        value = _read(metric, logits if logits.dtype == torch.float64 else logits.float(), ids)
+        value = _read(metric, widen(logits), ids)
         gradients = torch.autograd.grad(value.sum(), [zeros[layer] for layer in layers], allow_unused=True)
     weighted = []
     for layer, gradient in zip(layers, gradients, strict=True):
@@ -360,13 +360,10 @@ def _attributed(
 ) -> Result:
     """The rule's values for all prompts, those of one length together as far as memory allows; NaN where a prompt ends."""
     tokens, named, task = split_prompts(prompts)
-    if model.training:
-        raise ValueError("model: expected evaluation mode, got training mode (dropout would be on). Call model.eval()")
+    check_can_run(model, {"prompt": tokens})
     if over not in ("pos", "layer pos"):
         raise ValueError(f"over: expected 'pos' or 'layer pos', got {over!r}")
     model.hook_names("pattern")  # raises if this architecture lacks it in some layer
-    for i, row in enumerate(tokens.tokens):
-        check_tokens(model, row, f"prompt {i}")
     target = position if isinstance(position, Tensor) else _index(tokens, named, position)
     memory, every, longest = Budget.of(model, budget), over == "layer pos", int(tokens.lengths.max())
     dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
@@ -421,29 +418,16 @@ def _reading_position(
     model: HookedModel, prompts: Prompts, metric: Metric | CallableMetric, position: str | int | None
 ) -> str | int | Tensor:
     """Where a metric reads, as far as it knows; refuses one that does not fit."""
-    n, lengths = len(prompts), prompts.lengths
-    if isinstance(metric, CallableMetric):
-        if int(lengths.min()) < int(lengths.max()):
-            raise ValueError(
-                f"metric: a plain callable needs prompts of one length, got {lengths.tolist()}. Use one of mechkit's metrics"
-            )
-        return "END" if position is None else position
-    if position is not None:
+    if isinstance(metric, Metric) and position is not None:
         raise ValueError(
             f"position: expected none, got {position!r}; make {metric.name!r} with the position that it shall read"
         )
-    if metric.reference is not None:
+    if isinstance(metric, Metric) and metric.reference is not None:
         raise ValueError(
             f"metric: {metric.name!r} compares with the {metric.reference} run; expected one of a single run, such as logit_diff "
             "(compared with itself, a run's divergence is 0, and so is its gradient)"
         )
-    if metric.n_prompts != n or (metric.lengths is not None and not torch.equal(metric.lengths, lengths)):
-        raise ValueError(
-            f"metric: expected one made for these {n} prompts of lengths {lengths.tolist()}, got one made for "
-            f"{metric.n_prompts} of lengths {None if metric.lengths is None else metric.lengths.tolist()}"
-        )
-    if not bool(((metric.positions >= 0) & (metric.positions < lengths)).all()):
-        raise ValueError(f"metric: expected positions within {lengths.tolist()}, got {metric.positions.tolist()}")
-    if metric.tokens is not None and int(metric.tokens.max()) >= model.d_vocab:
-        raise ValueError(f"metric: expected answer tokens in 0..{model.d_vocab - 1}, got {int(metric.tokens.max())}")
-    return metric.positions
+    check_metric(model, prompts, metric, ("clean",))
+    if isinstance(metric, Metric):
+        return metric.positions
+    return "END" if position is None else position

@@ -17,12 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, overload
+from typing import Any, Literal, Unpack, overload
 
 import torch
 from torch import Tensor
 
-from mechkit.attribution._nodes import TECHNIQUE, AnyMetric, Chunk, Key, Study, hook_name, make_study
+from mechkit.attribution._cells import Chosen
+from mechkit.attribution._nodes import AnyMetric, Chunk, Key, Study, hook_name, make_study
 from mechkit.hooks import HookedModel, frozen_parameters
 from mechkit.prompts import PromptPairs
 from mechkit.result import Result
@@ -30,15 +31,27 @@ from mechkit.result import Result
 Rules = Sequence[tuple[str, Callable[..., Tensor | None]]]
 
 
+class Options(Chosen, total=False):
+    """The arguments that mean the same for one site and for several."""
+
+    direction: Literal["denoise", "noise"]
+    budget: int | None
+
+
 @overload
 def attribution_patching(
-    model: HookedModel, pairs: PromptPairs, metric: AnyMetric, site: str = ..., over: str = ..., **options: Any
+    model: HookedModel,
+    pairs: PromptPairs,
+    metric: AnyMetric,
+    site: str = ...,
+    over: str = ...,
+    **options: Unpack[Options],
 ) -> Result: ...
 @overload
 def attribution_patching(
-    model: HookedModel, pairs: PromptPairs, metric: AnyMetric, site: Mapping[str, str], **options: Any
+    model: HookedModel, pairs: PromptPairs, metric: AnyMetric, site: Mapping[str, str], **options: Unpack[Options]
 ) -> dict[str, Result]: ...
-def attribution_patching(  # type: ignore[misc]  # the overloads leave out what both have in common
+def attribution_patching(
     model: HookedModel,
     pairs: PromptPairs,
     metric: AnyMetric,
@@ -73,21 +86,9 @@ def attribution_patching(  # type: ignore[misc]  # the overloads leave out what 
         ValueError: a metric without a gradient or that gives one number for all prompts; an unknown site or dim; training
             mode; NaN in a run.
     """
-    study = make_study(
-        model,
-        pairs,
-        metric,
-        site,
-        over,
-        direction=direction,
-        budget=budget,
-        layers=layers,
-        heads=heads,
-        positions=positions,
-        neurons=neurons,
-        technique=TECHNIQUE,
-        variant="plain",
-    )
+    chosen: Chosen = {"layers": layers, "heads": heads, "positions": positions, "neurons": neurons}
+    about = {"variant": "plain"}
+    study = make_study(model, pairs, metric, site, over, direction, chosen, budget, about)
     with frozen_parameters(model):
         for chunk in study.chunks():
             first_order(study, chunk)

@@ -24,13 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mechkit.attribution._cells import choose_indices, choose_positions, position_labels, provenance_of, split_prompts
-from mechkit.attribution._reading import Direction, as_direction
+from mechkit.attribution._cells import choose_indices, choose_positions, position_labels, split_prompts
+from mechkit.attribution._reading import Direction, as_direction, to_result
 from mechkit.attribution._stream import StreamRun, labels, needed
-from mechkit.hooks import Budget, HookedModel, check_tokens
-from mechkit.metrics import Metric
+from mechkit.hooks import Budget, HookedModel, check_can_run
 from mechkit.prompts import PromptPairs, Prompts
-from mechkit.result import Cost, Result
+from mechkit.result import Result
 
 OVER = ("component", "cumulative", "layer head", "layer head src", "layer head position", "layer neuron")
 CAUTION = "direct effect only: later components may remove it (see dla_erasure_check)"
@@ -79,12 +78,9 @@ def direct_logit_attribution(
     """
     if over not in OVER:
         raise ValueError(f"over: expected one of {', '.join(map(repr, OVER))}; got {over!r}")
-    if model.training:
-        raise ValueError("model: expected evaluation mode, got training mode (dropout would be on). Call model.eval()")
     base, named, task = split_prompts(prompts)
+    check_can_run(model, {"prompt": base})
     direction = as_direction(model, metric, base)
-    for i, tokens in enumerate(base.tokens):
-        check_tokens(model, tokens, f"prompt {i}")
     index = _chosen(model, base, named, over, layers, heads, neurons, positions)
     coords = {dim: tuple(labels) for dim, labels in index.items()}
     if over in ("component", "cumulative"):
@@ -103,25 +99,18 @@ def direct_logit_attribution(
             run = StreamRun(model, base, part, direction, needed(model, over, index))
             values[..., part] = run.split(over, index, {name: at[part] for name, at in named.items()}).to(values)
             totals[part], error = run.reading.value.to(totals), max(error, run.error)
-    return Result(
-        values=values,
-        dims=(*coords, "prompt"),
-        coords={**coords, "prompt": tuple(range(len(base)))},
-        baseline={},
-        base="",
-        metric=direction.name if isinstance(direction, Metric) else "direction",
-        unit=direction.unit if isinstance(direction, Metric) else "logits",
-        provenance=provenance_of(
-            model,
-            base,
-            technique="direct logit attribution",
-            over=over,
-            task=task,
-            total=float(totals.mean()),
-            residual_error=error,
-            caution=CAUTION,
-        ),
-        cost=Cost(*[int(base.lengths.sum()) * model.n_layers] * 2),
+    return to_result(
+        values,
+        coords,
+        model,
+        base,
+        direction,
+        technique="direct logit attribution",
+        over=over,
+        task=task,
+        total=float(totals.mean()),
+        residual_error=error,
+        caution=CAUTION,
     )
 
 

@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mechkit.attribution._cells import provenance_of, split_prompts
-from mechkit.attribution._reading import Direction, as_direction
+from mechkit.attribution._cells import split_prompts
+from mechkit.attribution._reading import Direction, as_direction, to_result
 from mechkit.attribution._stream import StreamRun, labels, needed
-from mechkit.hooks import SITES, Budget, HookedModel, attached_hooks, check_tokens
+from mechkit.hooks import SITES, Budget, HookedModel, attached_hooks, check_can_run
 from mechkit.metrics import Metric
 from mechkit.prompts import PromptPairs, Prompts
-from mechkit.result import Cost, Result
+from mechkit.result import Result
 
 
 @dataclass(frozen=True)
@@ -108,12 +108,9 @@ def dla_erasure_check(
         )
     if mode not in ("zero", "mean"):
         raise ValueError(f"mode: expected 'zero' or 'mean', got {mode!r}")
-    if model.training:
-        raise ValueError("model: expected evaluation mode, got training mode (dropout would be on). Call model.eval()")
     base, _, task = split_prompts(prompts)
+    check_can_run(model, {"prompt": base})
     direction = as_direction(model, metric, base)
-    for i, tokens in enumerate(base.tokens):
-        check_tokens(model, tokens, f"prompt {i}")
     groups = base.by_length()
     if mode == "mean" and min(len(ids) for ids in groups.values()) < 2:
         raise ValueError("mode: 'mean' needs at least 2 prompts of each length; use 'zero', or prompts of one length")
@@ -132,26 +129,15 @@ def dla_erasure_check(
     mine = f"L{layer}H{index}"
     later = (*names, "final norm")
 
-    def result(values: Tensor, dims: tuple[str, ...], coords: dict[str, tuple[str, ...]], what: str) -> Result:
-        return Result(
-            values=values,
-            dims=(*dims, "prompt"),
-            coords={**coords, "prompt": tuple(range(len(base)))},
-            baseline={},
-            base="",
-            metric=direction.name if isinstance(direction, Metric) else "direction",
-            unit=direction.unit if isinstance(direction, Metric) else "logits",
-            provenance=provenance_of(
-                model, base, technique="erasure check", what=what, head=mine, mode=mode, task=task
-            ),
-            cost=Cost(*[2 * int(base.lengths.sum()) * model.n_layers] * 2),
-        )
+    def result(values: Tensor, coords: dict[str, tuple[int | str, ...]], what: str) -> Result:
+        about = {"technique": "erasure check", "what": what, "head": mine, "mode": mode, "task": task}
+        return to_result(values, coords, model, base, direction, runs=2, **about)
 
     return Erasure(
         head=(layer, index),
-        direct=result(direct, (), {}, "direct effect"),
-        total=result(total, (), {}, "total effect"),
-        written=result(written, ("component",), {"component": later}, "indirect effects"),
+        direct=result(direct, {}, "direct effect"),
+        total=result(total, {}, "total effect"),
+        written=result(written, {"component": later}, "indirect effects"),
         erased=-taken / mean if mean else float("nan"),
     )
 

@@ -38,9 +38,8 @@ from mechkit.attribution._head_weights import (
     soft_capped,
     through_ov,
     weights_result,
-    wide,
 )
-from mechkit.hooks import HookedModel
+from mechkit.hooks import HookedModel, widen
 from mechkit.result import Result
 
 Tokens = str | int | Sequence[str | int] | Tensor | None
@@ -119,7 +118,7 @@ def ov_circuit(
     layer, head = _head(model, layer, head)
     sources, outputs = _token_pair(model, ("source_tokens", source_tokens), ("output_tokens", output_tokens))
     probe_attention(model, [layer])
-    weight = wide(model.W_U[:, outputs])
+    weight = widen(model.W_U[:, outputs])
     written = [through_ov(model, layer, head, x) for x in embedded_chunks(model, sources)]
     values = torch.cat([final_norm(model, x) @ weight for x in written])
     coords = {"source": token_labels(model, sources), "output": token_labels(model, outputs)}
@@ -153,7 +152,7 @@ def qk_circuit(
     kv_head = head // (model.n_heads // model.n_kv_heads)
     q = torch.cat([project(model, layer, x, "Q")[:, head] for x in embedded_chunks(model, dests)])
     k = torch.cat([project(model, layer, x, "K")[:, kv_head] for x in embedded_chunks(model, sources)])
-    values = soft_capped(model, layer, scale * (wide(q) @ wide(k).mT))
+    values = soft_capped(model, layer, scale * (widen(q) @ widen(k).mT))
     coords = {"dest": token_labels(model, dests), "source": token_labels(model, sources)}
     return weights_result(values, coords, model, "qk_circuit", "attention score", layer=layer, head=head)
 
@@ -194,7 +193,7 @@ def ov_svd(model: HookedModel, layer: int, head: int, k: int = 10, top: int = 10
     dtype = weights.W_V.dtype
     u, v = ((q_read @ left)[:, :k].to(dtype), (q_write @ right.mT)[:, :k].to(dtype))
     norm = block_norm(model, layer)
-    writes = final_norm(model, v.mT) @ wide(model.W_U)  # [direction token]
+    writes = final_norm(model, v.mT) @ widen(model.W_U)  # [direction token]
     everything = torch.arange(model.d_vocab)
     reads = torch.cat([normed(norm, x) @ u for x in embedded_chunks(model, everything)]).mT
     sign = writes.gather(1, writes.abs().argmax(1, keepdim=True)).sign()

@@ -37,14 +37,12 @@ from mechkit.attribution._head_weights import (
     embeddings,
     final_norm,
     folded_weights,
-    post_norm,
     probe_attention,
     project,
     weight_of,
     weights_result,
-    wide,
 )
-from mechkit.hooks import Budget, HookedModel, check_tokens, record
+from mechkit.hooks import Budget, HookedModel, check_can_run, post_norm, record, widen
 from mechkit.prompts import PromptPairs, Prompts
 from mechkit.result import Result
 
@@ -118,8 +116,7 @@ def head_scores(
     """
     if kind not in KINDS:
         raise ValueError(f"kind: expected one of {', '.join(KINDS)}; got {kind!r}")
-    if model.training:
-        raise ValueError("model: expected evaluation mode, got training mode (dropout would be on). Call model.eval()")
+    check_can_run(model)
     if sign not in (1, -1):
         raise ValueError(f"sign: expected 1 or -1, got {sign!r}")
     _check_given(kind, prompts, positions, sign, n, length)
@@ -131,8 +128,7 @@ def head_scores(
     if prompts is None:
         prompts = random_prompts(model, kind, 8 if n is None else n, length, seed)
     base, named, given_task = split_prompts(prompts)
-    for i, tokens in enumerate(base.tokens):
-        check_tokens(model, tokens, f"{'random ' if random else ''}prompt {i}")
+    check_can_run(model, {"random prompt" if random else "prompt": base})
     if kind == "name_mover_copy":
         at = None if positions is None else [named[name] for name in choose_positions(named, positions)]
         values = _name_mover_copy(model, base, at, sign, *chosen, Budget.of(model, budget), progress)
@@ -252,7 +248,7 @@ def _pattern_scores(
     budget: Budget,
     progress: bool,
 ) -> Float[Tensor, "layer head prompt"]:
-    values = torch.full((len(layers), len(heads), len(prompts)), torch.nan, dtype=wide(_scalar(model)).dtype)
+    values = torch.full((len(layers), len(heads), len(prompts)), torch.nan, dtype=widen(_scalar(model)).dtype)
     for ids, tokens in _batches(model, prompts, budget, progress):
         sources = attended(tokens, kind)
         counts = sources.any(-1).sum(-1).to(values.dtype)  # destinations that count
@@ -319,9 +315,9 @@ def _copying(
 ) -> Float[Tensor, "layer head"]:
     """Eigenvalues of E V O U [vocabulary vocabulary] are those of O (U E) V [d_head d_head], and zeros."""
     probe_attention(model, layers)
-    through = torch.zeros(model.d_model, model.d_model, dtype=wide(_scalar(model)).dtype, device=model.device)
+    through = torch.zeros(model.d_model, model.d_model, dtype=widen(_scalar(model)).dtype, device=model.device)
     for tokens in torch.arange(model.d_vocab).split(CHUNK):
-        through += wide(model.W_U[:, tokens]) @ wide(embeddings(model, tokens))  # [written read]
+        through += widen(model.W_U[:, tokens]) @ widen(embeddings(model, tokens))  # [written read]
     rows = []
     bar = tqdm(total=len(layers), disable=None if progress else True, unit="layer", leave=False, delay=2)
     with bar:

@@ -31,7 +31,6 @@ methods share, which do all layers in the same runs, unembed the metric's tokens
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -39,7 +38,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechkit.attribution._cells import provenance_of
+from mechkit.attribution._baseline import Baseline
+from mechkit.attribution._cells import Chosen, provenance_of
 from mechkit.attribution._nodes import AnyMetric, Chunk, Key, Study, hook_name, make_single_study
 from mechkit.attribution._paths import Rule, along_activation, batches, metric_with, quadrature
 from mechkit.attribution.attribution_patching import check_reached, tapped
@@ -139,7 +139,7 @@ def token_integrated_gradients(
     """
     points, weights = quadrature(steps, rule)
     study = _input_study(model, prompts, metric, budget)
-    without, sums = _Baseline.of(study, baseline, keep), _Sums(study, [_INPUT])
+    without, sums = Baseline.of(study, baseline, keep), _Sums(study, [_INPUT])
     with frozen_parameters(model):
         for chunk in study.chunks():
             actual = _actual(study, chunk)
@@ -209,9 +209,9 @@ def neuron_attribution(
         raise ValueError(f"baseline, keep: expected none but for path='input', got {baseline!r} and {keep!r}")
     points, weights = quadrature(steps, rule)
     _check_site(site)
-    chosen = {"layers": layers, "heads": heads, "neurons": neurons, "positions": positions}
+    chosen: Chosen = {"layers": layers, "heads": heads, "neurons": neurons, "positions": positions}
     study = make_single_study(model, prompts, metric, site, over, budget=budget, **chosen)
-    without = _Baseline.of(study, baseline, keep)
+    without = Baseline.of(study, baseline, keep)
     whole = path == "activation" or get_site(site).name in _CUTS  # whether a layer's sum is known
     sums = _Sums(study, [*(study.keys if whole else []), *([_INPUT] if path == "input" else [])])
     with frozen_parameters(model):
@@ -239,80 +239,6 @@ def _check_site(site: str) -> None:
             f"site: expected one inside the blocks where zero means nothing, got {found.name!r}; for the embeddings use "
             "token_integrated_gradients, for attention 'pattern'"
         )
-
-
-@dataclass(frozen=True, eq=False)
-class _Baseline:
-    """Where the embeddings' path begins: `stand_in` is `"zero"`, `"mean"` or a token's id, `kept` each prompt's positions."""
-
-    model: HookedModel
-    stand_in: str | int
-    keep: Literal["bos"] | list[int]
-    kept: list[list[int]]
-
-    @classmethod
-    def of(cls, study: Study, baseline: str | int, keep: Sequence[int] | None) -> _Baseline:
-        """Checks what the user asked for."""
-        model, tokens, shortest = study.model, study.base.tokens, int(study.base.lengths.min())
-        if keep is not None:
-            if any(isinstance(i, bool) or not hasattr(i, "__index__") or not 0 <= i < shortest for i in keep):
-                raise ValueError(f"keep: expected positions in 0..{shortest - 1} (the shortest prompt), got {keep!r}")
-            chosen = [i.__index__() for i in keep]
-            return cls(model, _stand_in(model, baseline), chosen, [chosen] * len(tokens))
-        bos = getattr(model.tokenizer, "bos_token_id", None)
-        return cls(model, _stand_in(model, baseline), "bos", [[0] if int(row[0]) == bos else [] for row in tokens])
-
-    @torch.no_grad()
-    def start(self, chunk: Chunk, actual: Float[Tensor, "prompt pos d_model"]) -> Float[Tensor, "prompt pos d_model"]:
-        """What the first block reads when the tokens' embeddings are replaced where the model looks them up."""
-        tokens = chunk.tokens[chunk.study.base_is]
-        token = self.stand_in if isinstance(self.stand_in, int) else None
-        start = self._looked_up(chunk, tokens) if token is None else chunk.runs.embed(torch.full_like(tokens, token))
-        for row, i in enumerate(chunk.ids.tolist()):
-            start[row, self.kept[i]] = actual[row, self.kept[i]]
-        return start
-
-    def _looked_up(self, chunk: Chunk, tokens: Int[Tensor, "prompt pos"]) -> Float[Tensor, "prompt pos d_model"]:
-        found = self.model.bridge.original_model.get_input_embeddings()
-        table = getattr(found, "original_component", found)  # itself, without the bridge's hook points
-        vector = _mean_embedding(self.model, table) if self.stand_in == "mean" else torch.zeros(())
-        fired: list[bool] = []
-
-        def replace(module: Any, args: Any, output: Tensor) -> Tensor:
-            fired.append(True)
-            return vector.to(output).expand_as(output).clone()
-
-        handle = table.register_forward_hook(replace)
-        try:
-            start = chunk.runs.embed(tokens)
-        finally:
-            handle.remove()
-        if not fired:
-            raise ValueError(
-                f"baseline: expected a token for {self.model.name}, which has no lookup; got {self.stand_in!r}"
-            )
-        return start
-
-
-def _stand_in(model: HookedModel, baseline: str | int) -> str | int:
-    """A baseline as `"zero"`, `"mean"` or a token's id."""
-    wanted = f"expected 'zero', 'mean', a token id in 0..{model.d_vocab - 1}, or the text of one token"
-    if isinstance(baseline, str) and baseline not in ("zero", "mean"):
-        try:
-            return model.to_single_token(baseline)
-        except ValueError as error:
-            raise ValueError(f"baseline: {wanted}; got {baseline!r}: {error}") from None
-    if isinstance(baseline, str):
-        return baseline
-    if isinstance(baseline, bool) or not hasattr(baseline, "__index__") or not 0 <= baseline < model.d_vocab:
-        raise ValueError(f"baseline: {wanted}; got {baseline!r}")
-    return baseline.__index__()
-
-
-def _mean_embedding(model: HookedModel, table: Any) -> Float[Tensor, "d_model"]:
-    """The mean over the vocabulary of what the table gives (some models scale what is in it)."""
-    ids = torch.arange(model.d_vocab, device=model.device)
-    return torch.stack([table(some).double().sum(0) for some in ids.split(4096)]).sum(0) / model.d_vocab
 
 
 def _enters(chunk: Chunk, hidden: dict[int, Tensor]) -> dict[int, Tensor] | None:
@@ -347,7 +273,7 @@ def _grow_activations(study: Study, chunk: Chunk, points: list[float], weights: 
 
 
 def _conduct(
-    study: Study, chunk: Chunk, without: _Baseline, points: list[float], weights: list[float], sums: _Sums
+    study: Study, chunk: Chunk, without: Baseline, points: list[float], weights: list[float], sums: _Sums
 ) -> None:
     """Adds, for every stretch of the embeddings' path, the gradients at its point times the activations' change along it."""
     actual, keys = _actual(study, chunk), list(dict.fromkeys([*study.keys, _INPUT]))

@@ -21,7 +21,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mechkit.attribution._nodes import TECHNIQUE, AnyMetric, Chunk, Key, Study, hook_name, make_study
+from mechkit.attribution._cells import Chosen
+from mechkit.attribution._nodes import AnyMetric, Chunk, Key, Study, check_one_site, hook_name, make_study
 from mechkit.attribution._paths import Rule, along_activation, batches, metric_with, quadrature
 from mechkit.attribution.attribution_patching import check_reached, tapped
 from mechkit.hooks import SITES, HookedModel, frozen_parameters
@@ -65,33 +66,15 @@ def integrated_gradients(
     Raises:
         ValueError: as `attribution_patching`; an unknown rule or path; fewer than one step.
     """
-    if not isinstance(site, str):
-        raise ValueError(
-            f"site: expected one site; several from one backward pass are attribution_patching's alone. Got {site!r}"
-        )
+    check_one_site(site)
     if path not in ("activation", "input"):
         raise ValueError(f"path: expected 'activation' or 'input', got {path!r}")
     points, weights = quadrature(steps, rule)
     if path == "input" and site in ("embed", SITES["embed"].hook):
         raise ValueError("path: 'input' moves the embeddings themselves; for site='embed' use path='activation'")
-    study = make_study(
-        model,
-        pairs,
-        metric,
-        site,
-        over,
-        direction=direction,
-        budget=budget,
-        layers=layers,
-        heads=heads,
-        positions=positions,
-        neurons=neurons,
-        technique=TECHNIQUE,
-        variant="integrated_gradients",
-        path=path,
-        steps=steps,
-        rule=rule,
-    )
+    chosen: Chosen = {"layers": layers, "heads": heads, "positions": positions, "neurons": neurons}
+    about = {"variant": "integrated_gradients", "path": path, "steps": steps, "rule": rule}
+    study = make_study(model, pairs, metric, site, over, direction, chosen, budget, about)
     errors = torch.zeros(len(study.keys), len(study.base), dtype=torch.float64)
     with frozen_parameters(model):
         for chunk in study.chunks():

@@ -27,8 +27,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from mechkit.attribution._cells import Axes, make_axes, provenance_of, split_prompts
-from mechkit.attribution._readout import Chunk, Logits, Reader, read_cells, widen
-from mechkit.hooks import HookedModel
+from mechkit.attribution._readout import Chunk, Logits, Reader, read_cells
+from mechkit.hooks import HookedModel, widen
 from mechkit.prompts import PromptPairs, Prompts
 from mechkit.result import Cost, Result
 

@@ -21,9 +21,18 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mechkit.attribution._cells import choose_indices, choose_positions, provenance_of, split_prompts
-from mechkit.attribution._readout import check_can_run, widen
 from mechkit.attribution.logit_lens import TopTokens, check_k, make_top_tokens
-from mechkit.hooks import SITES, Budget, HookedModel, check_tokens, get_site, record
+from mechkit.hooks import (
+    SITES,
+    Budget,
+    HookedModel,
+    check_can_run,
+    check_final_norm,
+    check_tokens,
+    get_site,
+    record,
+    widen,
+)
 from mechkit.prompts import PromptPairs, Prompts
 
 # Makes a model repeat what stands at its `?`, which is at position -2 wherever `?` and `->` are one token each.
@@ -162,7 +171,8 @@ def _target(model: HookedModel, target: str | Tensor | Sequence[int] | Prompts) 
 
 
 def _check_arguments(model: HookedModel, base: Prompts, goal: Tensor, k: int, max_new_tokens: int) -> None:
-    check_can_run(model, base)
+    check_can_run(model, {"prompt": base})
+    check_final_norm(model, "a patchscope")
     check_k(model, k)
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 0:
         raise ValueError(f"max_new_tokens: expected 0 or more, got {max_new_tokens!r}")

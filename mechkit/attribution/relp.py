@@ -27,10 +27,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mechkit.attribution._cells import check_final_norm
-from mechkit.attribution._nodes import TECHNIQUE, AnyMetric, make_study
+from mechkit.attribution._cells import Chosen
+from mechkit.attribution._nodes import AnyMetric, check_one_site, make_study
 from mechkit.attribution.attribution_patching import first_order
-from mechkit.hooks import SITES, FrozenNorm, HookedModel, attached_hooks, frozen_parameters, get_site
+from mechkit.hooks import SITES, FrozenNorm, HookedModel, attached_hooks, check_final_norm, frozen_parameters, get_site
 from mechkit.prompts import PromptPairs
 from mechkit.result import Result
 
@@ -65,10 +65,7 @@ def relp(
         ValueError: as `attribution_patching`; `site` is a query, key, score or pattern and these are frozen; a mixture of
             experts, for whose routing there is no rule; a norm that is neither a LayerNorm nor an RMSNorm.
     """
-    if not isinstance(site, str):
-        raise ValueError(
-            f"site: expected one site; several from one backward pass are attribution_patching's alone. Got {site!r}"
-        )
+    check_one_site(site)
     check_final_norm(model, "relevance propagation")
     if attention not in ("gradient", "frozen"):
         raise ValueError(f"attention: expected 'gradient' or 'frozen', got {attention!r}")
@@ -77,22 +74,9 @@ def relp(
             f"site: relevance does not flow through attention patterns, which are held fixed, so that {site!r} would get 0 "
             "everywhere; use attention='gradient', atp_star (its QK fix), or activation_patching"
         )
-    study = make_study(
-        model,
-        pairs,
-        metric,
-        site,
-        over,
-        direction=direction,
-        budget=budget,
-        layers=layers,
-        heads=heads,
-        positions=positions,
-        neurons=neurons,
-        technique=TECHNIQUE,
-        variant="relp",
-        attention=attention,
-    )
+    chosen: Chosen = {"layers": layers, "heads": heads, "positions": positions, "neurons": neurons}
+    about = {"variant": "relp", "attention": attention}
+    study = make_study(model, pairs, metric, site, over, direction, chosen, budget, about)
     with frozen_parameters(model):
         for chunk in study.chunks():
             with relevance_rules(model, attention):

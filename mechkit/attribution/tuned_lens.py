@@ -14,7 +14,6 @@ Belrose et al. 2023, https://arxiv.org/abs/2303.08112.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,10 +25,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechkit._safetensors import read, write
 from mechkit.attribution._cells import choose_indices, provenance_of, split_prompts
-from mechkit.attribution._readout import check_can_run
 from mechkit.attribution._tuned_fit import Settings, fit_translators
-from mechkit.hooks import HookedModel
+from mechkit.hooks import HookedModel, check_can_run, check_final_norm
 from mechkit.prompts import PromptPairs, Prompts
 
 _FORMAT = 1
@@ -109,7 +108,8 @@ class TunedLens:
             ValueError: fewer than two prompts, an argument out of range, training mode, a model with no final norm.
         """
         text, _, _ = split_prompts(prompts)
-        check_can_run(model, text)
+        check_can_run(model, {"prompt": text})
+        check_final_norm(model, "a lens")
         chosen = choose_indices("layers", range(model.n_layers - 1) if layers is None else layers, model.n_layers)
         if model.n_layers - 1 in chosen:
             raise ValueError(f"layers: the last layer, {model.n_layers - 1}, needs no translator; leave it out")
@@ -155,39 +155,20 @@ class TunedLens:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes a safetensors file that `load` reads back bit for bit."""
-        from safetensors.torch import save_file
-
-        path = Path(path)
         header = {
             "format": _FORMAT,
             "layers": self.layers,
             "n_layers": self.n_layers,
             "provenance": dict(self.provenance),
         }
-        tensors = {name: part.detach().cpu().contiguous() for name, part in (("A", self.A), ("b", self.b))}
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            save_file(tensors, partial, metadata={"mechkit_tuned_lens": json.dumps(header)})
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-        return path
+        return write(path, {"A": self.A, "b": self.b}, "mechkit_tuned_lens", header)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TunedLens:
         """Reads what `save` wrote, onto the CPU. Raises `ValueError` if the file is something else, or of another version."""
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, framework="pt") as file:
-                header = json.loads((file.metadata() or {})["mechkit_tuned_lens"])
-                A, b = file.get_tensor("A"), file.get_tensor("b")
-        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-            raise ValueError(
-                f"{path}: expected a file written by TunedLens.save, got something else: {error}"
-            ) from error
+        tensors, header = read(path, "mechkit_tuned_lens", writer="TunedLens.save", names=("A", "b"))
         if header.get("format") != _FORMAT:
             raise ValueError(
                 f"{path}: expected format {_FORMAT}, got {header.get('format')!r}: read it with the mechkit that wrote it"
             )
-        return cls(A, b, tuple(header["layers"]), header["n_layers"], header["provenance"])
+        return cls(tensors["A"], tensors["b"], tuple(header["layers"]), header["n_layers"], header["provenance"])

@@ -1,0 +1,18 @@
+"""Circuits: edges between components, their effects (estimated and exact), discovery, and evaluation."""
+
+from mechkit.circuits._evaluation import Constants as Constants
+from mechkit.circuits.acdc import acdc as acdc
+from mechkit.circuits.areas import FRACTIONS as FRACTIONS
+from mechkit.circuits.areas import RocCurve as RocCurve
+from mechkit.circuits.areas import cmd as cmd
+from mechkit.circuits.areas import cpr as cpr
+from mechkit.circuits.areas import roc as roc
+from mechkit.circuits.circuit import Circuit as Circuit
+from mechkit.circuits.edge_attribution import edge_attribution as edge_attribution
+from mechkit.circuits.edge_patching import edge_patching as edge_patching
+from mechkit.circuits.edge_scores import EdgeScores as EdgeScores
+from mechkit.circuits.edge_scores import ScoredEdge as ScoredEdge
+from mechkit.circuits.graph import Edge as Edge
+from mechkit.circuits.graph import Graph as Graph
+from mechkit.circuits.graph import Reader as Reader
+from mechkit.circuits.graph import Writer as Writer

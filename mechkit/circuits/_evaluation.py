@@ -188,8 +188,8 @@ class Evaluator:
         if not bool(torch.isfinite(values).all()):
             bad = (~torch.isfinite(values)).nonzero()[0].tolist()
             raise ValueError(
-                f"circuit {bad[0]}: expected a finite metric, got NaN or inf for prompt {int(chunk.ids[bad[1]])}; what the ablated "
-                "values lead to in this dtype is not finite"
+                f"circuit {bad[0]}: expected a finite metric, got NaN or inf for prompt {int(chunk.ids[bad[1]])}; what the "
+                "ablated values lead to in this dtype is not finite"
             )
         return values
 

@@ -1,8 +1,8 @@
 """Running circuits: every reader sees, from each writer, its value in this very run if the edge is in the circuit, and an ablated
 value if it is not. Many circuits a batch.
 
-1. Record the clean run, and the ablated value of every writer (`Ablated`). A writer's *difference* is what it writes in a run less
-   its ablated value.
+1. Record the clean run, and the ablated value of every writer. A writer's *difference* is what it writes in a run less its
+   ablated value.
 2. Layer by layer: a reader's input is the stream with everything ablated plus the differences of the writers that it has an edge
    from, one matrix product for all readers of a layer (`gates` may be numbers between 0 and 1, and have gradients).
 3. Queries, keys and values are computed from their own inputs, each head from its own; the model's attention makes z of them
@@ -145,7 +145,7 @@ class CircuitRuns:
         """The final stream that the unembedding reads, from `start` on.
 
         Args:
-            gates: For each edge how much of the writer's difference passes: 1 in the circuit, 0 not. Nothing where there is no edge.
+            gates: For each edge how much of the writer's difference passes: 1 in the circuit, 0 not.
             prompt: Which prompt each row is.
             first_layer: Layers below it are taken from the clean run: say so only if no edge into them is missing.
             ablated: Other ablated values than this object's, with gradients perhaps.

@@ -15,7 +15,6 @@ Conmy et al. 2023, https://arxiv.org/abs/2304.14997.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -120,7 +119,7 @@ class _Search:
         self._size = _FIRST_BATCH
 
     def groups(self) -> Iterator[list[Edge]]:
-        """Edges into readers that read the same stream, from the top down: no edge of a group decides about another's component."""
+        """Edges into readers that read the same stream, from the top down. None decides about another's component."""
         graph = self.evaluator.graph
         group: list[Edge] = []
         place: tuple[int, bool] | None = None

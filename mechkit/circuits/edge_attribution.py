@@ -175,7 +175,7 @@ class _Scores:
             chosen = torch.zeros_like(counts)
             for position in self.positions:
                 named = self.study.named[position][chunk.ids] if isinstance(position, str) else torch.tensor(position)
-                if isinstance(position, int) and not 0 <= position:
+                if isinstance(position, int) and not position >= 0:
                     raise ValueError(f"positions: expected indices from 0 or names, got {position}")
                 chosen |= at == named.reshape(-1, 1)
             counts &= chosen
@@ -345,11 +345,9 @@ class _Mean:
     ) -> None:
         gradients = gradients.to(weight.dtype) * weight[:, None, None, None]
         n = len(self.work.chunk.ids)
-        if len(row) == n:  # one point: rows are the prompts in their order
-            summed = gradients
-        else:
-            summed = gradients.new_zeros(n, *gradients.shape[1:]).index_add(0, row, gradients)
-        summed = summed.transpose(1, 2)
+        if len(row) != n:  # several points of the path; else rows are the prompts in their order
+            gradients = gradients.new_zeros(n, *gradients.shape[1:]).index_add(0, row, gradients)
+        summed = gradients.transpose(1, 2)
         self.readers[key] = self.readers[key] + summed if key in self.readers else summed
 
     def _attention(self, layer: int, kept: _Gradients) -> Float[Tensor, "row pos reader d_model"]:
@@ -362,7 +360,7 @@ class _Mean:
                     f"metric: no gradient path from {self.work.chunk.study.metric.name!r} to the {which} of layer {layer} of "
                     f"{self.work.model.name}, so that edges cannot be estimated there; use edge_patching, which needs no gradient"
                 )
-            weight = parts.weight(layer, which)  # type: ignore[arg-type]
+            weight = parts.weight(layer, which)
             gradient = kept.at[which].reshape(*x.shape[:2], len(weight), -1)
             back.append(torch.einsum("bphe,hme->bphm", gradient, weight))
         return parts.pull_back_attention(layer, x, torch.cat(back, 2), self.work.relp)

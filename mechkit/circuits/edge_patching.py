@@ -257,7 +257,7 @@ class _Values:
             writers = [writer for _, _, writer in self.asked["qkv", layer]]
             normed = self.work.parts.attention_input(layer, changes.base.resid[layer] + changes.of(writers))
             for which in ("q", "k", "v"):
-                self.projected[which, layer] = self.work.parts.project(layer, which, normed)  # type: ignore[arg-type]
+                self.projected[which, layer] = self.work.parts.project(layer, which, normed)
         return self.projected.pop((site, layer))
 
     def _after(self, changes: Changes, kind: str, layer: int, writers: list[Writer]) -> Tensor:

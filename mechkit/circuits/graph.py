@@ -3,7 +3,7 @@
 1. *Writers* add to the residual stream: the embedding (`input`; positions included, where they are learned vectors), each head
    (`a9.h6`), each MLP (`m3`).
 2. *Readers* take the sum of what was written before them: the query of each head (`a9.h6<q>`), the key and the value of each
-   key-value head (`a9.kv2<k>`, or `a9.h6<k>` where no two query heads share one), each MLP (`m3`), and the unembedding (`logits`).
+   key-value head (`a9.kv2<k>`, or `a9.h6<k>` where heads share none), each MLP (`m3`), and the unembedding (`logits`).
 3. An *edge* joins a writer to a reader that comes after it. Writers are sorted by when they write, so that the writers of a
    reader are always the first so many: `Graph.n_writers(reader)`.
 
@@ -130,8 +130,8 @@ class Graph:
         """
         if missing := [site for site in ("q", "k", "v", "z") if not model.has_site(site)]:
             raise ValueError(
-                f"model: expected attention with {', '.join(missing)} in every layer; {model.name} ({model.cfg.architecture}) has "
-                "none, so that its edges are not known"
+                f"model: expected attention with {', '.join(missing)} in every layer; {model.name} ({model.cfg.architecture}) "
+                "has none, so that its edges are not known"
             )
         return cls(
             model.n_layers,
@@ -155,7 +155,7 @@ class Graph:
         for layer in range(self.n_layers):
             readers += [Reader("q", layer, head) for head in range(self.n_heads)]
             for kind in ("k", "v"):
-                readers += [Reader(kind, layer, head, self.shares) for head in range(self.n_kv_heads)]  # type: ignore[arg-type]
+                readers += [Reader(kind, layer, head, self.shares) for head in range(self.n_kv_heads)]
             readers += [Reader("mlp", layer)] * self.mlps
         return (*readers, Reader("logits", self.n_layers))
 
@@ -282,8 +282,8 @@ class Graph:
 
     def __str__(self) -> str:
         return (
-            f"Graph({self.n_layers} layers, {self.n_heads} heads, {self.n_kv_heads} key-value heads: {len(self.writers)} writers, "
-            f"{len(self.readers)} readers, {self.n_edges:,} edges)"
+            f"Graph({self.n_layers} layers, {self.n_heads} heads, {self.n_kv_heads} key-value heads: "
+            f"{len(self.writers)} writers, {len(self.readers)} readers, {self.n_edges:,} edges)"
         )
 
 

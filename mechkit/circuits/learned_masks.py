@@ -32,26 +32,14 @@ https://arxiv.org/abs/2104.03514. Edges: Bhaskar et al. 2024 (edge pruning), htt
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from collections.abc import Callable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from mechkit.attribution._cells import provenance_of
-from mechkit.circuits._evaluation import Ablation, Chunk, Constants, Evaluator, provenance_of_ablation
-from mechkit.circuits._runs import CircuitRuns
-from mechkit.circuits.circuit import Circuit
-from mechkit.circuits.edge_scores import EdgeScores
-from mechkit.circuits.graph import Graph
-from mechkit.hooks import Budget, HookedModel, frozen_parameters
-from mechkit.hooks._memory import out_of_memory
-from mechkit.metrics import Metric, kl_divergence
+from mechkit.metrics import Metric
 from mechkit.prompts import PromptPairs
-from mechkit.result import Cost, Result
 
 MetricOrMaker = Metric | Callable[[PromptPairs], Metric]
 LOW, HIGH = -0.1, 1.1  # the hard concrete's stretch

@@ -1,8 +1,16 @@
 """HookedModel, sites, caches, and the replay engine. The only part of mechkit that imports transformer_lens."""
 
+from mechkit.hooks._anatomy import PostNorm as PostNorm
+from mechkit.hooks._anatomy import adds_positions as adds_positions
+from mechkit.hooks._anatomy import has_final_norm as has_final_norm
+from mechkit.hooks._anatomy import into_post_norm as into_post_norm
+from mechkit.hooks._anatomy import post_norm as post_norm
 from mechkit.hooks._cache import ActivationCache as ActivationCache
+from mechkit.hooks._checks import check_can_run as check_can_run
+from mechkit.hooks._checks import check_final_norm as check_final_norm
 from mechkit.hooks._checks import check_metric as check_metric
 from mechkit.hooks._checks import check_tokens as check_tokens
+from mechkit.hooks._chunk import Derived as Derived
 from mechkit.hooks._edits import Cell as Cell
 from mechkit.hooks._edits import Edit as Edit
 from mechkit.hooks._gradients import GradientRuns as GradientRuns
@@ -13,6 +21,7 @@ from mechkit.hooks._memory import Budget as Budget
 from mechkit.hooks._model import HookedModel as HookedModel
 from mechkit.hooks._norms import FrozenNorm as FrozenNorm
 from mechkit.hooks._parts import Parts as Parts
+from mechkit.hooks._precision import widen as widen
 from mechkit.hooks._replay import CannotReplayError as CannotReplayError
 from mechkit.hooks._replay import Replayer as Replayer
 from mechkit.hooks._replay import Run as Run
@@ -22,6 +31,5 @@ from mechkit.hooks._sites import Site as Site
 from mechkit.hooks._sites import get_site as get_site
 from mechkit.hooks._sites import parse_hook_name as parse_hook_name
 from mechkit.hooks._sweep import Answers as Answers
-from mechkit.hooks._sweep import Derived as Derived
 from mechkit.hooks._sweep import sweep as sweep
 from mechkit.hooks._validate import ValidationReport as ValidationReport

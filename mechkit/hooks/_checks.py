@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from mechkit.hooks._anatomy import has_final_norm
 from mechkit.hooks._edits import SOURCE, EditGroup
-from mechkit.metrics import Metric
+from mechkit.metrics import CallableMetric, Metric
 from mechkit.prompts import Prompts
 
 if TYPE_CHECKING:
+    from mechkit.hooks._chunk import State
     from mechkit.hooks._model import HookedModel
-    from mechkit.hooks._sweep import _State
 
 
-def check_sweep(state: _State) -> None:
+def check_sweep(state: State) -> None:
     """Raises `ValueError` for anything that would make a sweep wrong, before anything is run."""
-    model, base, source, metric = state.model, state.base, state.source, state.metric
-    if model.training:
-        raise ValueError("model: expected evaluation mode, got training mode (dropout would be on). Call model.eval()")
+    model, base, source = state.model, state.base, state.source
+    check_can_run(model, {"base prompt": base} | ({} if source is None else {"source prompt": source}))
     if source is not None and len(source) != len(base):
         raise ValueError(f"source: expected {len(base)} prompts, one for each base prompt; got {len(source)}")
     if source is not None and bool((different := base.lengths != source.lengths).any()):
@@ -30,20 +30,24 @@ def check_sweep(state: _State) -> None:
             f"source: expected prompts as long as the base prompts; number {row} has {int(source.lengths[row])} tokens, and "
             f"its base prompt {int(base.lengths[row])}"
         )
-    for name, prompts in (("base", base), ("source", source)):
-        for i, tokens in enumerate(prompts.tokens if prompts is not None else ()):
-            check_tokens(model, tokens, f"{name} prompt {i}")
-    if isinstance(metric, Metric):
-        check_metric(model, base, metric, state.runs)
-    elif len(base.by_length()) > 1:
-        raise ValueError(
-            f"metric: a plain callable needs prompts of one length, got lengths {sorted(base.by_length())}. Use one of "
-            "mechkit's metrics, which know where each prompt ends, or pass prompts of one length"
-        )
+    check_metric(model, base, state.metric, state.runs)
     if state.plan.n_cells == 0:
         raise ValueError("cells: expected at least one, got none")
     for group in state.plan:
         check_group(state, group)
+
+
+def check_can_run(model: HookedModel, prompts: Mapping[str, Prompts] | None = None) -> None:
+    """Raises `ValueError` for a model in training mode, and for prompts that it cannot read.
+
+    Args:
+        prompts: What is to be run. A key is what the error calls one of these prompts, such as `"base prompt"`.
+    """
+    if model.training:
+        raise ValueError("model: expected evaluation mode, got training mode (dropout would be on). Call model.eval()")
+    for name, several in (prompts or {}).items():
+        for i, tokens in enumerate(several.tokens):
+            check_tokens(model, tokens, f"{name} {i}")
 
 
 def check_tokens(model: HookedModel, tokens: Tensor, what: str) -> None:
@@ -55,20 +59,40 @@ def check_tokens(model: HookedModel, tokens: Tensor, what: str) -> None:
         raise ValueError(f"{what}: expected at most {longest} tokens, the model's learned positions; got {len(tokens)}")
 
 
-def check_metric(model: HookedModel, prompts: Prompts, metric: Metric, runs: Collection[str]) -> None:
+def check_final_norm(model: HookedModel, what: str) -> None:
+    """Raises `ValueError` for a model whose logits are not read off its residual stream through a final norm."""
+    if not has_final_norm(model):
+        raise ValueError(
+            f"model: {what} needs a final norm between residual stream and unembedding; {model.name} "
+            f"({model.cfg.architecture}) has none"
+        )
+
+
+def check_metric(model: HookedModel, prompts: Prompts, metric: Metric | CallableMetric, runs: Collection[str]) -> None:
     """Raises `ValueError` unless the metric was made for these prompts and this vocabulary, and what it compares with is run.
+    A callable, which knows of none of these, needs prompts of one length.
 
     Args:
         runs: Which of `"clean"` and `"corrupted"` are run.
     """
+    if isinstance(metric, CallableMetric):
+        if len(prompts.by_length()) > 1:
+            raise ValueError(
+                f"metric: a plain callable needs prompts of one length, got lengths {sorted(prompts.by_length())}. Use one of "
+                "mechkit's metrics, which know where each prompt ends, or pass prompts of one length"
+            )
+        return
     n, lengths = len(prompts), prompts.lengths
     if metric.n_prompts != n:
         raise ValueError(f"metric: it was made for {metric.n_prompts} prompts, but there are {n}")
     if metric.lengths is not None and not torch.equal(metric.lengths, lengths):
-        raise ValueError("metric: it was made for prompts of other lengths; make it from the pairs that are given here")
+        raise ValueError(
+            f"metric: it was made for prompts of other lengths ({metric.lengths.tolist()}) than these ({lengths.tolist()}); make "
+            "it from the pairs that are given here"
+        )
     if not bool(((metric.positions >= 0) & (metric.positions < lengths)).all()):
         raise ValueError(
-            f"metric: expected positions within the prompts (lengths {lengths.tolist()}), got {metric.positions}"
+            f"metric: expected positions within the prompts (lengths {lengths.tolist()}), got {metric.positions.tolist()}"
         )
     if metric.tokens is not None and int(metric.tokens.max()) >= model.d_vocab:
         raise ValueError(
@@ -81,7 +105,7 @@ def check_metric(model: HookedModel, prompts: Prompts, metric: Metric, runs: Col
         )
 
 
-def check_group(state: _State, group: EditGroup) -> None:
+def check_group(state: State, group: EditGroup) -> None:
     """Every edit's indices and value fit the model and the prompts."""
     model, site, n, longest = state.model, group.site, len(state.base), int(state.base.lengths.max())
     model.hook_names((site.name, group.layer) if site.in_block else site.name)

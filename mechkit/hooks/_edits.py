@@ -262,3 +262,14 @@ def write(group: EditGroup, rows: Rows, activation: Tensor, lookup: ValueLookup)
     if group.variant is not None:
         source.insert(0, torch.from_numpy(group.variant[edit]).to(device))
     activation[tuple(target)] = value[tuple(source)].to(activation.dtype)
+
+
+def rows_by_start(plan: EditPlan, ids: np.ndarray, start: np.ndarray, wanted: np.ndarray) -> Iterator[Rows]:
+    """The rows to compute, one set for each starting position, sorted by the block where they join."""
+    cell, prompt = np.nonzero(wanted)
+    order = np.lexsort((prompt, cell, plan.entry[cell], start[cell, prompt]))
+    cell, prompt = cell[order], prompt[order]
+    at = start[cell, prompt]
+    for bounds in np.split(np.arange(len(cell)), np.nonzero(np.diff(at))[0] + 1):
+        if len(bounds):
+            yield Rows(cell[bounds], prompt[bounds], ids[prompt[bounds]], int(at[bounds[0]]))

@@ -24,16 +24,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechkit.hooks._anatomy import has_final_norm, unembeds_final_stream
 from mechkit.hooks._hooking import HookFunction, Hooks
 from mechkit.hooks._memory import out_of_memory
+from mechkit.hooks._precision import TOLERANCE, widen
 from mechkit.hooks._replay import CannotReplayError, Replayer, Run, record
 from mechkit.metrics import CallableMetric, Metric
 
 if TYPE_CHECKING:
     from mechkit.hooks._model import HookedModel
-
-# Largest difference between a suffix's residual stream and a whole run's that rounding explains, relative to its largest entry.
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
 
 
 @contextmanager
@@ -96,7 +95,7 @@ class GradientRuns:
         self.how = "suffix"
         if whole is None and model.has_hooks:
             whole = "other hooks are attached to the model"
-        if whole is None and getattr(model.bridge, "ln_final", None) is None:
+        if whole is None and not has_final_norm(model):
             whole = "the model has no final norm in front of its unembedding"
         length = base.shape[1]
         self.start = start if 3 * start >= length and whole is None else 0
@@ -130,12 +129,7 @@ class GradientRuns:
             off = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
             if not off <= TOLERANCE[model.dtype]:
                 return f"suffixes of runs differ from whole runs by {off:.1e} of the residual stream"
-            unembedded, own = model.unembed(run.resid[-1][:1, -1]), run.last_logits[:1]
-            spread = (own - own.mean()).abs().max().clamp(min=1e-12)
-            if (
-                unembedded.shape != own.shape
-                or not float((unembedded - own).abs().max() / spread) <= TOLERANCE[model.dtype]
-            ):
+            if not unembeds_final_stream(model, run):
                 return "the logits are not the final norm and unembedding of the last block's output"
         except (CannotReplayError, TypeError, AttributeError, IndexError, KeyError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and out_of_memory(error):
@@ -255,7 +249,6 @@ class GradientRuns:
                 leaves.append(entering)
             return entering
 
-        final = getattr(self.model.bridge, "ln_final", None)
         at = "hook_embed" if hidden is None and self.model.has_site("embed") else f"blocks.{layer}.hook_resid_pre"
         handles = []
         with Hooks(self.model.bridge) as attached:
@@ -263,8 +256,9 @@ class GradientRuns:
                 attached.attach(at, enter)
             for name, fn in hooks:
                 attached.attach(name, fn)
-            if final is not None:
-                handles.append(final.register_forward_pre_hook(lambda module, args: kept.append(args[0])))
+            if has_final_norm(self.model):
+                one = self.model.bridge.ln_final.register_forward_pre_hook(lambda module, args: kept.append(args[0]))
+                handles.append(one)
                 one = self.model.bridge.unembed.register_forward_pre_hook(
                     lambda module, args: (args[0][:, -1:], *args[1:])
                 )
@@ -280,13 +274,13 @@ class GradientRuns:
         """The logits of chosen tokens where each row is read, `[row token]`, from what `forward` returned."""
         rows = torch.arange(len(final), device=final.device)
         at = final[rows, positions.to(final.device) - self.start]
-        if getattr(self.model.bridge, "ln_final", None) is not None:
+        if has_final_norm(self.model):
             return widen(self.model.unembed(at, tokens))
         return widen(at if tokens is None else at[:, tokens.to(at.device)])
 
     def all_logits(self, final: Tensor, prompt: Int[Tensor, "row"]) -> Float[Tensor, "row pos d_vocab"]:
         """The logits at every position; those before `start` are the base run's."""
-        if getattr(self.model.bridge, "ln_final", None) is None:
+        if not has_final_norm(self.model):
             return widen(final)
         if self.start:
             assert self._prefix_final is not None
@@ -331,8 +325,3 @@ def metric_values(
             "something computed outside torch's autograd); use a differentiable metric such as mk.logit_diff"
         )
     return value
-
-
-def widen(logits: Tensor) -> Tensor:
-    """Metrics are computed in float32 at least."""
-    return logits if logits.dtype == torch.float64 else logits.float()

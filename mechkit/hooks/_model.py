@@ -9,18 +9,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import einops
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from mechkit.hooks import _load
 from mechkit.hooks._cache import ActivationCache
 from mechkit.hooks._hooking import HookFunction, Hooks, hook_points
 from mechkit.hooks._sites import SITES, parse_hook_name
+from mechkit.hooks._text import Input, Text
 from mechkit.hooks._validate import ValidationReport, check_logits, validate
+from mechkit.hooks._weights import Weights
 
-Input = str | Sequence[str] | Tensor
 Names = str | tuple[str, int] | Sequence[str | tuple[str, int]] | Callable[[str], bool]
 HookList = Sequence[tuple[str | tuple[str, int] | Callable[[str], bool], HookFunction]]
 
@@ -28,7 +28,7 @@ HookList = Sequence[tuple[str | tuple[str, int] | Callable[[str], bool], HookFun
 _ALSO_CACHED = (".hook_scale", ".hook_normalized", "hook_pos_embed", ".hook_rot_q", ".hook_rot_k")
 
 
-class HookedModel:
+class HookedModel(Weights, Text):
     """A language model on its raw weights, over TransformerLens's TransformerBridge.
 
     Make one with `from_pretrained`, `from_hf` or `from_bridge`. Hook names, argument order and tensor shapes are
@@ -109,63 +109,7 @@ class HookedModel:
             )
         return cls(bridge, name=bridge.cfg.model_name)
 
-    # -- facts ---------------------------------------------------------------------------------------------------------
-
-    @property
-    def cfg(self) -> Any:
-        """TransformerLens's config."""
-        return self.bridge.cfg
-
-    @property
-    def n_layers(self) -> int:
-        return int(self.cfg.n_layers)
-
-    @property
-    def n_heads(self) -> int:
-        return int(self.cfg.n_heads)
-
-    @property
-    def n_kv_heads(self) -> int:
-        """Key-value heads: fewer than `n_heads` in GQA models, 1 in MQA models. (TransformerLens's config has no such
-        number for Falcon, so the projection itself is asked.)"""
-        if self.cfg.n_key_value_heads:
-            return int(self.cfg.n_key_value_heads)
-        attention = getattr(self.bridge.blocks[0], "attn", None)
-        return self.n_heads if attention is None else int(attention.k.weight.numel() // (self.d_model * self.d_head))
-
-    @property
-    def d_model(self) -> int:
-        return int(self.cfg.d_model)
-
-    @property
-    def d_head(self) -> int:
-        return int(self.cfg.d_head)
-
-    @property
-    def d_mlp(self) -> int:
-        return int(self.cfg.d_mlp)
-
-    @property
-    def d_vocab(self) -> int:
-        return int(self.cfg.d_vocab)
-
-    @property
-    def device(self) -> torch.device:
-        """Where token ids go in."""
-        return next(self.bridge.original_model.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.bridge.original_model.parameters()).dtype
-
-    @property
-    def training(self) -> bool:
-        """Whether any part is in training mode (dropout on): experiments refuse such a model."""
-        return any(module.training for module in self.bridge.original_model.modules())
-
-    @property
-    def tokenizer(self) -> Any:
-        return self.bridge.tokenizer
+    # -- state ---------------------------------------------------------------------------------------------------------
 
     def eval(self) -> Self:
         self.bridge.original_model.eval()
@@ -225,45 +169,6 @@ class HookedModel:
                 found[id(module), f"forward {id(module.__dict__['forward'])}"] = 1
         return found
 
-    # -- tokens --------------------------------------------------------------------------------------------------------
-
-    def to_tokens(self, text: str | Sequence[str], prepend_bos: bool | None = None) -> Int[Tensor, "batch pos"]:
-        """Token ids. `prepend_bos=None` is the model's default (in TransformerLens nearly always yes). Several texts of
-        different lengths are padded on the right."""
-        self._need_tokenizer()
-        if not isinstance(text, str):
-            text = list(text)
-        return self.bridge.to_tokens(text, prepend_bos=prepend_bos, padding_side="right", truncate=False)
-
-    def to_str_tokens(self, text: str | Tensor, prepend_bos: bool | None = None) -> list[str]:
-        """Each token as text; without a tokenizer, its id."""
-        if self.tokenizer is None and isinstance(text, Tensor):
-            return [str(int(t)) for t in text.flatten()]
-        tokens = self.to_tokens(text, prepend_bos)[0] if isinstance(text, str) else text
-        if tokens.ndim == 2 and len(tokens) == 1:
-            tokens = tokens[0]
-        if tokens.ndim != 1:
-            raise ValueError(f"text: expected one sequence of tokens, got shape {list(tokens.shape)}")
-        return self.bridge.to_str_tokens(tokens[None])
-
-    def to_string(self, tokens: Tensor | Sequence[int]) -> str | list[str]:
-        """Text of token ids; a list of texts for a batch."""
-        self._need_tokenizer()
-        return self.bridge.to_string(torch.as_tensor(tokens))
-
-    def to_single_token(self, text: str) -> int:
-        """The id of a text that is exactly one token; raises `ValueError` otherwise, with the tokens that it is."""
-        self._need_tokenizer()
-        ids = self.tokenizer.encode(text, add_special_tokens=False)
-        if len(ids) != 1:
-            pieces = [self.tokenizer.decode([i]) for i in ids]
-            raise ValueError(f"expected {text!r} to be a single token, but it is {len(ids)}: {pieces}")
-        return int(ids[0])
-
-    def _need_tokenizer(self) -> None:
-        if self.tokenizer is None:
-            raise ValueError(f"{self.name} was loaded without a tokenizer; pass token ids, or load it with one")
-
     # -- running -------------------------------------------------------------------------------------------------------
 
     def __call__(self, input: Input, **kwargs: Any) -> Any:
@@ -285,42 +190,6 @@ class HookedModel:
         """
         tokens, mask = self._tokens_and_mask(input, prepend_bos, attention_mask)
         return self.bridge(tokens, return_type=return_type, attention_mask=mask, loss_per_token=loss_per_token)
-
-    def _tokens_and_mask(
-        self, input: Input, prepend_bos: bool | None, mask: Tensor | None
-    ) -> tuple[Int[Tensor, "batch pos"], Tensor | None]:
-        if isinstance(input, Tensor):
-            tokens = (input[None] if input.ndim == 1 else input).to(self.device)
-            if tokens.ndim != 2 or tokens.is_floating_point():
-                raise ValueError(f"input: expected token ids [batch pos], got {tokens.dtype} {list(tokens.shape)}")
-            if tokens.numel() and (int(tokens.min()) < 0 or int(tokens.max()) >= self.d_vocab):
-                raise ValueError(
-                    f"input: expected token ids in 0..{self.d_vocab - 1}, got {int(tokens.min())}..{int(tokens.max())}"
-                )
-            if mask is None and (rows := self.left_padded_rows(tokens)):
-                raise ValueError(
-                    f"input: rows {rows[:5]} begin with padding. Without attention_mask the model would read the padding "
-                    "as text; pass attention_mask, or give the prompts unpadded, one by one"
-                )
-            return tokens, None if mask is None else mask.to(self.device)
-        texts = [input] if isinstance(input, str) else list(input)
-        rows_ = [self.to_tokens(text, prepend_bos)[0] for text in texts]
-        lengths = torch.tensor([len(row) for row in rows_])
-        pad = self.tokenizer.pad_token_id or 0
-        tokens = torch.nn.utils.rnn.pad_sequence(rows_, batch_first=True, padding_value=pad).to(self.device)
-        if mask is None and int(lengths.min()) < int(lengths.max()):
-            mask = (torch.arange(tokens.shape[1]) < lengths[:, None]).long()
-        return tokens, None if mask is None else mask.to(self.device)
-
-    def left_padded_rows(self, tokens: Tensor) -> list[int]:
-        """Rows of `[batch pos]` token ids that begin with padding. One leading token that is also the beginning-of-sequence
-        token (GPT-2 has one id for both) is not padding."""
-        pad = getattr(self.tokenizer, "pad_token_id", None)
-        if pad is None or tokens.shape[1] < 2:
-            return []
-        leading = (tokens == pad).long().cumprod(1).sum(1)
-        allowed = 1 if pad == self.tokenizer.bos_token_id else 0
-        return (leading > allowed).nonzero().flatten().tolist()
 
     def hook_names(self, names: Names) -> list[str]:
         """The full hook names that `names` stands for: a short site name (every layer), `(site, layer)`, a full hook name,
@@ -485,119 +354,10 @@ class HookedModel:
         site, _ = parse_hook_name(name)
         return (site is not None and site.name != "result") or name.endswith(_ALSO_CACHED)
 
-    def generate(self, input: Input, max_new_tokens: int = 10, *, do_sample: bool = False, **kwargs: Any) -> Any:
-        """Continues the input, greedily by default; run it inside `hooks()` to intervene. Keyword arguments are
-        TransformerBridge.generate's. Returns text for text, token ids for token ids."""
-        kwargs.setdefault("verbose", False)
-        return self.bridge.generate(
-            input if isinstance(input, str | Tensor) else list(input),
-            max_new_tokens=max_new_tokens,
-            do_sample=do_sample,
-            **kwargs,
-        )
-
     def validate(self) -> ValidationReport:
         """Checks that this model computes what the Hugging Face model computes, that its heads sum to its attention output
         in every layer, and that padding changes nothing. Raises `ValueError` naming what failed, by how much and where."""
         return validate(self, self._probe)
-
-    # -- weights by head -----------------------------------------------------------------------------------------------
-
-    @property
-    def W_Q(self) -> Float[Tensor, "layer head d_model d_head"]:
-        return self.bridge.W_Q
-
-    @property
-    def W_K(self) -> Float[Tensor, "layer kv_head d_model d_head"]:
-        return self.bridge.W_K
-
-    @property
-    def W_V(self) -> Float[Tensor, "layer kv_head d_model d_head"]:
-        return self.bridge.W_V
-
-    @property
-    def W_O(self) -> Float[Tensor, "layer head d_head d_model"]:
-        return self.bridge.W_O
-
-    @property
-    def b_Q(self) -> Float[Tensor, "layer head d_head"]:
-        return self._bias("b_Q", self.n_heads, self.d_head)
-
-    @property
-    def b_K(self) -> Float[Tensor, "layer kv_head d_head"]:
-        return self._bias("b_K", self.n_kv_heads, self.d_head)
-
-    @property
-    def b_V(self) -> Float[Tensor, "layer kv_head d_head"]:
-        return self._bias("b_V", self.n_kv_heads, self.d_head)
-
-    @property
-    def b_O(self) -> Float[Tensor, "layer d_model"]:
-        return self._bias("b_O", self.d_model)
-
-    @property
-    def W_in(self) -> Float[Tensor, "layer d_model d_mlp"]:
-        return self.bridge.W_in
-
-    @property
-    def W_gate(self) -> Float[Tensor, "layer d_model d_mlp"] | None:
-        return self.bridge.W_gate
-
-    @property
-    def W_out(self) -> Float[Tensor, "layer d_mlp d_model"]:
-        return self.bridge.W_out
-
-    @property
-    def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
-        return self.bridge.W_E
-
-    @property
-    def W_pos(self) -> Float[Tensor, "pos d_model"]:
-        return self.bridge.W_pos
-
-    @property
-    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
-        return self.bridge.W_U
-
-    @property
-    def b_U(self) -> Float[Tensor, "d_vocab"]:
-        return self.bridge.b_U
-
-    def _bias(self, name: str, *shape: int) -> Tensor:
-        """A stacked bias; zeros where the model has none."""
-        try:
-            stacked = getattr(self.bridge, name)
-        except AttributeError:
-            return torch.zeros(self.n_layers, *shape, dtype=self.dtype, device=self.device)
-        return einops.rearrange(stacked, "layer ... -> layer (...)").reshape(self.n_layers, *shape)
-
-    # -- reading logits off the residual stream ------------------------------------------------------------------------
-
-    def unembed(
-        self, resid: Float[Tensor, "... d_model"], tokens: Int[Tensor, "token"] | None = None
-    ) -> Float[Tensor, "... token"]:
-        """The logits that a final residual stream gives: final norm, unembedding of `tokens` alone (all by default), and
-        the architecture's scaling or soft cap of logits."""
-        normed = self.bridge.ln_final(resid)
-        head = self.bridge.unembed.original_component
-        bias = getattr(head, "bias", None)
-        if tokens is None:
-            logits = torch.nn.functional.linear(normed, head.weight, bias)
-        else:
-            chosen = tokens.to(head.weight.device)
-            logits = torch.nn.functional.linear(normed, head.weight[chosen], None if bias is None else bias[chosen])
-        return self.scale_logits(logits)
-
-    def scale_logits(self, logits: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        """What the architecture does to logits after the unembedding, entry by entry: scaling, or a soft cap."""
-        config = self.bridge.original_model.config.get_text_config()
-        if scale := getattr(config, "logit_scale", None):  # Cohere
-            logits = logits * scale
-        if divisor := getattr(config, "logits_scaling", None):  # Granite
-            logits = logits / divisor
-        if cap := getattr(config, "final_logit_softcapping", None):  # Gemma 2
-            logits = cap * torch.tanh(logits / cap)
-        return logits
 
 
 def _sampled(p: Tensor) -> Tensor:

@@ -113,7 +113,7 @@ class Parts:
         x, width = sites["resid_pre"], self.model.d_head
         normed = self.attention_input(layer, x)
         for which in ("q", "k", "v"):
-            found = self.project(layer, which, normed)  # type: ignore[arg-type]
+            found = self.project(layer, which, normed)
             self._equal(f"{which} of layer {layer}", found.reshape(sites[which].shape), sites[which])
         z = sites["z"].reshape(*x.shape[:-1], -1, width)
         nothing = self.heads(layer, z).sum(-2) + self._written_by_bias(layer, z)
@@ -158,15 +158,14 @@ class Parts:
             normed = getattr(self.model.bridge.blocks[layer], name).original_component(copies)
             return torch.autograd.grad(normed, copies, u)[0]
 
-    def _written_by_bias(self, layer: int, z: Tensor) -> Tensor | float:
+    def _written_by_bias(self, layer: int, z: Tensor) -> Tensor:
         """What attention adds beside its heads: its bias, and that of a norm behind it."""
-        bias = getattr(self._attention(layer), "b_O", None)
-        added = 0.0 if bias is None else bias.detach()
-        written = torch.einsum("...hd,hdm->...m", z, self._attention(layer).W_O.detach()) + added
+        attention = self._attention(layer)
+        bias = getattr(attention, "b_O", None)
+        added = z.new_zeros(self.model.d_model) if bias is None else bias.detach()
+        written = torch.einsum("...hd,hdm->...m", z, attention.W_O.detach()) + added
         norm = self._frozen("ln1_post", layer, written)
-        if norm is None:
-            return added
-        return norm.bias if bias is None else norm.linear(added.expand_as(written), norm.scale(written)) + norm.bias
+        return added if norm is None else norm.linear(added.expand_as(written), norm.scale(written)) + norm.bias
 
     def _equal(self, what: str, found: Tensor, expected: Tensor) -> None:
         error = float((found - expected).abs().max())

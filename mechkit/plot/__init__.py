@@ -1,18 +1,20 @@
-"""Figures drawn from a `Result`. plotly is imported when the first one is drawn, not by `import mechkit.plot`."""
+"""Figures drawn from results. plotly is imported when the first one is drawn, not by `import mechkit.plot`."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mechkit.plot._circuit import circuit
+    from mechkit.plot._curve import curve
     from mechkit.plot._heatmap import heatmap, write_html
 
-__all__ = ["heatmap", "write_html"]
+__all__ = ["circuit", "curve", "heatmap", "write_html"]
+_WHERE = {"circuit": "_circuit", "curve": "_curve", "heatmap": "_heatmap", "write_html": "_heatmap"}
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:
-        from mechkit.plot import _heatmap
-
-        return getattr(_heatmap, name)
+    if name in _WHERE:
+        return getattr(import_module(f"mechkit.plot.{_WHERE[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

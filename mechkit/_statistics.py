@@ -1,0 +1,63 @@
+"""Resampling over prompts, for all cells at once: the bootstrap of a ratio of sums, and the sign-flip test of a mean.
+
+Percentile bootstrap, Efron and Tibshirani (1993), chapter 13; sign-flip permutation test, Good (2005), section 3.2.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+_CHUNK = 2**22  # numbers held at once: 32 MiB of float64
+
+
+def bootstrap(
+    numerator: np.ndarray, denominator: np.ndarray, draws: np.ndarray, quantiles: tuple[float, float], method: str
+) -> np.ndarray:
+    """Bounds `[2 cell]` of sum(numerator) / sum(denominator) over the prompts that have the cell.
+
+    Drawing a set of prompts is counting how often each is drawn, so all resamples are one matrix product.
+    """
+    bounds = np.full((2, numerator.shape[1]), np.nan)
+    exists = ~np.isnan(numerator)
+    enough = (exists.sum(0) >= 2).nonzero()[0]
+    weights = np.concatenate([np.ones_like(draws[:1]), draws]).astype(np.float64)  # first row: the prompts themselves
+    for cells in _chunks(enough, len(weights)):
+        here = exists[:, cells]
+        total = weights @ np.where(here, numerator[:, cells], 0)
+        scale = weights @ np.where(here, denominator[:, cells], 0)
+        drawn = weights @ here > 0  # a resample may lack every prompt that has the cell
+        flips = (drawn & (scale * scale[0] <= 0)).mean(0)
+        if (flips > quantiles[0]).any():
+            raise ValueError(
+                f"ci: expected clean - corrupted to keep its sign, but it changes in {flips.max():.0%} of the "
+                "resamples: too noisy to divide by; use effect().ci()"
+            )
+        ratio = np.divide(total, scale, out=np.full_like(total, np.nan), where=drawn & (scale != 0))
+        quantile = np.nanquantile if np.isnan(ratio).any() else np.quantile
+        bounds[:, cells] = quantile(ratio[1:], quantiles, axis=0)
+        if method == "basic":
+            bounds[:, cells] = 2 * ratio[0] - bounds[::-1, cells]
+    return bounds
+
+
+def sign_flip_test(effects: np.ndarray, n_resamples: int, rng: np.random.Generator) -> np.ndarray:
+    """p-value `[cell]` of effects `[prompt cell]`; a prompt that lacks the cell adds 0 to every sum."""
+    n_prompts, n_cells = effects.shape
+    exact = 2**n_prompts <= n_resamples + 1
+    if exact:
+        flips = np.arange(2**n_prompts)[:, None] >> np.arange(n_prompts) & 1
+    else:
+        flips = rng.integers(0, 2, size=(n_resamples, n_prompts))
+    signs = 1.0 - 2.0 * flips
+    p = np.full(n_cells, np.nan)
+    for cells in _chunks((~np.isnan(effects)).any(0).nonzero()[0], len(signs)):
+        here = np.nan_to_num(effects[:, cells])
+        rounding = 1e-12 * np.abs(here).sum(0)
+        extreme = (np.abs(signs @ here) >= np.abs(here.sum(0)) - rounding).sum(0)
+        p[cells] = extreme / len(signs) if exact else (extreme + 1) / (len(signs) + 1)
+    return p
+
+
+def _chunks(cells: np.ndarray, rows: int) -> Iterator[np.ndarray]:
+    size = max(1, _CHUNK // rows)
+    return (cells[start : start + size] for start in range(0, len(cells), size))

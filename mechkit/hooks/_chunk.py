@@ -1,0 +1,189 @@
+"""What a sweep knows while it is under way, and how it runs prompts and reads the metric off them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechkit.hooks._cache import ActivationCache
+from mechkit.hooks._edits import EditPlan, Rows
+from mechkit.hooks._hooking import Hooks
+from mechkit.hooks._memory import Budget
+from mechkit.hooks._precision import widen
+from mechkit.hooks._replay import Run, attach_edit
+from mechkit.hooks._sites import SITES
+from mechkit.metrics import CallableMetric, Metric
+from mechkit.prompts import Prompts
+
+if TYPE_CHECKING:
+    from mechkit.hooks._model import HookedModel
+    from mechkit.hooks._proof import Proof
+
+Values = Mapping[str, Mapping[tuple[str, int], Tensor]]
+
+
+@dataclass(frozen=True, eq=False)
+class Derived:
+    """Values that are made from the two unedited runs when they are at hand, and equal the base run's before the prompts differ.
+
+    Attributes:
+        sites: The activations that `make` needs of both runs.
+        make: `(base run, source run, ids, site, layer) -> [prompt, *dims]`, or `[variant, prompt, *dims]` for edits that name a
+            variant; `ids` says which of all prompts these are. Called once for each site and layer, and each set of prompts
+            that run together.
+    """
+
+    sites: tuple[tuple[str, int], ...]
+    make: Callable[[Run, Run, np.ndarray, str, int], Tensor]
+
+
+@dataclass(eq=False)
+class State:
+    """A sweep under way: its questions, and the answers so far."""
+
+    model: HookedModel
+    base: Prompts
+    source: Prompts | None
+    source_sites: ActivationCache | None
+    constants: Values
+    derived: Mapping[str, Derived]
+    plan: EditPlan
+    metric: Metric | CallableMetric
+    runs: Mapping[str, str]  # "clean" or "corrupted" -> which of "base" and "source" it is
+    budget: Budget
+    replay: bool
+    proofs: dict[tuple[bool, ...], Proof] = field(default_factory=dict)
+    block_tokens: int = 0
+    fallback: str | None = None
+    unembeds: bool = True
+    values: Tensor = field(init=False)
+    base_metric: Tensor = field(init=False)
+    source_metric: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        dtype = torch.float64 if self.model.dtype == torch.float64 else torch.float32
+        self.values = torch.full((self.plan.n_cells, len(self.base)), torch.nan, dtype=dtype)
+        self.base_metric, self.source_metric = (torch.full((len(self.base),), torch.nan, dtype=dtype) for _ in "bs")
+
+    @property
+    def whole_set(self) -> bool:
+        """Whether the metric must see all prompts together."""
+        return isinstance(self.metric, CallableMetric)
+
+    @property
+    def reads_last(self) -> bool:
+        """Whether the metric reads nothing but each prompt's last position."""
+        return isinstance(self.metric, Metric) and bool((self.metric.positions == self.base.lengths - 1).all())
+
+
+@dataclass(frozen=True, eq=False)
+class Chunk:
+    """Prompts that run together, and what their unedited runs computed."""
+
+    state: State
+    ids: np.ndarray  # indices of its prompts in the whole set
+    run: Run
+    source: Run | None
+    made: dict[tuple[str, str, int], Tensor] = field(default_factory=dict)  # derived values so far
+
+    @property
+    def tokens(self) -> Tensor:
+        return self.run.tokens
+
+    def lookup(self, key: str, site: str, layer: int) -> Tensor:
+        """The value of an edit, `[prompt of this chunk, …]`."""
+        if key == "source":
+            assert self.source is not None
+            return self.source.sites[site, layer]
+        if key in self.state.derived:
+            if (key, site, layer) not in self.made:
+                assert self.source is not None
+                make = self.state.derived[key].make
+                self.made[key, site, layer] = make(self.run, self.source, self.ids, site, layer)
+            return self.made[key, site, layer]
+        value = self.state.constants[key][site, layer].to(self.tokens.device)
+        axis = value.ndim - 1 - len(SITES[site].dims)  # behind the variants, if there are several
+        if value.shape[axis] == 1:
+            return value
+        return value.index_select(axis, torch.from_numpy(self.ids).to(value.device))
+
+    def read(self, logits: Tensor, prompt: np.ndarray) -> Tensor:
+        """The metric of rows, from their logits `[row token]` where the metric reads."""
+        metric = self.state.metric
+        assert isinstance(metric, Metric)
+        reference = None
+        if metric.reference is not None:
+            reference = self.reference_logits[torch.from_numpy(prompt).to(logits.device)]
+        return metric.read(widen(logits), torch.from_numpy(self.ids[prompt]).to(logits.device), reference).cpu()
+
+    @cached_property
+    def reference_logits(self) -> Tensor:
+        """The logits of the unedited run that the metric compares with, `[prompt token]`."""
+        assert isinstance(self.state.metric, Metric)
+        run = self.run if self.state.runs[str(self.state.metric.reference)] == "base" else self.source
+        assert run is not None
+        return widen(self.logits_of(run))
+
+    def logits_of(self, run: Run) -> Tensor:
+        """The logits that the metric reads in an unedited run, `[prompt token]`."""
+        metric, everyone = self.state.metric, np.arange(len(self.ids))
+        assert isinstance(metric, Metric)
+        if self.state.unembeds:
+            return self.state.model.unembed(self.at_positions(run.resid[-1], everyone, 0), metric.tokens)
+        return self.chosen_tokens(self.at_positions(self.state.model.bridge(run.tokens), everyone, 0))
+
+    def baseline(self, run: Run) -> Tensor:
+        """The metric of an unedited run, `[prompt]`."""
+        if isinstance(self.state.metric, Metric):
+            return self.read(self.logits_of(run), np.arange(len(self.ids)))
+        return call_metric(self.state.metric, widen(self.all_logits(run)), len(self.ids))
+
+    def all_logits(self, run: Run) -> Tensor:
+        return self.state.model.unembed(run.resid[-1]) if self.state.unembeds else self.state.model.bridge(run.tokens)
+
+    def at_positions(self, per_position: Tensor, prompt: np.ndarray, start: int) -> Tensor:
+        """`[row pos …]` -> `[row …]` where the metric reads; `start` is the position of the first."""
+        assert isinstance(self.state.metric, Metric)
+        where = self.state.metric.positions[torch.from_numpy(self.ids[prompt])] - start
+        return per_position[torch.arange(len(per_position)), where.to(per_position.device)]
+
+    def chosen_tokens(self, logits: Tensor) -> Tensor:
+        tokens = getattr(self.state.metric, "tokens", None)
+        return logits if tokens is None else logits[:, tokens.to(logits.device)]
+
+
+def call_metric(metric: CallableMetric, logits: Tensor, n_prompts: int) -> Tensor:
+    value = metric.fn(logits)
+    if not isinstance(value, Tensor) or value.shape != (n_prompts,):
+        got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(
+            f"metric {metric.name!r}: expected one value a prompt, a tensor of shape [{n_prompts}], got {got}. Do not average "
+            "inside the metric: results keep the prompt axis"
+        )
+    return value.detach().cpu()
+
+
+def first_differences(state: State, ids: np.ndarray) -> np.ndarray:
+    if state.source is None:
+        return np.zeros(len(ids), dtype=np.int64)
+    pairs = [(state.base.tokens[i], state.source.tokens[i]) for i in ids]
+    return np.array([int((a != b).nonzero()[0]) if bool((a != b).any()) else len(a) for a, b in pairs])
+
+
+def whole_forward(chunk: Chunk, rows: Rows) -> Float[Tensor, "row pos d_vocab"]:
+    """The logits of edited rows by whole forward passes: the slow way, which presumes nothing."""
+    state = chunk.state
+    whole = Rows(rows.cell, rows.prompt, rows.prompt_id, 0)
+    with Hooks(state.model.bridge) as hooks:
+        for group in state.plan:
+            attach_edit(hooks, group, whole, chunk.lookup)
+        logits = state.model.bridge(chunk.tokens[torch.from_numpy(rows.prompt)])
+    state.block_tokens += len(rows) * chunk.run.length * state.model.n_layers
+    return logits

@@ -1,0 +1,70 @@
+"""What a model says of itself: its sizes, where it is, and in what mode."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+class Facts:
+    """The part of `HookedModel` that everything else asks for sizes. `bridge` is the TransformerBridge, `name` the model's."""
+
+    bridge: Any
+    name: str
+
+    @property
+    def cfg(self) -> Any:
+        """TransformerLens's config."""
+        return self.bridge.cfg
+
+    @property
+    def n_layers(self) -> int:
+        return int(self.cfg.n_layers)
+
+    @property
+    def n_heads(self) -> int:
+        return int(self.cfg.n_heads)
+
+    @property
+    def n_kv_heads(self) -> int:
+        """Key-value heads: fewer than `n_heads` in GQA models, 1 in MQA models. (TransformerLens's config has no such
+        number for Falcon, so the projection itself is asked.)"""
+        if self.cfg.n_key_value_heads:
+            return int(self.cfg.n_key_value_heads)
+        attention = getattr(self.bridge.blocks[0], "attn", None)
+        return self.n_heads if attention is None else int(attention.k.weight.numel() // (self.d_model * self.d_head))
+
+    @property
+    def d_model(self) -> int:
+        return int(self.cfg.d_model)
+
+    @property
+    def d_head(self) -> int:
+        return int(self.cfg.d_head)
+
+    @property
+    def d_mlp(self) -> int:
+        return int(self.cfg.d_mlp)
+
+    @property
+    def d_vocab(self) -> int:
+        return int(self.cfg.d_vocab)
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go in."""
+        return next(self.bridge.original_model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.bridge.original_model.parameters()).dtype
+
+    @property
+    def training(self) -> bool:
+        """Whether any part is in training mode (dropout on): experiments refuse such a model."""
+        return any(module.training for module in self.bridge.original_model.modules())
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.bridge.tokenizer
