@@ -6,8 +6,8 @@ alone. Metrics are computed in float32 at least, whatever the model's dtype.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -43,6 +43,18 @@ class Metric:
     read: Reader
     reference: Literal["clean", "corrupted"] | None = None
     lengths: Int[Tensor, "prompt"] | None = None
+
+    def __getitem__(self, index: Sequence[int]) -> Metric:
+        """The metric of some of its prompts, for `pairs[index]`."""
+        chosen = torch.as_tensor(list(index), dtype=torch.long)
+        if len(chosen) == 0 or int(chosen.min()) < 0 or int(chosen.max()) >= self.n_prompts:
+            raise ValueError(f"index: expected prompts in 0..{self.n_prompts - 1}, at least one; got {list(index)}")
+
+        def read(logits: Tensor, prompt: Tensor, reference: Tensor | None) -> Tensor:
+            return self.read(logits, chosen.to(prompt.device)[prompt], reference)
+
+        lengths = None if self.lengths is None else self.lengths[chosen]
+        return replace(self, n_prompts=len(chosen), positions=self.positions[chosen], read=read, lengths=lengths)
 
 
 @dataclass(frozen=True, eq=False)

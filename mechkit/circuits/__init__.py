@@ -12,6 +12,10 @@ from mechkit.circuits.edge_attribution import edge_attribution as edge_attributi
 from mechkit.circuits.edge_patching import edge_patching as edge_patching
 from mechkit.circuits.edge_scores import EdgeScores as EdgeScores
 from mechkit.circuits.edge_scores import ScoredEdge as ScoredEdge
+from mechkit.circuits.evaluation import CircuitReport as CircuitReport
+from mechkit.circuits.evaluation import FaithfulnessCurve as FaithfulnessCurve
+from mechkit.circuits.evaluation import evaluate_circuit as evaluate_circuit
+from mechkit.circuits.evaluation import faithfulness_curve as faithfulness_curve
 from mechkit.circuits.graph import Edge as Edge
 from mechkit.circuits.graph import Graph as Graph
 from mechkit.circuits.graph import Reader as Reader

@@ -14,7 +14,7 @@ Ablated values (what a reader sees of a writer whose edge is missing):
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor
 from mechkit.attribution._nodes import AnyMetric, check_study
 from mechkit.circuits._runs import CircuitRuns, Written, sites_of
 from mechkit.circuits.graph import Graph
-from mechkit.hooks import Budget, HookedModel, Parts, Run, record
+from mechkit.hooks import Budget, HookedModel, Parts, Run, record, widen
 from mechkit.hooks._memory import out_of_memory
 from mechkit.metrics import CallableMetric, Metric, as_metric
 from mechkit.prompts import PromptPairs
@@ -77,7 +77,7 @@ class Chunk:
         assert isinstance(metric, Metric)
         at = metric.positions[self.ids].to(final.device)[prompt] - self.runs.start
         rows = torch.arange(len(final), device=final.device)
-        return _wide(self.owner.model.unembed(final[rows, at], metric.tokens))
+        return widen(self.owner.model.unembed(final[rows, at], metric.tokens))
 
     def value(self, final: Float[Tensor, "row pos d_model"], prompt: Int[Tensor, "row"]) -> Float[Tensor, "row"]:
         """The metric of each row, in the graph."""
@@ -87,7 +87,7 @@ class Chunk:
             return metric.read(self.logits(final, prompt), self.ids.to(final.device)[prompt], reference)
         whole = torch.cat([self.runs.run.resid[-1][prompt, : self.runs.start], final], 1)
         n = len(self.ids)
-        answers = [metric.fn(_wide(model.unembed(one))) for one in whole.split(n)]
+        answers = [metric.fn(widen(model.unembed(one))) for one in whole.split(n)]
         for answer in answers:
             if not isinstance(answer, Tensor) or answer.shape != (n,):
                 got = list(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
@@ -297,29 +297,7 @@ class Evaluator:
     def _value_of_run(self, chunk: Chunk, run: str, final: Tensor, everyone: Tensor, corrupted: Run) -> Tensor:
         if isinstance(self.metric, Metric) or run != "corrupted":
             return chunk.value(final, everyone)
-        return self.metric.fn(_wide(self.model.unembed(corrupted.resid[-1])))
-
-
-def _wide(logits: Tensor) -> Tensor:
-    """Metrics are computed in float32 at least."""
-    return logits if logits.dtype == torch.float64 else logits.float()
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """A ratio of means over prompts with its bootstrap interval.
-
-    Attributes:
-        value: Of all prompts.
-        low, high: The interval's ends; NaN with fewer than two prompts.
-    """
-
-    value: float
-    low: float = field(default=float("nan"))
-    high: float = field(default=float("nan"))
-
-    def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        return self.metric.fn(widen(self.model.unembed(corrupted.resid[-1])))
 
 
 def provenance_of_ablation(ablation: Ablation | Constants) -> Any:

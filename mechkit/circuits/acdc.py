@@ -21,9 +21,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mechkit.attribution._cells import provenance_of
 from mechkit.attribution._nodes import AnyMetric
 from mechkit.circuits._evaluation import Ablation, Constants, Evaluator, provenance_of_ablation
+from mechkit.circuits._provenance import circuit_provenance
 from mechkit.circuits.circuit import Circuit
 from mechkit.circuits.graph import Edge
 from mechkit.hooks import HookedModel
@@ -88,7 +88,7 @@ def acdc(
         model=model.name,
         weights_hash=model.weights_hash,
         task=pairs.task,
-        provenance=provenance_of(
+        provenance=circuit_provenance(
             model,
             pairs.clean,
             technique="ACDC",

@@ -26,11 +26,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mechkit.attribution._cells import choose_positions, provenance_of
+from mechkit.attribution._cells import choose_positions
 from mechkit.attribution._nodes import AnyMetric, Chunk, Study, check_study
 from mechkit.attribution._paths import Rule, batches, quadrature
 from mechkit.attribution.attribution_patching import tapped
 from mechkit.attribution.relp import relevance_rules
+from mechkit.circuits._provenance import circuit_provenance
 from mechkit.circuits._writings import HookPairs, Writings
 from mechkit.circuits.edge_scores import EdgeScores
 from mechkit.circuits.graph import Graph
@@ -190,7 +191,7 @@ class _Scores:
             baseline=study.values,
             metric=study.metric.name,
             unit=study.metric.unit,
-            provenance=provenance_of(
+            provenance=circuit_provenance(
                 study.model,
                 study.base if study.base_is == "clean" or study.source is None else study.source,
                 technique="edge attribution",

@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mechkit.attribution._cells import choose_positions, provenance_of
+from mechkit.attribution._cells import choose_positions
 from mechkit.attribution._nodes import AnyMetric, Study
+from mechkit.circuits._provenance import circuit_provenance
 from mechkit.circuits._reads import Changes, needed_sites, stream
 from mechkit.circuits.circuit import Circuit
 from mechkit.circuits.edge_attribution import edge_study
@@ -219,7 +220,7 @@ class _Work:
         prompts = study.base if study.base_is == "clean" else study.source
         assert prompts is not None
         positions = None if self.positions is None else list(self.positions)
-        return provenance_of(
+        return circuit_provenance(
             study.model, prompts, technique="edge patching", replay=self.how, **study.provenance, positions=positions
         )
 

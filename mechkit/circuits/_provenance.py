@@ -1,0 +1,19 @@
+"""Where edges and circuits come from: so that one can tell whether they are judged by the prompts that they were found on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mechkit.attribution._cells import provenance_of
+from mechkit.hooks import HookedModel
+from mechkit.prompts import Prompts
+
+
+def prompt_hashes(prompts: Prompts) -> list[str]:
+    """A short fingerprint of each prompt, by which it is known again."""
+    return [prompts[[i]].hash()[:12] for i in range(len(prompts))]
+
+
+def circuit_provenance(model: HookedModel, clean: Prompts, **more: Any) -> dict[str, Any]:
+    """As all techniques say it, and each prompt by itself."""
+    return provenance_of(model, clean, d_model=model.d_model, **more) | {"prompts": prompt_hashes(clean)}

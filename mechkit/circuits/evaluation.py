@@ -1,0 +1,512 @@
+"""Is a circuit any good? Run it with everything else ablated; compare it with the model, with its parts missing, and with chance.
+
+Notation: m is the metric's mean over prompts; M the model, C the circuit, ∅ the empty circuit (everything ablated).
+
+- *Faithfulness* `F(C) = (m(C) - m(∅)) / (m(M) - m(∅))`: 1 as good as the model, 0 as bad as nothing. Above 1 it is better than
+  the model, which a faithful circuit is not either.
+- *Completeness*: for sets K of the circuit's components, `F(C without K) - F(M without K)`: 0 if the model has nothing besides
+  the circuit that steps in for K. To be without a component is to have all edges out of it ablated.
+- *Minimality*: for each component (or edge) v, `F(C without v) - F(C)`: 0 if v does nothing in the circuit.
+- *Random circuits* of as many edges: a faithfulness that they reach too means little.
+- *Held out*: prompts that the circuit was not found on. Where its provenance says on which it was, the two are told apart.
+
+Wang et al. 2022, https://arxiv.org/abs/2211.00593 (faithfulness in the metric's unit, completeness, minimality); Miller et al.
+2024, https://arxiv.org/abs/2407.08734 (what such numbers depend on); Mueller et al. 2025 (MIB), https://arxiv.org/abs/2504.13151.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from mechkit.attribution._nodes import AnyMetric
+from mechkit.circuits._evaluation import Ablation, Constants, Evaluator, provenance_of_ablation
+from mechkit.circuits._provenance import circuit_provenance, prompt_hashes
+from mechkit.circuits.areas import FRACTIONS, cmd, cpr
+from mechkit.circuits.circuit import Circuit
+from mechkit.circuits.edge_scores import EdgeScores
+from mechkit.hooks import HookedModel
+from mechkit.metrics import Metric, as_metric
+from mechkit.prompts import PromptPairs
+from mechkit.result import Cost, Result
+
+if TYPE_CHECKING:
+    import pandas
+
+_AT_ONCE = 64  # circuits whose masks are held together
+Scorer = Callable[[HookedModel, PromptPairs, Any], EdgeScores]
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A faithfulness: a ratio of means over prompts.
+
+    Attributes:
+        value: The ratio.
+        low, high: 95 % bootstrap interval over prompts; NaN where there are too few prompts, or the gap between model and
+            empty circuit changes its sign among the resamples.
+        n_prompts: How many prompts it is of.
+    """
+
+    value: float
+    low: float
+    high: float
+    n_prompts: int
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+@dataclass(frozen=True)
+class Completeness:
+    """What is left without a set of components.
+
+    Attributes:
+        without: Their names.
+        circuit: Faithfulness of the circuit without them.
+        model: Faithfulness of the whole model without them.
+    """
+
+    without: tuple[str, ...]
+    circuit: float
+    model: float
+
+    @property
+    def difference(self) -> float:
+        """Circuit less model; 0 where the circuit is complete."""
+        return self.circuit - self.model
+
+
+@dataclass(frozen=True, eq=False)
+class CircuitReport:
+    """How good a circuit is.
+
+    Attributes:
+        circuit: The circuit.
+        runs: The metric of every run that was made, dims `("run", "prompt")`: `"circuit"`, `"random 0"`, …, `"without a9.h6"`, ….
+            Its baselines: `"clean"`, the model, and `"corrupted"`, the empty circuit (in which everything is ablated).
+        faithfulness: Over all prompts.
+        found_on, held_out: Over the prompts that the circuit was found on, and over the others; `None` where there are none.
+        random: Faithfulness of random circuits of as many edges.
+        completeness: Of the whole circuit's component sets, by how far they are from complete.
+        minimality: Name of a component (or edge) -> by how much faithfulness changes without it, the largest change first.
+        cost: Block-tokens; one of a circuit's counts up to twice a plain block's work.
+    """
+
+    circuit: Circuit
+    runs: Result
+    faithfulness: Ratio
+    found_on: Ratio | None
+    held_out: Ratio | None
+    random: tuple[float, ...]
+    completeness: tuple[Completeness, ...]
+    minimality: Mapping[str, float]
+    cost: Cost = field(default_factory=lambda: Cost(0, 0))
+
+    @property
+    def gap(self) -> float:
+        """`m(M) - m(C)`, in the metric's unit (the IOI paper's faithfulness is its absolute value)."""
+        circuit = self.runs.sel(run="circuit")
+        return float((circuit.baseline["clean"] - circuit.values).double().mean())
+
+    @property
+    def incompleteness(self) -> float:
+        """The mean absolute difference over the sets; NaN if none was tried."""
+        return float(torch.tensor([abs(c.difference) for c in self.completeness], dtype=torch.float64).mean())
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """One row a run: its name, mean metric and faithfulness."""
+        frame = self.runs.mean("prompt").to_dataframe().rename(columns={"value": self.runs.metric})
+        frame["faithfulness"] = self.runs.mean("prompt").normalized().values.tolist()
+        return frame
+
+    def __repr__(self) -> str:
+        lines = [f"CircuitReport({self.circuit.n_edges:,} of {self.circuit.graph.n_edges:,} edges"]
+        lines.append(f"faithfulness {self.faithfulness}, {self.gap:+.3f} {self.runs.unit} short of the model")
+        for name, ratio in (("prompts it was found on", self.found_on), ("held-out prompts", self.held_out)):
+            if ratio is not None:
+                lines.append(f"{name}: {ratio}, n = {ratio.n_prompts}")
+        if self.random:
+            lines.append(f"{len(self.random)} random circuits: {min(self.random):.3f} to {max(self.random):.3f}")
+        if self.completeness:
+            lines.append(f"incompleteness {self.incompleteness:.3f} over {len(self.completeness)} sets")
+        if self.minimality:
+            idle = sum(abs(change) < 0.01 for change in self.minimality.values())
+            lines.append(f"minimality: {idle} of {len(self.minimality)} can go for less than 0.01 each")
+        return "; ".join(lines) + ")"
+
+
+@torch.no_grad()
+def evaluate_circuit(
+    circuit: Circuit,
+    model: HookedModel,
+    pairs: PromptPairs,
+    metric: AnyMetric,
+    *,
+    ablation: Ablation | Constants = "resample",
+    random: int = 5,
+    sets: int = 10,
+    minimality: Literal["node", "edge"] | None = "node",
+    seed: int = 0,
+    budget: int | None = None,
+    progress: bool = True,
+) -> CircuitReport:
+    """Runs the circuit with everything else ablated, and says how much of the model's behaviour is left.
+
+    Args:
+        circuit: Of this model.
+        model, pairs: As for `activation_patching`.
+        metric: As there; `kl_divergence(pairs)` works too (faithfulness is then the share of the divergence that is gone).
+        ablation: What a reader sees of a writer without an edge: `"resample"` (the corrupted run's value), `"zero"`, `"mean"`
+            (over all corrupted prompts and positions), `"position-mean"` (at each position), or `Constants`, such as
+            `optimal_ablation` gives.
+        random: How many random circuits of as many edges are run too.
+        sets: How many random sets of the circuit's components are left out for completeness.
+        minimality: Leave out each component (`"node"`), each edge, or nothing.
+        seed: Of the random circuits and sets.
+        budget: Bytes of working memory; default half of what the device has free (1 GiB on a CPU).
+        progress: Whether to show a progress bar.
+
+    Raises:
+        ValueError: a circuit of another model; model and empty circuit have the same metric (there is nothing to be faithful to);
+            an architecture whose edges are not known.
+    """
+    circuit.check(model)
+    if minimality not in ("node", "edge", None):
+        raise ValueError(f"minimality: expected 'node', 'edge' or None, got {minimality!r}")
+    if random < 0 or sets < 0:
+        raise ValueError(f"random, sets: expected numbers of 0 or more, got {random!r} and {sets!r}")
+    evaluator = Evaluator(model, pairs, metric, ablation, budget)
+    graph, generator = evaluator.graph, torch.Generator().manual_seed(seed)
+    runs: dict[str, Bool[Tensor, "writer reader"]] = {"circuit": circuit.members}
+    for i in range(random):
+        runs[f"random {i}"] = Circuit.random(graph, circuit.n_edges, seed + i).members
+    left_out = _component_sets(circuit, sets, generator)
+    for i, names in enumerate(left_out):
+        runs[f"circuit without set {i}"] = _without(circuit.members, circuit, names)
+        runs[f"model without set {i}"] = _without(graph.exists, circuit, names)
+    parts: dict[str, str] = {}  # what is left out -> its run
+    if minimality == "node":
+        parts = {writer.name: f"without {writer.name}" for writer in circuit.nodes if writer.layer >= 0}
+        runs |= {run: _without(circuit.members, circuit, (name,)) for name, run in parts.items()}
+    elif minimality == "edge":
+        parts = {edge.name: f"without {edge.name}" for edge in circuit}
+        runs |= {f"without {edge.name}": circuit.without(edge).members for edge in circuit}
+    result = run_circuits(evaluator, runs, pairs, ablation, progress)
+    faithful = dict(zip(runs, result.mean("prompt").normalized().values.double().tolist(), strict=True))
+    found_on, held_out = _seen(circuit.provenance, pairs)
+    alone = result.sel(run=["circuit"])
+    changes = {name: faithful[run] - faithful["circuit"] for name, run in parts.items()}
+    complete = [
+        Completeness(names, faithful[f"circuit without set {i}"], faithful[f"model without set {i}"])
+        for i, names in enumerate(left_out)
+    ]
+    return CircuitReport(
+        circuit,
+        result,
+        faithfulness=ratio(alone),
+        found_on=ratio(alone.sel(prompt=found_on)) if found_on else None,
+        held_out=ratio(alone.sel(prompt=held_out)) if held_out and found_on is not None else None,
+        random=tuple(faithful[f"random {i}"] for i in range(random)),
+        completeness=tuple(sorted(complete, key=lambda c: -abs(c.difference))),
+        minimality=dict(sorted(changes.items(), key=lambda item: -abs(item[1]))),
+        cost=result.cost or Cost(0, 0),
+    )
+
+
+def run_circuits(
+    evaluator: Evaluator,
+    runs: Mapping[str, Bool[Tensor, "writer reader"]],
+    pairs: PromptPairs,
+    ablation: Ablation | Constants,
+    progress: bool,
+) -> Result:
+    """The metric of every circuit, dims `("run", "prompt")`; baselines: the model (`"clean"`) and the empty circuit."""
+    model, names = evaluator.model, list(runs)
+    values = []
+    with tqdm(total=len(names), disable=not progress, unit="circuit", leave=False, delay=2) as bar:
+        for first in range(0, len(names), _AT_ONCE):
+            some = names[first : first + _AT_ONCE]
+            values.append(evaluator.evaluate(torch.stack([runs[name] for name in some])))
+            bar.update(len(some))
+    naive = len(names) * int(pairs.clean.lengths.sum()) * model.n_layers
+    return Result(
+        values=torch.cat(values),
+        dims=("run", "prompt"),
+        coords={"run": tuple(names), "prompt": tuple(range(len(pairs)))},
+        baseline={"clean": evaluator.values["clean"], "corrupted": evaluator.values["ablated"]},
+        base="corrupted",
+        metric=evaluator.metric.name,
+        unit=evaluator.metric.unit,
+        provenance=circuit_provenance(
+            model,
+            pairs.clean,
+            technique="circuit evaluation",
+            task=pairs.task,
+            ablation=provenance_of_ablation(ablation),
+        ),
+        cost=Cost(evaluator.block_tokens, naive),
+    )
+
+
+def ratio(run: Result) -> Ratio:
+    """Faithfulness of one run with its interval."""
+    value = float(run.mean("prompt").normalized().values.double().sum())
+    n = len(run.coords["prompt"])
+    try:
+        interval = run.ci(normalized=True)
+    except ValueError:  # one prompt, or a gap that changes its sign among the resamples
+        return Ratio(value, float("nan"), float("nan"), n)
+    return Ratio(value, float(interval.low.values.sum()), float(interval.high.values.sum()), n)
+
+
+def _component_sets(circuit: Circuit, n: int, generator: torch.Generator) -> list[tuple[str, ...]]:
+    """Random sets of a circuit's components: each is in with a probability that is itself drawn, so that sizes vary."""
+    names = [writer.name for writer in circuit.nodes if writer.layer >= 0]
+    found = []
+    for _ in range(n if names else 0):
+        chance = torch.rand(1, generator=generator)
+        chosen = (torch.rand(len(names), generator=generator) < chance).tolist()
+        some = tuple(name for name, is_in in zip(names, chosen, strict=True) if is_in)
+        found.append(some or (names[int(torch.randint(len(names), (1,), generator=generator))],))
+    return found
+
+
+def _without(members: Bool[Tensor, "writer reader"], circuit: Circuit, names: Sequence[str]) -> Tensor:
+    """All edges out of some components removed."""
+    members = members.clone()
+    members[[circuit.graph.writer_index[name] for name in names]] = False
+    return members
+
+
+def _seen(provenance: Mapping[str, Any], pairs: PromptPairs) -> tuple[list[int | str] | None, list[int | str]]:
+    """Which of the prompts a circuit was found on, and which not; `None` where it is not known."""
+    known = provenance.get("prompts")
+    if known is None:
+        return None, []
+    hashes = prompt_hashes(pairs.clean)
+    return [i for i, h in enumerate(hashes) if h in known], [i for i, h in enumerate(hashes) if h not in known]
+
+
+# -- curves ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class FaithfulnessCurve:
+    """Faithfulness against the number of edges kept.
+
+    Attributes:
+        fractions: Shares of the graph's edges.
+        n_edges: How many edges that is.
+        kept: How many of them the circuits have, without dead ends.
+        runs: The metric of each circuit, dims `("n_edges", "prompt")`; baselines as `CircuitReport.runs`.
+        random: Of random circuits with as many edges as were kept, dims `("seed", "n_edges", "prompt")`; or `None`.
+        found_on: The same curve over the prompts that the scores come from, where others were held out.
+        scores: The scores.
+    """
+
+    fractions: tuple[float, ...]
+    n_edges: tuple[int, ...]
+    kept: tuple[int, ...]
+    runs: Result
+    random: Result | None
+    scores: EdgeScores
+    found_on: FaithfulnessCurve | None = None
+    held_out: bool | None = None
+
+    @property
+    def faithfulness(self) -> tuple[float, ...]:
+        """Of the circuit at each size."""
+        return tuple(self.runs.mean("prompt").normalized().values.double().tolist())
+
+    @property
+    def random_faithfulness(self) -> tuple[float, ...]:
+        """The mean over random circuits at each size."""
+        if self.random is None:
+            raise ValueError("random: no random circuits were run; give random=3 or so")
+        return tuple(self.random.mean("prompt").normalized().values.double().mean(0).tolist())
+
+    @property
+    def cpr(self) -> float:
+        """Area under the curve (MIB); 0.999 for circuits as good as the model."""
+        return cpr(self.fractions, self.faithfulness)
+
+    @property
+    def cmd(self) -> float:
+        """Area of the distance from 1 (MIB); 0 for circuits as good as the model."""
+        return cmd(self.fractions, self.faithfulness)
+
+    def ci(self, level: float = 0.95) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Bootstrap interval over prompts, low and high ends."""
+        interval = self.runs.ci(level, normalized=True)
+        return tuple(interval.low.values.tolist()), tuple(interval.high.values.tolist())
+
+    def plot(self) -> Any:
+        """The curve with its interval, the random baseline, and lines at 0 and 1."""
+        from mechkit.plot._curve import curve
+
+        low: tuple[float, ...] | None
+        high: tuple[float, ...] | None
+        try:
+            low, high = self.ci()
+        except ValueError:  # one prompt, or a gap that changes its sign among the resamples
+            low = high = None
+        random = None if self.random is None else self.random.mean("prompt").normalized().values.double()
+        where = {True: "held-out prompts", False: "the prompts of the scores", None: "prompts"}[self.held_out]
+        return curve(
+            self.n_edges,
+            self.faithfulness,
+            low=low,
+            high=high,
+            random=None if random is None else random.mean(0).tolist(),
+            random_low=None if random is None else random.amin(0).tolist(),
+            random_high=None if random is None else random.amax(0).tolist(),
+            title=f"{self.runs.provenance['model']}, {self.runs.provenance['task']}: {len(self.runs.coords['prompt'])} {where}",
+        )
+
+    def __repr__(self) -> str:
+        points = ", ".join(f"{n}: {f:.2f}" for n, f in zip(self.n_edges, self.faithfulness, strict=True))
+        return f"FaithfulnessCurve(CPR {self.cpr:.3f}, CMD {self.cmd:.3f}; {points})"
+
+
+@torch.no_grad()
+def faithfulness_curve(
+    scores: EdgeScores | Scorer,
+    model: HookedModel,
+    pairs: PromptPairs,
+    metric: AnyMetric,
+    *,
+    fractions: Sequence[float] = FRACTIONS,
+    method: Literal["top", "greedy"] = "top",
+    by: Literal["abs", "value"] = "abs",
+    ablation: Ablation | Constants = "resample",
+    random: int = 3,
+    held_out: float = 0.5,
+    seed: int = 0,
+    budget: int | None = None,
+    progress: bool = True,
+) -> FaithfulnessCurve:
+    """How faithful circuits of the best edges are, by how many edges are kept.
+
+    Args:
+        scores: Scores of all edges; or a function such as `edge_attribution` that makes them from `(model, pairs, metric)`. It is
+            then given one part of the pairs, and the curve is of the other part (`found_on` has the first one's).
+        model, pairs, metric, ablation, budget, progress: As for `evaluate_circuit`.
+        fractions: Shares of the graph's edges, ascending; default MIB's grid.
+        method, by: As for `Circuit.from_scores`.
+        random: How many random circuits at each size.
+        held_out: Share of the pairs that a function of `scores` does not see.
+        seed: Of the split and of the random circuits.
+
+    Returns:
+        A `FaithfulnessCurve`. Its `held_out` says whether the prompts are others than those of the scores (`None`: not known).
+
+    Raises:
+        ValueError: scores of another model; no gap between model and empty circuit; a split that leaves a part empty.
+    """
+    if isinstance(scores, EdgeScores):
+        return _curve(scores, model, pairs, metric, fractions, method, by, ablation, random, seed, budget, progress)
+    train, test = split(len(pairs), held_out, seed)
+    parts = [(pairs[ids], of_prompts(metric, ids)) for ids in (train, test)]
+    with torch.enable_grad():
+        found = scores(model, *parts[0])
+    seen, unseen = (
+        _curve(found, model, *part, fractions, method, by, ablation, random, seed, budget, progress) for part in parts
+    )
+    return FaithfulnessCurve(
+        unseen.fractions, unseen.n_edges, unseen.kept, unseen.runs, unseen.random, found, seen, unseen.held_out
+    )
+
+
+def _curve(
+    scores: EdgeScores,
+    model: HookedModel,
+    pairs: PromptPairs,
+    metric: AnyMetric,
+    fractions: Sequence[float],
+    method: Literal["top", "greedy"],
+    by: Literal["abs", "value"],
+    ablation: Ablation | Constants,
+    random: int,
+    seed: int,
+    budget: int | None,
+    progress: bool,
+) -> FaithfulnessCurve:
+    graph = scores.graph
+    if not fractions or any(not 0 < share <= 1 for share in fractions) or list(fractions) != sorted(set(fractions)):
+        raise ValueError(f"fractions: expected ascending shares above 0 and at most 1, got {list(fractions)}")
+    sizes = [max(1, round(share * graph.n_edges)) for share in fractions]
+    if len(set(sizes)) != len(sizes):
+        raise ValueError(
+            f"fractions: expected shares that differ by at least one of {graph.n_edges} edges, got {fractions}"
+        )
+    circuits = [Circuit.from_scores(scores, n_edges=size, method=method, by=by) for size in sizes]
+    circuits[0].check(model)
+    evaluator = Evaluator(model, pairs, metric, ablation, budget)
+    runs = {str(size): circuit.members for size, circuit in zip(sizes, circuits, strict=True)}
+    for i in range(random):
+        for size, circuit in zip(sizes, circuits, strict=True):
+            runs[f"random {i} {size}"] = Circuit.random(graph, circuit.n_edges, seed + i).members
+    result = run_circuits(evaluator, runs, pairs, ablation, progress)
+    found_on, held = _seen(scores.provenance, pairs)
+    return FaithfulnessCurve(
+        tuple(fractions),
+        tuple(sizes),
+        tuple(circuit.n_edges for circuit in circuits),
+        _reshaped(result, {"n_edges": tuple(sizes)}, 0),
+        _reshaped(result, {"seed": tuple(range(seed, seed + random)), "n_edges": tuple(sizes)}, len(sizes))
+        if random
+        else None,
+        scores,
+        held_out=None if found_on is None else not found_on if held else False,
+    )
+
+
+def _reshaped(result: Result, coords: dict[str, tuple[int, ...]], first: int) -> Result:
+    """Consecutive runs of a result as axes of their own."""
+    shape = [len(labels) for labels in coords.values()]
+    n = int(torch.tensor(shape).prod())
+    return Result(
+        values=result.values[first : first + n].reshape(*shape, -1),
+        dims=(*coords, "prompt"),
+        coords={**coords, "prompt": result.coords["prompt"]},
+        baseline=result.baseline,
+        base=result.base,
+        metric=result.metric,
+        unit=result.unit,
+        provenance=result.provenance,
+        cost=result.cost,
+    )
+
+
+def split(n: int, held_out: float, seed: int) -> tuple[list[int], list[int]]:
+    """Which prompts something is found on, and which are held out, at random."""
+    if not isinstance(held_out, int | float) or not 0 < held_out < 1:
+        raise ValueError(f"held_out: expected a share above 0 and below 1, got {held_out!r}")
+    n_out = round(n * held_out)
+    if not 0 < n_out < n:
+        raise ValueError(f"held_out: {held_out} of {n} pairs leaves one part empty; give more pairs, or another share")
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
+    return sorted(order[n_out:]), sorted(order[:n_out])
+
+
+def of_prompts(metric: AnyMetric, ids: Sequence[int]) -> Metric:
+    """A metric for some of its prompts."""
+    measured = as_metric(metric)
+    if not isinstance(measured, Metric):
+        raise ValueError(
+            f"metric: {measured.name!r} is a callable on all prompts, which cannot be split; use one of mechkit's metrics"
+        )
+    return measured[ids]
+
+
+def parts_of(pairs: PromptPairs, metric: AnyMetric, held_out: float, seed: int) -> Iterator[tuple[PromptPairs, Metric]]:
+    """Pairs and metric for finding, and for evaluating."""
+    for ids in split(len(pairs), held_out, seed):
+        yield pairs[ids], of_prompts(metric, ids)
