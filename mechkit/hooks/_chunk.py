@@ -91,7 +91,7 @@ class Chunk:
     ids: np.ndarray  # indices of its prompts in the whole set
     run: Run
     source: Run | None
-    made: dict[tuple[str, str, int], Tensor] = field(default_factory=dict)  # derived values so far
+    made: dict[tuple[str, str, int], Tensor] = field(default_factory=dict)  # derived values
 
     @property
     def tokens(self) -> Tensor:
@@ -103,16 +103,22 @@ class Chunk:
             assert self.source is not None
             return self.source.sites[site, layer]
         if key in self.state.derived:
-            if (key, site, layer) not in self.made:
-                assert self.source is not None
-                make = self.state.derived[key].make
-                self.made[key, site, layer] = make(self.run, self.source, self.ids, site, layer)
             return self.made[key, site, layer]
         value = self.state.constants[key][site, layer].to(self.tokens.device)
         axis = value.ndim - 1 - len(SITES[site].dims)  # behind the variants, if there are several
         if value.shape[axis] == 1:
             return value
         return value.index_select(axis, torch.from_numpy(self.ids).to(value.device))
+
+    def make_derived(self) -> None:
+        """Makes all derived values now: later there are hooks that `make` would run into."""
+        for group in self.state.plan:
+            key = (group.value, group.site.name, group.layer)
+            if group.value in self.state.derived and key not in self.made:
+                if self.source is None:
+                    raise ValueError(f"source: values {group.value!r} are made from two runs, but no source prompts were given")
+                make = self.state.derived[group.value].make
+                self.made[key] = make(self.run, self.source, self.ids, group.site.name, group.layer)
 
     def read(self, logits: Tensor, prompt: np.ndarray) -> Tensor:
         """The metric of rows, from their logits `[row token]` where the metric reads."""

@@ -173,6 +173,7 @@ def _run_chunk(state: State, ids: np.ndarray) -> Chunk:
             source.sites.update({key: at_hand[key][ids].to(model.device) for key in state.plan.sites})
         state.block_tokens += run.tokens.numel() * model.n_layers
     chunk = Chunk(state, ids, run, source)
+    chunk.make_derived()
     state.unembeds = unembeds_final_stream(model, run)
     for name, one, into in (("base", run, state.base_metric), ("source", source, state.source_metric)):
         if one is None:

@@ -1,0 +1,281 @@
+"""Path patching: what senders do by way of chosen receivers alone.
+
+1. Run both prompts. A sender's *change* is what it wrote in the source run less what it wrote in the base run.
+2. Let it reach the receivers: with everything else frozen (`freeze="all"`: along the direct edges), or with the heads frozen and the
+   MLPs in between recomputed (`freeze="heads"`, as in the IOI paper). This gives each receiver a value: a head's query, key or
+   value, what an MLP adds, or the final stream.
+3. Write these values into the base run, and let it run on freely. Receivers keep the values of step 2, whatever earlier
+   receivers do.
+
+With one receiver and `freeze="all"` this is `edge_patching` of the one edge.
+
+Wang et al. 2022, https://arxiv.org/abs/2211.00593; Goldowsky-Dill et al. 2023, https://arxiv.org/abs/2304.05969.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from mechkit.attribution._cells import choose_indices, choose_positions, position_labels
+from mechkit.attribution._nodes import AnyMetric, Study
+from mechkit.circuits._provenance import circuit_provenance
+from mechkit.circuits._reads import Changes, needed_sites, stream
+from mechkit.circuits.edge_attribution import edge_study
+from mechkit.circuits.graph import Graph, Reader, Writer
+from mechkit.hooks import Cell, Derived, Edit, HookedModel, Parts, Run, sweep
+from mechkit.prompts import PromptPairs
+from mechkit.result import Cost, Result
+
+KEY = "path"  # the key of the values that are written
+
+
+@torch.no_grad()
+def path_patching(
+    model: HookedModel,
+    pairs: PromptPairs,
+    metric: AnyMetric,
+    *,
+    senders: str | Sequence[str] = "layer head",
+    receivers: Sequence[str] = ("logits",),
+    freeze: Literal["all", "heads"] = "all",
+    direction: Literal["denoise", "noise"] = "denoise",
+    positions: Sequence[int] | Sequence[str] | None = None,
+    budget: int | None = None,
+    progress: bool = True,
+) -> Result:
+    """Patches each sender into the receivers' inputs alone.
+
+    Args:
+        model, pairs, metric: As for `activation_patching`.
+        senders: `"layer head"` (every head) or `"layer"` (every MLP), with `"pos"` or `"position"` added for one position at a
+            time; or names: `["input", "a9.h6", "m3"]`.
+        receivers: Names of what is to see the change: queries, keys and values (`"a9.h6<q>"`, `"a9.kv2<k>"`), MLPs (`"m3"`), or
+            `["logits"]` alone. All of them see it at once.
+        freeze: What does not react on the way from sender to receivers: `"all"`, or `"heads"` (MLPs do).
+        direction: `"denoise"`: the corrupted run, into which the sender's clean value is patched. `"noise"`: the reverse, as in the
+            IOI paper.
+        positions: Where the sender's change counts, indices or names; with `"pos"` or `"position"` among the senders' dims, the
+            labels of that dim. Default: everywhere (all positions, all names).
+        budget: Bytes of working memory; default half of what the device has free (1 GiB on a CPU).
+        progress: Whether to show a progress bar.
+
+    Returns:
+        A `Result`, the metric of each patched run: dims as in `senders` (`"sender"` for names), then the prompt. A sender that
+        no receiver comes after has the base run's metric.
+
+    Raises:
+        ValueError: an unknown sender or receiver; `"logits"` among other receivers (their effects would be overwritten); what
+            `activation_patching` refuses.
+    """
+    if freeze not in ("all", "heads"):
+        raise ValueError(f"freeze: expected 'all' or 'heads', got {freeze!r}")
+    study = edge_study(model, pairs, metric, direction, budget)
+    graph, parts = Graph.of(model), Parts(model)
+    reads = _receivers(graph, receivers)
+    plan = _Plan.of(study, graph, senders, positions)
+    parts.check(study.base.tokens[0][None].to(model.device))
+    values, cost, how = [], Cost(0, 0), "suffix"
+    per_sender = int(study.base.lengths.sum()) * model.d_model * 4 * (2 + len(reads))
+    at_once = max(1, study.budget.bytes // 2 // per_sender)
+    for first in range(0, len(plan.cells), at_once):
+        some = plan.cells[first : first + at_once]
+        answers = sweep(
+            model,
+            study.base,
+            [_cell(graph, reads, writer, i) for i, (writer, _) in enumerate(some)],
+            study.metric,
+            source=study.source,
+            derived={KEY: Derived(_sites(graph, parts), _Values(study, graph, parts, some, freeze).make)},
+            base_is=study.base_is,
+            source_is=str(study.source_is),
+            budget=study.budget.bytes * 2,
+            progress=progress,
+        )
+        values.append(answers.values)
+        cost = Cost(
+            cost.block_tokens + answers.cost.block_tokens, cost.naive_block_tokens + answers.cost.naive_block_tokens
+        )
+        how = how if answers.replay == "suffix" else answers.replay
+    assert answers.source is not None
+    n = len(study.base)
+    return Result(
+        values=torch.cat(values).reshape(*(len(labels) for labels in plan.coords.values()), n),
+        dims=(*plan.coords, "prompt"),
+        coords={**plan.coords, "prompt": tuple(range(n))},
+        baseline={study.base_is: answers.base, str(study.source_is): answers.source},
+        base=study.base_is,
+        metric=study.metric.name,
+        unit=study.metric.unit,
+        provenance=circuit_provenance(
+            model,
+            pairs.clean,
+            technique="path patching",
+            senders=senders if isinstance(senders, str) else list(senders),
+            receivers=[reader.name for reader in reads],
+            freeze=freeze,
+            replay=how,
+            positions=None if positions is None else list(positions),
+            **study.provenance,
+        ),
+        cost=cost,
+    )
+
+
+def _receivers(graph: Graph, names: Sequence[str]) -> list[Reader]:
+    if isinstance(names, str):
+        raise ValueError(f"receivers: expected a list of names, got {names!r}; write receivers=[{names!r}]")
+    readers = [graph.reader(name) for name in names]
+    if not readers or len(set(readers)) != len(readers):
+        raise ValueError(f"receivers: expected at least one, each once; got {list(names)}")
+    if len(readers) > 1 and any(reader.kind == "logits" for reader in readers):
+        raise ValueError(
+            "receivers: expected 'logits' alone: the final stream keeps the value that it is given, so that nothing would be left "
+            f"of what the other receivers do; got {list(names)}"
+        )
+    return readers
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The cells: a sender, and the position where its change counts (an index, a name, or several, or everywhere)."""
+
+    cells: list[tuple[Writer, tuple[Any, ...] | None]]
+    coords: dict[str, tuple[Any, ...]]
+
+    @classmethod
+    def of(cls, study: Study, graph: Graph, senders: str | Sequence[str], positions: Sequence[Any] | None) -> _Plan:
+        if not isinstance(senders, str):
+            writers = [graph.writer(name) for name in senders]
+            if not writers or len(set(writers)) != len(writers):
+                raise ValueError(f"senders: expected at least one, each once; got {list(senders)}")
+            everywhere = _positions(study, positions)
+            return cls([(w, everywhere) for w in writers], {"sender": tuple(w.name for w in writers)})
+        dims = senders.split()
+        place = dims[-1] if dims and dims[-1] in ("pos", "position") else None
+        components = dims[:-1] if place else dims
+        if components not in (["layer", "head"], ["layer"]):
+            raise ValueError(
+                "senders: expected 'layer head' (all heads) or 'layer' (all MLPs), perhaps followed by 'pos' or 'position', or a "
+                f"list of names; got {senders!r}"
+            )
+        heads = len(components) == 2
+        if not heads and not graph.mlps:
+            raise ValueError("senders: 'layer' stands for MLPs, and this model has none; use 'layer head'")
+        writers = [w for w in graph.writers if w.layer >= 0 and (w.head is not None) == heads]
+        coords: dict[str, tuple[Any, ...]] = {"layer": tuple(range(graph.n_layers))}
+        if heads:
+            coords["head"] = tuple(range(graph.n_heads))
+        if place is None:
+            everywhere = _positions(study, positions)
+            return cls([(w, everywhere) for w in writers], coords)
+        if place == "pos":
+            where: list[Any] = choose_indices("positions", positions, int(study.base.lengths.max()))
+            coords["pos"] = position_labels(study.base, where)
+        else:
+            where = choose_positions(study.named, positions)
+            coords["position"] = tuple(where)
+        return cls([(w, (at,)) for w in writers for at in where], coords)
+
+
+def _positions(study: Study, positions: Sequence[Any] | None) -> tuple[Any, ...] | None:
+    if positions is None:
+        return None
+    if any(isinstance(at, str) for at in positions):
+        return tuple(choose_positions(study.named, positions))
+    return tuple(choose_indices("positions", positions, int(study.base.lengths.max())))
+
+
+def _cell(graph: Graph, receivers: Sequence[Reader], writer: Writer, variant: int) -> Cell:
+    """The edits of one sender: one for each receiver that comes after it."""
+    edits = []
+    for reader in receivers:
+        if graph.writer_index[writer.name] < graph.n_writers(reader):
+            if reader.kind == "logits":
+                edits.append(Edit("resid_post", graph.n_layers - 1, KEY, variant=variant))
+            elif reader.kind == "mlp":
+                edits.append(Edit("mlp_out", reader.layer, KEY, variant=variant))
+            else:
+                edits.append(Edit(reader.kind, reader.layer, KEY, head=reader.head, variant=variant))
+    return tuple(edits)
+
+
+def _sites(graph: Graph, parts: Parts) -> tuple[tuple[str, int], ...]:
+    layers = range(graph.n_layers)
+    mids = [] if graph.parallel or not graph.mlps else [("resid_mid", layer) for layer in layers]
+    return (*needed_sites(parts, layers), *mids)
+
+
+class _Values:
+    """Makes the receivers' values from the two runs."""
+
+    def __init__(
+        self,
+        study: Study,
+        graph: Graph,
+        parts: Parts,
+        cells: Sequence[tuple[Writer, tuple[Any, ...] | None]],
+        freeze: str,
+    ) -> None:
+        self.study, self.graph, self.parts, self.cells, self.freeze = study, graph, parts, cells, freeze
+        self.ids: np.ndarray | None = None
+        self.streams: dict[tuple[int, str], Tensor] = {}
+
+    def make(self, base: Run, source: Run, ids: np.ndarray, site: str, layer: int) -> Tensor:
+        """`[sender prompt pos …]`."""
+        if self.ids is not ids:
+            self.ids = ids
+            self.streams = self._reaching(base, source, ids)
+        if site == "resid_post":
+            return base.resid[-1] + self.streams[self.graph.n_layers, "pre"]
+        if site == "mlp_out":
+            place = "pre" if self.graph.parallel else "mid"
+            reads = stream(self.graph, base, Reader("mlp", layer)) + self.streams[layer, place]
+            return self.parts.mlp(layer, reads)
+        normed = self.parts.attention_input(layer, base.resid[layer] + self.streams[layer, "pre"])
+        return self.parts.project(layer, site, normed)  # type: ignore[arg-type]
+
+    def _reaching(self, base: Run, source: Run, ids: np.ndarray) -> dict[tuple[int, str], Tensor]:
+        """By how much each sender changes the stream in front of each block, and within it; at the end, the final one."""
+        graph, parts = self.graph, self.parts
+        moved = (base.tokens != source.tokens).cumsum(1) > 0
+        changes = Changes(parts, base, source, torch.ones_like(moved))
+        written = changes.of([writer for writer, _ in self.cells])
+        counts = torch.stack([moved & self._at(positions, moved, ids) for _, positions in self.cells])
+        written = written * counts[..., None]
+        streams: dict[tuple[int, str], Tensor] = {}
+        change = written * self._is(lambda w: w.layer < 0)
+        for layer in range(graph.n_layers):
+            streams[layer, "pre"] = change
+            in_heads = written * self._is(lambda w, at=layer: w.layer == at and w.head is not None)
+            own_mlp = written * self._is(lambda w, at=layer: w.layer == at and w.head is None)
+            if not graph.parallel:
+                streams[layer, "mid"] = change + in_heads
+            reacts = torch.zeros_like(change)
+            if self.freeze == "heads" and graph.mlps:
+                reads = change if graph.parallel else change + in_heads
+                reacts = parts.mlp(layer, stream(graph, base, Reader("mlp", layer)) + reads)
+                reacts = reacts - base.sites["mlp_out", layer]
+            change = change + in_heads + own_mlp + reacts
+        streams[graph.n_layers, "pre"] = change
+        return streams
+
+    def _is(self, which: Any) -> Float[Tensor, "sender 1 1 1"]:
+        chosen = torch.tensor([bool(which(writer)) for writer, _ in self.cells])
+        return chosen.to(self.study.model.device, self.study.model.dtype)[:, None, None, None]
+
+    def _at(self, positions: tuple[Any, ...] | None, like: Tensor, ids: np.ndarray) -> Bool[Tensor, "prompt pos"]:
+        """Where a change counts."""
+        if positions is None:
+            return torch.ones_like(like)
+        at, chosen = torch.arange(like.shape[1], device=like.device), torch.zeros_like(like)
+        for position in positions:
+            named = self.study.named[position][ids] if isinstance(position, str) else torch.tensor([position])
+            chosen |= at == named.reshape(-1, 1).to(like.device)
+        return chosen
