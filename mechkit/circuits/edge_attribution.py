@@ -35,7 +35,7 @@ from mechkit.circuits._provenance import circuit_provenance
 from mechkit.circuits._writings import HookPairs, Writings
 from mechkit.circuits.edge_scores import EdgeScores
 from mechkit.circuits.graph import Graph
-from mechkit.hooks import SITES, Budget, HookedModel, Parts, frozen_parameters
+from mechkit.hooks import SITES, Budget, HookedModel, Parts, check_final_norm, frozen_parameters
 from mechkit.metrics import as_metric
 from mechkit.prompts import PromptPairs
 from mechkit.result import Cost
@@ -90,7 +90,8 @@ def edge_attribution(
     ask = _asked(steps, rule, path, gradient)
     study = edge_study(model, pairs, metric, direction, budget)
     graph, parts = Graph.of(model), Parts(model)
-    parts.check(study.base.tokens[0][None].to(model.device))
+    if path != "input" or gradient != "exact":  # else the sums of step 4 are checked in every call, which says the same
+        parts.check(study.base.tokens[0][None].to(model.device))
     scores = _Scores(graph, study, per_prompt, positions)
     errors = torch.full((len(pairs),), torch.nan, dtype=torch.float64)
     with frozen_parameters(model):
@@ -133,6 +134,7 @@ def edge_study(
         raise ValueError(f"direction: expected 'denoise' or 'noise', got {direction!r}")
     if not isinstance(pairs, PromptPairs):
         raise ValueError(f"pairs: expected PromptPairs, whose two runs are compared; got {type(pairs).__name__}")
+    check_final_norm(model, "a circuit of edges")
     runs = ("corrupted", "clean") if direction == "denoise" else ("clean", "corrupted")
     base, source = (getattr(pairs, run) for run in runs)
     metric = as_metric(metric)
@@ -231,6 +233,7 @@ class _Work:
         tokens = torch.cat([chunk.tokens[study.base_is], chunk.tokens[study.source_is]])
         _, final = chunk.runs.forward(tokens, chunk.everyone.repeat(2), both.hooks(every_hidden=every_hidden))
         self.base, self.source = both.rows(slice(0, n)), both.rows(slice(n, None))
+        self.final_change = final[n:] - final[:n]
         chunk.keep_unedited({study.base_is: final[:n], study.source_is: final[n:]})
 
     def along_input(self, points: list[float], weights: list[float]) -> Float[Tensor, "prompt"]:
@@ -250,6 +253,16 @@ class _Work:
         values = self.chunk.study.values
         gap = (values[str(self.chunk.study.source_is)] - values[self.chunk.study.base_is])[self.chunk.ids]
         return total - gap.to(total)
+
+    def check_written(self, changes: Float[Tensor, "prompt writer pos d_model"], where: slice) -> None:
+        """The changes of all writers add up to that of the final stream: else a writer is missing in the graph."""
+        expected = self.final_change[:, where]
+        error, size = float((changes.sum(1) - expected).abs().max()), float(expected.abs().max())
+        if error > _COVERED[self.model.dtype] * max(size, float(changes.abs().max()), 1e-6):
+            raise ValueError(
+                f"model: embedding, heads and MLPs do not add up to the residual stream of {self.model.name} "
+                f"({self.model.cfg.architecture}): off by {error:.1e} of {size:.1e}, so that its edges are not known"
+            )
 
     def _check_covered(self, of_embedding: Float[Tensor, "prompt"], total: Float[Tensor, "prompt"]) -> None:
         """What the embedding adds through all of its edges is what it adds at all: else a reader is missing in the graph."""
@@ -379,8 +392,9 @@ class _Mean:
         n, n_positions = work.counts.shape
         first = work.scores.values.new_zeros(n, device=work.chunk.everyone.device)
         for where in self._position_blocks(n_positions):
-            changes = work.source.changes(work.base, where) * work.counts[:, None, where, None]
-            changes = changes.to(work.scores.values.dtype).flatten(2)
+            changes = work.source.changes(work.base, where)
+            work.check_written(changes, where)
+            changes = (changes * work.counts[:, None, where, None]).to(work.scores.values.dtype).flatten(2)
             for key, gradients in self.readers.items():
                 readers = self._columns(key)
                 upto = min(graph.n_writers(graph.readers[readers.start]), self.writers.stop)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
@@ -143,7 +144,7 @@ class EdgeScores:
         )
         return cls(graph, result, baseline)
 
-    @property
+    @cached_property
     def values(self) -> Float[Tensor, "writer reader"]:
         """Scores averaged over prompts."""
         return self.result.mean("prompt").values if "prompt" in self.result.dims else self.result.values

@@ -1,4 +1,4 @@
-"""Learned masks: one gate an edge (or a writer), trained by gradient descent until few are open and the model still does its task.
+"""Learned masks: a gate for each edge (or writer), trained until few are open and the model still does its task.
 
 1. Every edge e has a gate z_e in [0, 1]: its reader sees `ablated + z_e (live - ablated)` of its writer (`CircuitRuns`). With
    `over="node"` all edges of a writer share one gate.
@@ -10,20 +10,19 @@
    P(z_e > 0) = sigmoid(log a_e - t log(0.1 / 1.1)).
 3. Adam minimizes, by log a,
 
-       mean over prompts and draws of loss(z) / loss(0)  +  penalty * (expected open gates / gates).
+       mean over prompts and draws of loss(z) / loss(0)  +  penalty * expected open gates, the sum of P(z_e > 0).
 
    `loss` is the KL divergence KL(clean || circuit) of next-token distributions in nats, or (metric(circuit) - metric(clean))^2;
-   `loss(0)` is its mean over the training prompts with everything ablated: 1 means as bad as no circuit at all. So a gate is worth
-   its while if it saves more than `penalty / gates` of what there is to lose.
-4. With a `target` in place of a penalty, its multiplier p is learned too: the second term is p log(expected open gates / T), T goes
-   down from all gates to the target geometrically in the first half of the steps, and p rises by gradient ascent where more
-   gates are open than T, and falls (to 0 at least) where fewer are.
-5. After training a gate is what its distribution has in the middle, z_e = min(1, max(0, 1.2 sigmoid(log a_e) - 0.1)).
+   `loss(0)` is its mean over the training prompts with everything ablated: 1 means as bad as no circuit at all. So the penalty is
+   the price of a gate: the share of what there is to lose that it must save.
+4. With a `target` the price changes in every step, by a factor (expected open gates / wanted)^0.2. What is wanted goes down from
+   all gates to the target geometrically in the first half of the steps.
+5. After training each gate is what its distribution has in the middle, z_e = min(1, max(0, 1.2 sigmoid(log a_e) - 0.1)).
 
-Every row of a minibatch has gates of its own draw, which makes the gradient less noisy at no cost. All draws are from one seed.
+Every row of a minibatch has gates of its own draw, which makes the gradient less noisy at no cost. All draws come from one seed.
 
-What is found is *a* small circuit that does the task. Edges that cancel each other are dropped together; of two that do the
-same, one may be. Edges that matter alone or in company are what patching finds.
+What is found is *a* small circuit that suffices. Of edges that do the same, one is enough; edges that cancel each other may go
+together, and what saves less than its price goes too.
 
 Gates: Louizos et al. 2018, https://arxiv.org/abs/1712.01312. Nodes: Cao et al. 2021 (subnetwork probing),
 https://arxiv.org/abs/2104.03514. Edges: Bhaskar et al. 2024 (edge pruning), https://arxiv.org/abs/2406.16778; Li and Janson 2024
@@ -32,33 +31,417 @@ https://arxiv.org/abs/2104.03514. Edges: Bhaskar et al. 2024 (edge pruning), htt
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
+from tqdm.auto import tqdm
 
-from mechkit.metrics import Metric
+from mechkit.circuits._evaluation import Ablation, Chunk, Constants, Evaluator, provenance_of_ablation
+from mechkit.circuits._provenance import circuit_provenance
+from mechkit.circuits._runs import CircuitRuns
+from mechkit.circuits.circuit import Circuit
+from mechkit.circuits.edge_scores import EdgeScores
+from mechkit.circuits.evaluation import Ratio, ratio, run_circuits, split
+from mechkit.circuits.graph import Graph
+from mechkit.hooks import Budget, HookedModel, frozen_parameters
+from mechkit.hooks._memory import out_of_memory
+from mechkit.metrics import Metric, kl_divergence
 from mechkit.prompts import PromptPairs
+from mechkit.result import Cost, Result
 
-MetricOrMaker = Metric | Callable[[PromptPairs], Metric]
+ObjectiveName = Literal["kl", "metric"]
 LOW, HIGH = -0.1, 1.1  # the hard concrete's stretch
-ASCENT = 1.0  # how much the multiplier of a target grows in a step in which e times too many gates are open
+START = 3.0  # log a of every gate at the start: nine in ten are wide open
+ASCENT = 0.2  # how fast a target changes the price
+QUANTITIES = ("loss", "expected open", "penalty")
 
 
-def gates_drawn(
-    log_alpha: Float[Tensor, "writer any"], temperature: float, uniform: Float[Tensor, "row writer any"]
-) -> Float[Tensor, "row writer any"]:
-    """Gates of the hard concrete distribution, with gradients."""
-    s = torch.sigmoid((uniform.logit(1e-9) + log_alpha) / temperature)
-    return (LOW + (HIGH - LOW) * s).clamp(0, 1)
+@dataclass(frozen=True, eq=False)
+class LearnedMask:
+    """Gates that were learned, and how good they are.
+
+    Attributes:
+        gates: The gates to test with, `[writer reader]`, 0 to 1; 0 where there is no edge.
+        scores: How likely each gate is open, P(z > 0); a writer's edges share it if nodes were masked.
+        over: `"edge"` or `"node"`.
+        history: Dims `("quantity", "step")`: `"loss"` (of the step's draws, 1 = everything ablated), `"expected open"` (number of
+            gates, sum of P(z > 0)), `"penalty"` (for a gate, which a target changes).
+        found_on: The metric on the training prompts, dims `("run", "prompt")`, of `"gates"` and of `"circuit"`, which is
+            `circuit()`. Baselines: `"clean"`, the model, and `"corrupted"`, everything ablated.
+        held_out: The same on the other prompts; `None` if none were held out.
+        cost: Block-tokens of forward passes, training included; one of a circuit's counts up to twice a plain block's work.
+    """
+
+    gates: Float[Tensor, "writer reader"]
+    scores: EdgeScores
+    over: Literal["edge", "node"]
+    history: Result
+    found_on: Result
+    held_out: Result | None
+    cost: Cost
+
+    @property
+    def faithfulness(self) -> Ratio:
+        """Of `circuit()`, on the held-out prompts; on the training prompts if there are none."""
+        return ratio((self.held_out or self.found_on).sel(run=["circuit"]))
+
+    def circuit(self, *, threshold: float | None = None, n_edges: int | None = None, prune: bool = True) -> Circuit:
+        """The edges whose gates are most likely open.
+
+        Args:
+            threshold: Of P(z > 0), above 0 and at most 1; default 0.5.
+            n_edges: How many edges to choose instead (`over="edge"` alone).
+            prune: Whether to drop dead ends. With constants as ablated values a component that nothing feeds may still write
+                something else than its constant; `prune=False` keeps it.
+
+        Raises:
+            ValueError: both are given, either is out of range, or `n_edges` would cut a node in two.
+        """
+        if n_edges is not None and self.over == "node":
+            raise ValueError(
+                f"n_edges: expected None, since a node's edges share a gate; give threshold=, got {n_edges!r}"
+            )
+        if n_edges is None and threshold is None:
+            threshold = 0.5
+        if threshold is not None and not 0 < threshold <= 1:
+            raise ValueError(f"threshold: expected a probability above 0 and at most 1, got {threshold!r}")
+        return Circuit.from_scores(self.scores, threshold=threshold, n_edges=n_edges, prune=prune)
+
+    def __repr__(self) -> str:
+        where = "training" if self.held_out is None else "held-out"
+        size = f"one gate a {self.over}; circuit of {self.circuit().n_edges:,} edges"
+        return f"LearnedMask({size}, faithfulness {self.faithfulness} on {where} prompts)"
 
 
-def gates_of(log_alpha: Float[Tensor, "writer any"]) -> Float[Tensor, "writer any"]:
-    """The gates to test with."""
-    return (LOW + (HIGH - LOW) * log_alpha.sigmoid()).clamp(0, 1)
+def learn_mask(
+    model: HookedModel,
+    pairs: PromptPairs,
+    metric: Metric | Callable[[PromptPairs], Metric] | None = None,
+    *,
+    over: Literal["edge", "node"] = "edge",
+    objective: ObjectiveName = "kl",
+    penalty: float = 5e-4,
+    target: int | None = None,
+    ablation: Ablation | Constants = "resample",
+    steps: int = 200,
+    batch: int = 8,
+    lr: float = 0.3,
+    temperature: float = 2 / 3,
+    held_out: float = 0.5,
+    seed: int = 0,
+    budget: int | None = None,
+    progress: bool = True,
+) -> LearnedMask:
+    """Learns which edges (or components) the model needs for a task.
+
+    Args:
+        model: In evaluation mode. Its parameters get no gradients.
+        pairs: Clean prompts, and corrupted ones for the ablated values.
+        metric: What to report faithfulness in, and what to train on if `objective` is `"metric"`: a metric of these pairs, or a
+            function that makes one, such as `mk.logit_diff`. Default: the KL divergence.
+        over: One gate for each edge, or one for each writer (the embedding, heads, MLPs), shared by all edges out of it.
+        objective: `"kl"`, KL(clean || circuit) over the whole vocabulary at each prompt's last position; or `"metric"`, the
+            squared distance of the metric from the clean run's.
+        penalty: The price of a gate, as a share of the loss with everything ablated. Larger gives fewer gates.
+        target: How many gates should be open in the end: the price starts as `penalty`, and follows.
+        ablation: What a reader sees of a writer whose gate is closed, as for `evaluate_circuit`.
+        steps: Of Adam.
+        batch: Rows a step: (prompt, draw of gates) pairs. Prompts take turns in random order.
+        lr: Learning rate of Adam, in units of log a.
+        temperature: Of the hard concrete distribution.
+        held_out: Share of the pairs that is kept for the report; 0 trains on all of them.
+        seed: Of the split, the batches and the draws.
+        budget: Bytes of working memory; default half of what the device has free (1 GiB on a CPU). A step that needs more is
+            split: the gradient is a sum over rows.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        A `LearnedMask`. The same seed on the same machine gives the same gates, bit for bit.
+
+    Raises:
+        ValueError: an argument out of range; a metric without gradient; clean and ablated runs that are the same for the
+            objective (there is nothing to learn); what `evaluate_circuit` refuses.
+    """
+    settings = Settings(over, objective, penalty, target, steps, batch, lr, temperature, held_out, seed)
+    metric_of = metric_maker(pairs, metric, objective)
+    train, test = split(len(pairs), held_out, seed) if held_out else (list(range(len(pairs))), [])
+    found_on, report = pairs[train], metric_of(train)
+    trained_on = kl_divergence(found_on) if objective == "kl" else report
+    with frozen_parameters(model):
+        evaluator = Evaluator(model, found_on, trained_on, ablation, budget)
+        gates = _Gates(evaluator.graph, settings)
+        task = Objective(evaluator, objective)
+        history = _train(task, gates, settings, progress)
+    naive = steps * batch * int(found_on.clean.lengths.sum()) * model.n_layers // len(found_on)
+    cost = Cost(evaluator.block_tokens, naive)
+    about = {"technique": "learned mask", "task": pairs.task, "ablation": provenance_of_ablation(ablation)}
+    provenance = circuit_provenance(model, found_on.clean, **about, **asdict(settings))
+    scores = gates.scores(provenance, cost)
+    runs = {"gates": gates.final(), "circuit": Circuit.from_scores(scores, threshold=0.5).members}
+
+    def evaluate(ids: list[int]) -> Result:
+        evaluator = Evaluator(model, pairs[ids], metric_of(ids), ablation, budget)
+        return run_circuits(evaluator, {k: v.double() for k, v in runs.items()}, pairs[ids], ablation, progress=False)
+
+    coords: dict[str, Any] = {"quantity": QUANTITIES, "step": tuple(range(steps))}
+    trained = Result(history, tuple(coords), coords, {}, "", "training", "", provenance, cost)
+    on_others = evaluate(test) if test else None
+    return LearnedMask(runs["gates"], scores, over, trained, evaluate(train), on_others, cost)
 
 
-def open_probability(log_alpha: Float[Tensor, "writer any"], temperature: float) -> Float[Tensor, "writer any"]:
-    """How likely a gate is open, wide or not."""
-    return torch.sigmoid(log_alpha - temperature * torch.tensor(-LOW / HIGH).log())
+@dataclass(frozen=True)
+class Settings:
+    """The arguments of `learn_mask` that decide what is learned."""
+
+    over: Literal["edge", "node"]
+    objective: ObjectiveName
+    penalty: float
+    target: int | None
+    steps: int
+    batch: int
+    lr: float
+    temperature: float
+    held_out: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        for name, good, expected in (
+            ("over", self.over in ("edge", "node"), "'edge' or 'node'"),
+            ("penalty", 0 <= self.penalty < math.inf, "a number of 0 or more"),
+            ("target", self.target is None or self.target >= 1, "a number of gates of 1 or more"),
+            ("steps", self.steps >= 1, "1 or more"),
+            ("batch", self.batch >= 1, "1 or more"),
+            ("lr", 0 < self.lr < math.inf, "a positive number"),
+            ("temperature", 0 < self.temperature < math.inf, "a positive number"),
+        ):
+            if not good:
+                raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
+
+
+def metric_maker(
+    pairs: PromptPairs, metric: Metric | Callable[[PromptPairs], Metric] | None, objective: ObjectiveName
+) -> Callable[[list[int]], Metric]:
+    """The metric of some of the pairs."""
+    if not isinstance(pairs, PromptPairs):
+        raise ValueError(f"pairs: expected PromptPairs, whose two runs are compared; got {type(pairs).__name__}")
+    if objective not in ("kl", "metric"):
+        raise ValueError(f"objective: expected 'kl' or 'metric', got {objective!r}")
+    if metric is None and objective == "metric":
+        raise ValueError("metric: expected one, such as mk.logit_diff, since objective='metric' trains on it; got None")
+    maker: Any = kl_divergence if metric is None else metric
+    whole = maker(pairs) if callable(maker) else maker
+    if not isinstance(whole, Metric):
+        raise ValueError(
+            f"metric: expected a Metric, or a function of pairs that makes one, such as mk.logit_diff; got {metric!r}"
+        )
+    if whole.n_prompts != len(pairs):
+        raise ValueError(f"metric: it was made for {whole.n_prompts} prompts, but there are {len(pairs)}")
+    return lambda ids: whole[ids]
+
+
+class _Gates:
+    """What is learned: `log_alpha`, `[writer reader]` for edges (those that do not exist do nothing), `[writer 1]` for nodes.
+    In float64 on the CPU: probabilities near 1 must still be told apart, and draws be the same on every device."""
+
+    def __init__(self, graph: Graph, settings: Settings) -> None:
+        self.graph, self.temperature, self.target = graph, settings.temperature, settings.target
+        self.exists = graph.exists.double()
+        self.counts = self.exists if settings.over == "edge" else torch.ones_like(self.exists[:, :1])
+        self.n = int(self.counts.sum())
+        if self.target is not None and self.target > self.n:
+            raise ValueError(f"target: expected at most {self.n}, the number of gates, got {self.target}")
+        self.log_alpha = torch.full_like(self.counts, START, requires_grad=True)
+
+    def drawn(self, rows: int, generator: torch.Generator) -> Float[Tensor, "row writer reader"]:
+        uniform = torch.rand(rows, *self.log_alpha.shape, dtype=torch.float64, generator=generator)
+        s = torch.sigmoid((uniform.logit(1e-12) + self.log_alpha) / self.temperature)
+        return (LOW + (HIGH - LOW) * s).clamp(0, 1) * self.exists
+
+    def open_probability(self) -> Float[Tensor, "writer any"]:
+        return torch.sigmoid(self.log_alpha - self.temperature * math.log(-LOW / HIGH))
+
+    @torch.no_grad()
+    def final(self) -> Float[Tensor, "writer reader"]:
+        return (LOW + (HIGH - LOW) * self.log_alpha.sigmoid()).clamp(0, 1) * self.exists
+
+    def scores(self, provenance: dict[str, Any], cost: Cost) -> EdgeScores:
+        probability = self.open_probability().detach().expand(self.graph.exists.shape)
+        about: dict[str, Any] = {"metric": "gate", "unit": "probability", "provenance": provenance, "cost": cost}
+        return EdgeScores.of(self.graph, probability, baseline={}, prompts=False, **about)
+
+    def wanted(self, progress: float) -> float:
+        """How many gates should be open at a share of all steps."""
+        assert self.target is not None
+        done = min(1.0, 2 * progress)
+        return self.n ** (1 - done) * self.target**done
+
+
+def _train(task: Objective, gates: _Gates, settings: Settings, progress: bool) -> Float[Tensor, "quantity step"]:
+    steps, batch, scale = settings.steps, settings.batch, task.loss_of_nothing()
+    generator = torch.Generator().manual_seed(settings.seed)
+    prompts = turns(len(task.evaluator.pairs), batch, generator)
+    adam = torch.optim.Adam([gates.log_alpha], lr=settings.lr)
+    penalty = settings.penalty
+    history = torch.zeros(len(QUANTITIES), steps, dtype=torch.float64)
+    with tqdm(total=steps, disable=not progress, unit="step", delay=2) as bar:
+        for step in range(steps):
+            drawn = gates.drawn(batch, generator)
+            total, slope = task.slope_of_gates(drawn.detach(), next(prompts))
+            loss, n_open = total / batch / scale, (gates.open_probability() * gates.counts).sum()
+            history[:, step] = torch.tensor([loss, n_open.item(), penalty])
+            adam.zero_grad()
+            drawn.backward(slope / (batch * scale))
+            (penalty * n_open).backward()
+            if gates.target is not None:
+                penalty *= (n_open.item() / gates.wanted(step / steps)) ** ASCENT
+            adam.step()
+            bar.update()
+            bar.set_postfix_str(f"loss {loss:.3f}, {n_open.item():.0f} open", refresh=False)
+    return history
+
+
+# -- what learned masks and optimal ablation share ---------------------------------------------------------------------
+
+
+class Objective:
+    """How far a run is from the clean one, with gradients: the KL divergence, or the squared distance of the metric.
+
+    Attributes:
+        evaluator: Of the training pairs; its metric is the KL divergence to the clean run, or the metric.
+        unit: Of the loss.
+        wide: The dtype of losses: float32, or float64 if the model's is.
+    """
+
+    def __init__(self, evaluator: Evaluator, name: ObjectiveName) -> None:
+        self.evaluator, self.name = evaluator, name
+        self.unit = evaluator.metric.unit if name == "kl" else f"{evaluator.metric.unit}^2"
+        self.wide, self.device = evaluator.values["clean"].dtype, evaluator.model.device
+        self._kept: list[Chunk] | None = []
+        held = 0
+        for chunk in evaluator.chunks():  # all of them: the unedited runs' metric comes with it
+            held += _bytes(chunk)
+            if held > evaluator.budget.bytes // 2 or self._kept is None:
+                self._kept = None  # recorded anew in every step
+            else:
+                self._kept.append(chunk)
+
+    def chunks(self) -> Iterator[Chunk]:
+        yield from self.evaluator.chunks() if self._kept is None else self._kept
+
+    def loss(
+        self, chunk: Chunk, final: Float[Tensor, "row pos d_model"], prompt: Int[Tensor, "row"]
+    ) -> Float[Tensor, "row"]:
+        """Of each row, 0 or more; in the graph.
+
+        Raises:
+            ValueError: the metric has no gradient.
+        """
+        value = chunk.value(final, prompt)
+        if final.requires_grad and not value.requires_grad:
+            raise ValueError(
+                f"metric: {self.evaluator.metric.name!r} has no gradient (a step function such as accuracy?); train on a "
+                "differentiable one such as mk.logit_diff, or with objective='kl'"
+            )
+        return value if self.name == "kl" else (value - self.of(chunk, "clean")[prompt]).square()
+
+    def of(self, chunk: Chunk, run: str) -> Float[Tensor, "prompt"]:
+        """An unedited run's metric of a chunk's prompts."""
+        return self.evaluator.values[run][chunk.ids].to(self.device)
+
+    def loss_of_nothing(self) -> float:
+        """The mean loss with everything ablated.
+
+        Raises:
+            ValueError: it is 0 to rounding.
+        """
+        clean, ablated = (self.evaluator.values[run] for run in ("clean", "ablated"))
+        rounding = 100 * torch.finfo(clean.dtype).eps
+        if self.name == "kl":
+            mean, least = ablated.mean(), torch.tensor(rounding)
+        else:
+            mean = (ablated - clean).square().mean()
+            least = (rounding * (ablated.abs() + clean.abs())).square().mean()
+        if not mean > least:
+            raise ValueError(
+                f"pairs: expected clean and ablated runs that differ, got {self.evaluator.metric.name} "
+                f"{clean.mean().item():.4g} and {ablated.mean().item():.4g}; there is nothing to learn from"
+            )
+        return mean.item()
+
+    def slope_of_gates(
+        self, gates: Float[Tensor, "row writer reader"], prompts: Int[Tensor, "row"]
+    ) -> tuple[float, Float[Tensor, "row writer reader"]]:
+        """The sum of the rows' losses, and its gradient. `prompts` says which of the training pairs each row is."""
+        slope, total = torch.zeros_like(gates), 0.0
+        for chunk in self.chunks():
+            rows, prompt = rows_of(chunk, prompts)
+
+            def add(some: slice, chunk: Chunk = chunk, rows: Tensor = rows, prompt: Tensor = prompt) -> None:
+                nonlocal total
+                leaf = gates[rows[some]].to(self.device, self.wide).requires_grad_()
+                at = prompt[some].to(self.device)
+                loss = self.loss(chunk, chunk.runs.final(leaf, at), at).sum()
+                if not bool(torch.isfinite(loss)):
+                    raise ValueError("metric: expected finite values of partly ablated runs, got NaN or inf")
+                slope[rows[some]] = torch.autograd.grad(loss, leaf)[0].to(slope)
+                total += loss.item()
+
+            self.in_batches(chunk, len(rows), add)
+        return total, slope
+
+    def in_batches(self, chunk: Chunk, n_rows: int, compute: Callable[[slice], None], first_layer: int = 0) -> None:
+        """Calls `compute` with as many rows at a time as the budget has room for, gradients included."""
+        done, budget = 0, self.evaluator.budget
+        while done < n_rows:
+            size = rows_with_gradients(chunk.runs, budget, first_layer)
+            try:
+                compute(slice(done, min(done + size, n_rows)))
+            except RuntimeError as error:
+                if not out_of_memory(error) or size == 1:
+                    raise
+                budget.halve()
+                continue
+            done += size
+        self.evaluator.block_tokens += chunk.runs.replayer.block_tokens
+        chunk.runs.replayer.block_tokens = 0
+
+
+def rows_of(chunk: Chunk, prompts: Int[Tensor, "row"]) -> tuple[Int[Tensor, "some"], Int[Tensor, "some"]]:
+    """Which rows are of a chunk's prompts, and which of them each is."""
+    return (prompts[:, None] == chunk.ids).nonzero().unbind(1)  # type: ignore[return-value]
+
+
+def turns(n: int, batch: int, generator: torch.Generator) -> Iterator[Int[Tensor, "batch"]]:
+    """Prompts in random order, each as often as any other, `batch` at a time, for ever."""
+    left = torch.empty(0, dtype=torch.long)
+    while True:
+        while len(left) < batch:
+            left = torch.cat([left, torch.randperm(n, generator=generator)])
+        yield left[:batch]
+        left = left[batch:]
+
+
+def rows_with_gradients(runs: CircuitRuns, budget: Budget, first_layer: int = 0) -> int:
+    """How many rows may run together if all that the backward pass needs is kept: half the budget is for it."""
+    graph, model = runs.graph, runs.model
+    readers, heads = graph.n_heads + 2 * graph.n_kv_heads, graph.n_heads
+    neurons = getattr(model.cfg, "d_mlp", None) or 4 * model.d_model
+    streams = 6 * readers + 4 * heads + 12  # what each reader reads, before and behind its norm; what each head writes
+    a_layer = streams * model.d_model + 8 * neurons + (4 * runs.run.length + 8 * model.d_head) * heads
+    a_token = 3 * len(graph.writers) * model.d_model + (graph.n_layers - first_layer) * a_layer
+    a_row = a_token * (runs.run.length - runs.start) + 2 * graph.exists.numel()
+    item = torch.empty((), dtype=model.dtype).element_size()
+    return max(1, budget.bytes // 2 // (a_row * item))
+
+
+def _bytes(chunk: Chunk) -> int:
+    """What a chunk holds in memory, but for what all of them share."""
+    runs = chunk.runs
+    tensors = [*runs.run.resid, *runs.clean.stacked(), *runs.ablated.stacked()]
+    tensors += [x for layer in runs.run.cache.layers for x in (layer.keys, layer.values)]
+    return 2 * sum(x.numel() * x.element_size() for x in tensors)  # twice: streams of ablated values, calls' arguments

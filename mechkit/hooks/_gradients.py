@@ -58,6 +58,10 @@ def attached_hooks(model: HookedModel, hooks: Sequence[tuple[str, HookFunction]]
         yield
 
 
+# Tokens that are run for nothing rather than in a pass of their own: a pass of so few takes as long as reading the weights.
+TOGETHER = 64
+
+
 class _Captured(Exception):
     """Carries an activation out of a forward pass that needs to go no further."""
 
@@ -102,6 +106,7 @@ class GradientRuns:
         self._replayer: Replayer | None = None
         self._prefix_of = torch.arange(len(base), device=base.device)  # which recorded prefix each base prompt has
         self._prefix_final: Tensor | None = None  # the final residual stream of those prefixes
+        self._sample_final: Tensor  # the final residual stream of the prompts that are the proof, by whole runs
         if whole is None:
             proofs = {} if proofs is None else proofs
             known = bool(self.start) in proofs
@@ -118,14 +123,12 @@ class GradientRuns:
         model = self.model
         sample = self.base[:1] if source is None or not prove else torch.cat([self.base[:1], source[:1]])
         try:
-            # Masks and position encodings are the same for all prompts of a length: one prompt's serve, and it is the proof.
-            run = record(model, sample)
-            self.block_tokens += sample.numel() * model.n_layers
-            self._replayer = Replayer(model, self._with_prefix(run) if self.start else run, None)
+            run = self._record(sample)
+            self._replayer = Replayer(model, run, None)
             if not prove:
                 return None
             found = self.forward(sample, torch.zeros(len(sample), dtype=torch.long, device=sample.device))[1]
-            expected = run.resid[-1][:, self.start :]
+            expected = self._sample_final[:, self.start :]
             off = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
             if not off <= TOLERANCE[model.dtype]:
                 return f"suffixes of runs differ from whole runs by {off:.1e} of the residual stream"
@@ -137,14 +140,31 @@ class GradientRuns:
             return f"blocks cannot be run by themselves: {error}"
         return None
 
-    def _with_prefix(self, run: Run) -> Run:
-        """A sample's recorded calls, with the keys and values of all base prompts before `start`. Equal prefixes run once."""
-        prefixes, self._prefix_of = self.base[:, : self.start].unique(dim=0, return_inverse=True)
-        before = record(self.model, prefixes)
-        self.block_tokens += prefixes.numel() * self.model.n_layers
-        self._prefix_final = before.resid[-1]
+    def _record(self, sample: Int[Tensor, "row pos"]) -> Run:
+        """The blocks' arguments for prompts of this length, and the keys and values of all base prompts before `start`.
+
+        Masks and position encodings are the same for all prompts of a length: the sample's serve. Equal beginnings are run once.
+        """
+        if self.start == 0:
+            run = self._counted(sample)
+            self._sample_final = run.resid[-1]
+            return run
+        prefixes, inverse = self.base[:, : self.start].unique(dim=0, return_inverse=True)
+        if len(prefixes) * (self.base.shape[1] - self.start) <= TOGETHER:
+            first = torch.stack([(inverse == i).nonzero()[0, 0] for i in range(len(prefixes))])
+            run = self._counted(torch.cat([sample, self.base[first]]))
+            self._sample_final, before = run.resid[-1][: len(sample)], run
+            self._prefix_of = inverse + len(sample)
+        else:
+            run, before = self._counted(sample), self._counted(prefixes)
+            self._sample_final, self._prefix_of = run.resid[-1], inverse
+        self._prefix_final = before.resid[-1][:, : self.start]
         calls = [{k: before.cache if v is run.cache else v for k, v in call.items()} for call in run.calls]
         return replace(run, calls=calls, cache=before.cache)
+
+    def _counted(self, tokens: Int[Tensor, "row pos"]) -> Run:
+        self.block_tokens += tokens.numel() * self.model.n_layers
+        return record(self.model, tokens)
 
     @torch.no_grad()
     def embed(self, tokens: Int[Tensor, "row pos"]) -> Float[Tensor, "row suffix d_model"]:

@@ -1,0 +1,385 @@
+"""Optimal ablation: replace what a component writes by the constant that does the least harm.
+
+1. A component (writer) w is ablated by a constant a_w: it writes a_w into the residual stream at every position of every prompt,
+   whatever it would have written. So no information about the prompt is left in it, and nothing else is put in.
+2. Zero and mean ablation do that with constants that may themselves throw the model off. Optimal ablation takes the best one:
+
+       Delta(w) = min over a_w of  mean over prompts of loss(run with w ablated by a_w).
+
+   `loss` is KL(clean || ablated) of next-token distributions at each prompt's last position, in nats, or
+   (metric(ablated) - metric(clean))^2. Delta is the component's importance: the harm that no constant can avoid.
+3. With a circuit, all edges outside it are ablated at once, and one set of constants is found for all writers together; a writer
+   has the same constant for all its ablated edges.
+4. It starts from the mean over corrupted prompts and positions, or from zero where that is better, and Adam goes downhill from
+   there, each writer in units of how much its outputs vary. The constants with the least loss on all prompts are kept, so that
+   `after` is never above what mean and zero ablation have.
+
+A constant of a head is any vector of the residual stream, not only one that its output matrix can write. Resample ablation may do
+less harm than the best constant: a partner's value at the same position is no constant, and still says what the prompts share.
+
+Li and Janson 2024, https://arxiv.org/abs/2409.09951.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from mechkit.circuits._evaluation import Chunk, Constants, Evaluator
+from mechkit.circuits._provenance import circuit_provenance
+from mechkit.circuits._runs import Written
+from mechkit.circuits.circuit import Circuit
+from mechkit.circuits.graph import Graph, Writer
+from mechkit.circuits.learned_masks import Objective, ObjectiveName, metric_maker, rows_of, turns
+from mechkit.hooks import HookedModel, frozen_parameters
+from mechkit.metrics import Metric, kl_divergence
+from mechkit.prompts import PromptPairs
+from mechkit.result import Cost, Result
+
+LOOK = 10  # steps between two looks at all prompts, where a step sees a part of them
+STARTS = ("mean", "zero")
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class OptimalConstants(Constants):
+    """Constants for `ablation=`, and what they achieve.
+
+    Attributes:
+        values: `[writer d_model]`, of all writers of the graph; the mean for those that were not asked for.
+        losses: The loss under `"mean"`, `"zero"` and `"optimal"` ablation, dims `("ablation", "writer", "prompt")`; without
+            `"writer"` if everything outside a circuit is ablated at once. Its baseline is the clean run, whose loss is 0.
+    """
+
+    losses: Result
+
+    @property
+    def importance(self) -> Result:
+        """The loss under the best constants, Delta: dims `("writer", "prompt")`, or `("prompt",)`."""
+        return self.losses.sel(ablation="optimal")
+
+
+def optimal_ablation(
+    model: HookedModel,
+    pairs: PromptPairs,
+    metric: Metric | Callable[[PromptPairs], Metric] | None = None,
+    *,
+    circuit: Circuit | None = None,
+    writers: Sequence[Writer | str] | None = None,
+    objective: ObjectiveName = "kl",
+    steps: int = 100,
+    batch: int | None = None,
+    lr: float = 0.1,
+    seed: int = 0,
+    budget: int | None = None,
+    progress: bool = True,
+) -> OptimalConstants:
+    """Finds the constants that do the least harm when they replace what components write.
+
+    Args:
+        model: In evaluation mode. Its parameters get no gradients.
+        pairs: Clean prompts, which are run; the corrupted ones serve for the mean that it starts from.
+        metric: For `objective="metric"`: a metric of these pairs, or a function that makes one, such as `mk.logit_diff`.
+        circuit: Ablate all edges outside of it at once. Default: each component by itself, all its edges.
+        writers: Components to ablate, such as `["a9.h6", "m0"]`, each by itself. Default: all.
+        objective: `"kl"`, KL(clean || ablated) in nats over the whole vocabulary at each prompt's last position; or `"metric"`,
+            the squared distance of the metric from the clean run's.
+        steps: Of Adam; its rate falls linearly to 0.
+        batch: Prompts a step; default all of them, which needs no draws.
+        lr: Learning rate, in units of the standard deviation of what a component writes.
+        seed: Of the batches.
+        budget: Bytes of working memory; default half of what the device has free (1 GiB on a CPU).
+        progress: Whether to show a progress bar.
+
+    Returns:
+        `OptimalConstants`, whose losses under `"optimal"` are, on average over the prompts, never above the others.
+
+    Raises:
+        ValueError: an argument out of range; a component that does not exist; a circuit of another model; a metric without
+            gradient; an architecture whose edges are not known.
+    """
+    for name, value in (("steps", steps), ("lr", lr), ("batch", 1 if batch is None else batch)):
+        if not (value >= 1 or (name == "lr" and value > 0)) or value == math.inf:
+            raise ValueError(f"{name}: expected {'a positive number' if name == 'lr' else '1 or more'}, got {value!r}")
+    if circuit is not None and writers is not None:
+        raise ValueError("writers: expected None with a circuit, which says what is ablated; give one of the two")
+    report = metric_maker(pairs, metric, objective)(list(range(len(pairs))))
+    if circuit is not None:
+        circuit.check(model)
+    with frozen_parameters(model):
+        task = Objective(
+            Evaluator(model, pairs, kl_divergence(pairs) if objective == "kl" else report, "mean", budget), objective
+        )
+        study = _Alone(task, _chosen(task.evaluator.graph, writers)) if circuit is None else _Together(task, circuit)
+        values, losses = _descend(study, steps, batch, lr, seed, progress)
+    units: dict[str, tuple[int | str, ...]] = {}
+    if circuit is None:
+        units["writer"] = tuple(writer.name for writer in study.writers)
+    coords: dict[str, tuple[int | str, ...]] = {
+        "ablation": (*STARTS, "optimal"),
+        **units,
+        "prompt": tuple(range(len(pairs))),
+    }
+    arguments = {"objective": objective, "steps": steps, "batch": batch, "lr": lr, "seed": seed}
+    result = Result(
+        values=losses if units else losses[:, 0],
+        dims=tuple(coords),
+        coords=coords,
+        baseline={"clean": torch.zeros(len(pairs), dtype=losses.dtype)},
+        base="clean",
+        metric="kl_divergence" if objective == "kl" else f"{report.name} squared distance",
+        unit=task.unit,
+        provenance=circuit_provenance(
+            model,
+            pairs.clean,
+            technique="optimal ablation",
+            task=pairs.task,
+            **arguments,
+            n_edges=None if circuit is None else circuit.n_edges,
+        ),
+        cost=Cost(task.evaluator.block_tokens, study.naive_tokens(steps, batch or len(pairs))),
+    )
+    return OptimalConstants(values, study.graph, "optimal", losses=result)
+
+
+def _chosen(graph: Graph, writers: Sequence[Writer | str] | None) -> list[Writer]:
+    if writers is None:
+        return list(graph.writers)
+    if isinstance(writers, str | Writer):
+        raise ValueError(f"writers: expected a list, got {writers!r}; write writers=[{str(writers)!r}]")
+    chosen = [graph.writer(str(writer)) for writer in writers]
+    if not chosen or len(set(chosen)) != len(chosen):
+        raise ValueError(f"writers: expected at least one, each once; got {[w.name for w in chosen]}")
+    return sorted(chosen, key=lambda writer: graph.writer_index[writer.name])
+
+
+@torch.no_grad()
+def _start(task: Objective) -> tuple[Float[Tensor, "writer d_model"], Float[Tensor, "writer 1"]]:
+    """The means, and how much each writer's outputs vary around them."""
+    squares, count, mean = torch.zeros(0), 0, torch.zeros(0)
+    for chunk in task.chunks():
+        if not count:
+            mean = torch.cat(chunk.runs.ablated.stacked(), 1)[0, :, 0].to(task.wide)
+            squares = torch.zeros(len(mean), 1, dtype=task.wide, device=mean.device)
+        firsts = 0
+        for block in chunk.runs.clean.stacked():
+            here = slice(firsts, firsts + block.shape[1])
+            off = block.to(task.wide) - mean[None, here, None]
+            squares[here] += off.square().mean(-1).sum((0, 2))[:, None]
+            firsts = here.stop
+        count += len(chunk.ids) * (chunk.runs.run.length - chunk.runs.start)
+    scale = (squares / count).sqrt()
+    return mean, scale.clamp(min=float(scale.mean()) / 100)  # what hardly varies must still be able to move
+
+
+class _Study:
+    """What is ablated. A *unit* is what has a loss of its own: a component by itself, or everything outside a circuit.
+
+    Attributes:
+        writers: Those whose constants are sought.
+        unit: For each writer of the graph the unit that it belongs to, or -1.
+    """
+
+    writers: list[Writer]
+    unit: Int[Tensor, "writer"]
+    n_units: int
+
+    def __init__(self, task: Objective) -> None:
+        self.task, self.graph = task, task.evaluator.graph
+        self.model = task.evaluator.model
+
+    def losses(
+        self, values: Float[Tensor, "writer d_model"], prompts: Int[Tensor, "row"], slope: Tensor | None = None
+    ) -> Float[Tensor, "unit row"]:
+        """The loss of every unit on every row's prompt; adds the gradient of their sum to `slope`, if one is given."""
+        found = torch.full((self.n_units, len(prompts)), torch.nan, dtype=self.task.wide)
+        with torch.set_grad_enabled(slope is not None):
+            for chunk in self.task.chunks():
+                rows, prompt = rows_of(chunk, prompts)
+                if len(rows):
+                    self.add_losses(chunk, values, rows, prompt.to(self.model.device), found, slope)
+        return found
+
+    def add_losses(
+        self, chunk: Chunk, values: Tensor, rows: Tensor, prompt: Tensor, found: Tensor, slope: Tensor | None
+    ) -> None:
+        raise NotImplementedError
+
+    def run(
+        self,
+        chunk: Chunk,
+        gates: Tensor,
+        prompt: Tensor,
+        ablated: Written,
+        leaf: Tensor,
+        slope: Tensor | None,
+        first_layer: int = 0,
+    ) -> Float[Tensor, "row"]:
+        """Losses of rows; adds the gradient at `leaf` to `slope`."""
+        final = chunk.runs.final(gates, prompt, first_layer=first_layer, ablated=ablated)
+        loss = self.task.loss(chunk, final, prompt)
+        if slope is not None:
+            if not bool(torch.isfinite(loss).all()):
+                raise ValueError("metric: expected finite values of ablated runs, got NaN or inf; try a smaller lr")
+            slope += torch.autograd.grad(loss.sum(), leaf)[0]
+        return loss.detach().to("cpu", self.task.wide)
+
+    def naive_tokens(self, steps: int, rows: int) -> int:
+        pairs = self.task.evaluator.pairs
+        length = int(pairs.clean.lengths.sum()) / len(pairs)
+        return int(self.n_units * self.model.n_layers * length * (steps * rows + 2 * len(pairs)))
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Writers that write together: the embedding, the heads of a layer, an MLP.
+
+    Attributes:
+        place: Which one it is, in the order in which they write.
+        where: All of its writers in the graph.
+        chosen: Those that are ablated.
+        first_layer: The first layer whose input is changed by it.
+    """
+
+    place: int
+    where: slice
+    chosen: list[int]
+    first_layer: int
+
+
+class _Alone(_Study):
+    """Each writer by itself: all others write what they write in this very run."""
+
+    def __init__(self, task: Objective, writers: list[Writer]) -> None:
+        super().__init__(task)
+        self.writers, self.n_units = writers, len(writers)
+        index = [self.graph.writer_index[writer.name] for writer in writers]
+        self.unit = torch.full((len(self.graph.writers),), -1)
+        self.unit[index] = torch.arange(len(writers))
+        pieces, first = [], 0
+        for place in range(1 + self.graph.n_layers * (1 + self.graph.mlps)):
+            is_heads = place > 0 and (not self.graph.mlps or place % 2 == 1)
+            where = slice(first, first + (self.graph.n_heads if is_heads else 1))
+            layer = self.graph.writers[first].layer
+            own_mlp_reads = is_heads and self.graph.mlps and not self.graph.parallel
+            chosen = [i for i in index if where.start <= i < where.stop]
+            pieces.append(_Piece(place, where, chosen, layer if own_mlp_reads else layer + 1))
+            first = where.stop
+        self.pieces = [piece for piece in pieces if piece.chosen]
+
+    def add_losses(
+        self, chunk: Chunk, values: Tensor, rows: Tensor, prompt: Tensor, found: Tensor, slope: Tensor | None
+    ) -> None:
+        for piece in self.pieces:
+            self._add_piece(piece, chunk, values, rows, prompt, found, slope)
+
+    def _add_piece(
+        self,
+        piece: _Piece,
+        chunk: Chunk,
+        values: Tensor,
+        rows: Tensor,
+        prompt: Tensor,
+        found: Tensor,
+        slope: Tensor | None,
+    ) -> None:
+        exists = self.graph.exists.to(self.model.device, self.model.dtype)
+        writer = torch.tensor(piece.chosen).repeat_interleave(len(rows))  # a row for each writer and prompt
+        row, at = torch.arange(len(rows)).repeat(len(piece.chosen)), prompt.repeat(len(piece.chosen))
+
+        def add(some: slice) -> None:
+            leaf = values[piece.where].detach().requires_grad_(slope is not None)
+            blocks = chunk.runs.clean.stacked()  # whose ablated value is the clean one is not ablated
+            blocks[piece.place] = leaf[None, :, None].to(self.model.dtype)
+            gates = exists.repeat(len(writer[some]), 1, 1)
+            gates[torch.arange(len(gates)), writer[some]] = 0
+            into = None if slope is None else slope[piece.where]
+            loss = self.run(chunk, gates, at[some], written(self.graph, blocks), leaf, into, piece.first_layer)
+            found[self.unit[writer[some]], rows[row[some]]] = loss
+
+        self.task.in_batches(chunk, len(writer), add, piece.first_layer)
+
+
+class _Together(_Study):
+    """Everything outside a circuit at once."""
+
+    def __init__(self, task: Objective, circuit: Circuit) -> None:
+        super().__init__(task)
+        self.writers, self.n_units = list(self.graph.writers), 1
+        self.unit = torch.zeros(len(self.writers), dtype=torch.long)
+        self.members: Bool[Tensor, "writer reader"] = circuit.members
+
+    def add_losses(
+        self, chunk: Chunk, values: Tensor, rows: Tensor, prompt: Tensor, found: Tensor, slope: Tensor | None
+    ) -> None:
+        gates = self.members.to(self.model.device, self.model.dtype)
+
+        def add(some: slice) -> None:
+            leaf = values.detach().requires_grad_(slope is not None)
+            ablated = Constants(leaf.to(self.model.dtype), self.graph).written()
+            every = gates.expand(len(prompt[some]), -1, -1)
+            found[0, rows[some]] = self.run(chunk, every, prompt[some], ablated, leaf, slope)
+
+        self.task.in_batches(chunk, len(rows), add)
+
+
+def written(graph: Graph, blocks: list[Tensor]) -> Written:
+    """From blocks in the graph's order, as `Written.stacked` gives them."""
+    size = 1 + graph.mlps
+    return Written(blocks[0], blocks[1::size], blocks[2::size] if graph.mlps else [])
+
+
+def _descend(
+    study: _Study, steps: int, batch: int | None, lr: float, seed: int, progress: bool
+) -> tuple[Float[Tensor, "writer d_model"], Float[Tensor, "ablation unit prompt"]]:
+    """The best constants that were seen, and the losses of the two starts and of these."""
+    n = len(study.task.evaluator.pairs)
+    everyone = torch.arange(n)
+    batch = n if batch is None else batch
+    mean, scale = _start(study.task)
+    starts = [mean, torch.zeros_like(mean)]
+    at_start = torch.stack([study.losses(values, everyone) for values in starts])
+    best = _Best(study, mean, at_start[0])
+    best.see(starts[1], at_start[1])
+    start = best.values.clone()
+    moved = torch.zeros_like(start, requires_grad=True)
+    adam = torch.optim.Adam([moved], lr=lr)
+    prompts = turns(n, batch, torch.Generator().manual_seed(seed))
+    with tqdm(total=steps, disable=not progress, unit="step", delay=2) as bar:
+        for step in range(steps):
+            values = (start + scale * moved).detach()
+            rows = everyone if batch >= n else next(prompts)
+            slope = torch.zeros_like(values)
+            losses = study.losses(values, rows, slope)
+            if batch >= n:
+                best.see(values, losses)
+            elif step % LOOK == 0 and step:
+                best.see(values, study.losses(values, everyone))
+            moved.grad = slope * scale / len(rows)
+            for group in adam.param_groups:
+                group["lr"] = lr * (1 - step / steps)
+            adam.step()
+            bar.update()
+            bar.set_postfix_str(f"loss {best.losses.mean().item():.4g}", refresh=False)
+    values = (start + scale * moved).detach()
+    best.see(values, study.losses(values, everyone))
+    return best.values.cpu(), torch.cat([at_start, best.losses[None]])
+
+
+class _Best:
+    """The constants with the least loss so far, unit by unit."""
+
+    def __init__(self, study: _Study, values: Tensor, losses: Float[Tensor, "unit prompt"]) -> None:
+        self.unit, self.values, self.losses = study.unit, values.clone(), losses.clone()
+
+    def see(self, values: Tensor, losses: Float[Tensor, "unit prompt"]) -> None:
+        better = losses.mean(1) < self.losses.mean(1)  # false where NaN
+        better |= ~torch.isfinite(self.losses.mean(1)) & torch.isfinite(losses.mean(1))
+        self.losses[better] = losses[better]
+        of_better = ((self.unit >= 0) & better[self.unit.clamp(min=0)]).to(values.device)
+        self.values[of_better] = values[of_better]
