@@ -42,6 +42,8 @@ from mechkit.circuits import edge_attribution as edge_attribution
 from mechkit.circuits import edge_patching as edge_patching
 from mechkit.circuits import evaluate_circuit as evaluate_circuit
 from mechkit.circuits import faithfulness_curve as faithfulness_curve
+from mechkit.circuits import find_circuit as find_circuit
+from mechkit.circuits import path_patching as path_patching
 from mechkit.hooks import SITES as SITES
 from mechkit.hooks import ActivationCache as ActivationCache
 from mechkit.hooks import Edit as Edit

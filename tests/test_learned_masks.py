@@ -31,7 +31,6 @@ KNOWN: dict[str, Callable[[], Any]] = {
     "saturated query": lambda: mk.zoo.saturated_attention("query"),
     "saturated key": lambda: mk.zoo.saturated_attention("key"),
 }
-EXACT_NORMS = ["gpt2", "gpt_neox", "gptj", "phi", "opt", "bloom", "gpt_neo", "falcon", "stablelm"]
 
 
 @cache
@@ -148,38 +147,30 @@ def test_metric_objective_and_target() -> None:
 # -- gradients and gates in between ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", EXACT_NORMS)
 @pytest.mark.parametrize("loss", ["kl", "metric"])
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "falcon", "llama", "gemma2", "olmo2", "bloom", "phi", "gptj"])
 def test_gradient_of_gates_against_finite_differences(name: str, loss: str) -> None:
+    """The first three compute in float64 throughout; the others take norms, rotations or the softmax in float32."""
+    step, tolerance = (1e-3, 1e-8) if name in ("gpt2", "gpt_neox", "falcon") else (2e-2, 2e-4)
     model, pairs = family(name), ragged(2)
     with frozen_parameters(model):
         task = objective(model, pairs, loss)
         graph, prompts = task.evaluator.graph, torch.tensor([1, 0, 1])
-        gates = random_gates(graph, 3)
+        gates = 0.1 + 0.8 * random_gates(graph, 3)
         total, slope = task.slope_of_gates(gates, prompts)
-        step, generator = 1e-5, torch.Generator().manual_seed(1)
-        for _ in range(4):
+        generator = torch.Generator().manual_seed(1)
+        for i in range(3):
             way = torch.randn(gates.shape, dtype=torch.float64, generator=generator) * graph.exists
-            up, down = (task.slope_of_gates(gates + sign * step * way, prompts)[0] for sign in (1, -1))
-            assert (up - down) / (2 * step) == pytest.approx(float((slope * way).sum()), rel=1e-6, abs=1e-7 * total)
+            way = (slope if i == 0 else way) / (slope if i == 0 else way).norm()
+
+            def difference(h: float, way: Tensor = way) -> float:
+                return sum(sign * task.slope_of_gates(gates + sign * h * way, prompts)[0] for sign in (1, -1)) / (2 * h)
+
+            found = (4 * difference(step) - difference(2 * step)) / 3  # Richardson: the error is of fourth order
+            assert abs(found - float((slope * way).sum())) < tolerance * float(slope.norm())
     assert total > 0
-    assert slope[:, graph.exists].abs().min() >= 0
     assert int((slope != 0).sum()) > 0.9 * 3 * graph.n_edges  # a control: nearly every gate matters in these models
     assert not slope[:, ~graph.exists].any()
-
-
-@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3", "olmo2", "mixtral"])
-def test_gradient_with_norms_in_float32(name: str) -> None:
-    model, pairs = family(name), ragged(2)
-    with frozen_parameters(model):
-        task = objective(model, pairs, "metric")
-        graph, prompts = task.evaluator.graph, torch.tensor([1, 0])
-        gates = random_gates(graph, 2)
-        slope = task.slope_of_gates(gates, prompts)[1]
-        way = slope / slope.norm()
-        step = 1e-3
-        up, down = (task.slope_of_gates(gates + sign * step * way, prompts)[0] for sign in (1, -1))
-    assert (up - down) / (2 * step) == pytest.approx(float(slope.norm()), rel=2e-2)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "falcon", "gemma2"])
@@ -252,7 +243,9 @@ def test_hard_concrete_gates() -> None:
     assert torch.allclose(probability, 1 / (1 + torch.exp(t * math.log(0.1 / 1.1) - a)))
     wide_open = 1 - 1 / (1 + torch.exp(a - t * math.log(11)))  # s above 11 / 12, by symmetry of the logistic
     assert ((drawn == 1).double().mean(0) - wide_open).abs().max() < 0.015
-    assert torch.allclose(gates.final()[graph.exists], drawn.median(0).values, atol=0.06)
+    final = gates.final()
+    assert torch.allclose(final[graph.exists], (1.2 / (1 + torch.exp(-a)) - 0.1).clamp(0, 1))
+    assert not final[~graph.exists].any()
 
 
 def settings(**changes: Any) -> Settings:
@@ -352,15 +345,18 @@ def test_what_the_backward_pass_keeps_fits_what_is_counted(name: str) -> None:
     with frozen_parameters(model):
         task = objective(model, pairs, ablation="mean")
         (chunk,) = task.chunks()
-        gates = random_gates(task.evaluator.graph, 8).to(model.dtype).requires_grad_()
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            task.loss(
-                chunk, chunk.runs.final(gates, torch.zeros(8, dtype=torch.long)), torch.zeros(8, dtype=torch.long)
-            )
-    weights = {p.untyped_storage().data_ptr() for p in model.bridge.original_model.parameters()}
-    kept = sum(size for where, size in sizes.items() if where not in weights)
-    task.evaluator.budget.bytes = 2 * kept
-    assert 3 <= rows_with_gradients(chunk.runs, task.evaluator.budget) <= 8
+        kept = []
+        for rows in (8, 16):
+            sizes.clear()
+            gates = random_gates(task.evaluator.graph, rows).to(model.dtype).requires_grad_()
+            everyone = torch.zeros(rows, dtype=torch.long)
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+                loss = task.loss(chunk, chunk.runs.final(gates, everyone), everyone)
+            kept.append(sum(sizes.values()))
+            del loss
+    task.evaluator.budget.bytes = 2**40
+    a_row = 2**39 / rows_with_gradients(chunk.runs, task.evaluator.budget)
+    assert 1.2 < a_row / ((kept[1] - kept[0]) / 8) < 4
 
 
 def test_memory_that_runs_out_is_halved(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,10 @@ from mechkit.circuits.evaluation import CircuitReport as CircuitReport
 from mechkit.circuits.evaluation import FaithfulnessCurve as FaithfulnessCurve
 from mechkit.circuits.evaluation import evaluate_circuit as evaluate_circuit
 from mechkit.circuits.evaluation import faithfulness_curve as faithfulness_curve
+from mechkit.circuits.find_circuit import FoundCircuit as FoundCircuit
+from mechkit.circuits.find_circuit import find_circuit as find_circuit
 from mechkit.circuits.graph import Edge as Edge
 from mechkit.circuits.graph import Graph as Graph
 from mechkit.circuits.graph import Reader as Reader
 from mechkit.circuits.graph import Writer as Writer
+from mechkit.circuits.path_patching import path_patching as path_patching

@@ -15,9 +15,9 @@
    `loss` is the KL divergence KL(clean || circuit) of next-token distributions in nats, or (metric(circuit) - metric(clean))^2;
    `loss(0)` is its mean over the training prompts with everything ablated: 1 means as bad as no circuit at all. So the penalty is
    the price of a gate: the share of what there is to lose that it must save.
-4. With a `target` the price changes in every step, by a factor (expected open gates / wanted)^0.2. What is wanted goes down from
-   all gates to the target geometrically in the first half of the steps.
-5. After training each gate is what its distribution has in the middle, z_e = min(1, max(0, 1.2 sigmoid(log a_e) - 0.1)).
+4. With a `target` only the open gates above what is wanted have a price, which changes in every step by a factor (expected open
+   gates / wanted)^0.2. What is wanted goes down from all gates to the target geometrically in the first half of the steps.
+5. After training nothing is drawn: z_e = min(1, max(0, 1.2 sigmoid(log a_e) - 0.1)).
 
 Every row of a minibatch has gates of its own draw, which makes the gradient less noisy at no cost. All draws come from one seed.
 
@@ -148,7 +148,7 @@ def learn_mask(
         objective: `"kl"`, KL(clean || circuit) over the whole vocabulary at each prompt's last position; or `"metric"`, the
             squared distance of the metric from the clean run's.
         penalty: The price of a gate, as a share of the loss with everything ablated. Larger gives fewer gates.
-        target: How many gates should be open in the end: the price starts as `penalty`, and follows.
+        target: How many gates may be open in the end: the price starts as `penalty`, and follows. If fewer are enough, more may close.
         ablation: What a reader sees of a writer whose gate is closed, as for `evaluate_circuit`.
         steps: Of Adam.
         batch: Rows a step: (prompt, draw of gates) pairs. Prompts take turns in random order.
@@ -293,12 +293,13 @@ def _train(task: Objective, gates: _Gates, settings: Settings, progress: bool) -
             drawn = gates.drawn(batch, generator)
             total, slope = task.slope_of_gates(drawn.detach(), next(prompts))
             loss, n_open = total / batch / scale, (gates.open_probability() * gates.counts).sum()
-            history[:, step] = torch.tensor([loss, n_open.item(), penalty])
+            history[:, step] = torch.tensor([loss, n_open.item(), penalty], dtype=history.dtype)
             adam.zero_grad()
             drawn.backward(slope / (batch * scale))
-            (penalty * n_open).backward()
-            if gates.target is not None:
-                penalty *= (n_open.item() / gates.wanted(step / steps)) ** ASCENT
+            wanted = 0.0 if gates.target is None else gates.wanted(step / steps)
+            (penalty * (n_open - wanted).relu()).backward()
+            if wanted:
+                penalty *= (n_open.item() / wanted) ** ASCENT
             adam.step()
             bar.update()
             bar.set_postfix_str(f"loss {loss:.3f}, {n_open.item():.0f} open", refresh=False)
@@ -431,9 +432,11 @@ def rows_with_gradients(runs: CircuitRuns, budget: Budget, first_layer: int = 0)
     graph, model = runs.graph, runs.model
     readers, heads = graph.n_heads + 2 * graph.n_kv_heads, graph.n_heads
     neurons = getattr(model.cfg, "d_mlp", None) or 4 * model.d_model
-    streams = 6 * readers + 4 * heads + 12  # what each reader reads, before and behind its norm; what each head writes
-    a_layer = streams * model.d_model + 8 * neurons + (4 * runs.run.length + 8 * model.d_head) * heads
-    a_token = 3 * len(graph.writers) * model.d_model + (graph.n_layers - first_layer) * a_layer
+    streams = (
+        2 * readers + 2 * heads + 8
+    )  # what each reader reads, what each head writes, the stream; and gradients of them
+    a_layer = streams * model.d_model + 4 * neurons + (3 * runs.run.length + 6 * model.d_head) * heads
+    a_token = 2 * len(graph.writers) * model.d_model + (graph.n_layers - first_layer) * a_layer
     a_row = a_token * (runs.run.length - runs.start) + 2 * graph.exists.numel()
     item = torch.empty((), dtype=model.dtype).element_size()
     return max(1, budget.bytes // 2 // (a_row * item))

@@ -116,7 +116,9 @@ class Chunk:
             key = (group.value, group.site.name, group.layer)
             if group.value in self.state.derived and key not in self.made:
                 if self.source is None:
-                    raise ValueError(f"source: values {group.value!r} are made from two runs, but no source prompts were given")
+                    raise ValueError(
+                        f"source: values {group.value!r} are made from two runs, but no source prompts were given"
+                    )
                 make = self.state.derived[group.value].make
                 self.made[key] = make(self.run, self.source, self.ids, group.site.name, group.layer)
 

@@ -1,0 +1,101 @@
+"""Find a circuit: estimate all edges, verify the best ones exactly, keep what holds, and judge it on prompts that it has not seen.
+
+1. Split the pairs. On one part, score all edges by `edge_attribution` (EAP-IG): seconds.
+2. Measure the best of them by `edge_patching`: what an estimate overrates falls out here.
+3. Build the circuit from the measured effects, from the logits upstream (`Circuit.from_scores(method="greedy")`), without dead
+   ends; if a threshold is given, thin it out by `acdc`, starting from it.
+4. Evaluate it on all pairs; the report tells the two parts apart.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mechkit.circuits._evaluation import Ablation, Constants
+from mechkit.circuits.acdc import acdc
+from mechkit.circuits.circuit import Circuit
+from mechkit.circuits.edge_attribution import edge_attribution
+from mechkit.circuits.edge_patching import edge_patching
+from mechkit.circuits.edge_scores import EdgeScores
+from mechkit.circuits.evaluation import CircuitReport, evaluate_circuit, of_prompts, split
+from mechkit.hooks import HookedModel
+from mechkit.metrics import Metric
+from mechkit.prompts import PromptPairs
+
+
+@dataclass(frozen=True, eq=False)
+class FoundCircuit:
+    """A circuit and how it was found.
+
+    Attributes:
+        circuit: The circuit.
+        estimates: Scores of all edges.
+        verified: The exact effects of the candidates; NaN elsewhere.
+        report: How good the circuit is; `report.held_out` is over the pairs that it was not found on.
+    """
+
+    circuit: Circuit
+    estimates: EdgeScores
+    verified: EdgeScores
+    report: CircuitReport
+
+    def __repr__(self) -> str:
+        return f"FoundCircuit({self.report!r}; estimates against exact effects: r = {self.agreement:.3f})"
+
+    @property
+    def agreement(self) -> float:
+        """Pearson correlation of estimates and exact effects over the candidates."""
+        return self.estimates.correlation(self.verified)
+
+
+def find_circuit(
+    model: HookedModel,
+    pairs: PromptPairs,
+    metric: Metric,
+    *,
+    n_edges: int,
+    candidates: int | None = None,
+    steps: int = 5,
+    by: Literal["abs", "value"] = "abs",
+    threshold: float | None = None,
+    ablation: Ablation | Constants = "resample",
+    held_out: float = 0.5,
+    seed: int = 0,
+    random: int = 5,
+    budget: int | None = None,
+    progress: bool = True,
+) -> FoundCircuit:
+    """Finds a circuit of at most `n_edges` edges.
+
+    Args:
+        model, pairs: As for `activation_patching`; at least 4 pairs.
+        metric: One of mechkit's, made for these pairs.
+        n_edges: How many edges to choose; pruning may leave fewer.
+        candidates: How many of the best estimates to verify exactly; default four times `n_edges`.
+        steps: Of the estimates' path.
+        by: What is best: the largest effect (`"abs"`), or the largest that supports the metric (`"value"`).
+        threshold: Thin the circuit out: `acdc` from it, by the metric, with this threshold.
+        ablation, random, budget, progress: As for `evaluate_circuit`. Scores are always of resampled values.
+        held_out: Share of the pairs that the circuit is not found on.
+        seed: Of the split and of the random circuits.
+
+    Raises:
+        ValueError: what `edge_attribution`, `edge_patching` and `evaluate_circuit` refuse; a split that leaves a part empty.
+    """
+    train, _ = split(len(pairs), held_out, seed)
+    seen, measured = pairs[train], of_prompts(metric, train)
+    estimates = edge_attribution(model, seen, measured, steps=steps, direction="noise", budget=budget)
+    n_candidates = 4 * n_edges if candidates is None else candidates
+    if not n_edges <= n_candidates:
+        raise ValueError(f"candidates: expected at least n_edges = {n_edges}, got {candidates!r}")
+    best = estimates.top(min(n_candidates, estimates.graph.n_edges), by="abs" if by == "abs" else "max")
+    verified = edge_patching(model, seen, measured, best, direction="noise", budget=budget, progress=progress)
+    circuit = Circuit.from_scores(verified, n_edges=min(n_edges, len(best)), method="greedy", by=by)
+    if threshold is not None:
+        options = {"ablation": ablation, "budget": budget, "progress": progress}
+        circuit = acdc(model, seen, measured, threshold=threshold, start=circuit, **options)
+    report = evaluate_circuit(
+        circuit, model, pairs, metric, ablation=ablation, random=random, seed=seed, budget=budget, progress=progress
+    )
+    return FoundCircuit(circuit, estimates, verified, report)
