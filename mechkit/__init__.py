@@ -35,7 +35,9 @@ from mechkit.attribution import token_integrated_gradients as token_integrated_g
 from mechkit.attribution import top_tokens as top_tokens
 from mechkit.attribution import verify as verify
 from mechkit.circuits import Circuit as Circuit
+from mechkit.circuits import CircuitReport as CircuitReport
 from mechkit.circuits import EdgeScores as EdgeScores
+from mechkit.circuits import FaithfulnessCurve as FaithfulnessCurve
 from mechkit.circuits import Graph as Graph
 from mechkit.circuits import acdc as acdc
 from mechkit.circuits import edge_attribution as edge_attribution

@@ -120,11 +120,16 @@ def names_of(circuit: Circuit) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("family", "thresholds"),
-    [("gpt2", (1e-3, 0.1)), ("llama", (0.01,)), ("gptj", (0.03,))],
+    ("family", "task_metric", "thresholds"),
+    [
+        ("gpt2", False, (0.01, 0.1)),
+        ("gpt2", True, (0.3,)),
+        ("llama", False, (0.1,)),
+        ("llama", True, (0.3,)),
+        ("gptj", False, (0.1,)),
+    ],
 )
-@pytest.mark.parametrize("task_metric", [False, True], ids=["kl", "metric"])
-def test_a_small_model_against_the_reference(family, thresholds, task_metric):
+def test_a_small_model_against_the_reference(family, task_metric, thresholds):
     model, pairs = small(family), make_pairs(((5, 2), (4, 1)))
     metric = mk.logit_diff(pairs) if task_metric else None
     distance = distances_by_reference(model, pairs, metric)
@@ -133,19 +138,19 @@ def test_a_small_model_against_the_reference(family, thresholds, task_metric):
         circuit = mk.acdc(model, pairs, metric, threshold=threshold, prune=False, progress=False)
         assert names_of(circuit) == expected
         assert circuit.provenance["n_tested"] == tried
-        assert circuit.provenance["distance"] == pytest.approx(distance(expected), abs=1e-8)
+        assert circuit.provenance["distance"] == pytest.approx(distance(expected), rel=1e-5)  # float32 inside
         assert 0 < len(expected) < Graph.of(model).n_edges  # control: there was something to decide
 
 
 @pytest.mark.parametrize(
     ("family", "threshold", "metric", "ablation"),
     [
-        ("gpt2", 0.01, None, "resample"),
+        ("gpt2", 0.1, None, "resample"),
         ("gpt2", 1.0, whole_vocabulary, "resample"),
         ("llama", 0.05, None, "resample"),
         ("llama", 0.3, mk.logit_diff, "zero"),
-        ("gptj", 0.05, None, "position-mean"),
-        ("gemma2", 0.05, None, "resample"),
+        ("gptj", 0.3, None, "position-mean"),
+        ("gemma2", 0.2, None, "resample"),
         ("llama_mqa", 0.5, mk.logit_diff, "mean"),
     ],
 )
@@ -160,8 +165,8 @@ def test_four_layers_against_one_circuit_at_a_time(family, threshold, metric, ab
     assert circuit.provenance["n_tested"] == tried
     assert circuit.provenance["distance"] == pytest.approx(distance(expected), rel=1e-4, abs=1e-5)
     assert 0 < len(expected) < Graph.of(model).n_edges
-    left = circuit.scores[circuit.members]
-    assert bool((left >= threshold).all() | (left == 0).any()) or measured is not None
+    assert circuit.scores is not None
+    assert bool((circuit.scores[circuit.members] >= threshold).all())  # what is left costs as much
     pruned = mk.acdc(model, pairs, measured, threshold=threshold, ablation=ablation, progress=False)
     assert pruned == circuit.pruned()
 
@@ -170,7 +175,9 @@ def test_starting_from_a_circuit():
     """Another method's circuit is thinned out; edges below may be missing already."""
     model, pairs = model_of("llama"), make_pairs(((6, 2), (5, 1)))
     members = torch.rand(Graph.of(model).exists.shape, generator=torch.Generator().manual_seed(0)) < 0.4
-    start = Circuit(Graph.of(model), members & Graph.of(model).exists, model=model.name, weights_hash=model.weights_hash)
+    start = Circuit(
+        Graph.of(model), members & Graph.of(model).exists, model=model.name, weights_hash=model.weights_hash
+    )
     circuit = mk.acdc(model, pairs, threshold=0.02, start=start, prune=False, progress=False)
     distance = distances_by_evaluator(Evaluator(model, pairs, mk.kl_divergence(pairs)), True)
     expected, tried = naive_acdc(model, distance, 0.02, names_of(start))
@@ -185,30 +192,30 @@ def test_starting_from_a_circuit():
 # --- thresholds
 
 
-@pytest.fixture(scope="module", params=["gpt2", "llama"])
-def by_threshold(request: pytest.FixtureRequest) -> dict[float, Circuit]:
-    model, pairs = model_of(request.param), make_pairs()
-    study = functools.partial(mk.acdc, model, pairs, prune=False, progress=False)
-    return {threshold: study(threshold=threshold) for threshold in (1e-3, 0.1, 0.3, 1.0, 100.0)}
+LATE, EARLY = ((12, 8), (12, 9)), ((7, 2), (7, 4), (5, 1))  # where the prompts of a pair begin to differ
 
 
-def test_a_higher_threshold_leaves_fewer_edges_at_either_end(by_threshold):
-    sizes = [len(circuit) for circuit in by_threshold.values()]
-    n_edges = next(iter(by_threshold.values())).graph.n_edges
-    assert sizes[0] == max(sizes) > n_edges // 3
-    assert sizes[-1] == 0  # nothing costs as much
+@pytest.mark.parametrize("shapes", [LATE, EARLY], ids=["late", "early"])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_block_tokens(family, shapes):
+    """Naive: one whole forward pass (all blocks, all positions) for each edge that is tried.
 
-
-def test_half_the_block_tokens_where_most_edges_go(by_threshold):
-    """Naive: one whole forward pass (all blocks, all positions) for each edge that is tried. 479 or 343 edges, 19 tokens."""
-    for threshold, circuit in by_threshold.items():
+    Half of that is met where the prompts have a beginning in common, as tasks' prompts have: 0.10 to 0.28. Where they differ
+    early it is not (up to 0.67 at threshold 0.1): bets that are lost cost 1.4 to 1.6 times the rows. There it is half of one
+    pass for every edge of the graph, which ACDC makes if it does not drop what nobody reads.
+    """
+    model, pairs = model_of(family), make_pairs(shapes)
+    sizes, n_edges, a_pass = [], Graph.of(model).n_edges, int(pairs.clean.lengths.sum()) * 4
+    for threshold in (0.03, 0.1, 1.0, 100.0):
+        circuit = mk.acdc(model, pairs, threshold=threshold, prune=False, progress=False)
         done, tried = circuit.provenance["block_tokens"], circuit.provenance["n_tested"]
-        ratio = done / (tried * 19 * 4)
-        print(f"{threshold}: {len(circuit)} of {circuit.graph.n_edges} edges left, {tried} tried, {ratio:.2f} of naive")
-        assert circuit.provenance["naive_block_tokens"] == tried * 19 * 4
-        if len(circuit) < circuit.graph.n_edges / 10:
-            assert ratio <= 0.5, (threshold, ratio)
-        assert ratio < 1
+        print(f"{threshold}: {len(circuit)} of {n_edges} left, {tried} tried, {done / tried / a_pass:.2f} of naive")
+        assert circuit.provenance["naive_block_tokens"] == tried * a_pass
+        assert done <= (0.5 * tried if shapes == LATE else 0.5 * n_edges) * a_pass
+        assert done < tried * a_pass
+        sizes.append(len(circuit))
+    assert sizes[0] == max(sizes) > 0
+    assert sizes[-1] == 0  # nothing costs as much
 
 
 def test_no_threshold_removes_nothing_that_costs_nothing():
@@ -276,5 +283,3 @@ def test_refusals():
     finally:
         model.bridge.original_model.eval()
     assert not model.has_hooks
-
-

@@ -108,7 +108,9 @@ def test_eap_is_the_derivative_of_each_edge(family):
     model, pairs = model_of(family), make_pairs()
     metric, names = whole_vocabulary(pairs), some_names(model, 12)
     expected = [[derivative(model, pairs, metric, j, name, None) for j in (0, 2)] for name in names]
-    assert_equal(found_at(eap(family), names)[:, [0, 2]], torch.tensor(expected, dtype=torch.float64), tolerance(family))
+    assert_equal(
+        found_at(eap(family), names)[:, [0, 2]], torch.tensor(expected, dtype=torch.float64), tolerance(family)
+    )
     assert eap(family).provenance["gradient_at"] == "corrupted"
     assert eap(family).provenance["runs"] == "suffix"
 
@@ -155,15 +157,15 @@ def points(rule: str, steps: int) -> tuple[list[float], list[float]]:
 )
 def test_eap_ig_on_inputs_is_the_mean_of_derivatives_between_the_embeddings(family, rule):
     model, pairs = model_of(family), make_pairs(((6, 2), (5, 1)))
-    metric, names = whole_vocabulary(pairs), some_names(model, 8, seed=2)
+    metric, names = whole_vocabulary(pairs), some_names(model, 7, seed=2)
     scores = mk.edge_attribution(model, pairs, metric, steps=3, rule=rule)
     at, weights = points(rule, 3)
-    expected = torch.zeros(len(names), 2, dtype=torch.float64)
+    expected = torch.zeros(len(names), dtype=torch.float64)
     for i, name in enumerate(names):
-        for j in (0, 1):
-            moved = [derivative(model, pairs, metric, j, name, ("resid_pre", 0, x)) for x in at]
-            expected[i, j] = np.dot(weights, moved)
-    assert_equal(found_at(scores, names), expected, tolerance(family))
+        j = i % 2
+        moved = [derivative(model, pairs, metric, j, name, ("resid_pre", 0, x)) for x in at]
+        expected[i] = np.dot(weights, moved)
+    assert_equal(found_at(scores, names)[torch.arange(7), torch.arange(7) % 2], expected, tolerance(family))
     ends = {"clean-corrupted": "clean and corrupted"}
     assert scores.provenance["gradient_at"] == ends.get(rule, "between")
     assert scores.provenance["steps"] == len(at)
@@ -319,7 +321,9 @@ def test_ragged_pairs_small_memory_and_means(family, variant):
     assert means.result.dims == ("writer", "reader")
     assert torch.allclose(means.values, whole.per_prompt.mean(2), rtol=0, atol=atol, equal_nan=True)
     for run in ("clean", "corrupted"):
-        assert torch.allclose(means.baseline[run], whole.baseline[run], rtol=0, atol=1e-5 if family == "gemma2" else 1e-10)
+        assert torch.allclose(
+            means.baseline[run], whole.baseline[run], rtol=0, atol=1e-5 if family == "gemma2" else 1e-10
+        )
 
 
 def test_prompts_that_differ_from_the_beginning_have_no_common_prefix():
@@ -418,7 +422,10 @@ def test_other_hooks_on_the_model(family):
             if steps == 1:
                 expected = [[derivative(model, pairs, metric, j, name, None) for j in (0, 2)] for name in names]
                 assert_equal(found_at(scores, names)[:, [0, 2]], torch.tensor(expected, dtype=torch.float64), 1e-8)
-    assert float((found_at(eap(family), names)[:, [0, 2]] - torch.tensor(expected, dtype=torch.float64)).abs().max()) > 1e-3  # control
+    assert (
+        float((found_at(eap(family), names)[:, [0, 2]] - torch.tensor(expected, dtype=torch.float64)).abs().max())
+        > 1e-3
+    )  # control
 
 
 # --- refusals
@@ -430,7 +437,9 @@ def step_of(pairs: mk.PromptPairs) -> mk.Metric:
 
 def steep_of(pairs: mk.PromptPairs) -> mk.Metric:
     """Finite, but its slope is not: the square root of 0."""
-    return mk.Metric("steep", "logits", 3, pairs.positions["END"], None, lambda x, _, __: (0 * x).sum(-1).sqrt() + x[:, 5])
+    return mk.Metric(
+        "steep", "logits", 3, pairs.positions["END"], None, lambda x, _, __: (0 * x).sum(-1).sqrt() + x[:, 5]
+    )
 
 
 @pytest.mark.parametrize(

@@ -244,7 +244,9 @@ def test_other_hooks_on_the_model(family):
         expected = oracle(model, pairs, metric, names)
     assert "hooks" in scores.provenance["replay"]
     assert_equal(found_at(scores, names), expected, 1e-8)
-    assert float((found_at(scores, names) - found_at(exact(family), names)).abs().max()) > 1e-3  # control: it did something
+    assert (
+        float((found_at(scores, names) - found_at(exact(family), names)).abs().max()) > 1e-3
+    )  # control: it did something
     assert not model.has_hooks
 
 

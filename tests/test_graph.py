@@ -50,7 +50,14 @@ def test_numbers_of_edges(graph, n_edges):
 
 def test_writers_and_readers_are_in_the_order_in_which_they_work():
     assert [w.name for w in Graph(2, 2, 2).writers] == ["input", "a0.h0", "a0.h1", "m0", "a1.h0", "a1.h1", "m1"]
-    assert [r.name for r in Graph(1, 2, 1).readers] == ["a0.h0<q>", "a0.h1<q>", "a0.kv0<k>", "a0.kv0<v>", "m0", "logits"]
+    assert [r.name for r in Graph(1, 2, 1).readers] == [
+        "a0.h0<q>",
+        "a0.h1<q>",
+        "a0.kv0<k>",
+        "a0.kv0<v>",
+        "m0",
+        "logits",
+    ]
     of_head = [f"a0.h{head}<{kind}>" for kind in "qkv" for head in (0, 1)]
     assert [r.name for r in Graph(1, 2, 2, mlps=False).readers] == [*of_head, "logits"]
 
@@ -111,7 +118,9 @@ def test_short_names():
 def test_shared_keys_and_values_have_the_key_value_heads_name():
     assert GQA.shares
     assert not MHA.shares
-    assert {r.name for r in GQA.readers if r.kind == "k"} == {f"a{layer}.kv{i}<k>" for layer in range(3) for i in (0, 1)}
+    assert {r.name for r in GQA.readers if r.kind == "k"} == {
+        f"a{layer}.kv{i}<k>" for layer in range(3) for i in (0, 1)
+    }
     assert GQA.reader("a2.kv1<v>") == Reader("v", 2, 1, shared=True)
     with pytest.raises(ValueError, match=r"expected 'a1.kv1<k>', which head 3 uses, got 'a1.h3<k>'"):
         GQA.reader("a1.h3<k>")

@@ -1,4 +1,4 @@
-"""Find a circuit: estimate all edges, verify the best ones exactly, keep what holds, and judge it on prompts that it has not seen.
+"""Find a circuit: estimate all edges, verify the best exactly, keep what holds, and judge it on prompts that it has not seen.
 
 1. Split the pairs. On one part, score all edges by `edge_attribution` (EAP-IG): seconds.
 2. Measure the best of them by `edge_patching`: what an estimate overrates falls out here.
@@ -93,8 +93,16 @@ def find_circuit(
     verified = edge_patching(model, seen, measured, best, direction="noise", budget=budget, progress=progress)
     circuit = Circuit.from_scores(verified, n_edges=min(n_edges, len(best)), method="greedy", by=by)
     if threshold is not None:
-        options = {"ablation": ablation, "budget": budget, "progress": progress}
-        circuit = acdc(model, seen, measured, threshold=threshold, start=circuit, **options)
+        circuit = acdc(
+            model,
+            seen,
+            measured,
+            threshold=threshold,
+            start=circuit,
+            ablation=ablation,
+            budget=budget,
+            progress=progress,
+        )
     report = evaluate_circuit(
         circuit, model, pairs, metric, ablation=ablation, random=random, seed=seed, budget=budget, progress=progress
     )

@@ -1,8 +1,8 @@
 """Path patching: what senders do by way of chosen receivers alone.
 
 1. Run both prompts. A sender's *change* is what it wrote in the source run less what it wrote in the base run.
-2. Let it reach the receivers: with everything else frozen (`freeze="all"`: along the direct edges), or with the heads frozen and the
-   MLPs in between recomputed (`freeze="heads"`, as in the IOI paper). This gives each receiver a value: a head's query, key or
+2. Let it reach the receivers: with everything else frozen (`freeze="all"`: along the direct edges), or with the heads frozen and
+   the MLPs in between recomputed (`freeze="heads"`, as in the IOI paper). This gives each receiver a value: a head's query, key or
    value, what an MLP adds, or the final stream.
 3. Write these values into the base run, and let it run on freely. Receivers keep the values of step 2, whatever earlier
    receivers do.
@@ -59,8 +59,8 @@ def path_patching(
         receivers: Names of what is to see the change: queries, keys and values (`"a9.h6<q>"`, `"a9.kv2<k>"`), MLPs (`"m3"`), or
             `["logits"]` alone. All of them see it at once.
         freeze: What does not react on the way from sender to receivers: `"all"`, or `"heads"` (MLPs do).
-        direction: `"denoise"`: the corrupted run, into which the sender's clean value is patched. `"noise"`: the reverse, as in the
-            IOI paper.
+        direction: `"denoise"`: the corrupted run, into which the sender's clean value is patched. `"noise"`: the reverse, as
+            in the IOI paper.
         positions: Where the sender's change counts, indices or names; with `"pos"` or `"position"` among the senders' dims, the
             labels of that dim. Default: everywhere (all positions, all names).
         budget: Bytes of working memory; default half of what the device has free (1 GiB on a CPU).
@@ -136,8 +136,8 @@ def _receivers(graph: Graph, names: Sequence[str]) -> list[Reader]:
         raise ValueError(f"receivers: expected at least one, each once; got {list(names)}")
     if len(readers) > 1 and any(reader.kind == "logits" for reader in readers):
         raise ValueError(
-            "receivers: expected 'logits' alone: the final stream keeps the value that it is given, so that nothing would be left "
-            f"of what the other receivers do; got {list(names)}"
+            "receivers: expected 'logits' alone: the final stream keeps the value that it is given, so that nothing would be "
+            f"left of what the other receivers do; got {list(names)}"
         )
     return readers
 
