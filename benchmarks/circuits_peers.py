@@ -94,7 +94,7 @@ def export(args: argparse.Namespace) -> None:
     import mechkit as mk
     from mechkit.hooks._load import load_hf
 
-    plain, _ = load_hf(args.model, dtype=torch.float32, revision=None, trust_remote_code=False)
+    plain, tokenizer = load_hf(args.model, dtype=torch.float32, revision=None, trust_remote_code=False)
     config = plain.config
     if config.model_type != "llama" or config.rope_parameters.get("rope_type", "default") != "default":
         raise SystemExit(f"the packages are run on models of Llama's shape alone, got {config.model_type}")
@@ -106,4 +106,31 @@ def export(args: argparse.Namespace) -> None:
     if config.tie_word_embeddings:
         del state["lm_head.weight"]
     save_file(state, args.into / "model.safetensors")
-    model = mk.HookedModel.from_hf(plain, load_hf_tokenizer(args), name=args.model)
+    model = mk.HookedModel.from_hf(plain, tokenizer, name=args.model)
+    pairs, graph = make_pairs(mk, model, "plain", args.pairs), mk.Graph.of(model)
+    right, wrong = ([ids[0] for ids in side] for side in (pairs.right, pairs.wrong))
+    edges = even(even(list(graph.edges), args.edges), args.peer_edges)
+    run: dict[str, Any] = {
+        "device": args.device,
+        "threads": args.threads,
+        "repeats": args.peer_repeats,
+        "steps": args.steps,
+        "tasks": args.tasks,
+        "exact": {edge.name: by_query_head(graph, edge) for edge in edges},
+        "answers": list(zip(right, wrong, strict=True)),
+        "metric": {},
+    }
+    for side in ("clean", "corrupted"):
+        tokens = torch.stack(getattr(pairs, side).tokens)
+        with torch.no_grad():
+            last = model(tokens)[:, -1]
+        run[side] = tokens.tolist()
+        run["metric"][side] = [float(row[r] - row[w]) for row, r, w in zip(last, right, wrong, strict=True)]
+    (args.into / "run.json").write_text(json.dumps(run))
+
+
+def by_query_head(graph: Any, edge: Any) -> list[str]:
+    """The edge's names where each query head has a key and a value of its own."""
+    if edge.reader.kind not in ("k", "v"):
+        return [edge.name]
+    return [f"{edge.writer.name}->{head.name}<{edge.reader.kind}>" for head in graph.writers_of(edge.reader)]

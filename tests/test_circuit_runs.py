@@ -400,7 +400,7 @@ def test_refusals():
     with pytest.raises(ValueError, match="lengths"):
         Evaluator(model, pairs, lambda logits: logits[:, -1, 5])
     huge = torch.full((len(Graph.of(model).writers), 32), 1e308, dtype=torch.float64)
-    with pytest.raises(ValueError, match="finite|nan"):
+    with pytest.raises(ValueError, match=r"finite|nan"):
         Evaluator(model, pairs, metric, Constants(huge, Graph.of(model))).evaluate(full_and_empty(Graph.of(model)))
     model.bridge.original_model.train()
     try:

@@ -490,8 +490,8 @@ def test_more_refusals():
         mk.edge_attribution(model, pairs, whole_vocabulary(pairs[[0, 1]]))
     with pytest.raises(ValueError, match="experts, for which relevance propagation has no rule"):
         mk.edge_attribution(model_of("mixtral"), pairs, metric, gradient="relp")
+    bad = mk.Metric("bad", "logits", 3, pairs.positions["END"], None, lambda x, _, __: x[:, 5] / 0)
     with pytest.raises(ValueError, match="finite metric, got NaN or inf for prompts"):
-        bad = mk.Metric("bad", "logits", 3, pairs.positions["END"], None, lambda x, _, __: x[:, 5] / 0)
         mk.edge_attribution(model, pairs, bad)
     model.bridge.original_model.train()
     try:

@@ -92,7 +92,9 @@ def feed_token_ids(device: str) -> None:
         module.tokenize_plus = tokenize
     if not device.startswith("cuda"):
         zeros = torch.zeros
-        torch.zeros = lambda *size, **kw: zeros(*size, **(kw | {"device": device} if kw.get("device") == "cuda" else kw))
+        torch.zeros = lambda *size, **kw: zeros(
+            *size, **(kw | {"device": device} if kw.get("device") == "cuda" else kw)
+        )
 
 
 if __name__ == "__main__":

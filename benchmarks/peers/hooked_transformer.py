@@ -39,7 +39,8 @@ def begin(folder: Path) -> tuple[Any, dict[str, Any]]:
         raise SystemExit(f"prompts longer than {N_CONTEXT} tokens")
     model = load(folder, run["device"])
     off = max(
-        float((metric(model, run, side) - torch.tensor(run["metric"][side])).abs().max()) for side in ("clean", "corrupted")
+        float((metric(model, run, side) - torch.tensor(run["metric"][side])).abs().max())
+        for side in ("clean", "corrupted")
     )
     if not off < 1e-3:
         raise SystemExit(f"TransformerLens's model is not the same: its metric is off by {off:.1e}")
@@ -60,7 +61,9 @@ def load(folder: Path, device: str) -> Any:
         d_model=config.hidden_size,
         d_head=config.hidden_size // config.num_attention_heads,
         n_heads=config.num_attention_heads,
-        n_key_value_heads=config.num_key_value_heads if config.num_key_value_heads != config.num_attention_heads else None,
+        n_key_value_heads=config.num_key_value_heads
+        if config.num_key_value_heads != config.num_attention_heads
+        else None,
         d_mlp=config.intermediate_size,
         d_vocab=config.vocab_size,
         n_ctx=N_CONTEXT,
@@ -125,8 +128,9 @@ def peak_memory(device: str) -> float:
 
 
 def end(folder: Path, package: str, tasks: dict[str, Any], values: dict[str, dict[str, float]]) -> None:
-    versions = f"{importlib.metadata.version(package)}, TransformerLens {importlib.metadata.version('transformer-lens')}"
+    versions = (
+        f"{importlib.metadata.version(package)}, TransformerLens {importlib.metadata.version('transformer-lens')}"
+    )
     figures = {"version": versions, "torch": torch.__version__, "threads": torch.get_num_threads(), "tasks": tasks}
     (folder / "figures.json").write_text(json.dumps(figures))
     (folder / "values.json").write_text(json.dumps(values))
-

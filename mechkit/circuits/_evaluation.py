@@ -155,8 +155,10 @@ class Evaluator:
     ) -> Float[Tensor, "circuit prompt"]:
         """The metric of every circuit on every prompt. `circuits` are masks or gates from 0 to 1."""
         answers = torch.full((len(circuits), len(self.pairs)), torch.nan, dtype=self.values["clean"].dtype)
+        order = circuits.sum((1, 2)).argsort()  # sparse ones together, dense ones together: they are run differently
         for chunk in self.chunks():
-            answers[:, chunk.ids] = self.evaluate_chunk(chunk, circuits, first_layer=first_layer).to(answers)
+            values = self.evaluate_chunk(chunk, circuits[order], first_layer=first_layer).to(answers)
+            answers[order[:, None], chunk.ids] = values
         return answers
 
     @torch.no_grad()
@@ -188,8 +190,8 @@ class Evaluator:
         if not bool(torch.isfinite(values).all()):
             bad = (~torch.isfinite(values)).nonzero()[0].tolist()
             raise ValueError(
-                f"circuit {bad[0]}: expected a finite metric, got NaN or inf for prompt {int(chunk.ids[bad[1]])}; what the "
-                "ablated values lead to in this dtype is not finite"
+                f"circuit of {int((circuits[bad[0]] != 0).sum())} edges: expected a finite metric, got NaN or inf for prompt "
+                f"{int(chunk.ids[bad[1]])}; what the ablated values lead to in this dtype is not finite"
             )
         return values
 

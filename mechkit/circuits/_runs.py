@@ -156,6 +156,8 @@ class CircuitRuns:
         gates = gates.to(self.model.dtype)
         keep = not _has_gradient(gates, ablated)
         kept = _Differences(graph, len(prompt), self.run.length - self.start, self.model, keep)
+        # Writers that no reader sees need not be run (with gradients their gates may be 0 and still matter).
+        seen = (gates != 0).any(2).any(0).tolist() if keep else [True] * len(graph.writers)
 
         def read(stream: Tensor, readers: slice) -> Tensor:
             """What readers see, `[row reader pos d_model]`."""
@@ -165,17 +167,30 @@ class CircuitRuns:
         kept.append(self.clean.embed[prompt] - _rows(ablated.embed, prompt))
         for layer in range(graph.n_layers):
             attention, mlp = self._readers(layer)
-            computed = layer >= first_layer
-            heads = self._heads(layer, read(streams[layer, "pre"], attention), prompt) if computed else None
-            written = None
-            if parts.has_mlp and computed and parts.parallel:
-                written = parts.mlp(layer, read(streams[layer, "pre"], mlp)[:, 0])[:, None]
-            heads = self.clean.heads[layer][prompt] if heads is None else heads
-            kept.append(heads - _rows(ablated.heads[layer], prompt))
-            if parts.has_mlp:
-                if computed and not parts.parallel:
-                    written = parts.mlp(layer, read(streams[layer, "mid"], mlp)[:, 0])[:, None]
-                written = self.clean.mlps[layer][prompt] if written is None else written
+            first = 1 + layer * graph.layer_size
+            mlp_seen = parts.has_mlp and seen[first + graph.n_heads]
+            changed = layer >= first_layer
+            mlp_reads = None
+            if mlp_seen and changed and parts.parallel:
+                mlp_reads = read(streams[layer, "pre"], mlp)[:, 0]
+            if not any(seen[first : first + graph.n_heads]):
+                kept.append_unseen(graph.n_heads)
+            else:
+                heads = self.clean.heads[layer][prompt]
+                if changed:
+                    heads = self._heads(layer, read(streams[layer, "pre"], attention), prompt)
+                kept.append(heads - _rows(ablated.heads[layer], prompt))
+            if parts.has_mlp and not mlp_seen:
+                kept.append_unseen(1)
+            elif parts.has_mlp:
+                if changed and not parts.parallel:
+                    mlp_reads = read(streams[layer, "mid"], mlp)[:, 0]
+                if mlp_reads is None:
+                    written = self.clean.mlps[layer][prompt]
+                else:
+                    written = parts.mlp(layer, mlp_reads)[:, None]
+                    if not any(seen[first : first + graph.n_heads]):  # else counted with the attention
+                        self.replayer.block_tokens += mlp_reads.shape[0] * mlp_reads.shape[1]
                 kept.append(written - _rows(ablated.mlps[layer], prompt))
         last = len(graph.readers) - 1
         return read(streams[graph.n_layers, "pre"], slice(last, last + 1))[:, 0]
@@ -236,7 +251,11 @@ class CircuitRuns:
 
 
 class _Differences:
-    """The writers' differences so far, and what readers see of them."""
+    """The writers' differences so far, and what readers see of them.
+
+    Without gradients, only the writers that some reader sees (or, where these are more, that some reader lacks) are multiplied
+    with their gates: the matrix product is bound by reading the differences from memory.
+    """
 
     def __init__(self, graph: Graph, rows: int, positions: int, model: HookedModel, keep: bool) -> None:
         self._blocks: list[Tensor] = []
@@ -245,20 +264,26 @@ class _Differences:
         if keep:  # no gradients: one tensor that is filled
             shape = (rows, len(graph.writers), positions, model.d_model)
             self._all = torch.empty(shape, dtype=model.dtype, device=model.device)
+            self._sum = torch.zeros(rows, positions, model.d_model, dtype=model.dtype, device=model.device)
 
     def append(self, block: Float[Tensor, "row writer pos d_model"]) -> None:
         if self._all is None:
             self._blocks.append(block)
         else:
             self._all[:, self._n : self._n + block.shape[1]] = block
+            self._sum += block.sum(1)
         self._n += block.shape[1]
+
+    def append_unseen(self, n: int) -> None:
+        """The next `n` writers are seen by nobody, so that their differences need not be known."""
+        assert self._all is not None
+        self._all[:, self._n : self._n + n] = 0
+        self._n += n
 
     def through(self, gates: Float[Tensor, "row writer reader"]) -> Float[Tensor, "row reader pos d_model"]:
         """The sum over writers, each times its gate."""
         if self._all is not None:
-            upto = gates.shape[1]
-            flat = self._all[:, :upto].flatten(2)
-            return torch.bmm(gates.mT, flat).unflatten(2, self._all.shape[2:])
+            return self._selected(gates, self._all[:, : gates.shape[1]])
         total, first = None, 0
         for block in self._blocks:
             if first >= gates.shape[1]:
@@ -269,6 +294,15 @@ class _Differences:
             first += block.shape[1]
         assert total is not None
         return total
+
+    def _selected(self, gates: Float[Tensor, "row writer reader"], differences: Tensor) -> Tensor:
+        seen, lacked = ((gates != all_or_none).any(2).any(0) for all_or_none in (0, 1))
+        fewer_lacked = int(lacked.sum()) < int(seen.sum())
+        which, weights = (lacked, gates - 1) if fewer_lacked else (seen, gates)
+        if int(which.sum()) < 0.7 * len(which):
+            weights, differences = weights[:, which], differences[:, which]
+        product = torch.bmm(weights.mT, differences.flatten(2)).unflatten(2, differences.shape[2:])
+        return product + self._sum[:, None] if fewer_lacked else product
 
 
 def _rows(x: Tensor, prompt: Tensor) -> Tensor:

@@ -16,7 +16,7 @@
    `loss(0)` is its mean over the training prompts with everything ablated: 1 means as bad as no circuit at all. So the penalty is
    the price of a gate: the share of what there is to lose that it must save.
 4. With a `target` only the open gates above what is wanted have a price, which changes in every step by a factor (expected open
-   gates / wanted)^0.2. What is wanted goes down from all gates to the target geometrically in the first half of the steps.
+   gates / wanted)^0.1. What is wanted goes down from all gates to the target geometrically in the first half of the steps.
 5. After training nothing is drawn: z_e = min(1, max(0, 1.2 sigmoid(log a_e) - 0.1)).
 
 Every row of a minibatch has gates of its own draw, which makes the gradient less noisy at no cost. All draws come from one seed.
@@ -57,7 +57,7 @@ from mechkit.result import Cost, Result
 ObjectiveName = Literal["kl", "metric"]
 LOW, HIGH = -0.1, 1.1  # the hard concrete's stretch
 START = 3.0  # log a of every gate at the start: nine in ten are wide open
-ASCENT = 0.2  # how fast a target changes the price
+ASCENT = 0.1  # how fast a target changes the price
 QUANTITIES = ("loss", "expected open", "penalty")
 
 
@@ -148,7 +148,7 @@ def learn_mask(
         objective: `"kl"`, KL(clean || circuit) over the whole vocabulary at each prompt's last position; or `"metric"`, the
             squared distance of the metric from the clean run's.
         penalty: The price of a gate, as a share of the loss with everything ablated. Larger gives fewer gates.
-        target: How many gates may be open in the end: the price starts as `penalty`, and follows. If fewer are enough, more may close.
+        target: How many gates may be open in the end, at most: the price starts as `penalty`, and follows.
         ablation: What a reader sees of a writer whose gate is closed, as for `evaluate_circuit`.
         steps: Of Adam.
         batch: Rows a step: (prompt, draw of gates) pairs. Prompts take turns in random order.

@@ -10,9 +10,8 @@
    (metric(ablated) - metric(clean))^2. Delta is the component's importance: the harm that no constant can avoid.
 3. With a circuit, all edges outside it are ablated at once, and one set of constants is found for all writers together; a writer
    has the same constant for all its ablated edges.
-4. It starts from the mean over corrupted prompts and positions, or from zero where that is better, and Adam goes downhill from
-   there, each writer in units of how much its outputs vary. The constants with the least loss on all prompts are kept, so that
-   `after` is never above what mean and zero ablation have.
+4. Adam goes downhill from the mean over corrupted prompts and positions, each writer in units of how much its outputs vary. The
+   constants with the least loss on all prompts are kept, mean and zero among them: neither is ever better than what is returned.
 
 A constant of a head is any vector of the residual stream, not only one that its output matrix can write. Resample ablation may do
 less harm than the best constant: a partner's value at the same position is no constant, and still says what the prompts share.
@@ -346,13 +345,12 @@ def _descend(
     at_start = torch.stack([study.losses(values, everyone) for values in starts])
     best = _Best(study, mean, at_start[0])
     best.see(starts[1], at_start[1])
-    start = best.values.clone()
-    moved = torch.zeros_like(start, requires_grad=True)
+    moved = torch.zeros_like(mean, requires_grad=True)
     adam = torch.optim.Adam([moved], lr=lr)
     prompts = turns(n, batch, torch.Generator().manual_seed(seed))
     with tqdm(total=steps, disable=not progress, unit="step", delay=2) as bar:
         for step in range(steps):
-            values = (start + scale * moved).detach()
+            values = (mean + scale * moved).detach()
             rows = everyone if batch >= n else next(prompts)
             slope = torch.zeros_like(values)
             losses = study.losses(values, rows, slope)
@@ -366,7 +364,7 @@ def _descend(
             adam.step()
             bar.update()
             bar.set_postfix_str(f"loss {best.losses.mean().item():.4g}", refresh=False)
-    values = (start + scale * moved).detach()
+    values = (mean + scale * moved).detach()
     best.see(values, study.losses(values, everyone))
     return best.values.cpu(), torch.cat([at_start, best.losses[None]])
 

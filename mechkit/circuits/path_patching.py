@@ -2,8 +2,8 @@
 
 1. Run both prompts. A sender's *change* is what it wrote in the source run less what it wrote in the base run.
 2. Let it reach the receivers: with everything else frozen (`freeze="all"`: along the direct edges), or with the heads frozen and
-   the MLPs in between recomputed (`freeze="heads"`, as in the IOI paper). This gives each receiver a value: a head's query, key or
-   value, what an MLP adds, or the final stream.
+   the MLPs in between recomputed (`freeze="heads"`, as in the IOI paper). This gives each receiver a value: a head's query, key
+   or value, what an MLP adds, or the final stream.
 3. Write these values into the base run, and let it run on freely. Receivers keep the values of step 2, whatever earlier
    receivers do.
 
