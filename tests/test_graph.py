@@ -227,7 +227,7 @@ def _more(forward: Callable[..., Any], amount: float) -> Callable[..., Any]:
         ("", "the residual stream after layer 1"),
     ],
 )
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "stablelm"])
 def test_a_model_that_computes_something_else_is_refused(family, module, piece, monkeypatch):
     model = make_model(family)
     pairs = mk.PromptPairs.from_tokens(prompts(1), prompts(2)[1:], [(5, 7)])
