@@ -5,8 +5,8 @@
     python benchmarks/circuits.py --exact-all exact.safetensors     # the exact effect of every edge; goes on where it was stopped
     python benchmarks/circuits.py --agreement --exact exact.safetensors …     # how good the estimates are: circuits_agreement.py
 
-One process a library, one after the other, on equally many threads; the same model, pairs and metric (logit difference, right minus
-wrong).
+One process a library, one after the other, on equally many threads; the same model, pairs and metric (logit difference, right
+minus wrong).
 
 | task | what | compared with |
 | --- | --- | --- |
@@ -15,7 +15,7 @@ wrong).
 | `clean-corrupted` | the mean of the gradients at both ends | EAP-IG package |
 | `exact` | exact effects of an even sample of `--edges` edges | EAP-IG package, of `--peer-edges` of them |
 | `ACDC` | on the `--candidates` best edges of EAP-IG | one run an edge (counted) |
-| `ACDC-4-layers` | on all edges of a random model of GPT-2's width, 4 layers deep | one run an edge (counted) |
+| `ACDC-4-layers` | on all edges of a random model like GPT-2, 4 layers of 6 heads | one run an edge (counted) |
 | `curve` | faithfulness of circuits of 10 sizes on 64 pairs; EAP's scores are not in the time | (runs are counted) |
 | `MHA-EAP` | all edges of a random model of GPT-2 small's shape, at the corrupted run | TransformerLens's `attribution_patch` |
 | `MHA-path` | exact effects of head 0.0's edges to every later query | TransformerLens's `get_act_patch_direct_path` |
@@ -23,13 +23,13 @@ wrong).
 
 The other packages want TransformerLens 2, which cannot be where mechkit is: each is named by a Python that has it, and
 `benchmarks/peers/` runs there. They split keys and values by query head (123,211 edges of SmolLM2 rather than 70,651): their scores
-are summed over the heads that share one. TransformerLens 4.3 has no edges on models whose heads share keys and values, no integrated
-gradients, and no exact sweep over all edges; its `attribution_patch` and `faithfulness` take one pair a call and score each position by
-itself (summed here), and `faithfulness` runs again for each class of edges.
+are summed over the heads that share one. TransformerLens 4.3 has no edges on models whose heads share keys and values, no
+integrated gradients, and no exact sweep over all edges; its `attribution_patch` and `faithfulness` take one pair a call and tell
+positions apart (summed here), and `faithfulness` runs again for each class of edges.
 
-Seconds are the best of `--repeats` runs (`--peer-repeats` for the others); `cpu_seconds` (in the JSON) are the process's own, of all
-threads, for a machine that is shared. Seconds of `exact` are also scaled to all edges. Memory is the most that the process held beyond
-what it held before. A block-token is one block run on one token; one of a circuit's costs up to twice a plain one.
+Seconds are the best of `--repeats` runs (`--peer-repeats` for the others); `cpu_seconds` (in the JSON) are the process's own, of
+all threads, for a machine that is shared. `exact` is compared by the edge. Memory is the most that the process held beyond what
+it held before. A block-token is one block run on one token; one of a circuit's costs up to twice a plain one.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--edges", type=int, default=1000, help="in the sample of exact effects")
     parser.add_argument("--peer-edges", type=int, default=20, help="exact effects that the EAP-IG package computes")
     parser.add_argument(
-        "--candidates", type=int, default=500, help="edges that ACDC begins with, and of the MHA circuit"
+        "--candidates", type=int, default=200, help="edges that ACDC begins with, and of the MHA circuit"
     )
     parser.add_argument("--threshold", type=float, default=0.003, help="of ACDC, nats of KL divergence")
     parser.add_argument("--shallow-threshold", type=float, default=0.003, help="of ACDC on the model of 4 layers")
@@ -258,11 +258,11 @@ def print_table(report: dict[str, Any]) -> None:
 
 
 def describe(found: Figures) -> str:
-    text = f"{found['block_tokens']:,} block-tokens, where one run each takes {found['naive_block_tokens']:,} "
-    text += f"({found['block_tokens'] / found['naive_block_tokens']:.1%})"
+    times = found["naive_block_tokens"] / found["block_tokens"]
+    text = f"{found['block_tokens']:,} block-tokens; one whole run each takes {found['naive_block_tokens']:,}, {times:.3g} times"
     if "all_edges" in found:
         minutes = found["seconds"] / found["edges"] * found["all_edges"] / 60
-        text += f"; {found['edges'] / found['seconds']:.0f} edges a second: {minutes:.1f} minutes for all {found['all_edges']:,}, scaled"
+        text += f"; {found['edges'] / found['seconds']:.0f} edges a second, so {minutes:.1f} minutes for {found['all_edges']:,}"
     if "kept" in found:
         text += f"; {found['n_tested']} edges tried, {found['kept']} of {found['edges']} kept, {found['distance']:.3g} nats off"
     if "runs_by_positions" in found:

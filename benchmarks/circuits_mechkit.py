@@ -23,8 +23,8 @@ def with_mechkit(args: argparse.Namespace) -> dict[str, Work]:
 
     model = mk.HookedModel.from_pretrained(args.model, device=args.device)
     pairs, many = (make_pairs(mk, model, "plain", n) for n in (args.pairs, args.curve_pairs))
-    mha, mha_pairs = random_model(args, pairs, n_layer=12)
-    shallow, shallow_pairs = random_model(args, pairs, n_layer=4)
+    mha, mha_pairs = random_model(args, pairs)
+    shallow, shallow_pairs = random_model(args, pairs, n_layer=4, n_head=6, n_embd=384)
     metric, mha_metric, many_metric = mk.logit_diff(pairs), mk.logit_diff(mha_pairs), mk.logit_diff(many)
     graph, quiet, ig = mk.Graph.of(model), {"progress": False}, {"steps": args.steps, "rule": "left"}
     sampled = even(list(graph.edges), args.edges)
@@ -86,17 +86,17 @@ def even(edges: list[Any], most: int) -> list[Any]:
     return [edges[i] for i in sample(len(edges), most)]
 
 
-def random_model(args: argparse.Namespace, pairs: Any, n_layer: int) -> tuple[Any, Any]:
-    """A model of GPT-2 small's shape with random weights, and the same token ids for it. Its weights are drawn five times as wide
-    as usual, so that all of its parts matter."""
+def random_model(args: argparse.Namespace, pairs: Any, **shape: int) -> tuple[Any, Any]:
+    """A model of GPT-2 small's shape (but for what is given) with random weights, and the same token ids for it. Its weights are
+    drawn five times as wide as usual, so that all of its parts matter."""
     from transformers import AutoModelForCausalLM, GPT2Config
 
     import mechkit as mk
 
     torch.manual_seed(0)
-    config = GPT2Config(n_layer=n_layer, initializer_range=0.1)
+    config = GPT2Config(**shape, initializer_range=0.1)
     plain = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval().to(args.device)
-    model = mk.HookedModel.from_hf(plain, name=f"gpt2 shape, {n_layer} layers")
+    model = mk.HookedModel.from_hf(plain, name=f"gpt2 shape, {config.n_layer} layers")
     answers = [(right[0], wrong[0]) for right, wrong in zip(pairs.right, pairs.wrong, strict=True)]
     sides = (list(pairs.clean.tokens), list(pairs.corrupted.tokens))
     return model, mk.PromptPairs.from_tokens(*sides, answers, model=model)

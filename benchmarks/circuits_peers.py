@@ -20,7 +20,7 @@ def with_transformer_lens(args: argparse.Namespace) -> dict[str, Work]:
     import mechkit as mk
 
     pairs = make_pairs(mk, mk.HookedModel.from_pretrained(args.model, device=args.device), "plain", args.pairs)
-    model, pairs = random_model(args, pairs, n_layer=12)
+    model, pairs = random_model(args, pairs)
     bridge, n = model.bridge, len(pairs)
     clean, corrupted = (torch.stack(side.tokens).to(args.device) for side in (pairs.clean, pairs.corrupted))
     right, wrong = (torch.tensor([ids[0] for ids in side], device=args.device) for side in (pairs.right, pairs.wrong))

@@ -200,9 +200,7 @@ LATE, EARLY = ((12, 8), (12, 9)), ((7, 2), (7, 4), (5, 1))  # where the prompts 
 def test_block_tokens(family, shapes):
     """Naive: one whole forward pass (all blocks, all positions) for each edge that is tried.
 
-    Half of that is met where the prompts have a beginning in common, as tasks' prompts have: 0.10 to 0.28. Where they differ
-    early it is not (up to 0.67 at threshold 0.1): bets that are lost cost 1.4 to 1.6 times the rows. There it is half of one
-    pass for every edge of the graph, which ACDC makes if it does not drop what nobody reads.
+    Measured: 0.10 to 0.20 where the prompts begin alike, as tasks' prompts do, and up to 0.47 where they differ early.
     """
     model, pairs = model_of(family), make_pairs(shapes)
     sizes, n_edges, a_pass = [], Graph.of(model).n_edges, int(pairs.clean.lengths.sum()) * 4
@@ -211,8 +209,7 @@ def test_block_tokens(family, shapes):
         done, tried = circuit.provenance["block_tokens"], circuit.provenance["n_tested"]
         print(f"{threshold}: {len(circuit)} of {n_edges} left, {tried} tried, {done / tried / a_pass:.2f} of naive")
         assert circuit.provenance["naive_block_tokens"] == tried * a_pass
-        assert done <= (0.5 * tried if shapes == LATE else 0.5 * n_edges) * a_pass
-        assert done < tried * a_pass
+        assert done <= 0.5 * tried * a_pass
         sizes.append(len(circuit))
     assert sizes[0] == max(sizes) > 0
     assert sizes[-1] == 0  # nothing costs as much

@@ -51,17 +51,25 @@ def mean_losses(constants: OptimalConstants) -> dict[str, Tensor]:
     return {name: means.sel(ablation=name).values for name in ("mean", "zero", "optimal")}
 
 
-def naive_logits(model: mk.HookedModel, tokens: Tensor, writer: str, constant: Tensor) -> Tensor:
-    """A whole forward pass in which one component writes a constant: its own output is taken out of the stream behind it."""
+def naive_logits(model: mk.HookedModel, tokens: Tensor, writer: str, constants: Tensor) -> Tensor:
+    """Last logits of whole forward passes in which one component writes a constant, `[1 d_model]` or `[row 1 d_model]`: its own
+    output is taken out of the stream behind it."""
+    batch = tokens.expand(len(constants), -1)
+
+    def run(site: str, layer: int, own: Tensor | float | None = None) -> Tensor:
+        def put(x: Tensor, hook: Any) -> Tensor:
+            return torch.zeros_like(x) + constants if own is None else x - own + constants
+
+        return model.run_with_hooks(batch, fwd_hooks=[((site, layer), put)])[:, -1]
+
     if writer == "input":
-        return model.run_with_hooks(tokens[None], fwd_hooks=[(("resid_pre", 0), lambda x, hook: x * 0 + constant)])[0]
+        return run("resid_pre", 0)
     layer = int(writer[1:].partition(".")[0])
     if writer.startswith("m"):
-        return model.run_with_hooks(tokens[None], fwd_hooks=[(("mlp_out", layer), lambda x, hook: x * 0 + constant)])[0]
+        return run("mlp_out", layer)
     head = int(writer.partition(".h")[2])
     _, cache = model.run_with_cache(tokens[None], [("z", layer)])
-    own = cache["z", layer][:, :, head] @ model.bridge.blocks[layer].attn.W_O[head].detach()
-    return model.run_with_hooks(tokens[None], fwd_hooks=[(("attn_out", layer), lambda x, hook: x - own + constant)])[0]
+    return run("attn_out", layer, cache["z", layer][:, :, head] @ model.bridge.blocks[layer].attn.W_O[head].detach())
 
 
 # -- what the losses are -----------------------------------------------------------------------------------------------
@@ -82,12 +90,12 @@ def test_losses_against_whole_forward_passes(name: str, objective: Any) -> None:
         at = graph.writer_index[writer]
         kinds = {"mean": mean[at], "zero": torch.zeros_like(mean[at]), "optimal": found.values[at]}
         for kind, constant in kinds.items():
-            if writer == "input" and kind == "zero" and name.startswith("llama"):
+            if writer == "input" and not constant.any() and name.startswith("llama"):
                 continue  # without biases all that follows is exactly 0, a point from which any rounding error grows
             for i, tokens in enumerate(pairs.clean.tokens):
                 with torch.no_grad():
                     clean = model(tokens[None])[0, -1]
-                    logits = naive_logits(model, tokens, writer, constant)[-1]
+                    logits = naive_logits(model, tokens, writer, constant[None])[0]
                 if objective == "kl":
                     p, q = clean.log_softmax(-1), logits.log_softmax(-1)
                     expected = (p.exp() * (p - q)).sum()
@@ -126,17 +134,14 @@ def as_linear(model: mk.HookedModel, pairs: mk.PromptPairs, writer: str) -> list
         with torch.no_grad():
             clean = model(tokens[None])[0, -1]
 
-        def run(constant: Tensor, tokens: Tensor = tokens) -> Tensor:
-            return naive_logits(model, tokens, writer, constant)[-1]
-
-        start = torch.zeros(model.d_model, dtype=torch.float64)
-        jacobian = torch.autograd.functional.jacobian(run, start)
+        probes = torch.cat([torch.zeros(1, model.d_model), torch.eye(model.d_model)])[:, None].double()
         with torch.no_grad():
-            maps.append((clean, run(start), jacobian))
+            logits = naive_logits(model, tokens, writer, probes)
+        maps.append((clean, logits[0], (logits[1:] - logits[0]).T))
     return maps
 
 
-@pytest.mark.parametrize("writer", ["a0.h1", "m1", "a2.h3"])
+@pytest.mark.parametrize("writer", ["a2.h3", "m2"])
 def test_least_squares_on_a_linear_model(writer: str) -> None:
     known = linear()
     model, pairs = known.model, known.pairs
@@ -147,11 +152,10 @@ def test_least_squares_on_a_linear_model(writer: str) -> None:
     gaps = torch.stack([(c - b)[r] - (c - b)[w] for (c, b, _), r, w in zip(maps, rights, wrongs, strict=True)])
     best = torch.linalg.lstsq(rows, gaps[:, None], rcond=1e-6, driver="gelsd").solution[:, 0]
     least = float((rows @ best - gaps).square().mean())
-    found = optimal(model, pairs, mk.logit_diff, objective="metric", writers=[writer], steps=100)
+    found = optimal(model, pairs, mk.logit_diff, objective="metric", writers=[writer], steps=300)
     means = mean_losses(found)
     assert least > 1e-3  # no constant is perfect
-    assert float(means["optimal"]) == pytest.approx(least, rel=1e-2)
-    assert float(means["optimal"]) >= least * (1 - 1e-6)
+    assert float(means["optimal"]) == pytest.approx(least, rel=1e-3)
     assert float(means["mean"]) > 1.2 * least  # a control: the mean is not the optimum
 
 
@@ -184,7 +188,7 @@ def test_least_divergence_on_a_linear_model() -> None:
 def test_other_prompts_values_do_more_harm_and_a_partners_may_do_less() -> None:
     """What a random prompt's run holds at a random position is a constant that knows nothing of the prompt it is put into: on
     average it does no less harm than the best one. A partner's value at the same position may know all that matters."""
-    known = linear()
+    known = linear(8)
     model, pairs = known.model, known.pairs
     found = optimal(model, pairs, writers=["a0.h1"], steps=60)
     least = float(mean_losses(found)["optimal"])
@@ -215,7 +219,7 @@ def _kl(model: mk.HookedModel, pairs: mk.PromptPairs, writer: str, constant: Ten
     with torch.no_grad():
         for tokens in pairs.clean.tokens:
             p = model(tokens[None])[0, -1].log_softmax(-1)
-            q = naive_logits(model, tokens, writer, constant)[-1].log_softmax(-1)
+            q = naive_logits(model, tokens, writer, constant[None])[0].log_softmax(-1)
             total += float((p.exp() * (p - q)).sum())
     return total / len(pairs)
 
@@ -279,7 +283,7 @@ def test_constants_are_taken_wherever_ablation_is() -> None:
 def test_batches_are_drawn_by_seed_and_the_best_is_kept() -> None:
     model, pairs = family("gpt2"), ragged(6)
     state = torch.random.get_rng_state()
-    arguments: dict[str, Any] = {"writers": ["a0.h0", "m1"], "batch": 2, "steps": 25}
+    arguments: dict[str, Any] = {"writers": ["a2.h0", "m3"], "batch": 2, "steps": 15}
     first, again, other = (optimal(model, pairs, seed=seed, **arguments) for seed in (1, 1, 2))
     assert torch.equal(torch.random.get_rng_state(), state)
     assert torch.equal(first.values, again.values)

@@ -2,8 +2,8 @@
 
     /path/to/python benchmarks/peers/auto_circuit_masks.py FOLDER      # a Python with `auto-circuit` and `transformer-lens` 2.x
 
-Its mask gradients: at mask 0 they are EAP at the clean run. (Its integrated gradients move all masks at once, which is another path
-than EAP-IG's.) Prompts are token ids; nothing is replaced.
+Its mask gradients: at mask 0 they are EAP at the clean run. (Its integrated gradients move all masks at once, which is another
+path than EAP-IG's.) Prompts are token ids; nothing is replaced.
 """
 
 from __future__ import annotations

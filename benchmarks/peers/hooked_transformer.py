@@ -7,8 +7,8 @@ Runs in a Python of its own, where mechkit is not: what it needs is in a folder 
 | `model.safetensors`, `config.json` | weights and `LlamaConfig` |
 | `run.json` | token ids of the pairs, `[right, wrong]` answers, the model's own metric on them, what to run, device, threads |
 
-Whoever reads it writes `figures.json` (seconds, version) and `values.json` there: by task, values by edge, in mechkit's sign (positive
-where the clean value supports the metric) and as means over the pairs. Keys and values are by query head here (`a9.h6<k>`).
+Whoever reads it writes `figures.json` (seconds, version) and `values.json` there: by task, values by edge, in mechkit's sign
+(positive where the clean value supports the metric) and as means over the pairs. Keys and values are by query head: `a9.h6<k>`.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def begin(folder: Path) -> tuple[Any, dict[str, Any]]:
 
 @torch.no_grad()
 def load(folder: Path, device: str) -> Any:
-    """Made by hand, as this model is not on TransformerLens 2's list (and for a folder it would take 10000 for the rotary base)."""
+    """Made by hand: the model is not on TransformerLens 2's list (and from a folder its rotary base would be taken for 10000)."""
     config = LlamaConfig(**json.loads((folder / "config.json").read_text()))
     plain = LlamaForCausalLM(config).eval()
     missing, unknown = plain.load_state_dict(load_file(folder / "model.safetensors"), strict=False)

@@ -7,7 +7,7 @@
 Two things make it fast, and neither changes the outcome. Below the reader at hand nothing has been removed yet, so that only the
 blocks from its layer on are run. And edges are tried in batches on the bet that all of them go: row j has the first j edges of
 the batch removed. Up to the first edge that has to stay these are the very runs that the one-by-one procedure makes; what comes
-after it is thrown away and tried again. The batch grows while the bet is won and shrinks when it is lost.
+after it is thrown away and tried again. The batch is as large as the odds allow.
 
 Conmy et al. 2023, https://arxiv.org/abs/2304.14997.
 """
@@ -32,6 +32,8 @@ from mechkit.prompts import PromptPairs
 from mechkit.result import Cost
 
 _FIRST_BATCH = 4
+_MEMORY = 0.9  # of a batch, by the next one
+_STAKE = 0.25  # batch size, as a share of the edges that go for each one that stays
 
 
 @torch.no_grad()
@@ -70,6 +72,8 @@ def acdc(
     """
     if not isinstance(threshold, int | float) or isinstance(threshold, bool) or not threshold >= 0:
         raise ValueError(f"threshold: expected a number of 0 or more, got {threshold!r}")
+    if not isinstance(pairs, PromptPairs):
+        raise ValueError(f"pairs: expected PromptPairs, whose two runs are compared; got {type(pairs).__name__}")
     if start is not None:
         start.check(model)
     measured = kl_divergence(pairs) if metric is None else as_metric(metric)
@@ -117,6 +121,7 @@ class _Search:
         self.growth: Float[Tensor, "writer reader"] = torch.full(graph.exists.shape, torch.nan)
         self.distance = float(self._distances(self.members[None], graph.n_layers if self.whole else 0)[0])
         self._size = _FIRST_BATCH
+        self._kept, self._decided = 0.0, 0.0  # edges that had to stay, of those tried lately
 
     def groups(self) -> Iterator[list[Edge]]:
         """Edges into readers that read the same stream, from the top down. None decides about another's component."""
@@ -156,7 +161,11 @@ class _Search:
             distances = self._distances(rows, some[0].reader.layer if self.whole else 0)
             decided = self._decide(where, distances)
             bar.update(decided)
-            self._size = 2 * self._size if decided == len(some) else max(1, decided)
+            kept = sum(bool(self.members[at]) for at in where[:decided])
+            self._kept, self._decided = _MEMORY * self._kept + kept, _MEMORY * self._decided + decided
+            # The bet is that none of the batch must stay; its odds are what was seen lately.
+            odds = self._decided / max(self._kept, 0.01)
+            self._size = max(1, min(int(_STAKE * odds), 2 * self._size))
             edges = edges[decided:]
 
     def _decide(self, where: list[tuple[int, int]], distances: list[float]) -> int:

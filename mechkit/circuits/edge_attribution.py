@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mechkit.attribution._cells import choose_positions
+from mechkit.attribution._cells import choose_indices, choose_positions
 from mechkit.attribution._nodes import AnyMetric, Chunk, Study, check_study
 from mechkit.attribution._paths import Rule, batches, quadrature
 from mechkit.attribution.attribution_patching import tapped
@@ -36,6 +36,7 @@ from mechkit.circuits._writings import HookPairs, Writings
 from mechkit.circuits.edge_scores import EdgeScores
 from mechkit.circuits.graph import Graph
 from mechkit.hooks import SITES, Budget, HookedModel, Parts, check_final_norm, frozen_parameters
+from mechkit.hooks._parts import CHECKED
 from mechkit.metrics import as_metric
 from mechkit.prompts import PromptPairs
 from mechkit.result import Cost
@@ -90,14 +91,12 @@ def edge_attribution(
     ask = _asked(steps, rule, path, gradient)
     study = edge_study(model, pairs, metric, direction, budget)
     graph, parts = Graph.of(model), Parts(model)
-    if path != "input" or gradient != "exact":  # else the sums of step 4 are checked in every call, which says the same
-        parts.check(study.base.tokens[0][None].to(model.device))
     scores = _Scores(graph, study, per_prompt, positions)
     errors = torch.full((len(pairs),), torch.nan, dtype=torch.float64)
     with frozen_parameters(model):
-        for chunk in study.chunks():
+        for i, chunk in enumerate(study.chunks()):
             work = _Work(chunk, parts, graph, scores, relp=gradient == "relp")
-            work.keep_runs(every_hidden=path == "activation")
+            work.keep_runs(every_hidden=path == "activation", check=i == 0)
             if path == "input":
                 errors[chunk.ids] = work.along_input(*ask).double().cpu()
             else:
@@ -145,6 +144,20 @@ def edge_study(
     return Study(model, base, source, *runs, pairs.positions, metric, {}, room, provenance)
 
 
+def chosen_positions(study: Study, positions: Sequence[Any] | None) -> tuple[Any, ...] | None:
+    """The positions where a writer's change counts: names, or indices from 0; `None` is everywhere."""
+    if positions is None:
+        return None
+    if isinstance(positions, str) or any(isinstance(at, str) for at in positions):
+        return tuple(choose_positions(study.named, positions))
+    if len(study.base.by_length()) > 1 and any(isinstance(at, int) and at < 0 for at in positions):
+        raise ValueError(
+            f"positions: an index from the end is another position in prompts of lengths {sorted(study.base.by_length())}; "
+            "expected indices from 0, or names"
+        )
+    return tuple(choose_indices("positions", positions, int(study.base.lengths.max())))
+
+
 class _Scores:
     """The scores so far, and from them the result."""
 
@@ -153,9 +166,7 @@ class _Scores:
         shape = (len(graph.writers), len(graph.readers), len(study.base) if per_prompt else 1)
         wide = study.values[study.base_is].dtype
         self.values = torch.zeros(shape, dtype=wide)
-        self.positions = positions
-        if positions is not None and any(isinstance(at, str) for at in positions):
-            self.positions = choose_positions(study.named, positions)
+        self.positions = chosen_positions(study, positions)
 
     def add(
         self, prompt: Int[Tensor, "prompt"], writers: slice, readers: slice, part: Float[Tensor, "prompt writer reader"]
@@ -178,8 +189,6 @@ class _Scores:
             chosen = torch.zeros_like(counts)
             for position in self.positions:
                 named = self.study.named[position][chunk.ids] if isinstance(position, str) else torch.tensor(position)
-                if isinstance(position, int) and not position >= 0:
-                    raise ValueError(f"positions: expected indices from 0 or names, got {position}")
                 chosen |= at == named.reshape(-1, 1)
             counts &= chosen
         return counts.to(chunk.everyone.device)
@@ -224,14 +233,24 @@ class _Work:
         self.counts = scores.counts(chunk)
 
     @torch.no_grad()
-    def keep_runs(self, every_hidden: bool) -> None:
-        """Both unedited runs, in one batch."""
+    def keep_runs(self, every_hidden: bool, check: bool) -> None:
+        """Both unedited runs, in one batch; and whether the attention is what its weights say."""
         chunk, study = self.chunk, self.chunk.study
         assert study.source_is is not None
         n = len(chunk.ids)
         both = Writings(self.parts)
+        first: dict[tuple[str, int], Tensor] = {}  # what the first prompt's attention did
+
+        def keep_first(activation: Tensor, hook: Any, key: tuple[str, int]) -> None:
+            first[key] = activation[:1].clone()
+
+        checked = [(kind, layer) for layer in range(self.model.n_layers if check else 0) for kind in CHECKED]
+        hooks = both.hooks(every_hidden=every_hidden)
+        hooks += [(SITES[kind].hook_name(layer), partial(keep_first, key=(kind, layer))) for kind, layer in checked]
         tokens = torch.cat([chunk.tokens[study.base_is], chunk.tokens[study.source_is]])
-        _, final = chunk.runs.forward(tokens, chunk.everyone.repeat(2), both.hooks(every_hidden=every_hidden))
+        _, final = chunk.runs.forward(tokens, chunk.everyone.repeat(2), hooks)
+        for layer in range(self.model.n_layers if check else 0):
+            self.parts.check_attention(layer, first)
         self.base, self.source = both.rows(slice(0, n)), both.rows(slice(n, None))
         self.final_change = final[n:] - final[:n]
         chunk.keep_unedited({study.base_is: final[:n], study.source_is: final[n:]})
@@ -247,9 +266,7 @@ class _Work:
             slope, layers, last = self._backward(row, hidden, 0, ())
             total = total.index_add(0, row, ((change[row] * slope).flatten(1).sum(1) * weight).to(total))
             mean.add(row, weight, layers, last)
-        of_embedding = mean.contract()
-        if self.scores.positions is None:
-            self._check_covered(of_embedding, total)
+        self._check_covered(mean.contract(), total)
         values = self.chunk.study.values
         gap = (values[str(self.chunk.study.source_is)] - values[self.chunk.study.base_is])[self.chunk.ids]
         return total - gap.to(total)
@@ -258,16 +275,23 @@ class _Work:
         """The changes of all writers add up to that of the final stream: else a writer is missing in the graph."""
         expected = self.final_change[:, where]
         error, size = float((changes.sum(1) - expected).abs().max()), float(expected.abs().max())
-        if error > _COVERED[self.model.dtype] * max(size, float(changes.abs().max()), 1e-6):
+        if not error <= _COVERED[self.model.dtype] * max(size, float(changes.abs().max()), 1e-6):
             raise ValueError(
                 f"model: embedding, heads and MLPs do not add up to the residual stream of {self.model.name} "
                 f"({self.model.cfg.architecture}): off by {error:.1e} of {size:.1e}, so that its edges are not known"
             )
 
     def _check_covered(self, of_embedding: Float[Tensor, "prompt"], total: Float[Tensor, "prompt"]) -> None:
-        """What the embedding adds through all of its edges is what it adds at all: else a reader is missing in the graph."""
+        """What the embedding adds through all of its edges is what it adds at all: else a reader is missing in the graph.
+        (Where only some positions count, the sum says nothing.)"""
+        if not bool(torch.isfinite(total).all()):
+            raise ValueError(
+                f"metric: expected a finite gradient, got NaN or inf from {self.chunk.study.metric.name!r} for prompts "
+                f"{self.chunk.ids[~torch.isfinite(total).cpu()].tolist()[:5]}"
+            )
         error, size = float((of_embedding - total).abs().max()), float(of_embedding.abs().max())
-        if not self.relp and error > _COVERED[self.model.dtype] * max(size, float(total.abs().max()), 1e-6):
+        sums = not self.relp and self.scores.positions is None
+        if sums and not error <= _COVERED[self.model.dtype] * max(size, float(total.abs().max()), 1e-6):
             raise ValueError(
                 f"model: the scores of the embedding's edges add up to something else than the whole gradient says (off by "
                 f"{error:.1e} of {size:.1e}): something besides heads and MLPs reads the residual stream of {self.model.name} "

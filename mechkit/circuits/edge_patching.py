@@ -25,15 +25,15 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mechkit.attribution._cells import choose_positions
 from mechkit.attribution._nodes import AnyMetric, Study
 from mechkit.circuits._provenance import circuit_provenance
 from mechkit.circuits._reads import Changes, needed_sites, stream
 from mechkit.circuits.circuit import Circuit
-from mechkit.circuits.edge_attribution import edge_study
+from mechkit.circuits.edge_attribution import chosen_positions, edge_study
 from mechkit.circuits.edge_scores import EdgeScores, ScoredEdge
 from mechkit.circuits.graph import Edge, Graph, Reader, Writer
 from mechkit.hooks import Cell, Derived, Edit, HookedModel, Parts, Run, sweep
+from mechkit.hooks._precision import TOLERANCE
 from mechkit.prompts import PromptPairs
 from mechkit.result import Cost
 
@@ -78,10 +78,11 @@ def edge_patching(
     study = edge_study(model, pairs, metric, direction, budget)
     graph, parts = Graph.of(model), Parts(model)
     wanted = chosen_edges(graph, model, edges)
-    if positions is not None and any(isinstance(at, str) for at in positions):
-        positions = choose_positions(study.named, positions)
+    where = chosen_positions(study, positions)
+    if checkpoint is not None and not Path(checkpoint).absolute().parent.is_dir():
+        raise ValueError(f"checkpoint: there is no folder {str(Path(checkpoint).absolute().parent)!r} to write it into")
     parts.check(study.base.tokens[0][None].to(model.device))
-    work = _Work(study, graph, parts, positions, per_prompt)
+    work = _Work(study, graph, parts, where, per_prompt)
     saved = None if checkpoint is None else _Checkpoint(Path(checkpoint), work)
     todo = [edge for edge in wanted if saved is None or not saved.has(edge)]
     with tqdm(total=len(wanted), initial=len(wanted) - len(todo), disable=not progress, unit="edge", delay=2) as bar:
@@ -92,7 +93,7 @@ def edge_patching(
                 saved.save()
     if saved is not None:
         saved.save()
-    return work.result()
+    return work.result(wanted)
 
 
 def chosen_edges(
@@ -105,7 +106,12 @@ def chosen_edges(
         raise ValueError(f"edges: expected a list of edges, got {edges!r}; write edges=[{edges!r}]")
     if isinstance(edges, Circuit):
         edges.check(model)
+        if not len(edges):
+            raise ValueError("edges: expected at least one edge, got a circuit without any")
         return sorted(edges, key=lambda edge: graph.index(edge)[::-1])
+    edges = list(edges)
+    if odd := [edge for edge in edges if not isinstance(edge, str | Edge | ScoredEdge)]:
+        raise ValueError(f"edges: expected edges or their names, got {odd[0]!r}")
     found = [graph.edge(edge if isinstance(edge, str) else edge.name) for edge in edges]
     if not found:
         raise ValueError("edges: expected at least one edge, got none")
@@ -197,21 +203,24 @@ class _Work:
         at, chosen = torch.arange(tokens.shape[1], device=tokens.device), torch.zeros_like(counts)
         for position in self.positions:
             named = self.study.named[position][ids] if isinstance(position, str) else torch.tensor([position])
-            if int(named.min()) < 0:
-                raise ValueError(f"positions: expected indices from 0 or names, got {position}")
             chosen |= at == named.reshape(-1, 1).to(at.device)
         return counts & chosen
 
-    def result(self) -> EdgeScores:
-        study = self.study
+    def result(self, wanted: Sequence[Edge] | None = None) -> EdgeScores:
+        """Of the wanted edges, or of all that were computed."""
+        study, values = self.study, self.values
+        if wanted is not None:
+            where = torch.tensor([self.graph.index(edge) for edge in wanted])
+            values = torch.full_like(self.values, torch.nan)
+            values[where[:, 0], where[:, 1]] = self.values[where[:, 0], where[:, 1]]
         return EdgeScores.of(
             self.graph,
-            self.values if self.per_prompt else self.values[..., 0],
+            values if self.per_prompt else values[..., 0],
             baseline=study.values,
             metric=study.metric.name,
             unit=study.metric.unit,
             provenance=self.provenance(),
-            cost=Cost(self.tokens, self.naive),
+            cost=Cost(self.tokens, self.naive) if self.tokens else None,
             prompts=self.per_prompt,
         )
 
@@ -220,8 +229,18 @@ class _Work:
         prompts = study.base if study.base_is == "clean" else study.source
         assert prompts is not None
         positions = None if self.positions is None else list(self.positions)
+        corrupted = study.source if study.base_is == "clean" else study.base
+        assert corrupted is not None
         return circuit_provenance(
-            study.model, prompts, technique="edge patching", replay=self.how, **study.provenance, positions=positions
+            study.model,
+            prompts,
+            technique="edge patching",
+            replay=self.how,
+            corrupted_hash=corrupted.hash(),
+            metric=study.metric.name,
+            **study.provenance,
+            positions=positions,
+            positions_at=[study.named[at].tolist() if isinstance(at, str) else at for at in positions or ()],
         )
 
 
@@ -295,11 +314,29 @@ class _Checkpoint:
                     f"checkpoint: {path} is of another study: its {key} is {theirs.get(key)!r}, here it is {ours.get(key)!r}. "
                     "Give another file, or delete it"
                 )
-        values = saved.per_prompt if work.per_prompt else saved.values[..., None]
-        if values.shape != work.values.shape:
-            raise ValueError(f"checkpoint: {path} is of another study: other prompts, or another choice of per_prompt")
-        work.values = values.to(work.values)
-        work.study.values.update({run: value.clone() for run, value in saved.baseline.items()})
+        if ("prompt" in saved.result.dims) != work.per_prompt:
+            raise ValueError(
+                f"checkpoint: {path} was written with per_prompt={not work.per_prompt}; give the same, or another file"
+            )
+        values = (saved.result.values if work.per_prompt else saved.values[..., None]).to(work.values)
+        self._same_numbers(saved, values)
+        work.values = values
+
+    def _same_numbers(self, saved: EdgeScores, values: Tensor) -> None:
+        """Computes a few of the saved edges again: what a metric reads shows in its numbers alone."""
+        edges = saved.edges
+        some = [edges[i] for i in sorted({0, len(edges) // 2, len(edges) - 1})]
+        self.work.patch(some)
+        study, graph = self.work.study, self.work.graph
+        pairs = [(study.values[run], saved.baseline[run]) for run in study.values]
+        pairs += [(self.work.values[graph.index(edge)], values[graph.index(edge)]) for edge in some]
+        scale = max(1e-6, *(float(value.abs().max()) for value in study.values.values()))
+        error = max(float((ours.to(theirs) - theirs).abs().max()) for ours, theirs in pairs)
+        if not error <= 10 * TOLERANCE[study.model.dtype] * scale:
+            raise ValueError(
+                f"checkpoint: {self.path} is of another study: its numbers differ by {error:.1e} from those of this metric. Give "
+                "another file, or delete it"
+            )
 
     def has(self, edge: Edge) -> bool:
         return not bool(self.work.values[self.work.graph.index(edge)].isnan().any())

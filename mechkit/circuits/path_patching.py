@@ -27,7 +27,7 @@ from mechkit.attribution._cells import choose_indices, choose_positions, positio
 from mechkit.attribution._nodes import AnyMetric, Study
 from mechkit.circuits._provenance import circuit_provenance
 from mechkit.circuits._reads import Changes, needed_sites, stream
-from mechkit.circuits.edge_attribution import edge_study
+from mechkit.circuits.edge_attribution import chosen_positions, edge_study
 from mechkit.circuits.graph import Graph, Reader, Writer
 from mechkit.hooks import Cell, Derived, Edit, HookedModel, Parts, Run, sweep
 from mechkit.prompts import PromptPairs
@@ -155,7 +155,7 @@ class _Plan:
             writers = [graph.writer(name) for name in senders]
             if not writers or len(set(writers)) != len(writers):
                 raise ValueError(f"senders: expected at least one, each once; got {list(senders)}")
-            everywhere = _positions(study, positions)
+            everywhere = chosen_positions(study, positions)
             return cls([(w, everywhere) for w in writers], {"sender": tuple(w.name for w in writers)})
         dims = senders.split()
         place = dims[-1] if dims and dims[-1] in ("pos", "position") else None
@@ -173,7 +173,7 @@ class _Plan:
         if heads:
             coords["head"] = tuple(range(graph.n_heads))
         if place is None:
-            everywhere = _positions(study, positions)
+            everywhere = chosen_positions(study, positions)
             return cls([(w, everywhere) for w in writers], coords)
         if place == "pos":
             where: list[Any] = choose_indices("positions", positions, int(study.base.lengths.max()))
@@ -182,14 +182,6 @@ class _Plan:
             where = choose_positions(study.named, positions)
             coords["position"] = tuple(where)
         return cls([(w, (at,)) for w in writers for at in where], coords)
-
-
-def _positions(study: Study, positions: Sequence[Any] | None) -> tuple[Any, ...] | None:
-    if positions is None:
-        return None
-    if any(isinstance(at, str) for at in positions):
-        return tuple(choose_positions(study.named, positions))
-    return tuple(choose_indices("positions", positions, int(study.base.lengths.max())))
 
 
 def _cell(graph: Graph, receivers: Sequence[Reader], writer: Writer, variant: int) -> Cell:

@@ -11,6 +11,7 @@ Nothing is presumed: `check` holds every piece against a recorded run, and refus
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -18,12 +19,20 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechkit.hooks._norms import TOLERANCE, FrozenNorm
-from mechkit.hooks._replay import Run, record
+from mechkit.hooks._replay import record
 
 if TYPE_CHECKING:
     from mechkit.hooks._model import HookedModel
 
 Projection = Literal["q", "k", "v"]
+CHECKED = (
+    "resid_pre",
+    "q",
+    "k",
+    "v",
+    "z",
+    "attn_out",
+)  # the activations that tell whether attention is what it is taken for
 
 
 class Parts:
@@ -106,18 +115,26 @@ class Parts:
         layers = range(self.model.n_layers)
         run = record(self.model, tokens, [(kind, layer) for layer in layers for kind in kinds], blocks=False)
         for layer in layers:
-            self._check_layer(run, layer)
+            self.check_attention(layer, run.sites)
+            self._check_rest(layer, run.sites)
 
-    def _check_layer(self, run: Run, layer: int) -> None:
-        sites = {kind: activation for (kind, at), activation in run.sites.items() if at == layer}
+    @torch.no_grad()
+    def check_attention(self, layer: int, activations: Mapping[tuple[str, int], Tensor]) -> None:
+        """The same for one layer's queries, keys, values and heads, from recorded `CHECKED` activations."""
+        sites = {kind: activations[kind, layer] for kind in CHECKED}
         x, width = sites["resid_pre"], self.model.d_head
         normed = self.attention_input(layer, x)
-        for which in ("q", "k", "v"):
+        projections: tuple[Projection, ...] = ("q", "k", "v")
+        for which in projections:
             found = self.project(layer, which, normed)
             self._equal(f"{which} of layer {layer}", found.reshape(sites[which].shape), sites[which])
         z = sites["z"].reshape(*x.shape[:-1], -1, width)
-        nothing = self.heads(layer, z).sum(-2) + self._written_by_bias(layer, z)
-        self._equal(f"the heads' outputs of layer {layer}", nothing, sites["attn_out"])
+        written = self.heads(layer, z).sum(-2) + self._written_by_bias(layer, z)
+        self._equal(f"the heads' outputs of layer {layer}", written, sites["attn_out"])
+
+    def _check_rest(self, layer: int, activations: Mapping[tuple[str, int], Tensor]) -> None:
+        sites = {kind: activation for (kind, at), activation in activations.items() if at == layer}
+        x = sites["resid_pre"]
         added = sites["attn_out"]
         if self.has_mlp:
             self._equal(
