@@ -22,10 +22,10 @@ minus wrong).
 | `MHA-circuit` | the metric of the circuit of the `--candidates` best edges | TransformerLens's `faithfulness` |
 
 The other packages want TransformerLens 2, which cannot be where mechkit is: each is named by a Python that has it, and
-`benchmarks/peers/` runs there. They split keys and values by query head (123,211 edges of SmolLM2 rather than 70,651): their scores
-are summed over the heads that share one. TransformerLens 4.3 has no edges on models whose heads share keys and values, no
-integrated gradients, and no exact sweep over all edges; its `attribution_patch` and `faithfulness` take one pair a call and tell
-positions apart (summed here), and `faithfulness` runs again for each class of edges.
+`benchmarks/peers/` runs there. They split keys and values by query head (123,211 edges of SmolLM2 rather than 70,651): their
+scores are summed over the heads that share one. TransformerLens 4.3 has no edges on models whose heads share keys and values,
+no integrated gradients, and no exact sweep over all edges; its `attribution_patch` and `faithfulness` take one pair a call and
+tell positions apart (summed here), and `faithfulness` runs again for each class of edges.
 
 Seconds are the best of `--repeats` runs (`--peer-repeats` for the others); `cpu_seconds` (in the JSON) are the process's own, of
 all threads, for a machine that is shared. `exact` is compared by the edge. Memory is the most that the process held beyond what

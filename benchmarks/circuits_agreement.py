@@ -3,9 +3,10 @@
     python benchmarks/circuits.py --exact-all exact.safetensors [--direction noise]      # may be stopped and called again
     python benchmarks/circuits.py --agreement --exact exact.safetensors [another.safetensors …]
 
-The same pairs and metric as in the exact effects, whose direction is read off the file: "denoise" puts one edge's clean value into
-the corrupted run, "noise" its corrupted value into the clean one. Scores and effects are means over the pairs. "Top" are the
-`TOP` edges whose exact effects are furthest from 0; the last column but one says how many of them are among the estimate's own.
+The same pairs and metric as in the exact effects, whose direction is read off the file: "denoise" puts one edge's clean value
+into the corrupted run, "noise" its corrupted value into the clean one. Scores and effects are means over the pairs. "Top" are
+the `TOP` edges whose exact effects are furthest from 0; the last column but one says how many of them are among the estimate's
+own.
 """
 
 from __future__ import annotations

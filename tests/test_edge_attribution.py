@@ -465,7 +465,7 @@ def test_metrics_without_a_usable_gradient(make: Callable[[mk.PromptPairs], mk.M
         ({"direction": "both"}, "direction: expected 'denoise' or 'noise'"),
         ({"positions": ["S9"]}, "positions: expected names"),
         ({"positions": "END"}, "positions: expected a list"),
-        ({"positions": [-1]}, "positions: expected indices from 0"),
+        ({"positions": [-1]}, "positions: an index from the end"),
         ({"positions": [7]}, "positions: expected"),  # no prompt has one: a typing error would score 0
         ({"positions": [1.5]}, "positions: expected"),
         ({"positions": []}, "positions: expected"),

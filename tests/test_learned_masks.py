@@ -141,7 +141,10 @@ def test_metric_objective_and_target() -> None:
     assert price.max() > 5e-4
     assert (price > 0).all()
     larger = learn_mask(known.model, known.pairs, target=20, steps=100, progress=False)
-    assert larger.history.sel(quantity="expected open").values[-1] == pytest.approx(20, rel=0.2)
+    n_open = larger.history.sel(quantity="expected open").values
+    assert truth.n_edges - 0.1 < n_open[-1] < 21  # at most the target: what is not needed may close
+    assert truth <= larger.circuit(threshold=0.5, prune=False)
+    assert larger.history.sel(quantity="penalty").values.max() <= 10 / 20
 
 
 # -- gradients and gates in between ------------------------------------------------------------------------------------

@@ -190,7 +190,7 @@ def test_other_prompts_values_do_more_harm_and_a_partners_may_do_less() -> None:
     average it does no less harm than the best one. A partner's value at the same position may know all that matters."""
     known = linear(8)
     model, pairs = known.model, known.pairs
-    found = optimal(model, pairs, writers=["a0.h1"], steps=60)
+    found = optimal(model, pairs, writers=["a0.h1"], steps=30)
     least = float(mean_losses(found)["optimal"])
     generator, drawn = torch.Generator().manual_seed(0), []
     w_o = model.bridge.blocks[0].attn.W_O[1].detach()
@@ -200,18 +200,11 @@ def test_other_prompts_values_do_more_harm_and_a_partners_may_do_less() -> None:
         constant = cache["z", 0][0, int(torch.randint(6, (1,), generator=generator)), 1] @ w_o
         drawn.append(_kl(model, pairs, "a0.h1", constant))
     assert sum(drawn) / len(drawn) > least
-    halves = mk.zoo.induction(
-        4, n_tokens=6
-    )  # its first head knows what came before each token, and that hardly changes
-    constants = optimal(halves.model, halves.pairs, writers=["a0.h0"], steps=20)
-    keep_all_but = Graph.of(halves.model).exists.clone()
-    keep_all_but[1] = False
-    resampled = Evaluator(halves.model, halves.pairs, mk.kl_divergence(halves.pairs)).evaluate(keep_all_but[None])
-    assert float(mean_losses(constants)["optimal"]) > 0.5
-    assert resampled.mean() > 0.5  # both do harm here
-    same = mk.PromptPairs.from_tokens(halves.pairs.clean, halves.pairs.clean, list(halves.pairs.answers))
-    nothing = Evaluator(halves.model, same, mk.kl_divergence(same)).evaluate(keep_all_but[None])
-    assert nothing.abs().max() < 1e-12  # a partner that agrees does none
+    without = Graph.of(model).exists.clone()
+    without[Graph.of(model).writer_index["a0.h1"]] = False
+    agreeing = mk.PromptPairs.from_tokens(pairs.clean, pairs.clean, list(pairs.answers))
+    resampled = Evaluator(model, agreeing, mk.kl_divergence(agreeing)).evaluate(without[None])
+    assert resampled.abs().max() < 1e-10 < least
 
 
 def _kl(model: mk.HookedModel, pairs: mk.PromptPairs, writer: str, constant: Tensor) -> float:

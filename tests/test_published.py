@@ -46,5 +46,17 @@ def test_name_movers_and_negative_name_movers(gpt2, pairs):
     assert all(strongest[label] < 0 for label in NEGATIVE_NAME_MOVERS & set(strongest))
 
 
+def test_path_patching_to_the_logits(gpt2):
+    """Wang et al. 2022, figure 3b: name movers write the answer directly, negative ones against it."""
+    pairs = mk.tasks.ioi(gpt2, n=24, seed=0)
+    paths = mk.path_patching(
+        gpt2, pairs, mk.logit_diff(pairs), receivers=["logits"], freeze="heads", direction="noise", progress=False
+    )
+    effects = {cell.label: cell.effect for cell in paths.top(8)}
+    assert all(effects.get(label, 0) < 0 for label in NAME_MOVERS & set(effects))
+    assert all(effects.get(label, 0) > 0 for label in NEGATIVE_NAME_MOVERS & set(effects))
+    assert {"L9H9", "L10H7"} <= set(effects)
+
+
 def test_validates(gpt2):
     assert gpt2.validate().logits < 1e-4

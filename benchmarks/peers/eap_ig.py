@@ -3,8 +3,8 @@
     /path/to/python benchmarks/peers/eap_ig.py FOLDER      # a Python with `eap` and `transformer-lens` 2.x
 
 EAP at the clean run; EAP-IG on inputs, whose points have clean parts 0, 1/n, … (n-1)/n; gradients at both ends; and the exact
-effects of some edges, one removed at a time from the whole graph. The package's sign is corrupted minus clean: turned around here.
-It divides by the number of examples whatever the metric does, so that the metric that it is given is a sum over them.
+effects of some edges, one removed at a time from the whole graph. The package's sign is corrupted minus clean: turned around
+here. It divides by the number of examples whatever the metric does, so that the metric that it is given is a sum over them.
 """
 
 from __future__ import annotations

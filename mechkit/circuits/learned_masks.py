@@ -16,7 +16,8 @@
    `loss(0)` is its mean over the training prompts with everything ablated: 1 means as bad as no circuit at all. So the penalty is
    the price of a gate: the share of what there is to lose that it must save.
 4. With a `target` only the open gates above what is wanted have a price, which changes in every step by a factor (expected open
-   gates / wanted)^0.1. What is wanted goes down from all gates to the target geometrically in the first half of the steps.
+   gates / wanted)^0.1. What is wanted goes down from all gates to the target geometrically in the first half of the steps. At a
+   price of 1 / target no more than that can pay; so it never exceeds ten times that (more than needed, since it saves steps).
 5. After training nothing is drawn: z_e = min(1, max(0, 1.2 sigmoid(log a_e) - 0.1)).
 
 Every row of a minibatch has gates of its own draw, which makes the gradient less noisy at no cost. All draws come from one seed.
@@ -57,7 +58,7 @@ from mechkit.result import Cost, Result
 ObjectiveName = Literal["kl", "metric"]
 LOW, HIGH = -0.1, 1.1  # the hard concrete's stretch
 START = 3.0  # log a of every gate at the start: nine in ten are wide open
-ASCENT = 0.1  # how fast a target changes the price
+ASCENT, DEAREST = 0.1, 10.0  # how fast a target changes the price, and how far, in units of 1 / target
 QUANTITIES = ("loss", "expected open", "penalty")
 
 
@@ -106,8 +107,7 @@ class LearnedMask:
             raise ValueError(
                 f"n_edges: expected None, since a node's edges share a gate; give threshold=, got {n_edges!r}"
             )
-        if n_edges is None and threshold is None:
-            threshold = 0.5
+        threshold = 0.5 if n_edges is None and threshold is None else threshold
         if threshold is not None and not 0 < threshold <= 1:
             raise ValueError(f"threshold: expected a probability above 0 and at most 1, got {threshold!r}")
         return Circuit.from_scores(self.scores, threshold=threshold, n_edges=n_edges, prune=prune)
@@ -296,10 +296,10 @@ def _train(task: Objective, gates: _Gates, settings: Settings, progress: bool) -
             history[:, step] = torch.tensor([loss, n_open.item(), penalty], dtype=history.dtype)
             adam.zero_grad()
             drawn.backward(slope / (batch * scale))
-            wanted = 0.0 if gates.target is None else gates.wanted(step / steps)
+            wanted = 0.0 if settings.target is None else gates.wanted(step / steps)
             (penalty * (n_open - wanted).relu()).backward()
-            if wanted:
-                penalty *= (n_open.item() / wanted) ** ASCENT
+            if settings.target is not None:
+                penalty = min(penalty * (n_open.item() / wanted) ** ASCENT, DEAREST / settings.target)
             adam.step()
             bar.update()
             bar.set_postfix_str(f"loss {loss:.3f}, {n_open.item():.0f} open", refresh=False)
