@@ -13,9 +13,9 @@ from mechkit.circuits.edge_patching import edge_patching as edge_patching
 from mechkit.circuits.edge_scores import EdgeScores as EdgeScores
 from mechkit.circuits.edge_scores import ScoredEdge as ScoredEdge
 from mechkit.circuits.evaluation import CircuitReport as CircuitReport
-from mechkit.circuits.evaluation import FaithfulnessCurve as FaithfulnessCurve
 from mechkit.circuits.evaluation import evaluate_circuit as evaluate_circuit
-from mechkit.circuits.evaluation import faithfulness_curve as faithfulness_curve
+from mechkit.circuits.faithfulness import FaithfulnessCurve as FaithfulnessCurve
+from mechkit.circuits.faithfulness import faithfulness_curve as faithfulness_curve
 from mechkit.circuits.find_circuit import FoundCircuit as FoundCircuit
 from mechkit.circuits.find_circuit import find_circuit as find_circuit
 from mechkit.circuits.graph import Edge as Edge

@@ -39,6 +39,7 @@ from mechkit.result import Cost
 
 KEY = "edge"  # the key of the values that are written
 SAVE_EVERY = 30.0  # seconds
+ROWS = 4096  # edges times prompts that are swept together
 
 
 @torch.no_grad()
@@ -134,7 +135,7 @@ class _Work:
         self.values = torch.full((len(graph.writers), len(graph.readers), n), torch.nan, dtype=wide)
 
     def batches(self, edges: Sequence[Edge]) -> Iterator[list[Edge]]:
-        """Edges whose values fit into a quarter of the budget together."""
+        """Edges whose values fit into a quarter of the budget, and not so many that progress is seldom seen and saved."""
         model, n_tokens = self.study.model, int(self.study.base.lengths.sum())
         room = self.study.budget.bytes // 2
         item = torch.empty((), dtype=model.dtype).element_size()
@@ -145,7 +146,7 @@ class _Work:
             variant = _variant(edge)
             if variant not in seen:
                 needs = n_tokens * item * (attention if edge.reader.kind in "qkv" else 2 * model.d_model)
-                if some and needs > room:
+                if some and (needs > room or len(some) * len(self.study.base) >= ROWS):
                     yield some
                     some, seen, room = [], set(), self.study.budget.bytes // 2
                 room -= needs

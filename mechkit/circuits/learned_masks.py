@@ -237,7 +237,7 @@ def metric_maker(
     whole = maker(pairs) if callable(maker) else maker
     if not isinstance(whole, Metric):
         raise ValueError(
-            f"metric: expected a Metric, or a function of pairs that makes one, such as mk.logit_diff; got {metric!r}"
+            f"metric: expected a Metric, or what makes one of pairs, such as mk.logit_diff; got {metric!r}"
         )
     if whole.n_prompts != len(pairs):
         raise ValueError(f"metric: it was made for {whole.n_prompts} prompts, but there are {len(pairs)}")
