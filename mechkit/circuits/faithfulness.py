@@ -2,8 +2,8 @@
 
 1. Score all edges, on one part of the pairs where a method is given, or beforehand.
 2. For each share of the graph's edges: the circuit of the best so many, without dead ends.
-3. Run all of these circuits, and random ones, with everything else ablated, in batches: on the pairs that were held out, and on the
-   others.
+3. Run all of these circuits, and random ones, with everything else ablated, in batches: on the pairs that were held out, and on
+   the others.
 
 Areas under the curve: Mueller et al. 2025 (MIB), https://arxiv.org/abs/2504.13151.
 """
