@@ -45,7 +45,7 @@ def acdc(
     threshold: float,
     start: Circuit | None = None,
     ablation: Ablation | Constants = "resample",
-    prune: bool = True,
+    prune: bool | None = None,
     budget: int | None = None,
     progress: bool = True,
 ) -> Circuit:
@@ -59,7 +59,8 @@ def acdc(
         threshold: How much the distance may grow with each edge, in the metric's unit (or nats); at least 0.
         start: Edges to begin with, such as another method's circuit that is to be thinned out. Default: all.
         ablation: What a reader sees of a removed edge: see `evaluate_circuit`.
-        prune: Whether to drop dead ends at the end (edges that carry no difference, because nothing reaches their writer).
+        prune: Whether to drop dead ends at the end. Default: if ablated values are resampled, since then they carry nothing (a
+            component that nothing feeds writes its ablated value); with other values they may.
         budget: Bytes of working memory; default half of what the device has free (1 GiB on a CPU).
         progress: Whether to show a progress bar.
 
@@ -107,7 +108,7 @@ def acdc(
             naive_block_tokens=cost.naive_block_tokens,
         ),
     )
-    return circuit.pruned() if prune else circuit
+    return circuit.pruned() if (ablation == "resample" if prune is None else prune) else circuit
 
 
 class _Search:
