@@ -247,6 +247,8 @@ def print_table(report: dict[str, Any]) -> None:
                 for key, form in (("correlation", ".6f"), ("largest_difference", ".1e"), ("largest_value", ".2g"))
             )
             cells = [f"{found[key]:{form}}" if key in found else "" for key, form in agreement]
+            if found.get("only_there"):
+                cells[0] += f" ({found['only_there']} edges that mechkit has not)"
             cells = [f"{ratio:.1f}" if ratio else "", *cells, f"{found['peak_memory_gb']:.2f}"]
             print(f"| {task} | {found.get('edges', '')} | {name} | {found['seconds']:.2f} | {' | '.join(cells)} |")
     for library, figures in report["libraries"].items():

@@ -92,12 +92,11 @@ def read(mk: Any, path: Path, pairs: Any) -> Any:
 
 
 def correlations(mk: Any, scores: Any, exact: Any) -> dict[str, float]:
-    order = exact.values.abs().nan_to_num(-1).flatten().argsort(descending=True)[:TOP]
-    top = torch.zeros(exact.values.numel(), dtype=torch.bool)
-    top[order] = True
+    """Over the edges that have an exact effect, and over the `TOP` of them."""
+    top = largest(exact.values, ~exact.values.isnan())
     some = mk.EdgeScores.of(
         exact.graph,
-        exact.values.masked_fill(~top.reshape(exact.values.shape), torch.nan),
+        exact.values.masked_fill(~top, torch.nan),
         baseline=exact.baseline,
         metric=exact.metric,
         unit=exact.unit,
@@ -107,8 +106,15 @@ def correlations(mk: Any, scores: Any, exact: Any) -> dict[str, float]:
     methods = ("pearson", "spearman")
     found = {method: scores.correlation(exact, method=method) for method in methods}
     found |= {f"{method}_top": scores.correlation(some, method=method) for method in methods}
-    own = {edge.name for edge in scores.top(len(order))}
-    return found | {"top_found": len(own & {edge.name for edge in exact.top(len(order))}) / len(order)}
+    return found | {"top_found": float((top & largest(scores.values, ~exact.values.isnan())).sum() / top.sum())}
+
+
+def largest(values: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
+    """Which are the `TOP` furthest from 0."""
+    size = values.abs().masked_fill(~among, -1).flatten()
+    chosen = torch.zeros(values.numel(), dtype=torch.bool)
+    chosen[size.argsort(descending=True, stable=True)[:TOP]] = True
+    return chosen.reshape(values.shape) & among
 
 
 def print_tables(args: argparse.Namespace, found: dict[str, Any]) -> None:

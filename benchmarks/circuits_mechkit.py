@@ -30,7 +30,7 @@ def with_mechkit(args: argparse.Namespace) -> dict[str, Work]:
     sampled = even(list(graph.edges), args.edges)
     queries = [f"a0.h0->a{layer}.h{head}<q>" for layer in range(1, mha.n_layers) for head in range(mha.n_heads)]
     scores = mk.edge_attribution(model, pairs, metric, **ig, per_prompt=False)
-    best = mk.Circuit.from_scores(scores, n_edges=args.candidates)
+    best = best_edges(mk, scores, args.candidates)
     circuit = mha_circuit(mk, mha, mha_pairs, args.candidates)
 
     def eap(**options: Any) -> Work:
@@ -104,7 +104,12 @@ def random_model(args: argparse.Namespace, pairs: Any, **shape: int) -> tuple[An
 
 def mha_circuit(mk: Any, model: Any, pairs: Any, n_edges: int) -> Any:
     scores = mk.edge_attribution(model, pairs, mk.logit_diff(pairs), steps=1, per_prompt=False)
-    return mk.Circuit.from_scores(scores, n_edges=n_edges)
+    return best_edges(mk, scores, n_edges)
+
+
+def best_edges(mk: Any, scores: Any, n_edges: int) -> Any:
+    """The best edges less dead ends: fewer than `n_edges`."""
+    return mk.Circuit.from_scores(scores, n_edges=min(n_edges, scores.graph.n_edges))
 
 
 def of_scores(scores: Any) -> tuple[Figures, Values]:

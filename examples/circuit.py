@@ -53,7 +53,10 @@ def main() -> None:
     found.circuit.to_json(args.out / "circuit.json")
     found.report.to_dataframe().to_csv(args.out / "circuit_runs.csv", index=False)
     print("wrote", args.out / "circuit.md")
-    for name, figure in (("circuit.html", mk.plot.circuit(found.circuit, max_edges=80)), ("curve.html", curve.plot())):
+    for name, figure in (
+        ("circuit.html", mk.plot.circuit(found.circuit, max_edges=80)),
+        ("curve.html", mk.plot.curve(curve)),
+    ):
         print("wrote", mk.plot.write_html(figure, args.out / name))
     print(f"{time.perf_counter() - began:.0f} s in all")
 
@@ -91,11 +94,13 @@ def describe(found: mk.circuits.FoundCircuit, curve: mk.FaithfulnessCurve) -> st
         "| --- | ---: |",
         *(f"| {name} | {change:+.3f} |" for name, change in list(report.minimality.items())[:10]),
         "",
-        "| edges kept | faithfulness | random |",
-        "| ---: | ---: | ---: |",
+        "| edges chosen | without dead ends | faithfulness | random |",
+        "| ---: | ---: | ---: | ---: |",
         *(
-            f"| {n:,} | {f:.3f} | {r:.3f} |"
-            for n, f, r in zip(curve.n_edges, curve.faithfulness, curve.random_faithfulness, strict=True)
+            f"| {n:,} | {kept:,} | {f:.3f} | {r:.3f} |"
+            for n, kept, f, r in zip(
+                curve.n_edges, curve.kept, curve.faithfulness, curve.random_faithfulness, strict=True
+            )
         ),
         "",
     ]

@@ -45,6 +45,8 @@ from mechkit.circuits import edge_patching as edge_patching
 from mechkit.circuits import evaluate_circuit as evaluate_circuit
 from mechkit.circuits import faithfulness_curve as faithfulness_curve
 from mechkit.circuits import find_circuit as find_circuit
+from mechkit.circuits import learn_mask as learn_mask
+from mechkit.circuits import optimal_ablation as optimal_ablation
 from mechkit.circuits import path_patching as path_patching
 from mechkit.hooks import SITES as SITES
 from mechkit.hooks import ActivationCache as ActivationCache

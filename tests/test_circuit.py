@@ -277,7 +277,11 @@ def test_operations_keep_what_both_share() -> None:
     first = Circuit.from_scores(rounded(SMALL), n_edges=5)
     second = dataclasses.replace(Circuit.from_scores(rounded(SMALL, 1), n_edges=5), task="greater-than")
     both = first | second
-    assert (both.model, both.weights_hash, both.task) == ("tiny", "abc", "")
+    assert (both.model, both.weights_hash, both.task) == ("tiny", "abc", f"{first.task} and greater-than")
+    unknown = dataclasses.replace(first, model="", weights_hash="")
+    assert (unknown & second).weights_hash == "abc"
+    with pytest.raises(ValueError, match="circuits of one model"):
+        first | dataclasses.replace(second, weights_hash="def")
     assert both.provenance["operation"] == "|"
     assert both.scores is not None
     assert both.scores[SMALL.exists].equal(first.scores[SMALL.exists])

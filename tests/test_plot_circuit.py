@@ -131,14 +131,14 @@ def test_legend_names_what_is_in_the_picture() -> None:
     circuit = Circuit.from_scores(scores(SMALL), n_edges=40)
     names = legend(draw(circuit))
     assert set(names) == {
-        "supports the metric",
-        "works against the metric",
+        "raises the metric",
+        "lowers the metric",
         "into value / MLP / logits",
         "into query",
         "into key",
     }
-    assert names["supports the metric"].line.color == BLUE
-    assert names["works against the metric"].line.color == RED
+    assert names["raises the metric"].line.color == BLUE
+    assert names["lowers the metric"].line.color == RED
     assert (names["into query"].line.dash, names["into key"].line.dash) == ("dash", "dot")
     unknown = dataclasses.replace(circuit, provenance={})  # of another package: the sign may mean something else
     assert {"positive score", "negative score"} <= set(legend(draw(unknown)))

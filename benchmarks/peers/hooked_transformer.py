@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,10 @@ from safetensors.torch import load_file
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.pretrained.weight_conversions import convert_llama_weights
 from transformers import LlamaConfig, LlamaForCausalLM
+
+sys.path.append(str(Path(__file__).parents[1]))
+from attribution_memory import held, most_held
+from patching import clock
 
 N_CONTEXT = 128  # bounds the mask and the rotary buffers, and changes nothing for prompts that fit
 
@@ -102,29 +106,15 @@ def metric(model: Any, run: dict[str, Any], side: str) -> torch.Tensor:
 
 def best_of(run: dict[str, Any], prepare: Callable[[], Any], work: Callable[[Any], Any]) -> tuple[dict[str, Any], Any]:
     """Seconds of `work`, best of several, each on what `prepare` makes anew outside of the time."""
-    before, seconds, cpu_seconds, found = peak_memory(run["device"]), [], [], None
+    before, seconds, cpu_seconds, found = held(run["device"]), [], [], None
     for _ in range(run["repeats"]):
         prepared = prepare()
-        synchronize(run["device"])
-        start, cpu = time.perf_counter(), time.process_time()
-        found = work(prepared)
-        synchronize(run["device"])
-        seconds.append(time.perf_counter() - start)
+        cpu = time.process_time()
+        took, found = clock(run["device"], partial(work, prepared))
+        seconds.append(took)
         cpu_seconds.append(time.process_time() - cpu)
     figures = {"seconds": min(seconds), "all_seconds": seconds, "cpu_seconds": min(cpu_seconds)}
-    return figures | {"peak_memory_gb": (peak_memory(run["device"]) - before) / 1e9}, found
-
-
-def synchronize(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-
-
-def peak_memory(device: str) -> float:
-    """Bytes: of the process on a CPU (it never shrinks), of allocations on a GPU."""
-    if device.startswith("cuda"):
-        return float(torch.cuda.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return figures | {"peak_memory_gb": (most_held(run["device"]) - before) / 1e9}, found
 
 
 def end(folder: Path, package: str, tasks: dict[str, Any], values: dict[str, dict[str, float]]) -> None:

@@ -5,9 +5,9 @@ Ablated values (what a reader sees of a writer whose edge is missing):
 | name | value |
 | --- | --- |
 | `"resample"` | the writer's in the corrupted run |
-| `"zero"` | nothing |
+| `"zero"` | nothing (an MLP's own output bias goes too; that of the attention, which is of no head, stays) |
 | `"mean"` | its mean over all corrupted prompts and positions |
-| `"position-mean"` | its mean over the corrupted prompts at each position (prompts of one length are averaged together) |
+| `"position-mean"` | its mean over the corrupted prompts of the same length at each position |
 | `Constants` | given vectors, such as `optimal_ablation` finds |
 """
 
@@ -41,11 +41,13 @@ class Constants:
         values: `[writer d_model]`, in the graph's order: what the writer adds to the residual stream.
         graph: Of the model that they are for.
         name: For provenance, such as `"optimal"`.
+        prompts: Fingerprints of the prompts that they were found on; empty if they were not.
     """
 
     values: Float[Tensor, "writer d_model"]
     graph: Graph
     name: str = "constants"
+    prompts: tuple[str, ...] = ()
 
     def written(self) -> Written:
         """As the ablated values of runs, `[1 writer 1 d_model]`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from mechkit.attribution._cells import provenance_of
@@ -14,6 +15,14 @@ def prompt_hashes(prompts: Prompts) -> list[str]:
     return [prompts[[i]].hash()[:12] for i in range(len(prompts))]
 
 
-def circuit_provenance(model: HookedModel, clean: Prompts, **more: Any) -> dict[str, Any]:
-    """As all techniques say it, and each prompt by itself."""
-    return provenance_of(model, clean, d_model=model.d_model, **more) | {"prompts": prompt_hashes(clean)}
+def merged(*several: Iterable[str] | None) -> list[str] | None:
+    """All prompts that something was found on, if they are known of every part of it."""
+    if any(one is None for one in several):
+        return None
+    return sorted({prompt for one in several for prompt in one or ()})
+
+
+def circuit_provenance(model: HookedModel, clean: Prompts, corrupted: Prompts, **more: Any) -> dict[str, Any]:
+    """As all techniques say it, and each prompt by itself, clean and corrupted."""
+    prompts = merged(prompt_hashes(clean), prompt_hashes(corrupted))
+    return provenance_of(model, clean, d_model=model.d_model, **more) | {"prompts": prompts}

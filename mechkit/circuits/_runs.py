@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechkit.circuits.graph import Graph
-from mechkit.hooks import Budget, CannotReplayError, HookedModel, Parts, Replayer, record
+from mechkit.hooks import Budget, CannotReplayError, HookedModel, Parts, Replayer, record, widen
 
 # How far the full circuit may be from the clean run, as a share of the logits' spread. Hugging Face's norms are float32 at most.
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.03}
@@ -100,13 +100,12 @@ class CircuitRuns:
             ValueError: the architecture cannot be run block by block.
         """
         self.model, self.graph, self.parts, self.start, self.ablated = model, graph, parts, start, ablated
-        mids = [] if parts.parallel else [("resid_mid", layer) for layer in range(model.n_layers)]
         with torch.no_grad():
-            run = record(model, tokens, [*sites_of(parts), *mids])
+            run = record(model, tokens, sites_of(parts))
             self.run = run
             self.clean = Written.of(parts, run.sites, start)
             self.last_logits = run.last_logits
-            self._mid = {layer: run.sites["resid_mid", layer][:, start:] for _, layer in mids}
+            self._bias = [self._written_by_bias(layer) for layer in range(model.n_layers)]
             run.sites.clear()
             self._ablated_streams = self._streams(ablated)
         try:
@@ -196,18 +195,29 @@ class CircuitRuns:
         return read(streams[graph.n_layers, "pre"], slice(last, last + 1))[:, 0]
 
     def _streams(self, ablated: Written) -> dict[tuple[int, str], Tensor]:
-        """The residual stream in front of each block, and within it, if every writer had its ablated value."""
-        streams = {}
-        removed = (self.clean.embed - ablated.embed).sum(1)
+        """The residual stream in front of each block, and within it, if every writer had its ablated value.
+
+        It is summed from these values and from what biases write, not told from the clean run's stream by subtraction: what
+        rounding leaves of that would be blown up by the norms where all values are 0.
+        """
+        streams: dict[tuple[int, str], Tensor] = {}
+        everyone = torch.arange(self.n_prompts, device=self.model.device)
+        stream = _rows(ablated.embed, everyone).sum(1)
+        stream = widen(stream.expand(self.n_prompts, self.run.length - self.start, -1))
         for layer in range(self.graph.n_layers):
-            streams[layer, "pre"] = self.run.resid[layer][:, self.start :] - removed
-            removed = removed + (self.clean.heads[layer] - ablated.heads[layer]).sum(1)
+            streams[layer, "pre"] = stream.to(self.model.dtype)
+            stream = stream + widen(ablated.heads[layer]).sum(1) + widen(self._bias[layer])
             if not self.parts.parallel:
-                streams[layer, "mid"] = self._mid[layer] - removed
+                streams[layer, "mid"] = stream.to(self.model.dtype)
             if self.parts.has_mlp:
-                removed = removed + (self.clean.mlps[layer] - ablated.mlps[layer]).sum(1)
-        streams[self.graph.n_layers, "pre"] = self.run.resid[-1][:, self.start :] - removed
+                stream = stream + widen(ablated.mlps[layer]).sum(1)
+        streams[self.graph.n_layers, "pre"] = stream.to(self.model.dtype)
         return streams
+
+    def _written_by_bias(self, layer: int) -> Tensor:
+        """What a layer's attention adds beside its heads in the clean run; the same in every run, but for a norm's scale."""
+        z = self.run.sites["z", layer][:, self.start :]
+        return self.parts.written_by_bias(layer, z.reshape(*z.shape[:2], self.model.n_heads, -1))
 
     def _heads(self, layer: int, reads: Float[Tensor, "row reader pos d_model"], prompt: Tensor) -> Tensor:
         """What each head writes, `[row head pos d_model]`, given what each of the layer's readers reads."""

@@ -15,6 +15,7 @@ Conmy et al. 2023, https://arxiv.org/abs/2304.14997.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from jaxtyping import Bool, Float
@@ -23,7 +24,7 @@ from tqdm.auto import tqdm
 
 from mechkit.attribution._nodes import AnyMetric
 from mechkit.circuits._evaluation import Ablation, Constants, Evaluator, provenance_of_ablation
-from mechkit.circuits._provenance import circuit_provenance
+from mechkit.circuits._provenance import circuit_provenance, merged
 from mechkit.circuits.circuit import Circuit
 from mechkit.circuits.graph import Edge
 from mechkit.hooks import HookedModel
@@ -96,8 +97,10 @@ def acdc(
         provenance=circuit_provenance(
             model,
             pairs.clean,
+            pairs.corrupted,
             technique="ACDC",
-            metric=measured.name,
+            distance_of=measured.name,
+            score_is="growth of the distance when the edge is removed",
             threshold=threshold,
             ablation=provenance_of_ablation(ablation),
             distance=search.distance,
@@ -108,6 +111,10 @@ def acdc(
             naive_block_tokens=cost.naive_block_tokens,
         ),
     )
+    before = [] if start is None else [start.provenance.get("prompts")]
+    before += [ablation.prompts] if isinstance(ablation, Constants) else []
+    prompts = merged(circuit.provenance["prompts"], *before)
+    circuit = replace(circuit, provenance={**circuit.provenance, "prompts": prompts})
     return circuit.pruned() if (ablation == "resample" if prune is None else prune) else circuit
 
 

@@ -26,6 +26,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechkit.circuits import _selection
+from mechkit.circuits._provenance import merged
 from mechkit.circuits.edge_scores import EdgeScores
 from mechkit.circuits.graph import Edge, Graph, Reader, Writer
 from mechkit.hooks import HookedModel
@@ -112,9 +113,11 @@ class Circuit:
             n_edges: How many to choose; pruning may leave fewer, and `"greedy"` may find fewer. Give this or `threshold`.
             threshold: Choose all edges that score at least this, in the metric's unit.
             method: `"top"` chooses the best edges wherever they are; `"greedy"` goes upstream from the logits.
-            by: Best is furthest from 0 (`"abs"`), or largest (`"value"`), which leaves out what works against the metric. Ties go
+            by: Best is furthest from 0 (`"abs"`), or largest (`"value"`; smallest for a metric that is lower in the
+                clean run, such as a divergence), which leaves out what works against the task. Ties go
                 to the earlier reader, then to the earlier writer.
-            prune: Whether to drop dead ends.
+            prune: Whether to drop dead ends. They carry nothing where ablated values are resampled; with zero or mean ablation a
+                component that nothing feeds may still write something else than its ablated value.
 
         Returns:
             A circuit whose `provenance["selection"]` says how many edges were `asked` for, `chosen` and `kept`.
@@ -130,8 +133,10 @@ class Circuit:
             raise ValueError(
                 f"n_edges, threshold: expected exactly one of them, got n_edges={n_edges!r} and threshold={threshold!r}"
             )
+        if not isinstance(scores, EdgeScores):
+            raise ValueError(f"scores: expected EdgeScores, got {type(scores).__name__}")
         values = scores.values.detach().cpu()
-        keys = values.abs() if by == "abs" else values
+        keys = values.abs() if by == "abs" else values * scores.orientation
         computed = int((~keys.isnan()).sum())
         if n_edges is not None and (not _whole(n_edges) or not 0 <= n_edges <= computed):
             raise ValueError(f"n_edges: expected 0 to {computed}, as many as have a score; got {n_edges!r}")
@@ -147,7 +152,7 @@ class Circuit:
         selection = {
             "method": method,
             "by": by,
-            "asked": n_edges,
+            "asked": None if n_edges is None else int(n_edges),
             "threshold": threshold,
             "pruned": prune,
             "chosen": chosen,
@@ -161,7 +166,13 @@ class Circuit:
             model=str(origin.get("model") or ""),
             weights_hash=str(origin.get("weights_hash") or ""),
             task=str(origin.get("task") or ""),
-            provenance={**origin, "metric": scores.metric, "unit": scores.unit, "selection": selection},
+            provenance={
+                **origin,
+                # Scores that are no effects on a metric (`score_is` says what they are) do not raise or lower it.
+                "metric": None if "score_is" in origin else scores.metric,
+                "unit": None if "score_is" in origin else scores.unit,
+                "selection": selection,
+            },
         )
 
     @classmethod
@@ -223,7 +234,7 @@ class Circuit:
         generator = torch.Generator().manual_seed(seed)
         draw = _selection.random_connected if connected else _selection.random_edges
         members = draw(graph, n_edges, generator)
-        selection = {"method": "random", "seed": seed, "connected": connected, "kept": n_edges}
+        selection = {"method": "random", "seed": int(seed), "connected": connected, "kept": int(n_edges)}
         return replace(empty, members=members, provenance={**empty.provenance, "selection": selection})
 
     # --- as a set
@@ -289,10 +300,17 @@ class Circuit:
         return other.members
 
     def _combine(self, other: Circuit, operation: str, members: Tensor) -> Circuit:
-        same = {name: getattr(self, name) for name in ("model", "weights_hash", "task")}
-        same = {name: value if value == getattr(other, name) else "" for name, value in same.items()}
+        if self.weights_hash and other.weights_hash and self.weights_hash != other.weights_hash:
+            raise ValueError(
+                f"expected circuits of one model, got {self.model or 'one'} ({self.weights_hash}) and {other.model or 'one'} "
+                f"({other.weights_hash}): their weights differ"
+            )
+        same = {name: getattr(self, name) or getattr(other, name) for name in ("model", "weights_hash")}
+        task = " and ".join(dict.fromkeys(task for task in (self.task, other.task) if task))
+        prompts = merged(self.provenance.get("prompts"), other.provenance.get("prompts"))
         of = [dict(self.provenance), dict(other.provenance)]
-        return replace(self, members=members, provenance={"operation": operation, "of": of}, **same)
+        provenance = {**self.provenance, "operation": operation, "of": of, "prompts": prompts}
+        return replace(self, members=members, provenance=provenance, task=task, **same)
 
     def with_edge(self, *edges: Edge | str) -> Circuit:
         """The circuit with these edges in it too, given as edges or by name."""

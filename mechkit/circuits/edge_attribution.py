@@ -38,7 +38,7 @@ from mechkit.circuits.graph import Graph
 from mechkit.hooks import SITES, Budget, HookedModel, Parts, check_final_norm, frozen_parameters
 from mechkit.hooks._parts import CHECKED
 from mechkit.metrics import as_metric
-from mechkit.prompts import PromptPairs
+from mechkit.prompts import PromptPairs, Prompts
 from mechkit.result import Cost
 
 Path = Literal["input", "activation"]
@@ -144,6 +144,12 @@ def edge_study(
     return Study(model, base, source, *runs, pairs.positions, metric, {}, room, provenance)
 
 
+def both_runs(study: Study) -> tuple[Prompts, Prompts]:
+    """The clean and the corrupted prompts."""
+    assert study.source is not None
+    return (study.base, study.source) if study.base_is == "clean" else (study.source, study.base)
+
+
 def chosen_positions(study: Study, positions: Sequence[Any] | None) -> tuple[Any, ...] | None:
     """The positions where a writer's change counts: names, or indices from 0; `None` is everywhere."""
     if positions is None:
@@ -204,7 +210,7 @@ class _Scores:
             unit=study.metric.unit,
             provenance=circuit_provenance(
                 study.model,
-                study.base if study.base_is == "clean" or study.source is None else study.source,
+                *both_runs(study),
                 technique="edge attribution",
                 runs=study.how,
                 **{**study.provenance, **provenance},
@@ -266,7 +272,7 @@ class _Work:
             slope, layers, last = self._backward(row, hidden, 0, ())
             total = total.index_add(0, row, ((change[row] * slope).flatten(1).sum(1) * weight).to(total))
             mean.add(row, weight, layers, last)
-        self._check_covered(mean.contract(), total)
+        self._check_covered(*mean.contract(), total)
         values = self.chunk.study.values
         gap = (values[str(self.chunk.study.source_is)] - values[self.chunk.study.base_is])[self.chunk.ids]
         return total - gap.to(total)
@@ -281,7 +287,9 @@ class _Work:
                 f"({self.model.cfg.architecture}): off by {error:.1e} of {size:.1e}, so that its edges are not known"
             )
 
-    def _check_covered(self, of_embedding: Float[Tensor, "prompt"], total: Float[Tensor, "prompt"]) -> None:
+    def _check_covered(
+        self, of_embedding: Float[Tensor, "prompt"], sizes: Float[Tensor, "prompt"], total: Float[Tensor, "prompt"]
+    ) -> None:
         """What the embedding adds through all of its edges is what it adds at all: else a reader is missing in the graph.
         (Where only some positions count, the sum says nothing.)"""
         if not bool(torch.isfinite(total).all()):
@@ -289,9 +297,9 @@ class _Work:
                 f"metric: expected a finite gradient, got NaN or inf from {self.chunk.study.metric.name!r} for prompts "
                 f"{self.chunk.ids[~torch.isfinite(total).cpu()].tolist()[:5]}"
             )
-        error, size = float((of_embedding - total).abs().max()), float(of_embedding.abs().max())
+        error, size = float((of_embedding - total).abs().max()), float(sizes.max())
         sums = not self.relp and self.scores.positions is None
-        if sums and not error <= _COVERED[self.model.dtype] * max(size, float(total.abs().max()), 1e-6):
+        if sums and not error <= _COVERED[self.model.dtype] * max(size, 1e-6):
             raise ValueError(
                 f"model: the scores of the embedding's edges add up to something else than the whole gradient says (off by "
                 f"{error:.1e} of {size:.1e}): something besides heads and MLPs reads the residual stream of {self.model.name} "
@@ -410,11 +418,11 @@ class _Mean:
         return self.work.parts.pull_back_mlp(layer, x, gradient, self.work.relp)
 
     @torch.no_grad()
-    def contract(self) -> Float[Tensor, "prompt"]:
-        """Adds the scores, from changes of a few positions at a time. Returns the sum of the first writer's."""
+    def contract(self) -> tuple[Float[Tensor, "prompt"], Float[Tensor, "prompt"]]:
+        """Adds the scores, from changes of a few positions at a time. Returns the first writer's sums, and sums of sizes."""
         work, graph = self.work, self.work.graph
         n, n_positions = work.counts.shape
-        first = work.scores.values.new_zeros(n, device=work.chunk.everyone.device)
+        first, sizes = (work.scores.values.new_zeros(n, device=work.chunk.everyone.device) for _ in range(2))
         for where in self._position_blocks(n_positions):
             changes = work.source.changes(work.base, where)
             work.check_written(changes, where)
@@ -426,8 +434,9 @@ class _Mean:
                 gradients = gradients[:, :, where].to(changes.dtype).flatten(2)
                 part = torch.bmm(changes[:, writers], gradients.mT)
                 first += part[:, 0].sum(-1)
+                sizes += part[:, 0].abs().sum(-1)
                 work.scores.add(work.chunk.ids, writers, readers, part)
-        return first
+        return first, sizes
 
     def _reads(self, key: tuple[int, str]) -> bool:
         """Whether these readers come after the first of the writers."""

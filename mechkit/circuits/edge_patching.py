@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,10 +27,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mechkit.attribution._nodes import AnyMetric, Study
-from mechkit.circuits._provenance import circuit_provenance
+from mechkit.circuits._provenance import circuit_provenance, merged
 from mechkit.circuits._reads import Changes, needed_sites, stream
 from mechkit.circuits.circuit import Circuit
-from mechkit.circuits.edge_attribution import chosen_positions, edge_study
+from mechkit.circuits.edge_attribution import both_runs, chosen_positions, edge_study
 from mechkit.circuits.edge_scores import EdgeScores, ScoredEdge
 from mechkit.circuits.graph import Edge, Graph, Reader, Writer
 from mechkit.hooks import Cell, Derived, Edit, HookedModel, Parts, Run, sweep
@@ -76,6 +77,7 @@ def edge_patching(
         ValueError: an edge that does not exist, or twice; a circuit of another model; an architecture whose edges are not known;
             a checkpoint of another study; what `activation_patching` refuses.
     """
+    edges = edges if edges is None or isinstance(edges, Circuit | str) else list(edges)
     study = edge_study(model, pairs, metric, direction, budget)
     graph, parts = Graph.of(model), Parts(model)
     wanted = chosen_edges(graph, model, edges)
@@ -94,7 +96,16 @@ def edge_patching(
                 saved.save()
     if saved is not None:
         saved.save()
-    return work.result(wanted)
+    result = work.result(wanted)
+    chosen_on = merged(result.provenance["prompts"], *_chosen_on(edges))
+    return replace(result, result=replace(result.result, provenance={**result.provenance, "prompts": chosen_on}))
+
+
+def _chosen_on(edges: Any) -> list[Any]:
+    """The prompts on which somebody chose these edges: a circuit's, or those of scores. Names are taken as given by hand."""
+    if isinstance(edges, Circuit):
+        return [edges.provenance.get("prompts")]
+    return list({id(edge.prompts): edge.prompts for edge in edges or () if isinstance(edge, ScoredEdge)}.values())
 
 
 def chosen_edges(
@@ -182,7 +193,7 @@ class _Work:
             derived={KEY: Derived(tuple(sorted(sites)), _Values(self, asked).make)},
             base_is=study.base_is,
             source_is=str(study.source_is),
-            budget=study.budget.bytes * 2,
+            budget=max(1, study.budget.bytes * 2),
             progress=False,
         )
         assert answers.source is not None
@@ -227,14 +238,12 @@ class _Work:
 
     def provenance(self) -> dict[str, Any]:
         study = self.study
-        prompts = study.base if study.base_is == "clean" else study.source
-        assert prompts is not None
+        clean, corrupted = both_runs(study)
         positions = None if self.positions is None else list(self.positions)
-        corrupted = study.source if study.base_is == "clean" else study.base
-        assert corrupted is not None
         return circuit_provenance(
             study.model,
-            prompts,
+            clean,
+            corrupted,
             technique="edge patching",
             replay=self.how,
             corrupted_hash=corrupted.hash(),

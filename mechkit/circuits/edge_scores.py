@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -33,10 +33,11 @@ _KEY = "edge_scores"  # in the provenance of a saved file: the graph and the bas
 
 @dataclass(frozen=True)
 class ScoredEdge:
-    """An edge and its score, averaged over prompts, in the metric's unit."""
+    """An edge and its score, averaged over prompts, in the metric's unit; and which prompts these are (`None`: not known)."""
 
     edge: Edge
     score: float
+    prompts: tuple[str, ...] | None = field(default=None, repr=False, compare=False)
 
     @property
     def name(self) -> str:
@@ -161,6 +162,13 @@ class EdgeScores:
         return self.result.values
 
     @property
+    def orientation(self) -> int:
+        """1 where the metric is higher in the clean run (or it is not known), -1 where it is lower, as a divergence is."""
+        if not {"clean", "corrupted"} <= set(self.baseline):
+            return 1
+        return -1 if float((self.baseline["clean"] - self.baseline["corrupted"]).double().mean()) < 0 else 1
+
+    @property
     def metric(self) -> str:
         return self.result.metric
 
@@ -211,15 +219,17 @@ class EdgeScores:
         Raises:
             ValueError: `k` is not positive, or `by` is something else.
         """
-        if k < 1 or by not in ("abs", "max", "min"):
+        if not hasattr(k, "__index__") or k < 1 or by not in ("abs", "max", "min"):
             raise ValueError(f"top: expected k >= 1 and by in 'abs', 'max', 'min', got k={k!r} and by={by!r}")
         values = self.values.cpu()
         places = self._computed(values)
         scores = values[places[:, 1], places[:, 0]]
         keys = {"abs": scores.abs(), "max": scores, "min": -scores}[by]
         best = keys.argsort(descending=True, stable=True)[:k]
+        known = self.provenance.get("prompts")
+        prompts = None if known is None else tuple(known)
         return tuple(
-            ScoredEdge(self._edge(w, r), score)
+            ScoredEdge(self._edge(w, r), score, prompts)
             for (r, w), score in zip(places[best].tolist(), scores[best].tolist(), strict=True)
         )
 

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from mechkit.attribution._nodes import AnyMetric
 from mechkit.circuits._evaluation import Ablation, Constants, Evaluator, provenance_of_ablation
-from mechkit.circuits._provenance import circuit_provenance, prompt_hashes
+from mechkit.circuits._provenance import circuit_provenance, merged, prompt_hashes
 from mechkit.circuits.circuit import Circuit
 from mechkit.hooks import HookedModel
 from mechkit.metrics import Metric, as_metric
@@ -161,7 +161,7 @@ def evaluate_circuit(
         model, pairs: As for `activation_patching`.
         metric: As there; `kl_divergence(pairs)` works too (faithfulness is then the share of the divergence that is gone).
         ablation: What a reader sees of a writer without an edge: `"resample"` (the corrupted run's value), `"zero"`, `"mean"`
-            (over all corrupted prompts and positions), `"position-mean"` (at each position), or `Constants`, such as
+            (over all corrupted prompts and positions), `"position-mean"` (at each position, over prompts of the same length), or `Constants`, such as
             `optimal_ablation` gives.
         random: How many random circuits of as many edges are run too.
         sets: How many random sets of the circuit's components are left out for completeness.
@@ -174,11 +174,15 @@ def evaluate_circuit(
         ValueError: a circuit of another model; model and empty circuit have the same metric (there is nothing to be faithful to);
             an architecture whose edges are not known.
     """
+    if not isinstance(circuit, Circuit):
+        raise ValueError(
+            f"circuit: expected a Circuit, got {type(circuit).__name__}; Circuit.from_edges(model, edges) makes one of names"
+        )
     circuit.check(model)
     if minimality not in ("node", "edge", None):
         raise ValueError(f"minimality: expected 'node', 'edge' or None, got {minimality!r}")
-    if random < 0 or sets < 0:
-        raise ValueError(f"random, sets: expected numbers of 0 or more, got {random!r} and {sets!r}")
+    if any(not hasattr(n, "__index__") or isinstance(n, bool) or n < 0 for n in (random, sets)):
+        raise ValueError(f"random, sets: expected whole numbers of 0 or more, got {random!r} and {sets!r}")
     evaluator = Evaluator(model, pairs, metric, ablation, budget)
     graph, generator = evaluator.graph, torch.Generator().manual_seed(seed)
     runs: dict[str, Bool[Tensor, "writer reader"]] = {"circuit": circuit.members}
@@ -197,7 +201,8 @@ def evaluate_circuit(
         runs |= {f"without {edge.name}": circuit.without(edge).members for edge in circuit}
     result = run_circuits(evaluator, runs, pairs, ablation, progress)
     faithful = dict(zip(runs, result.mean("prompt").normalized().values.double().tolist(), strict=True))
-    found_on, held_out = seen_prompts(circuit.provenance, pairs)
+    constants = ablation.prompts if isinstance(ablation, Constants) else ()
+    found_on, held_out = seen_prompts(circuit.provenance, pairs, constants)
     alone = result.sel(run=["circuit"])
     changes = {name: faithful[run] - faithful["circuit"] for name, run in parts.items()}
     complete = [
@@ -232,6 +237,14 @@ def run_circuits(
             some = names[first : first + _AT_ONCE]
             values.append(evaluator.evaluate(torch.stack([runs[name] for name in some])))
             bar.update(len(some))
+    clean, nothing = (evaluator.values[run].double().mean() for run in ("clean", "ablated"))
+    if float((clean - nothing).abs()) <= 100 * torch.finfo(evaluator.values["clean"].dtype).eps * float(
+        clean.abs() + nothing.abs()
+    ):
+        raise ValueError(
+            f"metric: model and empty circuit have the same mean {evaluator.metric.name} ({float(clean):.4g}), so that there is "
+            "nothing to be faithful to: give pairs whose runs differ, or another ablation"
+        )
     naive = len(names) * int(pairs.clean.lengths.sum()) * model.n_layers
     return Result(
         values=torch.cat(values),
@@ -244,6 +257,7 @@ def run_circuits(
         provenance=circuit_provenance(
             model,
             pairs.clean,
+            pairs.corrupted,
             technique="circuit evaluation",
             task=pairs.task,
             ablation=provenance_of_ablation(ablation),
@@ -282,13 +296,17 @@ def _without(members: Bool[Tensor, "writer reader"], circuit: Circuit, names: Se
     return members
 
 
-def seen_prompts(provenance: Mapping[str, Any], pairs: PromptPairs) -> tuple[list[int | str] | None, list[int | str]]:
-    """Which of the prompts a circuit was found on, and which not; `None` where it is not known."""
-    known = provenance.get("prompts")
+def seen_prompts(
+    provenance: Mapping[str, Any], pairs: PromptPairs, constants: Sequence[str] = ()
+) -> tuple[list[int | str] | None, list[int | str]]:
+    """Which of the pairs a circuit (or the constants that it is run with) was found on, and which not; `None`: not known.
+
+    A pair was seen if its clean prompt was, as a clean or as a corrupted one: different pairs may share a corrupted prompt."""
+    known = merged(provenance.get("prompts"), constants)
     if known is None:
         return None, []
-    hashes = prompt_hashes(pairs.clean)
-    return [i for i, h in enumerate(hashes) if h in known], [i for i, h in enumerate(hashes) if h not in known]
+    seen = [prompt in known for prompt in prompt_hashes(pairs.clean)]
+    return [i for i, one in enumerate(seen) if one], [i for i, one in enumerate(seen) if not one]
 
 
 def split(n: int, held_out: float, seed: int) -> tuple[list[int], list[int]]:

@@ -36,11 +36,12 @@ class FaithfulnessCurve:
     Attributes:
         fractions: Shares of the graph's edges.
         n_edges: How many edges that is.
-        kept: How many of them the circuits have, without dead ends.
+        kept: How many of them the circuits have: without dead ends, which are dropped where ablated values are resampled.
         runs: The metric of each circuit, dims `("n_edges", "prompt")`; baselines as `CircuitReport.runs`.
         random: Of random circuits with as many edges as were kept, dims `("seed", "n_edges", "prompt")`; or `None`.
-        found_on: The same curve over the prompts that the scores come from, where others were held out.
         scores: The scores.
+        found_on: The same curve over the prompts that the scores come from, where others were held out.
+        n_seen: How many of the prompts the scores (or the constants that were put in) come from; `None` if that is not known.
     """
 
     fractions: tuple[float, ...]
@@ -50,7 +51,12 @@ class FaithfulnessCurve:
     random: Result | None
     scores: EdgeScores
     found_on: FaithfulnessCurve | None = None
-    held_out: bool | None = None
+    n_seen: int | None = None
+
+    @property
+    def held_out(self) -> bool | None:
+        """Whether none of the prompts had been seen when the edges were scored; `None` if that is not known."""
+        return None if self.n_seen is None else self.n_seen == 0
 
     @property
     def faithfulness(self) -> tuple[float, ...]:
@@ -79,32 +85,20 @@ class FaithfulnessCurve:
         interval = self.runs.ci(level, normalized=True)
         return tuple(interval.low.values.tolist()), tuple(interval.high.values.tolist())
 
-    def plot(self) -> Any:
-        """The curve with its interval, the random baseline, and lines at 0 and 1."""
-        from mechkit.plot._curve import curve
-
-        low: tuple[float, ...] | None
-        high: tuple[float, ...] | None
-        try:
-            low, high = self.ci()
-        except ValueError:  # one prompt, or a gap that changes its sign among the resamples
-            low = high = None
-        random = None if self.random is None else self.random.mean("prompt").normalized().values.double()
-        where = {True: "held-out prompts", False: "the prompts of the scores", None: "prompts"}[self.held_out]
-        return curve(
-            self.n_edges,
-            self.faithfulness,
-            low=low,
-            high=high,
-            random=None if random is None else random.mean(0).tolist(),
-            random_low=None if random is None else random.amin(0).tolist(),
-            random_high=None if random is None else random.amax(0).tolist(),
-            title=f"{self.runs.provenance['model']}, {self.runs.provenance['task']}: {len(self.runs.coords['prompt'])} {where}",
-        )
+    @property
+    def title(self) -> str:
+        """Of a picture: which model and task, how many pairs, and whether they were seen."""
+        n = len(self.runs.coords["prompt"])
+        known = {None: "", 0: ", all held out", n: ", the ones that were scored"}
+        seen = known.get(self.n_seen, f", {self.n_seen} of them scored")
+        origin = self.runs.provenance
+        name = " ".join(dict.fromkeys(str(origin[key]) for key in ("model", "task")))
+        return f"{name}: {n} pairs{seen}"
 
     def __repr__(self) -> str:
         points = ", ".join(f"{n}: {f:.2f}" for n, f in zip(self.n_edges, self.faithfulness, strict=True))
-        return f"FaithfulnessCurve(CPR {self.cpr:.3f}, CMD {self.cmd:.3f}; {points})"
+        areas = f"CPR {self.cpr:.3f}, CMD {self.cmd:.3f}; " if len(self.n_edges) > 1 else ""
+        return f"FaithfulnessCurve({areas}{points})"
 
 
 @torch.no_grad()
@@ -142,7 +136,7 @@ def faithfulness_curve(
     Raises:
         ValueError: scores of another model; no gap between model and empty circuit; a split that leaves a part empty.
     """
-    if isinstance(scores, EdgeScores):
+    if isinstance(scores, EdgeScores) or not callable(scores):
         return _curve(scores, model, pairs, metric, fractions, method, by, ablation, random, seed, budget, progress)
     train, test = split(len(pairs), held_out, seed)
     parts = [(pairs[ids], of_prompts(metric, ids)) for ids in (train, test)]
@@ -152,7 +146,7 @@ def faithfulness_curve(
         _curve(found, model, *part, fractions, method, by, ablation, random, seed, budget, progress) for part in parts
     )
     return FaithfulnessCurve(
-        unseen.fractions, unseen.n_edges, unseen.kept, unseen.runs, unseen.random, found, seen, unseen.held_out
+        unseen.fractions, unseen.n_edges, unseen.kept, unseen.runs, unseen.random, found, seen, unseen.n_seen
     )
 
 
@@ -170,7 +164,11 @@ def _curve(
     budget: int | None,
     progress: bool,
 ) -> FaithfulnessCurve:
-    graph = scores.graph
+    if not isinstance(scores, EdgeScores):
+        raise ValueError(f"scores: expected EdgeScores, or a function that makes them; got {type(scores).__name__}")
+    if random < 0:
+        raise ValueError(f"random: expected a number of 0 or more, got {random!r}")
+    graph, fractions = scores.graph, [float(share) for share in fractions]
     if not fractions or any(not 0 < share <= 1 for share in fractions) or list(fractions) != sorted(set(fractions)):
         raise ValueError(f"fractions: expected ascending shares above 0 and at most 1, got {list(fractions)}")
     sizes = [max(1, round(share * graph.n_edges)) for share in fractions]
@@ -178,7 +176,10 @@ def _curve(
         raise ValueError(
             f"fractions: expected shares that differ by at least one of {graph.n_edges} edges, got {fractions}"
         )
-    circuits = [Circuit.from_scores(scores, n_edges=size, method=method, by=by) for size in sizes]
+    prune = (
+        ablation == "resample"
+    )  # with other values a component that nothing feeds may write something else than its own
+    circuits = [Circuit.from_scores(scores, n_edges=size, method=method, by=by, prune=prune) for size in sizes]
     circuits[0].check(model)
     evaluator = Evaluator(model, pairs, metric, ablation, budget)
     runs = {str(size): circuit.members for size, circuit in zip(sizes, circuits, strict=True)}
@@ -186,7 +187,8 @@ def _curve(
         for size, circuit in zip(sizes, circuits, strict=True):
             runs[f"random {i} {size}"] = Circuit.random(graph, circuit.n_edges, seed + i).members
     result = run_circuits(evaluator, runs, pairs, ablation, progress)
-    found_on, held = seen_prompts(scores.provenance, pairs)
+    constants = ablation.prompts if isinstance(ablation, Constants) else ()
+    found_on, _ = seen_prompts(scores.provenance, pairs, constants)
     return FaithfulnessCurve(
         tuple(fractions),
         tuple(sizes),
@@ -196,7 +198,7 @@ def _curve(
         if random
         else None,
         scores,
-        held_out=None if found_on is None else not found_on if held else False,
+        n_seen=None if found_on is None else len(found_on),
     )
 
 

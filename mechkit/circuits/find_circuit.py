@@ -19,7 +19,7 @@ from mechkit.circuits.edge_attribution import edge_attribution
 from mechkit.circuits.edge_patching import edge_patching
 from mechkit.circuits.edge_scores import EdgeScores
 from mechkit.circuits.evaluation import CircuitReport, evaluate_circuit, of_prompts, split
-from mechkit.hooks import HookedModel
+from mechkit.hooks import HookedModel, check_metric
 from mechkit.metrics import Metric
 from mechkit.prompts import PromptPairs
 
@@ -83,15 +83,28 @@ def find_circuit(
     Raises:
         ValueError: what `edge_attribution`, `edge_patching` and `evaluate_circuit` refuse; a split that leaves a part empty.
     """
+    if isinstance(n_edges, bool) or not hasattr(n_edges, "__index__") or n_edges < 1:
+        raise ValueError(f"n_edges: expected a whole number of 1 or more, got {n_edges!r}")
+    if not isinstance(pairs, PromptPairs):
+        raise ValueError(f"pairs: expected PromptPairs, whose two runs are compared; got {type(pairs).__name__}")
+    if not isinstance(metric, Metric):
+        raise ValueError(
+            f"metric: expected one of mechkit's, made for these pairs, such as mk.logit_diff(pairs); got {metric!r}"
+        )
+    check_metric(model, pairs.clean, metric, ("clean", "corrupted"))
     train, _ = split(len(pairs), held_out, seed)
     seen, measured = pairs[train], of_prompts(metric, train)
     estimates = edge_attribution(model, seen, measured, steps=steps, direction="noise", budget=budget)
     n_candidates = 4 * n_edges if candidates is None else candidates
     if not n_edges <= n_candidates:
         raise ValueError(f"candidates: expected at least n_edges = {n_edges}, got {candidates!r}")
-    best = estimates.top(min(n_candidates, estimates.graph.n_edges), by="abs" if by == "abs" else "max")
+    signed: Literal["max", "min"] = "max" if estimates.orientation > 0 else "min"
+    best = estimates.top(min(n_candidates, estimates.graph.n_edges), by="abs" if by == "abs" else signed)
     verified = edge_patching(model, seen, measured, best, direction="noise", budget=budget, progress=progress)
-    circuit = Circuit.from_scores(verified, n_edges=min(n_edges, len(best)), method="greedy", by=by)
+    prune = (
+        ablation == "resample"
+    )  # with other values a component that nothing feeds may write something else than its own
+    circuit = Circuit.from_scores(verified, n_edges=min(n_edges, len(best)), method="greedy", by=by, prune=prune)
     if threshold is not None:
         circuit = acdc(
             model,

@@ -7,7 +7,7 @@
 3. An *edge* joins a writer to a reader that comes after it. Writers are sorted by when they write, so that the writers of a
    reader are always the first so many: `Graph.n_writers(reader)`.
 
-What biases write is the same whatever is read: it belongs to no writer.
+What the attention's output bias writes is the same whatever is read: it belongs to no head. An MLP's belongs to the MLP.
 
 Elhage et al. 2021, https://transformer-circuits.pub/2021/framework; names as in Mueller et al. 2025 (MIB),
 https://arxiv.org/abs/2504.13151, and the EAP-IG package.
@@ -120,6 +120,16 @@ class Graph:
     n_kv_heads: int
     parallel: bool = False
     mlps: bool = True
+
+    def __post_init__(self) -> None:
+        sizes = (self.n_layers, self.n_heads, self.n_kv_heads)
+        if any(isinstance(n, bool) or not hasattr(n, "__index__") or n < 1 for n in sizes):
+            raise ValueError(f"n_layers, n_heads, n_kv_heads: expected whole numbers of 1 or more, got {sizes}")
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(
+                f"n_kv_heads: expected a number that divides the {self.n_heads} heads, since each one serves equally many; got "
+                f"{self.n_kv_heads}"
+            )
 
     @classmethod
     def of(cls, model: HookedModel) -> Graph:

@@ -43,7 +43,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mechkit.circuits._evaluation import Ablation, Chunk, Constants, Evaluator, provenance_of_ablation
-from mechkit.circuits._provenance import circuit_provenance
+from mechkit.circuits._provenance import circuit_provenance, merged
 from mechkit.circuits._runs import CircuitRuns
 from mechkit.circuits.circuit import Circuit
 from mechkit.circuits.edge_scores import EdgeScores
@@ -114,7 +114,7 @@ class LearnedMask:
 
     def __repr__(self) -> str:
         where = "training" if self.held_out is None else "held-out"
-        size = f"one gate a {self.over}; circuit of {self.circuit().n_edges:,} edges"
+        size = f"one gate for each {self.over}; circuit of {self.circuit().n_edges:,} edges"
         return f"LearnedMask({size}, faithfulness {self.faithfulness} on {where} prompts)"
 
 
@@ -180,7 +180,10 @@ def learn_mask(
     naive = steps * batch * int(found_on.clean.lengths.sum()) * model.n_layers // len(found_on)
     cost = Cost(evaluator.block_tokens, naive)
     about = {"technique": "learned mask", "task": pairs.task, "ablation": provenance_of_ablation(ablation)}
-    provenance = circuit_provenance(model, found_on.clean, **about, **asdict(settings))
+    about["score_is"] = "probability that the gate is open"
+    provenance = circuit_provenance(model, found_on.clean, found_on.corrupted, **about, **asdict(settings))
+    if isinstance(ablation, Constants):
+        provenance["prompts"] = merged(provenance["prompts"], ablation.prompts)
     scores = gates.scores(provenance, cost)
     runs = {"gates": gates.final(), "circuit": Circuit.from_scores(scores, threshold=0.5).members}
 

@@ -136,6 +136,7 @@ def optimal_ablation(
         provenance=circuit_provenance(
             model,
             pairs.clean,
+            pairs.corrupted,
             technique="optimal ablation",
             task=pairs.task,
             **arguments,
@@ -143,7 +144,7 @@ def optimal_ablation(
         ),
         cost=Cost(task.evaluator.block_tokens, study.naive_tokens(steps, batch or len(pairs))),
     )
-    return OptimalConstants(values, study.graph, "optimal", losses=result)
+    return OptimalConstants(values, study.graph, "optimal", tuple(result.provenance["prompts"]), losses=result)
 
 
 def _chosen(graph: Graph, writers: Sequence[Writer | str] | None) -> list[Writer]:

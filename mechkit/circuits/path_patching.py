@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mechkit.attribution._cells import choose_indices, choose_positions, position_labels
+from mechkit.attribution._cells import choose_positions, position_labels
 from mechkit.attribution._nodes import AnyMetric, Study
 from mechkit.circuits._provenance import circuit_provenance
 from mechkit.circuits._reads import Changes, needed_sites, stream
@@ -68,7 +68,7 @@ def path_patching(
 
     Returns:
         A `Result`, the metric of each patched run: dims as in `senders` (`"sender"` for names), then the prompt. A sender that
-        no receiver comes after has the base run's metric.
+        no receiver comes after has the base run's metric; a prompt that lacks a position of `"pos"` has NaN there.
 
     Raises:
         ValueError: an unknown sender or receiver; `"logits"` among other receivers (their effects would be overwritten); what
@@ -95,9 +95,12 @@ def path_patching(
             derived={KEY: Derived(_sites(graph, parts), _Values(study, graph, parts, some, freeze).make)},
             base_is=study.base_is,
             source_is=str(study.source_is),
-            budget=study.budget.bytes * 2,
+            budget=max(1, study.budget.bytes * 2),
             progress=progress,
         )
+        for i, (_, at) in enumerate(some):
+            if "pos" in plan.coords and at is not None:  # a prompt without that position has no answer
+                answers.values[i, study.base.lengths <= int(at[0])] = torch.nan
         values.append(answers.values)
         cost = Cost(
             cost.block_tokens + answers.cost.block_tokens, cost.naive_block_tokens + answers.cost.naive_block_tokens
@@ -116,6 +119,7 @@ def path_patching(
         provenance=circuit_provenance(
             model,
             pairs.clean,
+            pairs.corrupted,
             technique="path patching",
             senders=senders if isinstance(senders, str) else list(senders),
             receivers=[reader.name for reader in reads],
@@ -131,7 +135,7 @@ def path_patching(
 def _receivers(graph: Graph, names: Sequence[str]) -> list[Reader]:
     if isinstance(names, str):
         raise ValueError(f"receivers: expected a list of names, got {names!r}; write receivers=[{names!r}]")
-    readers = [graph.reader(name) for name in names]
+    readers = [graph.reader(name) for name in names_of("receivers", names)]
     if not readers or len(set(readers)) != len(readers):
         raise ValueError(f"receivers: expected at least one, each once; got {list(names)}")
     if len(readers) > 1 and any(reader.kind == "logits" for reader in readers):
@@ -152,7 +156,7 @@ class _Plan:
     @classmethod
     def of(cls, study: Study, graph: Graph, senders: str | Sequence[str], positions: Sequence[Any] | None) -> _Plan:
         if not isinstance(senders, str):
-            writers = [graph.writer(name) for name in senders]
+            writers = [graph.writer(name) for name in names_of("senders", senders)]
             if not writers or len(set(writers)) != len(writers):
                 raise ValueError(f"senders: expected at least one, each once; got {list(senders)}")
             everywhere = chosen_positions(study, positions)
@@ -176,12 +180,21 @@ class _Plan:
             everywhere = chosen_positions(study, positions)
             return cls([(w, everywhere) for w in writers], coords)
         if place == "pos":
-            where: list[Any] = choose_indices("positions", positions, int(study.base.lengths.max()))
+            every = range(int(study.base.lengths.max())) if positions is None else positions
+            where: list[Any] = list(chosen_positions(study, every) or ())
             coords["pos"] = position_labels(study.base, where)
         else:
             where = choose_positions(study.named, positions)
             coords["position"] = tuple(where)
         return cls([(w, (at,)) for w in writers for at in where], coords)
+
+
+def names_of(argument: str, names: Sequence[Any]) -> list[str]:
+    """Names that a user gave, or that `Writer` and `Reader` have."""
+    found = [name.name if isinstance(name, Writer | Reader) else name for name in names]
+    if odd := [name for name in found if not isinstance(name, str)]:
+        raise ValueError(f"{argument}: expected names, such as 'a9.h6' or 'm3'; got {odd[0]!r}")
+    return found
 
 
 def _cell(graph: Graph, receivers: Sequence[Reader], writer: Writer, variant: int) -> Cell:

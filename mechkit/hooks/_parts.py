@@ -129,7 +129,7 @@ class Parts:
             found = self.project(layer, which, normed)
             self._equal(f"{which} of layer {layer}", found.reshape(sites[which].shape), sites[which])
         z = sites["z"].reshape(*x.shape[:-1], -1, width)
-        written = self.heads(layer, z).sum(-2) + self._written_by_bias(layer, z)
+        written = self.heads(layer, z).sum(-2) + self.written_by_bias(layer, z)
         self._equal(f"the heads' outputs of layer {layer}", written, sites["attn_out"])
 
     def _check_rest(self, layer: int, activations: Mapping[tuple[str, int], Tensor]) -> None:
@@ -175,7 +175,7 @@ class Parts:
             normed = getattr(self.model.bridge.blocks[layer], name).original_component(copies)
             return torch.autograd.grad(normed, copies, u)[0]
 
-    def _written_by_bias(self, layer: int, z: Tensor) -> Tensor:
+    def written_by_bias(self, layer: int, z: Tensor) -> Tensor:
         """What attention adds beside its heads: its bias, and that of a norm behind it."""
         attention = self._attention(layer)
         bias = getattr(attention, "b_O", None)

@@ -3,7 +3,7 @@
 1. Choose the edges to show: the strongest, and say how many were left out.
 2. Lay out the components that have one: the embedding at the bottom, the logits on top, and between them a row for each
    layer, its heads side by side and its MLP at the right.
-3. Draw each edge upward, as wide as its score is far from 0: blue where it supports the metric and red where it works against
+3. Draw each edge upward, as wide as its score is far from 0: blue where its clean value raises the metric and red where it lowers
    it (the heat map's colours); solid into values, MLPs and logits, dashed into queries, dotted into keys. What a head's query
    reads enters it on the left, what its key reads in the middle, and what its value reads on the right.
 """
@@ -186,7 +186,7 @@ def _legend(lines: list[_Line], metric: str | None) -> list[go.Scatter]:
     colours = {_colour(line.score) for line in lines}
     names = {_BLUE: "positive score", _RED: "negative score", _GREY: "no score, or 0"}
     if metric is not None:
-        names |= {_BLUE: "supports the metric", _RED: "works against the metric"}
+        names |= {_BLUE: "raises the metric", _RED: "lowers the metric"}
     entries = [(name, colour, "solid") for colour, name in names.items() if colour in colours and colours != {_GREY}]
     kinds = {line.edge.reader.kind for line in lines}
     solid = [what for kind, what in (("v", "value"), ("mlp", "MLP"), ("logits", "logits")) if kind in kinds]

@@ -10,10 +10,12 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import plotly.graph_objects as go
 from torch import Tensor
 
+from mechkit.circuits import FaithfulnessCurve
 from mechkit.plot._heatmap import _COLOURS, _FONT, _number, _plain
 
 _BLUE, _GREY = _COLOURS[-2], "#8c8c8c"
@@ -21,9 +23,23 @@ _BLUE, _GREY = _COLOURS[-2], "#8c8c8c"
 Numbers = Sequence[float] | Tensor
 
 
+def _drawn(found: FaithfulnessCurve, title: str | None) -> go.Figure:
+    """A curve as it came from `faithfulness_curve`."""
+    ends: dict[str, Any] = {}
+    try:
+        ends["low"], ends["high"] = found.ci()
+    except ValueError:  # one prompt, or a gap that changes its sign among the resamples
+        ends = {}
+    if found.random is not None:
+        random = found.random.mean("prompt").normalized().values.double()
+        ends |= {"random": random.mean(0).tolist()}
+        ends |= {"random_low": random.amin(0).tolist(), "random_high": random.amax(0).tolist()}
+    return curve(found.n_edges, found.faithfulness, title=title or found.title, size="edges chosen", **ends)
+
+
 def curve(
-    n_edges: Numbers,
-    faithfulness: Numbers,
+    n_edges: Numbers | FaithfulnessCurve,
+    faithfulness: Numbers | None = None,
     *,
     low: Numbers | None = None,
     high: Numbers | None = None,
@@ -32,11 +48,13 @@ def curve(
     random_high: Numbers | None = None,
     title: str | None = None,
     unit: str = "",
+    size: str = "edges kept",
 ) -> go.Figure:
     """Draw a faithfulness curve.
 
     Args:
-        n_edges: How many edges each circuit has, ascending, at least 1 (the axis is logarithmic).
+        n_edges: How many edges each circuit has, ascending, at least 1 (the axis is logarithmic). Or a `FaithfulnessCurve`, with
+            nothing else but a title.
         faithfulness: Of each circuit: 0 is the corrupted run, 1 the whole model. NaN is left out.
         low, high: Ends of its interval, both or neither.
         random: Faithfulness of random circuits of the same sizes.
@@ -45,6 +63,8 @@ def curve(
         unit: What faithfulness is measured in, for the axis; empty if it is normalized. The lines at 0 and 1 are drawn in that
             case alone.
 
+        size: What the sizes are of: the axis's title.
+
     Returns:
         A plotly figure; nothing is shown or written.
 
@@ -52,6 +72,10 @@ def curve(
         ValueError: lists of different lengths, no points, sizes out of order or below 1, an infinite number, one end of an
             interval without the other, ends the wrong way round, or an interval of random circuits without these.
     """
+    if isinstance(n_edges, FaithfulnessCurve):
+        return _drawn(n_edges, title)
+    if faithfulness is None:
+        raise ValueError("faithfulness: expected one number for each size, or a FaithfulnessCurve alone")
     x = _floats("n_edges", n_edges)
     if not x or not all(1 <= size < math.inf for size in x) or any(b <= a for a, b in itertools.pairwise(x)):
         raise ValueError(f"n_edges: expected ascending numbers of at least 1, got {x}")
@@ -74,7 +98,7 @@ def curve(
         figure.add_trace(_points(x, y["random"], "random circuits", _GREY, "dash", "square", y, "random_"))
     figure.add_traces(_band(x, y, "low", "high", "rgba(33,102,172,0.20)"))
     figure.add_trace(_points(x, y["faithfulness"], "circuit", _BLUE, "solid", "circle", y, ""))
-    _style(figure, x, title, unit, legend="random" in y)
+    _style(figure, x, title, unit, size, legend="random" in y)
     return figure
 
 
@@ -136,7 +160,7 @@ def _points(
     )
 
 
-def _style(figure: go.Figure, x: list[float], title: str | None, unit: str, *, legend: bool) -> None:
+def _style(figure: go.Figure, x: list[float], title: str | None, unit: str, size: str, *, legend: bool) -> None:
     if not unit:
         for height, name in ((0, "corrupted run"), (1, "whole model")):
             figure.add_hline(height, line={"color": "#444444", "width": 1, "dash": "dot"}, layer="below")
@@ -153,7 +177,7 @@ def _style(figure: go.Figure, x: list[float], title: str | None, unit: str, *, l
             )
     figure.update_xaxes(
         type="log",
-        title_text="edges kept",
+        title_text=_plain(size),
         dtick=1 if x[-1] / x[0] > 20 else "D2",
         tickformat=",d",
         exponentformat="none",
@@ -169,7 +193,7 @@ def _style(figure: go.Figure, x: list[float], title: str | None, unit: str, *, l
         margin={"l": 70, "r": 110, "t": 66, "b": 60},
         font={"family": _FONT, "size": 12, "color": "#222222"},
         showlegend=legend,
-        legend={"x": 0.02, "y": 0.98, "xanchor": "left", "yanchor": "top", "bgcolor": "rgba(255,255,255,0.8)"},
+        legend={"x": 1.0, "y": 1.02, "xanchor": "right", "yanchor": "bottom", "orientation": "h"},
         hovermode="closest",
         paper_bgcolor="#ffffff",
         plot_bgcolor="#ffffff",
