@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 import mechkit as mk
-from mechkit.circuits import learned_masks
 from mechkit.circuits._evaluation import Evaluator
 from mechkit.circuits._runs import CircuitRuns
 from mechkit.circuits.areas import roc
@@ -25,7 +24,7 @@ from tests import reference_circuits as naive
 from tests.families import FAMILIES, build_hf
 
 KNOWN: dict[str, Callable[[], Any]] = {
-    "induction": lambda: mk.zoo.induction(6, n_tokens=8),
+    "induction": lambda: mk.zoo.induction(4, n_tokens=6),
     "serial_ioi": mk.zoo.serial_ioi,
     "greater_than": mk.zoo.greater_than,
     "saturated query": lambda: mk.zoo.saturated_attention("query"),
@@ -408,7 +407,7 @@ def test_nothing_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any) -> None:
         raise KeyError("in the middle of training")
 
-    monkeypatch.setattr(learned_masks.Objective, "loss", broken)
+    monkeypatch.setattr(Objective, "loss", broken)
     with pytest.raises(KeyError, match="in the middle"):
         learn(model, pairs)
     assert [p.requires_grad for p in parameters] == before

@@ -161,8 +161,8 @@ def evaluate_circuit(
         model, pairs: As for `activation_patching`.
         metric: As there; `kl_divergence(pairs)` works too (faithfulness is then the share of the divergence that is gone).
         ablation: What a reader sees of a writer without an edge: `"resample"` (the corrupted run's value), `"zero"`, `"mean"`
-            (over all corrupted prompts and positions), `"position-mean"` (at each position, over prompts of the same length), or `Constants`, such as
-            `optimal_ablation` gives.
+            (over all corrupted prompts and positions), `"position-mean"` (at each position, over prompts of one length), or
+            `Constants`, such as `optimal_ablation` gives.
         random: How many random circuits of as many edges are run too.
         sets: How many random sets of the circuit's components are left out for completeness.
         minimality: Leave out each component (`"node"`), each edge, or nothing.
