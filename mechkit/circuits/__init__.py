@@ -24,5 +24,6 @@ from mechkit.circuits.graph import Reader as Reader
 from mechkit.circuits.graph import Writer as Writer
 from mechkit.circuits.learned_masks import LearnedMask as LearnedMask
 from mechkit.circuits.learned_masks import learn_mask as learn_mask
+from mechkit.circuits.optimal_ablation import OptimalConstants as OptimalConstants
 from mechkit.circuits.optimal_ablation import optimal_ablation as optimal_ablation
 from mechkit.circuits.path_patching import path_patching as path_patching

@@ -13,6 +13,7 @@ Ablated values (what a reader sees of a writer whose edge is missing):
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -229,7 +230,8 @@ class Evaluator:
         self.block_tokens += corrupted.numel() * self.model.n_layers
         ablated = self._ablated(other, clean.shape[1], start)
         runs = CircuitRuns(self.model, self.graph, self.parts, clean, ablated, start)
-        chunk = Chunk(self, torch.tensor(ids), runs, None)
+        owner: Evaluator = weakref.proxy(self)  # no cycle: the recorded runs go when the evaluator goes
+        chunk = Chunk(owner, torch.tensor(ids), runs, None)
         if bool(start) not in self._checked:
             runs.check(other.last_logits[0] if self.ablation == "resample" else None)
             self._checked.add(bool(start))

@@ -71,7 +71,8 @@ class FrozenNorm:
     def live_scale(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... 1"]:
         """The same in the graph, so that gradients flow through the scale. The form is taken on trust: `scale` checks it."""
         shape = self._centred(x) * self.gain
-        return ((self._call(x) - self.bias) * shape).sum(-1, keepdim=True) / shape.pow(2).sum(-1, keepdim=True)
+        size = shape.pow(2).sum(-1, keepdim=True).clamp(min=1e-30)
+        return ((self._call(x) - self.bias) * shape).sum(-1, keepdim=True) / size
 
     def linear(self, v: Float[Tensor, "... d_model"], scale: Float[Tensor, "... 1"]) -> Float[Tensor, "... d_model"]:
         """What `v`, as one term of the norm's input, adds to its output: `scale * gain * v`, without the bias."""
