@@ -500,3 +500,18 @@ def test_more_refusals():
     finally:
         model.bridge.original_model.eval()
     assert not model.has_hooks
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_proof_that_fails_leads_to_whole_runs(family, monkeypatch):
+    """The first unedited runs are the proof that suffixes may be run; where it fails, everything is run again, whole."""
+    from mechkit.hooks import GradientRuns
+
+    model, pairs = model_of(family), make_pairs()
+    metric = whole_vocabulary(pairs)
+    expected = mk.edge_attribution(model, pairs, metric, steps=2)
+    assert expected.provenance["runs"] == "suffix"
+    monkeypatch.setattr(GradientRuns, "_refuted", lambda self, found: "for the test")
+    found = mk.edge_attribution(model, pairs, metric, steps=2)
+    assert found.provenance["runs"] == "full: for the test"
+    assert torch.allclose(found.per_prompt.nan_to_num(), expected.per_prompt.nan_to_num(), atol=1e-6)

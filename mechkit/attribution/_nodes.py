@@ -49,6 +49,7 @@ class Study:
     block_tokens: int = 0
     how: str = "suffix"
     proofs: dict[bool, str | None] = field(default_factory=dict)
+    defer_proof: bool = False  # whether the first unedited runs are to be the proof (`GradientRuns.proved`)
 
     def __post_init__(self) -> None:
         wide = torch.float64 if self.model.dtype == torch.float64 else torch.float32
@@ -140,7 +141,15 @@ class Chunk:
             start = min(start, int(study.metric.positions[list(ids)].min()))
         whole = "an activation before the first block" if "embed" in study.axes else None
         source = tokens.get(study.source_is) if study.source_is is not None else None
-        runs = GradientRuns(model, base, source, min(start, base.shape[1] - 1), whole=whole, proofs=study.proofs)
+        runs = GradientRuns(
+            model,
+            base,
+            source,
+            min(start, base.shape[1] - 1),
+            whole=whole,
+            proofs=study.proofs,
+            defer=study.defer_proof,
+        )
         return cls(study, torch.tensor(ids), tokens, runs, torch.arange(len(ids), device=model.device), rows)
 
     def metric(self, final: Tensor, row: Int[Tensor, "row"] | None = None) -> Float[Tensor, "row"]:

@@ -90,6 +90,7 @@ def edge_attribution(
     """
     ask = _asked(steps, rule, path, gradient)
     study = edge_study(model, pairs, metric, direction, budget)
+    study.defer_proof = True
     graph, parts = Graph.of(model), Parts(model)
     scores = _Scores(graph, study, per_prompt, positions)
     errors = torch.full((len(pairs),), torch.nan, dtype=torch.float64)
@@ -255,6 +256,10 @@ class _Work:
         hooks += [(SITES[kind].hook_name(layer), partial(keep_first, key=(kind, layer))) for kind, layer in checked]
         tokens = torch.cat([chunk.tokens[study.base_is], chunk.tokens[study.source_is]])
         _, final = chunk.runs.forward(tokens, chunk.everyone.repeat(2), hooks)
+        if not chunk.runs.proved(final[[0, n]]):
+            self.counts = self.scores.counts(chunk)
+            self.keep_runs(every_hidden, check)
+            return
         for layer in range(self.model.n_layers if check else 0):
             self.parts.check_attention(layer, first)
         self.base, self.source = both.rows(slice(0, n)), both.rows(slice(n, None))

@@ -84,6 +84,7 @@ class GradientRuns:
         *,
         whole: str | None = None,
         proofs: dict[bool, str | None] | None = None,
+        defer: bool = False,
     ) -> None:
         """
         Args:
@@ -94,6 +95,7 @@ class GradientRuns:
             whole: A reason to run whole forward passes from the outset.
             proofs: What was found for longer prompts in the same call, with a prefix (`True`) and without: `None`, or why
                 suffixes cannot be run. What is found here is added.
+            defer: Leave the proof to the caller's own first runs, which saves a pass: see `proved`.
         """
         self.model, self.base, self.block_tokens = model, base, 0
         self.how = "suffix"
@@ -106,19 +108,20 @@ class GradientRuns:
         self._replayer: Replayer | None = None
         self._prefix_of = torch.arange(len(base), device=base.device)  # which recorded prefix each base prompt has
         self._prefix_final: Tensor | None = None  # the final residual stream of those prefixes
+        self._unproved = False
         self._sample_final: Tensor  # the final residual stream of the prompts that are the proof, by whole runs
+        self._proofs = proofs = {} if proofs is None else proofs
         if whole is None:
-            proofs = {} if proofs is None else proofs
             known = bool(self.start) in proofs
             whole = proofs[bool(self.start)] if known else None
             if whole is None:
-                whole = self._prepare(source, prove=not known)
+                whole = self._prepare(source, prove=not known, defer=defer)
             proofs[bool(self.start)] = whole
         if whole is not None:
             self.start, self._replayer, self.how = 0, None, f"full: {whole}"
 
     @torch.no_grad()
-    def _prepare(self, source: Tensor | None, prove: bool) -> str | None:
+    def _prepare(self, source: Tensor | None, prove: bool, defer: bool) -> str | None:
         """Records what the suffix needs, and proves it. Returns why that cannot be done, or `None`."""
         model = self.model
         sample = self.base[:1] if source is None or not prove else torch.cat([self.base[:1], source[:1]])
@@ -127,18 +130,41 @@ class GradientRuns:
             self._replayer = Replayer(model, run, None)
             if not prove:
                 return None
-            found = self.forward(sample, torch.zeros(len(sample), dtype=torch.long, device=sample.device))[1]
-            expected = self._sample_final[:, self.start :]
-            off = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
-            if not off <= TOLERANCE[model.dtype]:
-                return f"suffixes of runs differ from whole runs by {off:.1e} of the residual stream"
             if not unembeds_final_stream(model, run):
                 return "the logits are not the final norm and unembedding of the last block's output"
+            if defer:
+                self._unproved = True
+                return None
+            found = self.forward(sample, torch.zeros(len(sample), dtype=torch.long, device=sample.device))[1]
+            return self._refuted(found)
         except (CannotReplayError, TypeError, AttributeError, IndexError, KeyError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and out_of_memory(error):
                 raise
             return f"blocks cannot be run by themselves: {error}"
         return None
+
+    def _refuted(self, found: Float[Tensor, "row suffix d_model"]) -> str | None:
+        """Why these final streams of the sample's suffixes are not those of its whole runs; `None` if they are."""
+        expected = self._sample_final[:, self.start :]
+        off = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
+        if not off <= TOLERANCE[self.model.dtype]:
+            return f"suffixes of runs differ from whole runs by {off:.1e} of the residual stream"
+        return None
+
+    def proved(self, final: Float[Tensor, "2 suffix d_model"]) -> bool:
+        """Makes up for a proof that was deferred, with the final streams of the first base and the first source prompt.
+
+        Returns:
+            Whether what was run so far stands. If not, whole forward passes are run from now on, and it must be run again.
+        """
+        if not self._unproved:
+            return True
+        self._unproved = False
+        whole = self._refuted(final.detach())
+        if whole is not None:
+            self._proofs[bool(self.start)] = whole
+            self.start, self._replayer, self.how = 0, None, f"full: {whole}"
+        return whole is None
 
     def _record(self, sample: Int[Tensor, "row pos"]) -> Run:
         """The blocks' arguments for prompts of this length, and the keys and values of all base prompts before `start`.
@@ -152,9 +178,12 @@ class GradientRuns:
         prefixes, inverse = self.base[:, : self.start].unique(dim=0, return_inverse=True)
         if len(prefixes) * (self.base.shape[1] - self.start) <= TOGETHER:
             first = torch.stack([(inverse == i).nonzero()[0, 0] for i in range(len(prefixes))])
-            run = self._counted(torch.cat([sample, self.base[first]]))
+            others = first[first != 0]  # the first base prompt is in the sample
+            run = self._counted(torch.cat([sample, self.base[others]]))
             self._sample_final, before = run.resid[-1][: len(sample)], run
-            self._prefix_of = inverse + len(sample)
+            row = torch.zeros_like(first)
+            row[first != 0] = len(sample) + torch.arange(len(others), device=row.device)
+            self._prefix_of = row[inverse]
         else:
             run, before = self._counted(sample), self._counted(prefixes)
             self._sample_final, self._prefix_of = run.resid[-1], inverse
