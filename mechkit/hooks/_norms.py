@@ -57,9 +57,7 @@ class FrozenNorm:
                     f"{self._name}: expected finite activations, got NaN or inf; the weights may hold NaN, or the dtype overflow"
                 )
             shape = self._centred(x) * self.gain
-            scale = ((y - self.bias) * shape).sum(-1, keepdim=True) / shape.pow(2).sum(-1, keepdim=True).clamp(
-                min=1e-30
-            )
+            scale = _along(y - self.bias, shape)
             error = float((scale * shape + self.bias - y).abs().max() / y.abs().max().clamp(min=1e-30))
         if not error <= TOLERANCE[x.dtype]:
             raise ValueError(
@@ -71,8 +69,7 @@ class FrozenNorm:
     def live_scale(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... 1"]:
         """The same in the graph, so that gradients flow through the scale. The form is taken on trust: `scale` checks it."""
         shape = self._centred(x) * self.gain
-        size = shape.pow(2).sum(-1, keepdim=True).clamp(min=1e-30)
-        return ((self._call(x) - self.bias) * shape).sum(-1, keepdim=True) / size
+        return _along(self._call(x) - self.bias, shape)
 
     def linear(self, v: Float[Tensor, "... d_model"], scale: Float[Tensor, "... 1"]) -> Float[Tensor, "... d_model"]:
         """What `v`, as one term of the norm's input, adds to its output: `scale * gain * v`, without the bias."""
@@ -84,3 +81,12 @@ class FrozenNorm:
 
     def _centred(self, v: Tensor) -> Tensor:
         return v - v.mean(-1, keepdim=True) if self.centres else v
+
+
+def _along(y: Float[Tensor, "... d_model"], shape: Float[Tensor, "... d_model"]) -> Float[Tensor, "... 1"]:
+    """By which factor `y` is `shape`, by least squares; 0 where `shape` is 0. Squares of tiny numbers are not taken."""
+    largest = shape.detach().abs().amax(-1, keepdim=True)
+    largest = torch.where(largest > 0, largest, torch.ones_like(largest))
+    unit = shape / largest
+    size = unit.pow(2).sum(-1, keepdim=True)
+    return (y * unit).sum(-1, keepdim=True) / torch.where(size > 0, size, torch.ones_like(size)) / largest
