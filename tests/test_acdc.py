@@ -168,7 +168,7 @@ def test_four_layers_against_one_circuit_at_a_time(family, threshold, metric, ab
     assert circuit.scores is not None
     assert bool((circuit.scores[circuit.members] >= threshold).all())  # what is left costs as much
     pruned = mk.acdc(model, pairs, measured, threshold=threshold, ablation=ablation, progress=False)
-    assert pruned == circuit.pruned()
+    assert pruned == (circuit.pruned() if ablation == "resample" else circuit)  # else dead ends may carry something
 
 
 def test_starting_from_a_circuit():
