@@ -73,8 +73,8 @@ def test_plotly_is_imported_by_drawing_only() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
     import mechkit.plot
 
-    assert set(mechkit.plot.__all__) == {"circuit", "curve", "heatmap", "write_html"}
-    assert callable(mechkit.plot.heatmap)
+    for name in mechkit.plot.__all__:
+        assert callable(getattr(mechkit.plot, name))
     with pytest.raises(AttributeError, match="no attribute 'bar'"):
         mechkit.plot.bar  # noqa: B018
 

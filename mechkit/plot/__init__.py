@@ -6,10 +6,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mechkit.plot._circuit import circuit
     from mechkit.plot._curve import curve
-    from mechkit.plot._heatmap import heatmap, write_html
+    from mechkit.plot._export import read_table, write_html
+    from mechkit.plot._figure import Figure
+    from mechkit.plot._heatmap import heatmap
 
-__all__ = ["circuit", "curve", "heatmap", "write_html"]
-_WHERE = {"circuit": "_circuit", "curve": "_curve", "heatmap": "_heatmap", "write_html": "_heatmap"}
+__all__ = ["Figure", "circuit", "curve", "heatmap", "read_table", "write_html"]
+_WHERE = {
+    "Figure": "_figure",
+    "circuit": "_circuit",
+    "curve": "_curve",
+    "heatmap": "_heatmap",
+    "read_table": "_export",
+    "write_html": "_export",
+}
 
 
 def __getattr__(name: str) -> Any:

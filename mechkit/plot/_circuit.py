@@ -20,7 +20,12 @@ import plotly.graph_objects as go
 
 from mechkit.circuits.circuit import Circuit
 from mechkit.circuits.graph import Edge, Writer
-from mechkit.plot._heatmap import _COLOURS, _FONT, _number, _plain
+from mechkit.plot._text import number as _number
+from mechkit.plot._text import plain as _plain
+from mechkit.plot._theme import FONT as _FONT
+from mechkit.plot._theme import LIGHT
+
+_COLOURS = LIGHT.diverging
 
 _RED, _BLUE, _GREY, _INK = _COLOURS[1], _COLOURS[-2], "#8c8c8c", "#444444"
 _DASHES = {"q": "dash", "k": "dot"}  # solid into everything else

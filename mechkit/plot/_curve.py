@@ -16,7 +16,12 @@ import plotly.graph_objects as go
 from torch import Tensor
 
 from mechkit.circuits import FaithfulnessCurve
-from mechkit.plot._heatmap import _COLOURS, _FONT, _number, _plain
+from mechkit.plot._text import number as _number
+from mechkit.plot._text import plain as _plain
+from mechkit.plot._theme import FONT as _FONT
+from mechkit.plot._theme import LIGHT
+
+_COLOURS = LIGHT.diverging
 
 _BLUE, _GREY = _COLOURS[-2], "#8c8c8c"
 

@@ -1,0 +1,133 @@
+"""Figures on disk: pages, pictures, and the numbers themselves.
+
+Pictures are made by kaleido, which drives a Chrome or Chromium that is already on the machine. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+
+from mechkit._version import __version__
+from mechkit.plot._figure import CONFIG, Figure
+
+_SCHEMA_VERSION = 1
+_PICTURES = (".png", ".svg", ".pdf")
+_BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")
+
+
+def save(figure: Figure, path: Path, scale: float) -> Path:
+    """See `Figure.save`."""
+    suffix = path.suffix.lower()
+    if suffix not in (".html", ".json", ".csv", *_PICTURES):
+        raise ValueError(
+            f"path: expected a name that ends in .html, .png, .svg, .pdf, .json or .csv; got {str(path)!r}"
+        )
+    if not 0 < scale < float("inf"):
+        raise ValueError(f"scale: expected a positive number, got {scale!r}")
+    if suffix == ".html":
+        return write_html(figure, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if suffix in _PICTURES:
+        _write_picture(figure, path, scale)
+    elif suffix == ".json":
+        facts = {"kind": figure.facts.kind, "title": figure.facts.title, "caption": list(figure.facts.caption)}
+        columns = {name: _jsonable(column) for name, column in figure.table().items()}
+        document = {"mechkit": __version__, "schema_version": _SCHEMA_VERSION, **facts, "columns": columns}
+        path.write_text(json.dumps(document, ensure_ascii=False, allow_nan=False), encoding="utf-8")
+    else:
+        import pandas as pd
+
+        frame = pd.DataFrame({name: _wide(column) for name, column in figure.table().items()})
+        frame.to_csv(path, index=False, encoding="utf-8")
+    return path
+
+
+def write_html(figure: go.Figure, path: str | os.PathLike[str]) -> Path:
+    """Write a figure as one HTML file that needs no network and loads nothing.
+
+    Args:
+        figure: Any plotly figure.
+        path: Where to; missing folders are made.
+
+    Returns:
+        The path.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    html = figure.to_html(config=CONFIG, include_plotlyjs=True, include_mathjax=False, div_id="mechkit-figure")
+    path.write_text(html, encoding="utf-8")
+    return path
+
+
+def read_table(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """The numbers of a figure that `Figure.save` wrote as `.json`, exactly as they were.
+
+    Returns:
+        Columns by name: float64 (NaN where there was none), int64, bool, or text.
+
+    Raises:
+        ValueError: the file is something else, or of another version.
+    """
+    try:
+        document = json.loads(Path(path).read_text(encoding="utf-8"))
+        columns = document["columns"]
+        version = document["schema_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}: expected a figure's numbers as Figure.save writes them to .json, got {error!r}"
+        ) from None
+    if version != _SCHEMA_VERSION:
+        raise ValueError(
+            f"{path}: expected schema version {_SCHEMA_VERSION}, got {version!r}: read it with another mechkit"
+        )
+    return {name: _column(values["dtype"], values["values"]) for name, values in columns.items()}
+
+
+def find_browser() -> str | None:
+    """Path of a Chrome or Chromium on this machine: the environment's `BROWSER_PATH`, or one that can be found by name."""
+    named = os.environ.get("BROWSER_PATH")
+    return named or next((found for name in _BROWSERS if (found := shutil.which(name))), None)
+
+
+def _write_picture(figure: go.Figure, path: Path, scale: float) -> None:
+    browser = find_browser()
+    if browser is None:
+        raise RuntimeError(
+            f"{path.name}: a picture is made by Chrome or Chromium, and there is none among {', '.join(_BROWSERS)}; install one "
+            "(Debian: apt install chromium), or say where it is in the environment's BROWSER_PATH, or save as .html"
+        )
+    try:
+        from kaleido import calc_fig_sync
+    except ImportError as error:
+        raise RuntimeError(
+            f"{path.name}: pictures need the package kaleido; `pip install 'mechkit[export]'`, or save as .html"
+        ) from error
+    options = {"format": path.suffix[1:].lower(), "scale": scale}
+    path.write_bytes(calc_fig_sync(figure.to_dict(), options, kopts={"path": browser, "mathjax": False}))
+
+
+def _wide(column: np.ndarray) -> np.ndarray:
+    """float32 as float64, which writes it exactly."""
+    return column.astype(np.float64) if column.dtype.kind == "f" else column
+
+
+def _jsonable(column: np.ndarray) -> dict[str, Any]:
+    kind = {"f": "float64", "i": "int64", "u": "int64", "b": "bool"}.get(column.dtype.kind, "text")
+    if kind == "float64":
+        values = [None if np.isnan(value) else value for value in column.astype(np.float64).tolist()]
+    else:
+        values = column.tolist() if kind != "text" else [str(value) for value in column.tolist()]
+    return {"dtype": kind, "values": values}
+
+
+def _column(kind: str, values: list[Any]) -> np.ndarray:
+    if kind == "float64":
+        return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
+    return np.array(values, dtype={"int64": np.int64, "bool": bool}.get(kind, object))
