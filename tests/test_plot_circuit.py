@@ -58,7 +58,7 @@ def test_every_edge_is_drawn_with_its_score() -> None:
         score = circuit.scores[SMALL.index(edge)].item()
         assert trace.line.color == (BLUE if score > 0 else RED)
         assert trace.line.width == pytest.approx(0.7 + 5.3 * abs(score) / largest)
-        assert trace.line.dash == {"q": "dash", "k": "dot"}.get(edge.reader.kind, "solid")
+        assert trace.line.dash == {"q": "8px,4px", "k": "2px,3px"}.get(edge.reader.kind, "solid")
         name, hover = trace.hovertext.split("<br>")
         assert name == edge.name.replace(">", "&#62;").replace("<", "&#60;")
         assert float(hover.removesuffix(" logits").replace("−", "-")) == pytest.approx(score, rel=1e-3)
@@ -139,7 +139,7 @@ def test_legend_names_what_is_in_the_picture() -> None:
     }
     assert names["raises the metric"].line.color == BLUE
     assert names["lowers the metric"].line.color == RED
-    assert (names["into query"].line.dash, names["into key"].line.dash) == ("dash", "dot")
+    assert (names["into query"].line.dash, names["into key"].line.dash) == ("8px,4px", "2px,3px")
     unknown = dataclasses.replace(circuit, provenance={})  # of another package: the sign may mean something else
     assert {"positive score", "negative score"} <= set(legend(draw(unknown)))
     queries = Circuit.from_edges(SMALL, ["input->a0.h1<q>"])
@@ -233,7 +233,7 @@ def test_curve() -> None:
     assert trace.hovertext[1] == "circuit, 100 edges<br>0.5"
     assert figure.layout.xaxis.type == "log"
     assert [(line.y0, line.y1) for line in figure.layout.shapes] == [(0, 0), (1, 1)]
-    assert [a.text for a in figure.layout.annotations] == ["corrupted run", "whole model"]
+    assert [a.text for a in figure.layout.annotations] == ["corrupted run", "whole model", ""]  # no caption
     assert "<b>" not in figure.layout.title.text
     assert not figure.layout.showlegend
     assert curve(N, F).layout.title.text == "Faithfulness by circuit size"
@@ -282,3 +282,66 @@ def test_curve_leaves_out_what_is_missing() -> None:
 def test_curve_refuses(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         curve(**({"n_edges": N, "faithfulness": F} | arguments))
+
+
+# The slider
+
+
+def make_circuit() -> Circuit:
+    return Circuit.from_scores(scores(SMALL), n_edges=40)
+
+
+def slider_steps(figure: go.Figure) -> list[go.layout.slider.Step]:
+    return list(figure.layout.sliders[0].steps)
+
+
+def test_slider_hides_weak_edges_and_fades_components_that_lose_all() -> None:
+    whole = make_circuit()
+    figure = draw(whole)
+    steps = slider_steps(figure)
+    assert steps[0].label == "all edges shown"
+    assert all(steps[0].args[0]["visible"])
+    drawn = [trace for trace in figure.data if trace.x[0] is not None]
+    sizes = {edge.name: abs(whole.scores[whole.graph.index(edge)].item()) for edge in whole}
+    shown_before = len(drawn) + 1
+    for step in steps[1:]:
+        visible = step.args[0]["visible"]
+        assert len(visible) == len(figure.data)
+        assert all(visible[len(drawn) :])  # the legend stays
+        kept = {trace.name for trace, on in zip(drawn, visible, strict=False) if on}
+        threshold = min(sizes[name] for name in kept)
+        assert kept == {trace.name for trace in drawn if sizes[trace.name] >= threshold}
+        assert 0 < len(kept) < shown_before
+        shown_before = len(kept)
+        assert step.label.endswith(f": {len(kept)} edges")
+        ends = {name for trace in drawn if trace.name in kept for name in trace.name.split("->")[:1]}
+        for i, note in enumerate(figure.layout.annotations[:-1]):
+            opacity = step.args[1][f"annotations[{i}].opacity"]
+            assert opacity in (0.25, 1.0)
+            assert note.text not in ends or opacity == 1.0
+    assert any(0.25 in step.args[1].values() for step in steps)
+
+
+def test_no_slider_without_scores_to_choose_by() -> None:
+    whole = make_circuit()
+    assert not draw(dataclasses.replace(whole, scores=None)).layout.sliders
+    flat = torch.ones_like(whole.scores)
+    assert not draw(dataclasses.replace(whole, scores=flat)).layout.sliders
+
+
+def test_table_has_every_edge_shown_or_not() -> None:
+    whole = make_circuit()
+    table = draw(whole, max_edges=5).table()
+    assert [f"{a}->{b}" for a, b in zip(table["writer"], table["reader"], strict=True)] == [e.name for e in whole]
+    assert table["shown"].sum() == 5
+    for edge, score in zip(whole, table["score"], strict=True):
+        assert score == whole.scores[whole.graph.index(edge)].item()
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_both_themes(theme: str) -> None:
+    figure = draw(make_circuit(), theme=theme)
+    assert (figure.layout.paper_bgcolor == "#ffffff") == (theme == "light")
+    line = curve([1, 10], [0.1, 1.0], theme=theme, caption=["gpt2", "ioi"])
+    assert line.facts.caption == ("gpt2", "ioi")
+    assert list(line.table()["faithfulness"]) == [0.1, 1.0]

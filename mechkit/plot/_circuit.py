@@ -6,12 +6,13 @@
 3. Draw each edge upward, as wide as its score is far from 0: blue where its clean value raises the metric and red where it lowers
    it (the heat map's colours); solid into values, MLPs and logits, dashed into queries, dotted into keys. What a head's query
    reads enters it on the left, what its key reads in the middle, and what its value reads on the right.
+4. A slider below hides the edges that score closer to 0 than a threshold, and fades the components that lose their last one.
 """
 
 from __future__ import annotations
 
 import math
-import textwrap
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,20 +21,17 @@ import plotly.graph_objects as go
 
 from mechkit.circuits.circuit import Circuit
 from mechkit.circuits.graph import Edge, Writer
-from mechkit.plot._text import number as _number
-from mechkit.plot._text import plain as _plain
-from mechkit.plot._theme import FONT as _FONT
-from mechkit.plot._theme import LIGHT
+from mechkit.plot._figure import Facts, Figure, Frame, Table, dress
+from mechkit.plot._text import caption_of, lines, number, plain
+from mechkit.plot._theme import Theme, theme_of
 
-_COLOURS = LIGHT.diverging
-
-_RED, _BLUE, _GREY, _INK = _COLOURS[1], _COLOURS[-2], "#8c8c8c", "#444444"
-_DASHES = {"q": "dash", "k": "dot"}  # solid into everything else
+_DASHES = {"q": "8px,4px", "k": "2px,3px"}  # solid into everything else; in pixels: a wide line has no longer dashes
 _PORTS = {"q": -0.32, "v": 0.32}  # of a box's width, from its middle
 _THIN, _THICK = 0.7, 6.0  # pixels
 _BOX_HEIGHT = 19
 _GAP = 16  # pixels between two boxes
-_STEPS = 24  # points of an edge's curve, at which the mouse finds it
+_POINTS = 24  # of an edge's curve, at which the mouse finds it
+_THRESHOLDS = 16  # of the slider, at most
 
 Place = tuple[float, float]
 
@@ -62,42 +60,52 @@ class _Layout:
 
 
 def circuit(
-    circuit: Circuit, *, min_score: float | None = None, max_edges: int = 200, title: str | None = None
-) -> go.Figure:
+    circuit: Circuit,
+    *,
+    min_score: float | None = None,
+    max_edges: int = 200,
+    title: str | None = None,
+    theme: str = "light",
+) -> Figure:
     """Draw a circuit.
 
     An edge into a key or value that several heads share leads to each of them that writes over an edge of the circuit.
 
     Args:
-        circuit: What to draw. Without scores all edges are grey and equally wide.
+        circuit: What to draw. Without scores all edges are grey and equally wide, and there is no slider.
         min_score: Leave out edges whose score is closer to 0 than this, in the scores' unit.
         max_edges: Show no more than so many: those that score furthest from 0, or without scores those nearest the logits.
         title: Of the figure, as plain text; by default how many edges there are.
+        theme: `"light"` or `"dark"`.
 
     Returns:
-        A plotly figure; nothing is shown or written.
+        A plotly figure; nothing is shown or written. Its `table` has all edges of the circuit, `shown` or not.
 
     Raises:
         ValueError: there is nothing to show, `min_score` is given without scores, or either number is out of range.
     """
+    colours = theme_of(theme)
     shown = _choose(circuit, min_score, max_edges)
     if not shown:
         asked = "" if min_score is None else f" whose score is at least {min_score} away from 0"
         raise ValueError(f"circuit: expected at least one edge{asked}, got none among {len(circuit)}")
-    lines = [
+    drawn = [
         _Line(edge, target, score)
         for edge, score in reversed(shown)  # the strongest on top
         for target in [writer.name for writer in circuit.targets(edge.reader)] or ["logits"]
     ]
-    layout = _lay_out(circuit, lines)
+    layout = _lay_out(circuit, drawn)
     largest = max((abs(score) for _, score in shown if score is not None), default=0.0)
     unit = str(circuit.provenance.get("unit") or "")
-    figure = go.Figure(
-        [_trace(line, layout, largest, unit) for line in lines] + _legend(lines, circuit.provenance.get("metric"))
+    figure = Figure(
+        [_trace(line, layout, largest, unit, colours) for line in drawn]
+        + _legend(drawn, circuit.provenance.get("metric"), colours)
     )
     for name, (x, y) in layout.places.items():
-        figure.add_annotation(**_box(name, x, y, layout, circuit, shown))
-    _style(figure, layout, _default_title(circuit) if title is None else title, _caption(circuit, shown))
+        figure.add_annotation(**_box(name, x, y, layout, circuit, shown, colours))
+    slider = _slider(drawn, list(layout.places), len(figure.data), unit, colours)
+    facts = Facts("circuit", _default_title(circuit) if title is None else title, tuple(_caption(circuit, shown)))
+    _style(figure, layout, facts, slider, lambda: _table(circuit, shown), colours)
     return figure
 
 
@@ -141,23 +149,23 @@ def _lay_out(circuit: Circuit, lines: list[_Line]) -> _Layout:
     return _Layout(places, rows, column, row, (most - 1 + 1.2 * has_mlp) * column, (len(rows) + 1.2) * row)
 
 
-def _trace(line: _Line, layout: _Layout, largest: float, unit: str) -> go.Scatter:
+def _trace(line: _Line, layout: _Layout, largest: float, unit: str, theme: Theme) -> go.Scatter:
     kind = line.edge.reader.kind
     strength = 0.2 if largest == 0 else abs(line.score or 0.0) / largest
-    score = "no score" if line.score is None else f"{_number(line.score, 4, sign='+')} {unit}".strip()
+    score = "no score" if line.score is None else f"{number(line.score, 4, sign='+')} {unit}".strip()
     x, y = _route(line, layout)
     return go.Scatter(
         x=x,
         y=y,
         mode="lines",
         line={
-            "color": _colour(line.score),
+            "color": _colour(line.score, theme),
             "width": _THIN + (_THICK - _THIN) * strength,
             "dash": _DASHES.get(kind, "solid"),
         },
         opacity=0.8,
         hoverinfo="text",
-        hovertext=f"{_plain(line.edge.name)}<br>{_plain(score)}",
+        hovertext=lines(line.edge.name, score),
         name=line.edge.name,
         showlegend=False,
     )
@@ -178,27 +186,31 @@ def _route(line: _Line, layout: _Layout) -> tuple[np.ndarray, np.ndarray]:
         if y0 + stub < box_y < y1 - stub and abs(straight - box_x) < layout.box / 2 + 2:
             points[box_y] = box_x + math.copysign(layout.column / 2, straight - box_x) + aside
     heights = sorted(points)
-    y = np.unique([*np.linspace(y0, y1, _STEPS), *heights])
+    y = np.unique([*np.linspace(y0, y1, _POINTS), *heights])
     return PchipInterpolator(heights, [points[height] for height in heights])(y), y
 
 
-def _colour(score: float | None) -> str:
-    return _GREY if score is None or score == 0 else _BLUE if score > 0 else _RED
+def _colour(score: float | None, theme: Theme) -> str:
+    return theme.grey if not score else theme.positive if score > 0 else theme.negative
 
 
-def _legend(lines: list[_Line], metric: str | None) -> list[go.Scatter]:
+def _legend(drawn: list[_Line], metric: str | None, theme: Theme) -> list[go.Scatter]:
     """Entries for what is in the picture, and for nothing else. Other packages' scores may have another sign."""
-    colours = {_colour(line.score) for line in lines}
-    names = {_BLUE: "positive score", _RED: "negative score", _GREY: "no score, or 0"}
+    colours = {_colour(line.score, theme) for line in drawn}
+    names = {theme.positive: "positive score", theme.negative: "negative score", theme.grey: "no score, or 0"}
     if metric is not None:
-        names |= {_BLUE: "raises the metric", _RED: "lowers the metric"}
-    entries = [(name, colour, "solid") for colour, name in names.items() if colour in colours and colours != {_GREY}]
-    kinds = {line.edge.reader.kind for line in lines}
+        names |= {theme.positive: "raises the metric", theme.negative: "lowers the metric"}
+    entries = [
+        (name, colour, "solid") for colour, name in names.items() if colour in colours and colours != {theme.grey}
+    ]
+    kinds = {line.edge.reader.kind for line in drawn}
     solid = [what for kind, what in (("v", "value"), ("mlp", "MLP"), ("logits", "logits")) if kind in kinds]
     if kinds & set(_DASHES):
-        entries += [(f"into {' / '.join(solid)}", _INK, "solid")] if solid else []
+        entries += [(f"into {' / '.join(solid)}", theme.line, "solid")] if solid else []
         entries += [
-            (f"into {name}", _INK, _DASHES[kind]) for kind, name in (("q", "query"), ("k", "key")) if kind in kinds
+            (f"into {name}", theme.line, _DASHES[kind])
+            for kind, name in (("q", "query"), ("k", "key"))
+            if kind in kinds
         ]
     return [
         go.Scatter(x=[None], y=[None], mode="lines", name=name, line={"color": colour, "width": 2.5, "dash": dash})
@@ -206,8 +218,54 @@ def _legend(lines: list[_Line], metric: str | None) -> list[go.Scatter]:
     ]
 
 
+def _slider(drawn: list[_Line], boxes: list[str], n_traces: int, unit: str, theme: Theme) -> dict[str, Any] | None:
+    """Thresholds at scores of edges, so that each step hides some; the first step shows all."""
+    scores = sorted({abs(line.score or 0.0) for line in drawn})
+    if len(scores) < 2:
+        return None
+    n = min(_THRESHOLDS, len(scores))
+    steps = []
+    for i in dict.fromkeys(round(j * (len(scores) - 1) / (n - 1)) for j in range(n)):
+        kept = [abs(line.score or 0.0) >= scores[i] for line in drawn]
+        ends = {
+            name
+            for line, keep in zip(drawn, kept, strict=True)
+            if keep
+            for name in (line.edge.writer.name, line.target)
+        }
+        edges = len({line.edge for line, keep in zip(drawn, kept, strict=True) if keep})
+        faded = {f"annotations[{j}].opacity": 1.0 if name in ends else 0.25 for j, name in enumerate(boxes)}
+        text = "all edges shown" if i == 0 else f"|score| ≥ {number(scores[i])}{' ' * bool(unit)}{unit}: {edges} edges"
+        visible = kept + [True] * (n_traces - len(drawn))
+        steps.append({"method": "update", "args": [{"visible": visible}, faded], "label": plain(text)})
+    return {
+        "steps": steps,
+        "active": 0,
+        "currentvalue": {"prefix": "", "font": {"size": 12, "color": theme.ink}},
+        "font": {"size": 1, "color": theme.paper},  # the steps' own labels would overlap; the current one is above
+        "ticklen": 0,
+        "minorticklen": 0,
+        "bgcolor": theme.grid,
+        "bordercolor": theme.line,
+        "activebgcolor": theme.positive,
+        "x": 0.0,
+        "xanchor": "left",
+        "y": 0,
+        "yanchor": "top",
+        "lenmode": "pixels",
+        "len": 300,
+        "pad": {"t": 14, "b": 0, "l": 0, "r": 0},
+    }
+
+
 def _box(
-    name: str, x: float, y: float, layout: _Layout, circuit: Circuit, shown: list[tuple[Edge, float | None]]
+    name: str,
+    x: float,
+    y: float,
+    layout: _Layout,
+    circuit: Circuit,
+    shown: list[tuple[Edge, float | None]],
+    theme: Theme,
 ) -> dict[str, Any]:
     """A component's box, as an annotation: those are drawn above the edges."""
     writes = sum(edge.writer.name == name for edge, _ in shown)
@@ -222,9 +280,9 @@ def _box(
         "width": layout.box + 16 * ends,
         "height": _BOX_HEIGHT - 4,
         "showarrow": False,
-        "font": {"size": 11, "color": "#222222"},
-        "bgcolor": "#f2f2f2" if ends or name.startswith("m") else "#ffffff",
-        "bordercolor": "#777777",
+        "font": {"size": 11, "color": theme.ink},
+        "bgcolor": theme.box_end if ends or name.startswith("m") else theme.box,
+        "bordercolor": theme.grey,
         "borderwidth": 1,
         "borderpad": 1,
         "hovertext": f"{name}<br>edges shown: {reads} in, {writes} out",
@@ -237,32 +295,40 @@ def _default_title(circuit: Circuit) -> str:
 
 
 def _caption(circuit: Circuit, shown: list[tuple[Edge, float | None]]) -> list[str]:
-    origin = circuit.provenance
-    technique = str(origin.get("technique") or "").replace("_", " ")
-    n_prompts = origin.get("n_prompts")
-    parts = [circuit.model, circuit.task, technique]
-    parts.append(f"mean over {n_prompts} prompt{'s' if n_prompts != 1 else ''}" if n_prompts and technique else "")
+    origin = {**circuit.provenance, "model": circuit.model, "task": circuit.task}
+    parts = caption_of(origin, averaged=bool(origin.get("technique")))
     strongest = shown[0][1]
     if strongest:
         unit = f" {origin['unit']}" if origin.get("unit") else ""
-        parts.append(f"width is |score|, the widest {_number(abs(strongest))}{unit}")
+        parts.append(f"width is |score|, the widest {number(abs(strongest))}{unit}")
     if left := circuit.n_edges - len(shown):
         least = shown[-1][1]
-        which = "those nearest the logits" if least is None else f"the strongest, |score| ≥ {_number(abs(least))}"
+        which = "those nearest the logits" if least is None else f"the strongest, |score| ≥ {number(abs(least))}"
         parts.append(f"{len(shown):,} of {circuit.n_edges:,} edges shown ({which}); {left:,} left out")
-    return [part for part in parts if part]
+    return parts
 
 
-def _style(figure: go.Figure, layout: _Layout, title: str, caption: list[str]) -> None:
-    left, right = 92, 48
-    inner = max(layout.width + 2 * right, 330)
-    width = left + inner + 190  # the legend's
-    heading = textwrap.wrap(title, round((width - left) / 8)) or [""]
-    small_print = textwrap.wrap(" · ".join(caption), round((width - left - 20) / 6))
-    top, bottom = 46 + 22 * len(heading), 34 + 15 * len(small_print)
-    tall = layout.height + 2 * _BOX_HEIGHT
+def _table(circuit: Circuit, shown: list[tuple[Edge, float | None]]) -> Table:
+    edges, drawn = list(circuit), {edge for edge, _ in shown}
+    scores = [np.nan if circuit.scores is None else circuit.scores[circuit.graph.index(edge)].item() for edge in edges]
+    return {
+        "writer": np.array([edge.writer.name for edge in edges], dtype=object),
+        "reader": np.array([edge.reader.name for edge in edges], dtype=object),
+        "score": np.array(scores, dtype=np.float64),
+        "shown": np.array([edge in drawn for edge in edges]),
+    }
+
+
+def _style(
+    figure: Figure,
+    layout: _Layout,
+    facts: Facts,
+    slider: dict[str, Any] | None,
+    table: Callable[[], Table],
+    theme: Theme,
+) -> None:
+    inner = max(layout.width + 96, 330)
     spare = (inner - layout.width) / 2
-    height = round(top + tall + bottom)
     figure.update_xaxes(range=[-spare, layout.width + spare], visible=False, fixedrange=False)
     figure.update_yaxes(
         range=[-_BOX_HEIGHT, layout.height + _BOX_HEIGHT],
@@ -270,37 +336,12 @@ def _style(figure: go.Figure, layout: _Layout, title: str, caption: list[str]) -
         tickvals=[i * layout.row for i in range(1, len(layout.rows) + 1)],
         ticktext=[f"layer {layer}" for layer in layout.rows],
         showgrid=True,
-        gridcolor="#eeeeee",
+        gridcolor=theme.grid,
         zeroline=False,
     )
-    figure.add_annotation(
-        text="<br>".join(map(_plain, small_print)),
-        xref="paper",
-        yref="paper",
-        x=0,
-        y=0,
-        yshift=-16,
-        xanchor="left",
-        yanchor="top",
-        align="left",
-        showarrow=False,
-        font={"size": 11, "color": "#555555"},
-    )
+    frame = Frame(inner, layout.height + 2 * _BOX_HEIGHT, left=92, right=190, below=74 if slider else 16, above=-16)
+    dress(figure, theme, frame, facts, table)
     figure.update_layout(
-        title={
-            "text": "<br>".join(map(_plain, heading)),
-            "font_size": 17,
-            "x": left / width,
-            "xanchor": "left",
-            "y": 1 - 26 / height,
-            "yanchor": "top",
-        },
-        width=round(width),
-        height=height,
-        margin={"l": left, "r": 190, "t": top, "b": bottom},
-        font={"family": _FONT, "size": 12, "color": "#222222"},
+        sliders=[slider] if slider else [],
         legend={"x": 1.0, "y": 1.0, "xanchor": "left", "yanchor": "top", "itemclick": False, "itemdoubleclick": False},
-        hovermode="closest",
-        paper_bgcolor="#ffffff",
-        plot_bgcolor="#ffffff",
     )

@@ -12,34 +12,40 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import plotly.graph_objects as go
 from torch import Tensor
 
 from mechkit.circuits import FaithfulnessCurve
-from mechkit.plot._text import number as _number
-from mechkit.plot._text import plain as _plain
-from mechkit.plot._theme import FONT as _FONT
-from mechkit.plot._theme import LIGHT
-
-_COLOURS = LIGHT.diverging
-
-_BLUE, _GREY = _COLOURS[-2], "#8c8c8c"
+from mechkit.plot._figure import Facts, Figure, Frame, axis_lines, dress
+from mechkit.plot._text import caption_of, number, plain
+from mechkit.plot._theme import Theme, rgba, theme_of
 
 Numbers = Sequence[float] | Tensor
 
 
-def _drawn(found: FaithfulnessCurve, title: str | None) -> go.Figure:
+def _drawn(found: FaithfulnessCurve, title: str | None, theme: str) -> Figure:
     """A curve as it came from `faithfulness_curve`."""
+    n = len(found.runs.coords["prompt"])
+    seen = {None: [], 0: ["all held out"], n: ["the ones that were scored"]}.get(
+        found.n_seen, [f"{found.n_seen} of them scored"]
+    )
+    caption = [*caption_of(found.runs.provenance, averaged=True), *seen]
     ends: dict[str, Any] = {}
     try:
         ends["low"], ends["high"] = found.ci()
+        caption.append("band: 95 % bootstrap interval over prompts")
     except ValueError:  # one prompt, or a gap that changes its sign among the resamples
         ends = {}
     if found.random is not None:
         random = found.random.mean("prompt").normalized().values.double()
         ends |= {"random": random.mean(0).tolist()}
         ends |= {"random_low": random.amin(0).tolist(), "random_high": random.amax(0).tolist()}
-    return curve(found.n_edges, found.faithfulness, title=title or found.title, size="edges chosen", **ends)
+        caption.append(f"random circuits of the same sizes: mean and range of {len(random)}")
+    title = found.title if title is None else title
+    return curve(
+        found.n_edges, found.faithfulness, title=title, size="edges chosen", caption=caption, theme=theme, **ends
+    )
 
 
 def curve(
@@ -54,7 +60,9 @@ def curve(
     title: str | None = None,
     unit: str = "",
     size: str = "edges kept",
-) -> go.Figure:
+    caption: Sequence[str] = (),
+    theme: str = "light",
+) -> Figure:
     """Draw a faithfulness curve.
 
     Args:
@@ -67,8 +75,9 @@ def curve(
         title: Of the figure, as plain text.
         unit: What faithfulness is measured in, for the axis; empty if it is normalized. The lines at 0 and 1 are drawn in that
             case alone.
-
         size: What the sizes are of: the axis's title.
+        caption: Parts of the small print: model, task, number of prompts, what was ablated.
+        theme: `"light"` or `"dark"`.
 
     Returns:
         A plotly figure; nothing is shown or written.
@@ -78,7 +87,7 @@ def curve(
             interval without the other, ends the wrong way round, or an interval of random circuits without these.
     """
     if isinstance(n_edges, FaithfulnessCurve):
-        return _drawn(n_edges, title)
+        return _drawn(n_edges, title, theme)
     if faithfulness is None:
         raise ValueError("faithfulness: expected one number for each size, or a FaithfulnessCurve alone")
     x = _floats("n_edges", n_edges)
@@ -97,13 +106,20 @@ def curve(
         raise ValueError(
             "random: expected the faithfulness of random circuits with its interval, got the interval alone"
         )
-    figure = go.Figure()
+    figure, colours = Figure(), theme_of(theme)
     if "random" in y:
-        figure.add_traces(_band(x, y, "random_low", "random_high", "rgba(140,140,140,0.22)"))
-        figure.add_trace(_points(x, y["random"], "random circuits", _GREY, "dash", "square", y, "random_"))
-    figure.add_traces(_band(x, y, "low", "high", "rgba(33,102,172,0.20)"))
-    figure.add_trace(_points(x, y["faithfulness"], "circuit", _BLUE, "solid", "circle", y, ""))
-    _style(figure, x, title, unit, size, legend="random" in y)
+        figure.add_traces(_band(x, y, "random_low", "random_high", rgba(colours.grey, 0.22)))
+        figure.add_trace(_points(x, y["random"], "random circuits", colours.grey, "dash", "square", y, "random_"))
+    figure.add_traces(_band(x, y, "low", "high", rgba(colours.positive, 0.20)))
+    figure.add_trace(_points(x, y["faithfulness"], "circuit", colours.positive, "solid", "circle", y, ""))
+    if not unit:
+        _mark_ends(figure, colours)
+    _set_axes(figure, x, unit, size, colours)
+    columns = {"n_edges": np.array(x), **{name: np.array(values) for name, values in y.items()}}
+    facts = Facts("curve", title or "Faithfulness by circuit size", tuple(caption))
+    dress(figure, colours, Frame(540, 334, left=70, right=110, above=6), facts, lambda: columns)
+    legend = {"x": 1.0, "y": 1.02, "xanchor": "right", "yanchor": "bottom", "orientation": "h"}
+    figure.update_layout(showlegend="random" in y, legend=legend)
     return figure
 
 
@@ -150,9 +166,9 @@ def _points(
     prefix: str,
 ) -> go.Scatter:
     low, high = y.get(f"{prefix}low"), y.get(f"{prefix}high")
-    hover = [f"{name}, {size:,.0f} edges<br>{_number(value, 4)}" for size, value in zip(x, values, strict=True)]
+    hover = [f"{name}, {size:,.0f} edges<br>{number(value, 4)}" for size, value in zip(x, values, strict=True)]
     if low and high:
-        hover = [f"{text} ({_number(a)} to {_number(b)})" for text, a, b in zip(hover, low, high, strict=True)]
+        hover = [f"{text} ({number(a)} to {number(b)})" for text, a, b in zip(hover, low, high, strict=True)]
     return go.Scatter(
         x=x,
         y=values,
@@ -165,41 +181,31 @@ def _points(
     )
 
 
-def _style(figure: go.Figure, x: list[float], title: str | None, unit: str, size: str, *, legend: bool) -> None:
-    if not unit:
-        for height, name in ((0, "corrupted run"), (1, "whole model")):
-            figure.add_hline(height, line={"color": "#444444", "width": 1, "dash": "dot"}, layer="below")
-            figure.add_annotation(
-                text=name,
-                xref="paper",
-                x=1,
-                y=height,
-                xanchor="left",
-                yanchor="middle",
-                xshift=6,
-                showarrow=False,
-                font={"size": 11, "color": "#444444"},
-            )
+def _mark_ends(figure: Figure, theme: Theme) -> None:
+    """A line at 0 and one at 1, with their names."""
+    for height, name in ((0, "corrupted run"), (1, "whole model")):
+        figure.add_hline(height, line={"color": theme.line, "width": 1, "dash": "dot"}, layer="below")
+        figure.add_annotation(
+            text=name,
+            xref="paper",
+            x=1,
+            y=height,
+            xanchor="left",
+            yanchor="middle",
+            xshift=6,
+            showarrow=False,
+            font={"size": 11, "color": theme.ink},
+        )
+
+
+def _set_axes(figure: Figure, x: list[float], unit: str, size: str, theme: Theme) -> None:
     figure.update_xaxes(
+        **axis_lines(theme),
         type="log",
-        title_text=_plain(size),
+        title_text=plain(size),
         dtick=1 if x[-1] / x[0] > 20 else "D2",
         tickformat=",d",
         exponentformat="none",
     )
-    figure.update_yaxes(title_text=f"faithfulness ({_plain(unit)})" if unit else "faithfulness", zeroline=False)
-    axis = {"showgrid": True, "gridcolor": "#ececec", "showline": True, "linecolor": "#444444", "ticks": "outside"}
-    figure.update_xaxes(**axis)
-    figure.update_yaxes(**axis)
-    figure.update_layout(
-        title={"text": _plain(title or "Faithfulness by circuit size"), "font_size": 17, "x": 0.02, "xanchor": "left"},
-        width=720,
-        height=460,
-        margin={"l": 70, "r": 110, "t": 66, "b": 60},
-        font={"family": _FONT, "size": 12, "color": "#222222"},
-        showlegend=legend,
-        legend={"x": 1.0, "y": 1.02, "xanchor": "right", "yanchor": "bottom", "orientation": "h"},
-        hovermode="closest",
-        paper_bgcolor="#ffffff",
-        plot_bgcolor="#ffffff",
-    )
+    name = f"faithfulness ({plain(unit)})" if unit else "faithfulness (0 = corrupted run, 1 = whole model)"
+    figure.update_yaxes(**axis_lines(theme) | {"zeroline": False}, title_text=name)
