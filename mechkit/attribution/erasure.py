@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mechkit._drawn import Drawn
 from mechkit.attribution._cells import split_prompts
 from mechkit.attribution._reading import Direction, as_direction, to_result
 from mechkit.attribution._stream import StreamRun, labels, needed
@@ -31,7 +32,7 @@ from mechkit.result import Result
 
 
 @dataclass(frozen=True)
-class Erasure:
+class Erasure(Drawn):
     """What ablating one head takes away, and where.
 
     Attributes:

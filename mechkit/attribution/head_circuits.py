@@ -26,6 +26,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechkit._drawn import Drawn
 from mechkit.attribution._cells import choose_indices
 from mechkit.attribution._head_weights import (
     block_norm,
@@ -74,7 +75,7 @@ class OVDirection:
 
 
 @dataclass(frozen=True, eq=False)
-class OVSVD:
+class OVSVD(Drawn):
     """Singular value decomposition of a head's OV matrix: `OV = Σ singular_value * outer(read, write)`.
 
     Attributes:

@@ -26,6 +26,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from mechkit._drawn import Drawn
 from mechkit.attribution._cells import Axes, make_axes, provenance_of, split_prompts
 from mechkit.attribution._readout import Chunk, Logits, Reader, read_cells
 from mechkit.hooks import HookedModel, widen
@@ -135,7 +136,7 @@ def logit_lens(
 
 
 @dataclass(frozen=True, eq=False)
-class TopTokens:
+class TopTokens(Drawn):
     """The most probable tokens of every cell.
 
     Attributes:

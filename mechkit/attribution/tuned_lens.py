@@ -25,6 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechkit._drawn import Drawn
 from mechkit._safetensors import read, write
 from mechkit.attribution._cells import choose_indices, provenance_of, split_prompts
 from mechkit.attribution._tuned_fit import Settings, fit_translators
@@ -35,7 +36,7 @@ _FORMAT = 1
 
 
 @dataclass(frozen=True, eq=False)
-class TunedLens:
+class TunedLens(Drawn):
     """Translators of the residual stream after each layer. Make one with `TunedLens.fit` or `TunedLens.load`.
 
     Attributes:

@@ -25,6 +25,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from mechkit._drawn import Drawn
 from mechkit.circuits import _selection
 from mechkit.circuits._provenance import merged
 from mechkit.circuits.edge_scores import EdgeScores
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class Circuit:
+class Circuit(Drawn):
     """A set of edges. Two circuits are equal if their graphs and edges are.
 
     `a | b`, `a & b`, `a - b`, `a ^ b` and `a <= b` are set operations; scores are then the left one's. `len`, iteration (by

@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechkit._drawn import Drawn
 from mechkit.circuits.graph import Edge, Graph
 from mechkit.result import Cost, Interval, Result
 
@@ -49,7 +50,7 @@ class ScoredEdge:
 
 
 @dataclass(frozen=True, eq=False)
-class EdgeScores:
+class EdgeScores(Drawn):
     """What each edge adds to a metric. Make it with `EdgeScores.of`.
 
     Attributes:

@@ -25,6 +25,7 @@ from jaxtyping import Bool
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from mechkit._drawn import Drawn
 from mechkit.attribution._nodes import AnyMetric
 from mechkit.circuits._evaluation import Ablation, Constants, Evaluator, provenance_of_ablation
 from mechkit.circuits._provenance import circuit_provenance, merged, prompt_hashes
@@ -81,7 +82,7 @@ class Completeness:
 
 
 @dataclass(frozen=True, eq=False)
-class CircuitReport:
+class CircuitReport(Drawn):
     """How good a circuit is.
 
     Attributes:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 
+from mechkit._drawn import Drawn
 from mechkit.attribution._nodes import AnyMetric
 from mechkit.circuits._evaluation import Ablation, Constants, Evaluator
 from mechkit.circuits.areas import FRACTIONS, cmd, cpr
@@ -30,7 +31,7 @@ Scorer = Callable[[HookedModel, PromptPairs, Any], EdgeScores]
 
 
 @dataclass(frozen=True, eq=False)
-class FaithfulnessCurve:
+class FaithfulnessCurve(Drawn):
     """Faithfulness against the number of edges kept.
 
     Attributes:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from mechkit._drawn import Drawn
 from mechkit.circuits._evaluation import Ablation, Constants
 from mechkit.circuits.acdc import acdc
 from mechkit.circuits.circuit import Circuit
@@ -25,7 +26,7 @@ from mechkit.prompts import PromptPairs
 
 
 @dataclass(frozen=True, eq=False)
-class FoundCircuit:
+class FoundCircuit(Drawn):
     """A circuit and how it was found.
 
     Attributes:

@@ -42,6 +42,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from mechkit._drawn import Drawn
 from mechkit.circuits._evaluation import Ablation, Chunk, Constants, Evaluator, provenance_of_ablation
 from mechkit.circuits._provenance import circuit_provenance, merged
 from mechkit.circuits._runs import CircuitRuns
@@ -63,7 +64,7 @@ QUANTITIES = ("loss", "expected open", "penalty")
 
 
 @dataclass(frozen=True, eq=False)
-class LearnedMask:
+class LearnedMask(Drawn):
     """Gates that were learned, and how good they are.
 
     Attributes:

@@ -30,6 +30,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from mechkit._drawn import Drawn
 from mechkit.circuits._evaluation import Chunk, Constants, Evaluator
 from mechkit.circuits._provenance import circuit_provenance
 from mechkit.circuits._runs import Written
@@ -46,7 +47,7 @@ STARTS = ("mean", "zero")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class OptimalConstants(Constants):
+class OptimalConstants(Constants, Drawn):
     """Constants for `ablation=`, and what they achieve.
 
     Attributes:

@@ -23,13 +23,13 @@ from plotly.subplots import make_subplots
 from torch import Tensor
 
 from mechkit.plot._figure import Facts, Figure, Frame, Table, dress, label_axis
+from mechkit.plot._scale import is_unsigned
 from mechkit.plot._tables import table_of
 from mechkit.plot._text import caption_of, lines, number, plain, shortened, title_of
 from mechkit.plot._theme import Theme, colourscale, theme_of
 from mechkit.result import Label, Result
 
 _GAP = 46  # pixels between panels
-_UNSIGNED = ("probability", "rank", "attention", "fraction", "p")  # units of what is never below 0
 
 Results = Result | Sequence[Result] | Mapping[str, Result]
 
@@ -245,8 +245,8 @@ def _choose_scale(
     if center is not None:
         return scale(values, center, f"{name}<br>{white} = {number(center)}")
     if not result.baseline:
-        unsigned = result.unit in _UNSIGNED and not (values < 0).any()
-        return scale(values, 0.0, f"{name}<br>{white} = 0", signed=not unsigned)
+        signed = bool((values < 0).any()) or not all(map(is_unsigned, results.values()))
+        return scale(values, 0.0, f"{name}<br>{white} = 0", signed=signed)
     bases = np.concatenate(
         [one.baseline[one.base].numpy(force=True).astype(np.float64).ravel() for one in results.values()]
     )

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 _RIGHT_TO_LEFT = re.compile("[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc]+")
-_LABEL = re.compile(r'"(.*)" (\d+)', re.DOTALL)
 _MAX_LABEL = 24  # characters of a tick label
 
 
@@ -21,6 +20,9 @@ def visible(text: str) -> str:
 
     A space is a space. A mark after right-to-left text keeps what follows it to its right.
     """
+
+    if text.isascii() and text.isprintable():
+        return text
 
     def shown(character: str) -> str:
         joins_emoji = character == "\u200d"
@@ -51,10 +53,25 @@ def shortened(label: object) -> str:
     return text if len(text) <= _MAX_LABEL else f"{text[: _MAX_LABEL - 9]}…{text[-8:]}"
 
 
-def token_of(label: int | str) -> str:
-    """The token of a position's label: `' Mary'` of `'" Mary" 3'`; a label of another form is itself."""
-    match = _LABEL.fullmatch(label) if isinstance(label, str) else None
-    return match[1] if match else str(label)
+def display_width(text: str) -> int:
+    """Columns that a text takes in a monospace font, escapes included: 2 for a wide character, 0 for a combining mark."""
+
+    def columns(character: str) -> int:
+        if unicodedata.category(character) in ("Mn", "Me", "Cf"):
+            return 0
+        return 2 if unicodedata.east_asian_width(character) in "WF" else 1
+
+    return sum(map(columns, visible(text)))
+
+
+def fitted(text: str, columns: int) -> str:
+    """The beginning of a text that takes no more columns, with an ellipsis if that is not all."""
+    if display_width(text) <= columns:
+        return text
+    end = min(len(text), columns)
+    while end and display_width(text[:end]) > columns - 1:
+        end -= 1
+    return f"{text[:end]}…"
 
 
 def technique_of(provenance: Mapping[str, Any]) -> str:

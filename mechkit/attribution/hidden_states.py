@@ -1,0 +1,143 @@
+"""Hidden states: what one site holds at one position of many prompts, at every layer.
+
+1. Run the prompts of each length together; nothing is padded.
+2. Keep one position of each prompt at every layer: the last one, another index, or a named position.
+
+The numbers are those of `model.run_with_cache` on the same batches, bit for bit. Half precision is widened to float32, as in
+every `Result`, which changes no number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from mechkit.attribution._cells import choose_indices, provenance_of, split_prompts
+from mechkit.hooks import SITES, Budget, HookedModel, check_can_run, get_site, parse_hook_name, record
+from mechkit.prompts import PromptPairs, Prompts
+from mechkit.result import Cost, Result
+
+_SITES = tuple(name for name, site in SITES.items() if site.in_block and site.dims == ("pos", "d_model"))
+
+
+@torch.no_grad()
+def hidden_states(
+    model: HookedModel,
+    prompts: PromptPairs | Prompts,
+    *,
+    site: str = "resid_post",
+    layers: Sequence[int] | None = None,
+    position: int | str = -1,
+    budget: int | None = None,
+    progress: bool = True,
+) -> Result:
+    """The hidden states of many prompts at one position, for `mk.plot.hidden` and for probes.
+
+    Args:
+        model: In evaluation mode.
+        prompts: Of any lengths. Of pairs, the clean prompts.
+        site: `"resid_pre"`, `"resid_mid"`, `"resid_post"`, or what a layer adds to the stream: `"attn_out"`, `"mlp_out"`.
+        layers: Which layers; by default all.
+        position: An index into each prompt (-1 is the last token), or the name of one of the pairs' positions.
+        budget: Bytes of working memory; default half of what the device has free (1 GiB on a CPU).
+        progress: Show a progress bar when it takes long.
+
+    Returns:
+        A `Result` with dims `("layer", "d_model", "prompt")` and no baseline.
+
+    Raises:
+        ValueError: an unknown site, layer or position, a position that a prompt does not have, training mode, or activations that
+            are not finite.
+
+    Example:
+        >>> states = hidden_states(model, pairs, position="S2")
+    """
+    found, named_layer = get_site(site), parse_hook_name(site)[1]
+    if found.name not in _SITES:
+        raise ValueError(f"site: expected one of {', '.join(_SITES)}, got {site!r}")
+    if named_layer is not None:  # a full hook name means its own layer
+        if layers is not None and list(layers) != [named_layer]:
+            raise ValueError(
+                f"layers: {site!r} is in layer {named_layer}; leave layers out, or use site={found.name!r}"
+            )
+        layers = [named_layer]
+    base, named, task = split_prompts(prompts)
+    check_can_run(model, {"prompt": base})
+    chosen = choose_indices("layers", layers, model.n_layers)
+    names = model.hook_names([(found.name, layer) for layer in chosen])  # raises if this architecture lacks the site
+    at = _positions(base, named, position)
+    wide = torch.float64 if model.dtype == torch.float64 else torch.float32
+    values = torch.empty(len(chosen), model.d_model, len(base), dtype=wide)
+    with tqdm(total=len(base), disable=None if progress else True, unit="prompt", leave=False, delay=2) as bar:
+        for ids in _batches(model, base, [(found.name, layer) for layer in chosen], budget):
+            tokens = torch.stack([base.tokens[i] for i in ids]).to(model.device)
+            for i, kept in enumerate(_run(model, tokens, names, at[ids])):
+                if not bool(kept.isfinite().all()):
+                    raise ValueError(
+                        f"model: expected finite activations, got NaN or inf in {names[i]} of prompts {ids[:5]}"
+                    )
+                values[i][:, ids] = kept.T.to(values)
+            bar.update(len(ids))
+    block_tokens = int(base.lengths.sum()) * model.n_layers
+    return Result(
+        values=values,
+        dims=("layer", "d_model", "prompt"),
+        coords={"layer": tuple(chosen), "d_model": tuple(range(model.d_model)), "prompt": tuple(range(len(base)))},
+        baseline={},
+        base="",
+        metric=found.name,
+        unit="activation",
+        provenance=provenance_of(
+            model, base, technique="hidden states", site=found.name, position=position, over="layer d_model", task=task
+        ),
+        cost=Cost(block_tokens, block_tokens),
+    )
+
+
+def _positions(prompts: Prompts, named: Any, position: int | str) -> Int[Tensor, "prompt"]:
+    """The position in each prompt, counted from its beginning."""
+    if isinstance(position, str):
+        if position not in named:
+            raise ValueError(f"position: expected an index or one of {', '.join(named)}, got {position!r}")
+        return torch.as_tensor(named[position])
+    if isinstance(position, bool) or not hasattr(position, "__index__"):
+        raise ValueError(f"position: expected an index or a name, got {position!r}")
+    lengths, index = prompts.lengths, position.__index__()
+    at = lengths + index if index < 0 else torch.full_like(lengths, index)
+    for i in ((at < 0) | (at >= lengths)).nonzero().flatten().tolist():
+        raise ValueError(
+            f"position: expected an index that every prompt has; prompt {i} has {lengths[i]} tokens, got {position}. "
+            "Leave it out, or use a named position"
+        )
+    return at
+
+
+def _batches(
+    model: HookedModel, prompts: Prompts, sites: Sequence[tuple[str, int]], budget: int | None
+) -> Iterator[list[int]]:
+    """Prompts of equal length that go into one run."""
+    room = Budget.of(model, budget)
+    for length, ids in prompts.by_length().items():
+        at_once = room.prompts_at_once(model, length, sites)
+        yield from (ids[first : first + at_once] for first in range(0, len(ids), at_once))
+
+
+def _run(
+    model: HookedModel, tokens: Int[Tensor, "prompt pos"], names: Sequence[str], at: Int[Tensor, "prompt"]
+) -> list[Tensor]:
+    """`[prompt d_model]` for each hook name. One position is unembedded, not all."""
+    kept: dict[str, Tensor] = {}
+
+    def keep(activation: Tensor, hook: Any, name: str) -> None:
+        rows = torch.arange(len(tokens), device=activation.device)
+        kept[name] = activation.expand(len(tokens), *activation.shape[1:])[rows, at.to(activation.device)]
+
+    with model.hooks([(name, partial(keep, name=name)) for name in names]):
+        record(model, tokens, blocks=False)
+    return [kept[name] for name in names]

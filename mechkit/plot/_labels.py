@@ -1,0 +1,65 @@
+"""Which prompt is drawn, and which token each position of it holds."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from mechkit.prompts import PromptPairs, Prompts
+from mechkit.result import Label, Result
+
+_TOKEN = re.compile(r'"(.*)" (\d+)', re.DOTALL)
+
+
+def token_of(label: Label) -> str:
+    """The token of a position's label: `' Mary'` of `'" Mary" 3'`; a label of another form is itself."""
+    match = _TOKEN.fullmatch(label) if isinstance(label, str) else None
+    return match[1] if match else str(label)
+
+
+def text_of(prompts: Prompts | PromptPairs | None, result: Result, prompt: Label | None) -> tuple[str, ...] | None:
+    """The tokens of the prompt that a result is about; None without prompts.
+
+    Raises:
+        ValueError: these are other prompts than the result's, or have no text, or there is no such prompt, or (`prompt` None)
+            they differ.
+    """
+    if prompts is None:
+        return None
+    choices = [prompts.clean, prompts.corrupted] if isinstance(prompts, PromptPairs) else [prompts]
+    known = result.provenance.get("tokens_hash")
+    own = next((one for one in choices if known is None or one.hash() == known), None)
+    if own is None:
+        raise ValueError(
+            f"prompts: expected those that the values were computed on (hash {known}), "
+            f"got {' and '.join(one.hash() for one in choices)}; pass the very prompts that the technique was given"
+        )
+    if own.str_tokens is None:
+        raise ValueError(
+            "prompts: expected tokens as text, got ids alone; make them with Prompts.from_tokens(…, model)"
+        )
+    if prompt is None and len(set(own.str_tokens)) > 1:
+        raise ValueError(f"prompt: expected the one of {len(own)} different texts that is to be shown, got None")
+    if prompt is not None and (isinstance(prompt, str) or not 0 <= prompt < len(own)):
+        raise ValueError(f"prompt: expected an index into {len(own)} prompts, got {prompt!r}")
+    return own.str_tokens[prompt or 0]
+
+
+def position_of(label: Label) -> int | None:
+    """The position in its label: 3 of `3`, `'3'` and `'" Mary" 3'`; None if there is none."""
+    match = re.fullmatch(r'(?:".*" )?(\d+)', str(label), re.DOTALL)
+    return int(match[1]) if match else None
+
+
+def choose_prompt(labels: Sequence[Label], prompt: Label | None) -> Label:
+    """The first prompt, or the one asked for.
+
+    Raises:
+        ValueError: there is none of that label.
+    """
+    if not labels:
+        raise ValueError("prompt: expected a result with at least one prompt, got none")
+    if prompt is not None and prompt not in labels:
+        shown = ", ".join(map(repr, labels[:10])) + (", …" if len(labels) > 10 else "")
+        raise ValueError(f"prompt: expected one of {shown}; got {prompt!r}")
+    return labels[0] if prompt is None else prompt

@@ -1,0 +1,394 @@
+"""A report: figures, tables, prompts, provenance and code on one page that can be sent to a colleague.
+
+1. Every item becomes a section: its picture (`mechkit.plot._default`), its strongest cells as a table, and where it comes from.
+2. A figure is stored as compressed JSON, which the page's script inflates and draws: the one nearest to the window first, then
+   the others. Until then, and without scripts, its title and caption stand in its place; tables need no script.
+3. The template escapes everything. The page forbids itself to load anything and to run a script but its own two, which it knows
+   by their hashes: a token that is a tag stays a token even if an escape were forgotten.
+4. The same input gives the same bytes: there is no date, no path and no random name.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+import os
+import re
+import sys
+import sysconfig
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import plotly.graph_objects as go
+from markupsafe import Markup
+from plotly.io.json import to_json_plotly
+from plotly.offline import get_plotlyjs
+from torch import Tensor
+
+from mechkit._version import __version__
+from mechkit.plot._figure import CONFIG, Figure
+from mechkit.plot._text import number, visible
+from mechkit.plot._theme import Theme, theme_of
+from mechkit.prompts import PromptPairs, Prompts
+from mechkit.result import Result
+
+_TOP = 10  # rows of a result's table
+_ROWS = 200  # of any other table
+_TOKENS = 20_000  # of prompts that are shown
+_VALUE = 2_000  # characters of one value of the provenance
+_UNRANKED = ({"dest", "src"}, {"d_model"})  # dims of results whose largest cells say nothing
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Columns of numbers (sorted as such) or of text, under a caption. `folded`: shown when asked for."""
+
+    caption: str
+    columns: Mapping[str, Sequence[Any]]
+    folded: bool = False
+
+    @property
+    def head(self) -> list[tuple[str, bool]]:
+        """Name of each column, and whether it holds numbers."""
+        return [(visible(name), all(map(_is_number, values))) for name, values in self.columns.items()]
+
+    @property
+    def rows(self) -> list[list[tuple[str, str]]]:
+        """What each cell shows, and its number in full (empty for text)."""
+        columns = [
+            [_cell(value, numeric) for value in values]
+            for (_, numeric), values in zip(self.head, self.columns.values(), strict=True)
+        ]
+        return [list(row) for row in zip(*columns, strict=True)]
+
+
+@dataclass(frozen=True)
+class _Drawing:
+    """A figure as the page keeps it: zlib-compressed JSON in base64, its size in pixels, and what it is about."""
+
+    data: str
+    width: int
+    height: int
+    title: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """A prompt, or a pair. Tokens are `(text, whether the partner has another, names of the position)`."""
+
+    clean: list[tuple[str, bool, str]]
+    corrupted: list[tuple[str, bool, str]]
+    right: str = ""
+    wrong: str = ""
+
+
+@dataclass(frozen=True)
+class _PromptTable:
+    caption: str
+    paired: bool
+    rows: list[_Prompt]
+
+
+@dataclass(frozen=True)
+class _Section:
+    """One item of the report; only the title is always there."""
+
+    title: str
+    paragraphs: list[str] = field(default_factory=list)
+    drawing: _Drawing | None = None
+    table: _Table | None = None
+    prompts: _PromptTable | None = None
+    provenance: list[tuple[str, str]] = field(default_factory=list)
+
+
+def report(
+    path: str | os.PathLike[str],
+    *items: Any,
+    title: str = "Report",
+    prompts: Prompts | PromptPairs | None = None,
+    code: bool | str = True,
+    theme: str = "light",
+) -> Path:
+    """Write a page with figures, tables, prompts, provenance and code: one file that loads nothing.
+
+    Args:
+        path: Where to, ending in `.html`; missing folders are made.
+        *items: In this order: a `Result` or another object that has a default picture, a figure, a `pandas.DataFrame` (a table),
+            prompts, text (paragraphs, which empty lines part), or `(title, item)` for one of these with a title of your own.
+        title: Of the page, as plain text.
+        prompts: Shown token by token at the end. Tokens that differ within a pair are marked.
+        code: `True`: the file of the script that calls this is shown whole, whatever else it holds (nothing in a notebook, and
+            nothing of installed packages). A string is shown instead; `False` shows none.
+        theme: `"light"` or `"dark"`: of the page and of the pictures that are drawn for it.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: no items, one that cannot be drawn, another suffix than .html, or a theme that does not exist.
+
+    Example:
+        >>> report("ioi.html", heads, ("Where the answer is", by_position), title="IOI", prompts=pairs)  # doctest: +SKIP
+    """
+    colours, path = theme_of(theme), Path(path)
+    if path.suffix.lower() != ".html":
+        raise ValueError(f"path: expected a name that ends in .html, got {str(path)!r}")
+    if not items:
+        raise ValueError("items: expected at least one result, figure, table, prompts or text; got none")
+    if prompts is not None and not isinstance(prompts, Prompts | PromptPairs):
+        raise ValueError(f"prompts: expected Prompts or PromptPairs, got {type(prompts).__name__}")
+    source = _source(sys._getframe(1).f_globals) if code is True else ("Code", code) if code else None
+    sections = [_section(i, item, theme) for i, item in enumerate(items)]
+    if prompts is not None:
+        sections.append(_Section("Prompts", prompts=_prompts(prompts)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(_page(title, _about(items), sections, source, colours), encoding="utf-8", newline="\n")
+    return path
+
+
+def _page(
+    title: str, about: list[tuple[str, str]], sections: list[_Section], source: tuple[str, str] | None, theme: Theme
+) -> str:
+    loader = jinja2.PackageLoader("mechkit.plot", "templates")
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+
+    def file(name: str) -> str:
+        return loader.get_source(environment, name)[0]
+
+    scripts = (
+        [get_plotlyjs(), file("report.js")] if any(section.drawing for section in sections) else [file("report.js")]
+    )
+    return environment.get_template("report.html.jinja").render(
+        title=visible(title),
+        about=about,
+        sections=sections,
+        source=source,
+        theme=theme,
+        css=Markup(file("report.css")),
+        scripts=[Markup(script) for script in scripts],
+        hashes=[base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts],
+    )
+
+
+def _section(i: int, item: Any, theme: str) -> _Section:
+    titled = isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)
+    name, thing = item if titled else ("", item)
+    if isinstance(thing, str):
+        return _Section(visible(name), [part.strip() for part in re.split(r"\n\s*\n", thing) if part.strip()])
+    if isinstance(thing, Prompts | PromptPairs):
+        return _Section(visible(name or "Prompts"), prompts=_prompts(thing))
+    if _is_frame(thing):
+        return _Section(visible(name or "Table"), table=_frame_table(thing))
+    try:
+        figure = thing if isinstance(thing, go.Figure) else _picture(thing, theme)
+    except ValueError as error:
+        raise ValueError(f"items: number {i}, of {type(thing).__name__}, cannot be drawn: {error}") from error
+    drawing = _draw(figure)
+    table = _strongest(thing) if isinstance(thing, Result) else _figure_table(figure)
+    return _Section(visible(name) or drawing.title or "Figure", [], drawing, table, None, _provenance(thing))
+
+
+def _picture(thing: Any, theme: str) -> go.Figure:
+    from mechkit.plot._default import default
+
+    return default(thing, theme=theme)
+
+
+def _draw(figure: go.Figure) -> _Drawing:
+    """The figure with a size, compressed."""
+    picture = figure.to_dict()
+    layout = picture["layout"]
+    layout["width"], layout["height"] = layout.get("width") or 900, layout.get("height") or 450
+    config = {**CONFIG, "toImageButtonOptions": {"filename": "figure", "scale": 2}}
+    text = to_json_plotly({**picture, "config": config}, engine="json")
+    data = base64.b64encode(zlib.compress(text.encode(), 9)).decode()
+    try:
+        facts = figure.facts if isinstance(figure, Figure) else None
+    except ValueError:  # a copy that plotly made
+        facts = None
+    written = re.sub("<[^>]*>", " ", (layout.get("title") or {}).get("text") or "")
+    name = facts.title if facts else html.unescape(written)
+    return _Drawing(
+        data, layout["width"], layout["height"], visible(name), visible(" · ".join(facts.caption)) if facts else ""
+    )
+
+
+# Tables
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _cell(value: Any, numeric: bool) -> tuple[str, str]:
+    if not numeric:
+        return "–" if value is None or value != value else visible(str(value)), ""
+    shown = str(value) if isinstance(value, int) else "–" if np.isnan(value) else number(value, 5)
+    return shown, json.dumps(value)
+
+
+def _strongest(result: Result) -> _Table | None:
+    """The cells farthest from the base run, with bootstrap intervals if there are prompts to resample."""
+    if any(dims <= set(result.dims) for dims in _UNRANKED):
+        return None
+    cells = result.top(_TOP)
+    if not cells:
+        return None
+    unit = f" ({result.unit})" if result.unit else ""
+    columns: dict[str, list[Any]] = {"cell": [cell.label for cell in cells]}
+    columns[f"{result.metric}{unit}"] = [cell.value for cell in cells]
+    what = f"effect: change from the {result.base} run"
+    if result.baseline:
+        columns[what] = [cell.effect for cell in cells]
+    n_prompts = len(result.coords.get("prompt", ()))
+    if n_prompts > 1:
+        chosen = [result.sel(**cell.coords) for cell in cells]
+        intervals = [(one.effect() if result.baseline else one).ci() for one in chosen]
+        of = "effect" if result.baseline else result.metric
+        columns[f"{of}, 95 % from"] = [interval.low.values.item() for interval in intervals]
+        columns["to"] = [interval.high.values.item() for interval in intervals]
+    present = ~result.values.isnan()
+    n = int((present.any(result.dims.index("prompt")) if n_prompts else present).sum())
+    caption = f"The {len(cells)} of {n:,} cells farthest from {f'the {result.base} run' if result.baseline else '0'}"
+    averaged = f"; means over {n_prompts} prompts, bootstrap intervals" if n_prompts > 1 else ""
+    return _Table(visible(caption + averaged), columns)
+
+
+def _figure_table(figure: go.Figure) -> _Table | None:
+    try:
+        table = figure.table() if isinstance(figure, Figure) else {}
+    except ValueError:  # a copy that plotly made
+        return None
+    n = len(next(iter(table.values()), ()))
+    if n == 0:
+        return None
+    columns = {name: np.asarray(column)[:_ROWS].tolist() for name, column in table.items()}
+    return _Table(f"The figure's numbers, {_amount(n)}", columns, folded=n > _TOP)
+
+
+def _is_frame(thing: Any) -> bool:
+    pandas = sys.modules.get("pandas")
+    return pandas is not None and isinstance(thing, pandas.DataFrame)
+
+
+def _frame_table(frame: Any) -> _Table:
+    if not len(frame.columns) or not len(frame):
+        raise ValueError(f"items: expected a table with rows and columns, got one of shape {frame.shape}")
+    plain_index = list(frame.index) == list(range(len(frame)))
+    shown = frame.head(_ROWS)
+    columns = {} if plain_index else {str(frame.index.name or ""): shown.index.tolist()}
+    for i, name in enumerate(frame.columns):
+        columns[str(name) if str(name) not in columns else f"{name} ({i})"] = shown.iloc[:, i].tolist()
+    return _Table(_amount(len(frame)), columns)
+
+
+def _amount(n: int) -> str:
+    rows = f"{n:,} row{'s' if n != 1 else ''}"
+    return rows if n <= _ROWS else f"{rows}, of which the first {_ROWS} are shown"
+
+
+# Prompts
+
+
+def _prompts(prompts: Prompts | PromptPairs) -> _PromptTable:
+    clean, corrupted = (prompts.clean, prompts.corrupted) if isinstance(prompts, PromptPairs) else (prompts, None)
+    ends = np.cumsum(clean.lengths.numpy()) * (2 if corrupted else 1)
+    n = max(1, int((ends <= _TOKENS).sum()))
+    known = {
+        int(token): text
+        for some in (clean, corrupted)
+        if some is not None and some.str_tokens is not None
+        for ids, texts in zip(some.tokens, some.str_tokens, strict=True)
+        for token, text in zip(ids.tolist(), texts, strict=True)
+    }
+    rows = []
+    for i in range(n):
+        if not isinstance(prompts, PromptPairs):
+            rows.append(_Prompt(_tokens(prompts, i, None, {}), []))
+            continue
+        names: dict[int, list[str]] = {}
+        for name, places in prompts.positions.items():
+            names.setdefault(int(places[i]), []).append(name)
+        left, right = prompts.clean, prompts.corrupted
+        answers = (", ".join(_token(known, answer) for answer in ids) for ids in (prompts.right[i], prompts.wrong[i]))
+        rows.append(_Prompt(_tokens(left, i, right, names), _tokens(right, i, left, names), *answers))
+    task = f"Task {prompts.task}: " if isinstance(prompts, PromptPairs) and prompts.task else ""
+    shown = "" if n == len(clean) else f", of which the first {n} are shown"
+    what = f"{task}{len(clean):,} {'pair' if corrupted else 'prompt'}{'s' if len(clean) != 1 else ''}{shown}"
+    return _PromptTable(visible(what), corrupted is not None, rows)
+
+
+def _tokens(
+    prompts: Prompts, i: int, partner: Prompts | None, names: Mapping[int, list[str]]
+) -> list[tuple[str, bool, str]]:
+    ids = prompts.tokens[i].tolist()
+    texts = [str(token) for token in ids] if prompts.str_tokens is None else prompts.str_tokens[i]
+    others = ids if partner is None else partner.tokens[i].tolist()
+    return [
+        (visible(text), token != other, visible(", ".join(names.get(pos, []))))
+        for pos, (text, token, other) in enumerate(zip(texts, ids, others, strict=True))
+    ]
+
+
+def _token(known: Mapping[int, str], token: int) -> str:
+    return f'"{visible(known[token])}"' if token in known else f"token {token}"
+
+
+# Provenance and code
+
+
+def _about(items: Sequence[Any]) -> list[tuple[str, str]]:
+    """What all of the page is about: models, tasks and numbers of prompts, each named once."""
+    things = [item[1] if isinstance(item, tuple) and len(item) == 2 else item for item in items]
+    origins = [origin for thing in things if isinstance(origin := getattr(thing, "provenance", None), Mapping)]
+
+    def named(key: str) -> str:
+        values = dict.fromkeys(str(origin[key]) for origin in origins if origin.get(key) not in (None, ""))
+        return visible(", ".join(values))
+
+    facts = {"model": named("model"), "task": named("task"), "prompts": named("n_prompts"), "mechkit": __version__}
+    return [(name, value) for name, value in facts.items() if value]
+
+
+def _provenance(thing: Any) -> list[tuple[str, str]]:
+    facts: dict[str, Any] = {}
+    if isinstance(thing, Result):
+        sizes = " × ".join(f"{dim} {size}" for dim, size in zip(thing.dims, thing.shape, strict=True))
+        facts = {"metric": thing.metric, "unit": thing.unit, "shape": sizes, "cost": thing.cost and str(thing.cost)}
+        for name, baseline in thing.baseline.items():
+            base = " (what effects are measured from)" if name == thing.base else ""
+            facts[f"{name} run"] = f"{_mean(baseline)}{base}"
+    origin = getattr(thing, "provenance", None)
+    facts |= dict(origin) if isinstance(origin, Mapping) else {}
+    return [(visible(str(name)), _shown(value)) for name, value in facts.items() if value is not None and value != ""]
+
+
+def _mean(baseline: Tensor) -> str:
+    return number(float(baseline.double().nanmean()), 5)
+
+
+def _shown(value: Any) -> str:
+    text = visible(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
+    return text if len(text) <= _VALUE else f"{text[:_VALUE]}… ({len(text):,} characters in all)"
+
+
+def _source(caller: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Name and text of the script that calls, if it is a file and no part of an installed package."""
+    file = caller.get("__file__")
+    if not isinstance(file, str) or not file.endswith(".py"):
+        return None
+    path = Path(file).resolve()
+    installed = [Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "purelib", "platlib")]
+    if any(path.is_relative_to(folder) for folder in installed) or not path.is_file():
+        return None
+    return path.name, path.read_text(encoding="utf-8", errors="replace")

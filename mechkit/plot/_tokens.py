@@ -1,0 +1,340 @@
+"""Running text, every token on the colour of its value: attributions, a neuron's activations, the loss.
+
+1. Choose one prompt, and find the text of each position: in the labels (`'" Mary" 3'`), or in the prompts themselves.
+2. Lay the tokens out like a page: lines of up to 80 columns of a monospace font, a new line after a token with a newline. An
+   east-asian character or an emoji takes two columns.
+3. One result colours the tokens' background. Several are strips below the text, in the order given; those that share a unit share
+   a scale.
+4. Colours are centred on 0 (or on the base run), blue above and red below, as in heat maps. What has no sign (a loss, a
+   probability, attention) runs from the paper's colour to dark blue.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mechkit.plot._figure import Facts, Figure, Frame, Table, dress
+from mechkit.plot._labels import choose_prompt, position_of, text_of, token_of
+from mechkit.plot._scale import Scale, choose_scale
+from mechkit.plot._tables import table_of
+from mechkit.plot._text import (
+    caption_of,
+    display_width,
+    fitted,
+    lines,
+    number,
+    plain,
+    shortened,
+    technique_of,
+    title_of,
+)
+from mechkit.plot._theme import MONOSPACE, Theme, theme_of
+from mechkit.prompts import PromptPairs, Prompts
+from mechkit.result import Label, Result
+
+_LINE = 80  # columns
+_COLUMN = 8.43  # pixels of a column: 14 pixels of DejaVu Sans Mono
+_ROW, _STRIP = 24, 11  # pixels of a line of text, and of a strip
+_BAR = 62  # pixels of a colour bar with its title and ticks
+_MAX_SCALES = 3
+
+Values = Result | Sequence[Result] | Mapping[str, Result]
+
+
+@dataclass(frozen=True)
+class _Page:
+    """The tokens that are drawn, and where: one of each a token.
+
+    Attributes:
+        labels: Their labels in the results.
+        words: Their text, as it is; `[3]` where it is unknown.
+        names: What hover calls them: `'" Mary" 3'`.
+        line, start, width: Line, first column, and columns.
+    """
+
+    labels: tuple[Label, ...]
+    words: tuple[str, ...]
+    names: tuple[str, ...]
+    line: np.ndarray
+    start: np.ndarray
+    width: np.ndarray
+
+
+def tokens(
+    values: Values,
+    *,
+    prompts: Prompts | PromptPairs | None = None,
+    prompt: Label | None = None,
+    title: str | None = None,
+    center: float | None = None,
+    zmax: float | None = None,
+    theme: str = "light",
+) -> Figure:
+    """Draw a text with every token on the colour of its value; with several values a token, as strips below the text.
+
+    Args:
+        values: A result with dims `("pos",)` or `("pos", "prompt")`, of any unit. Or several of the same text (a list, or a
+            mapping from a strip's name).
+        prompts: The prompts that the values were computed on. Needed where the labels of positions do not tell the token: prompts
+            that differ there, or that had no tokenizer. Unknown tokens are written as `[3]`, their position.
+        prompt: The label of the prompt that is shown; by default the first. For values without a `"prompt"` dim: the index of
+            the one among `prompts` whose text is shown.
+        title: Of the figure, as plain text; made from the provenance by default.
+        center: The value that is white; by default 0, or the base run, from which the change is then drawn.
+        zmax: Distance from the centre at which the colour saturates; by default the largest one. What has no sign runs from 0
+            to this.
+        theme: `"light"` or `"dark"` (in which the centre is black).
+
+    Returns:
+        A plotly figure; nothing is shown or written. Tokens without a value are grey; positions that the prompt lacks are not
+        drawn. `table()` has a row for each token (and result): `pos`, `token`, `value`.
+
+    Raises:
+        ValueError: other dims, no value at all, an infinite one, results of different texts or of more than three units, no such
+            prompt, prompts that are not the result's, a `zmax` that is not positive.
+
+    Example:
+        >>> import torch
+        >>> labels = ('"When" 0', '" Mary" 1', '" and" 2')
+        >>> loss = Result(torch.rand(3), ("pos",), {"pos": labels}, {}, "", "loss", "nats", {})
+        >>> tokens(loss, title="Loss").table()["token"].tolist()
+        ['When', ' Mary', ' and']
+    """
+    colours = theme_of(theme)
+    if zmax is not None and not zmax > 0:
+        raise ValueError(f"zmax: expected a positive number, got {zmax!r}")
+    given = _named(values)
+    first = next(iter(given.values()))
+    note, picked = "", given
+    if "prompt" in first.dims:
+        prompt = choose_prompt(first.coords["prompt"], prompt)
+        note = f"prompt {prompt} of {len(first.coords['prompt'])}"
+        picked = {name: one.sel(prompt=prompt) for name, one in given.items()}
+    elif prompt is not None and prompts is None:
+        raise ValueError(f"prompt: expected None for values without a 'prompt' dim, got {prompt!r}; or pass prompts=")
+    page = _page(picked, text_of(prompts, first, prompt), several=len(first.coords.get("prompt", ())) > 1)
+    picked = {name: one.sel(pos=page.labels) for name, one in picked.items()}
+    shown = {name: one.effect() if one.baseline and center is None else one for name, one in picked.items()}
+
+    scales = _scales(shown, colours, center, zmax)
+    figure = Figure(layout={"barmode": "overlay", "dragmode": False})
+    _draw(figure, page, picked, shown, scales, colours)
+
+    origins = [{**one.provenance, **({"n_prompts": None} if note else {})} for one in given.values()]
+    caption = [part for origin in origins for part in caption_of(origin)] + [note] * bool(note)
+    if any(name.startswith("[") for name in page.names):
+        caption.append("[3]: a position whose token is unknown here; prompts= tells it")
+    if any(bool(one.values.isnan().any()) for one in shown.values()):
+        caption.append("grey: no value")
+    default = title_of(first.provenance, first.metric) if len(given) == 1 else f"{', '.join(given)} of each token"
+    facts = Facts("tokens", default if title is None else title, tuple(dict.fromkeys(caption)))
+    _style(figure, page, picked, scales, colours, facts)
+    return figure
+
+
+def _named(values: Values) -> dict[str, Result]:
+    if isinstance(values, Result):
+        named = {"": values}
+    elif isinstance(values, Mapping):
+        named = {str(name): one for name, one in values.items()}
+    else:
+        named = {}
+        for one in values:
+            name = (technique_of(one.provenance) or one.metric) if isinstance(one, Result) else ""
+            name = name if name not in named else f"{name}: {one.metric}"
+            named[name if name not in named else f"{name} ({len(named)})"] = one
+    if not named:
+        raise ValueError("values: expected at least one Result, got none")
+    first = next(iter(named.values()))
+    for name, one in named.items():
+        what = f"values{f'[{name!r}]' if name else ''}"
+        if not isinstance(one, Result):
+            raise ValueError(f"{what}: expected a Result, got {type(one).__name__}")
+        if set(one.dims) - {"prompt"} != {"pos"}:
+            raise ValueError(
+                f"{what}: expected dims ('pos',) or ('pos', 'prompt'), got {one.dims}; choose one label of the others with sel()"
+            )
+        hashes = {result.provenance.get("tokens_hash") for result in (first, one)} - {None}
+        if dict(one.coords) != dict(first.coords) or len(hashes) > 1:
+            raise ValueError(
+                f"{what}: expected values of the same prompts and positions as the first, got others; draw them one by one"
+            )
+        if one.values.isinf().any():
+            raise ValueError(f"{what}: expected finite values, got an infinite one")
+        if one.values.isnan().all():
+            raise ValueError(f"{what}: expected at least one value, got none that is a number")
+    return named
+
+
+def _page(picked: Mapping[str, Result], text: Sequence[str] | None, *, several: bool) -> _Page:
+    labels = next(iter(picked.values())).coords["pos"]
+    places = [position_of(label) for label in labels]
+    present = np.any([~np.isnan(_numbers(one)) for one in picked.values()], 0)
+    if text is not None:
+        kept = [i for i, place in enumerate(places) if place is not None and place < len(text)]
+    else:  # a prompt that is shorter than others ends with positions that have no value
+        kept = list(range(present.nonzero()[0].max(initial=-1) + 1 if several else len(labels)))
+    if not present[kept].any():
+        raise ValueError("values: expected some in the prompt that is shown, got none; choose another prompt=")
+    placed, line, column = [], 0, 0
+    for i in kept:
+        known = text is not None or token_of(labels[i]) != str(labels[i])
+        word = text[places[i] or 0] if text is not None else token_of(labels[i]) if known else f"[{labels[i]}]"
+        width = min(max(display_width(word), 1), _LINE)
+        if column + width > _LINE:
+            line, column = line + 1, 0
+        placed.append((labels[i], word, f'"{word}" {places[i]}' if known else word, line, column, width))
+        line, column = (line + 1, 0) if "\n" in word else (line, column + width)
+    found, words, names, *numbers = zip(*placed, strict=True)
+    return _Page(found, words, names, *map(np.array, numbers))
+
+
+def _scales(
+    shown: Mapping[str, Result], theme: Theme, center: float | None, zmax: float | None
+) -> list[tuple[Scale, list[str]]]:
+    """Scales, and the names of the results that share each."""
+    groups: dict[tuple[object, ...], list[str]] = {}
+    for name, one in shown.items():
+        alone = choose_scale(_numbers(one), one, theme, "", center=center, zmax=zmax)
+        groups.setdefault((one.unit, one.base, alone.colours), []).append(name)
+    if len(groups) > _MAX_SCALES:
+        units = ", ".join(repr(shown[names[0]].unit) for names in groups.values())
+        raise ValueError(f"values: expected results with at most {_MAX_SCALES} scales, got units {units}; draw fewer")
+    scales = []
+    for names in groups.values():
+        values, first = np.concatenate([_numbers(shown[name]) for name in names]), shown[names[0]]
+        change, middle = ("change in ", f"{first.base} run") if first.baseline and center is None else ("", "0")
+        what = f"{change}{' / '.join(dict.fromkeys(shown[name].metric for name in names))} ({first.unit})"
+        scales.append((choose_scale(values, first, theme, what, center=center, zmax=zmax, middle=middle), names))
+    return scales
+
+
+def _draw(
+    figure: Figure,
+    page: _Page,
+    picked: Mapping[str, Result],
+    shown: Mapping[str, Result],
+    scales: Sequence[tuple[Scale, list[str]]],
+    theme: Theme,
+) -> None:
+    """Bars for backgrounds and strips, and the text on them: across in columns, down in pixels from the top."""
+    top, strips = page.line * _pitch(len(shown)), len(shown) > 1
+    told = {name: _told(name, picked[name], shown[name]) for name in shown}
+    inks = [theme.ink] * len(page.words)
+    everyone = np.ones(len(inks), bool)
+    if strips:
+        hover = [lines(*texts) for texts in zip(page.names, *told.values(), strict=True)]
+        _bars(figure, page, everyone, top + _ROW / 2, _ROW, hover, {"color": theme.paper}, theme)
+    for i, name in enumerate(shown):
+        values, place = _numbers(shown[name]), next(k for k, (_, names) in enumerate(scales) if name in names)
+        scale, present = scales[place][0], ~np.isnan(values)
+        middle, height = (top + _ROW + _STRIP * (i + 0.5), _STRIP) if strips else (top + _ROW / 2, _ROW)
+        inks = inks if strips else scale.inks(values, theme)
+        hover = [lines(*texts) for texts in zip(page.names, told[name], strict=True)]
+        marker = {"color": scale.drawn(values[present]), "coloraxis": _axis_name(place)}
+        _bars(figure, page, present, middle, height, hover, marker, theme)
+        _bars(figure, page, ~present, middle, height, hover, {"color": theme.absent}, theme)
+    bare = [word.lstrip(" ") for word in page.words]
+    indent = np.array([len(word) - len(rest) for word, rest in zip(page.words, bare, strict=True)])
+    room = (page.width - indent).tolist()
+    text = [fitted(word, columns) for word, columns in zip(bare, room, strict=True)]
+    _write(figure, page.start + indent, top + _ROW / 2, text, "right", {"family": MONOSPACE, "size": 14, "color": inks})
+    if strips:
+        below = np.unique(page.line) * _pitch(len(shown)) + _ROW
+        names = [f"{shortened(name)}\u00a0" for name in shown]
+        for i, name in enumerate(names):
+            font = {"size": 10, "color": theme.muted}
+            _write(figure, 0 * below, below + _STRIP * (i + 0.5), [name] * len(below), "left", font)
+
+
+def _bars(
+    figure: Figure,
+    page: _Page,
+    part: np.ndarray,
+    middle: np.ndarray,
+    height: float,
+    hover: Sequence[str],
+    marker: Mapping[str, Any],
+    theme: Theme,
+) -> None:
+    """A bar for each token of a part, if there are any."""
+    if part.any():
+        where = {"base": page.start[part], "x": page.width[part], "y": middle[part], "width": height - 1}
+        marker = {**marker, "line": {"color": theme.grid, "width": 1}}
+        told = np.array(hover, object)[part]
+        figure.add_bar(
+            **where,
+            orientation="h",
+            marker=marker,
+            hovertext=told,
+            hoverinfo="text",
+            textposition="none",
+            showlegend=False,
+        )
+
+
+def _write(figure: Figure, x: np.ndarray, y: np.ndarray, text: Sequence[str], side: str, font: dict[str, Any]) -> None:
+    """Text to one side of each point."""
+    fixed = {"mode": "text", "hoverinfo": "skip", "cliponaxis": False, "showlegend": False}
+    figure.add_scatter(
+        x=x, y=y, text=[plain(one) for one in text], textposition=f"middle {side}", textfont=font, **fixed
+    )
+
+
+def _told(name: str, picked: Result, shown: Result) -> list[str]:
+    """What hover says of each value."""
+    unit = "" if shown.unit == "normalized" else f" {shown.unit}"
+    head = f"{name}: {picked.metric}" if name and name != picked.metric else picked.metric
+    told = []
+    for value, change in zip(_numbers(picked), _numbers(shown), strict=True):
+        text = "no value" if np.isnan(value) else f"{number(value, 5)}{unit}"
+        if shown is not picked and not np.isnan(value):
+            text += f", {number(change, 5, sign='+')}{unit} from the {picked.base} run"
+        told.append(f"{head} {text}")
+    return told
+
+
+def _style(
+    figure: Figure,
+    page: _Page,
+    picked: Mapping[str, Result],
+    scales: Sequence[tuple[Scale, list[str]]],
+    theme: Theme,
+    facts: Facts,
+) -> None:
+    """Axes, and the colour bars below the text: inside the area that is drawn on, so that plotly makes no room for them."""
+    columns, text = max(int((page.start + page.width).max()), 40), (int(page.line[-1]) + 1) * _pitch(len(picked))
+    height = text + _BAR * len(scales)
+    left = 24 if len(picked) == 1 else 24 + 6 * max(len(shortened(name)) for name in picked)
+    figure.update_xaxes(range=[0, columns], visible=False, fixedrange=True)
+    figure.update_yaxes(range=[height, 0], visible=False, fixedrange=True)
+    for i, (scale, _) in enumerate(scales):
+        top, title, axis = text + 14 + _BAR * i, plain(" · ".join(scale.title)), scale.axis()
+        place = {"x": 0, "xanchor": "left", "yanchor": "top"}
+        bar = {"orientation": "h", "thickness": 10, "len": 320, "xpad": 0, "ypad": 0, "y": 1 - (top + 20) / height}
+        figure.update_layout({_axis_name(i): {**axis, "colorbar": axis["colorbar"] | bar | place}})
+        place |= {"xref": "paper", "yref": "paper", "y": 1 - top / height, "xshift": -2}
+        figure.add_annotation(text=title, name="scale", showarrow=False, **place)
+
+    def table() -> Table:
+        numbers = dict(table_of(picked))
+        return {"pos": numbers.pop("pos"), "token": np.tile(np.array(page.words, object), len(picked)), **numbers}
+
+    dress(figure, theme, Frame(columns * _COLUMN, height, left, 24, below=10), facts, table)
+
+
+def _axis_name(i: int) -> str:
+    return f"coloraxis{i + 1 if i else ''}"
+
+
+def _pitch(n_values: int) -> int:
+    """Pixels from one line to the next."""
+    return _ROW + 2 if n_values == 1 else _ROW + _STRIP * n_values + 12
+
+
+def _numbers(result: Result) -> np.ndarray:
+    return result.values.numpy(force=True).astype(np.float64)
