@@ -25,9 +25,9 @@ from torch import Tensor
 from mechkit.attribution._nodes import AnyMetric, check_study
 from mechkit.circuits._runs import CircuitRuns, Written, sites_of
 from mechkit.circuits.graph import Graph
-from mechkit.hooks import Budget, HookedModel, Parts, Run, record, widen
+from mechkit.hooks import Budget, HookedModel, Parts, Run, record, wide_dtype, widen
 from mechkit.hooks._memory import out_of_memory
-from mechkit.metrics import CallableMetric, Metric, as_metric
+from mechkit.metrics import CallableMetric, Metric, as_metric, one_a_prompt
 from mechkit.prompts import PromptPairs
 
 Ablation = Literal["resample", "zero", "mean", "position-mean"]
@@ -90,12 +90,7 @@ class Chunk:
             return metric.read(self.logits(final, prompt), self.ids.to(final.device)[prompt], reference)
         whole = torch.cat([self.runs.run.resid[-1][prompt, : self.runs.start], final], 1)
         n = len(self.ids)
-        answers = [metric.fn(widen(model.unembed(one))) for one in whole.split(n)]
-        for answer in answers:
-            if not isinstance(answer, Tensor) or answer.shape != (n,):
-                got = list(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
-                raise ValueError(f"metric {metric.name!r}: expected one value a prompt, shape [{n}], got {got}")
-        return torch.cat(answers)
+        return torch.cat([one_a_prompt(metric, metric.fn(widen(model.unembed(one))), n) for one in whole.split(n)])
 
 
 class Evaluator:
@@ -127,7 +122,7 @@ class Evaluator:
         if isinstance(ablation, Constants) and ablation.graph != self.graph:
             raise ValueError(f"ablation: expected constants for {self.graph}, got some for {ablation.graph}")
         self.parts.check(pairs.clean.tokens[0][None].to(model.device))
-        wide = torch.float64 if model.dtype == torch.float64 else torch.float32
+        wide = wide_dtype(model.dtype)
         runs = ("clean", "corrupted", "ablated")
         self.values = {run: torch.full((len(pairs),), torch.nan, dtype=wide) for run in runs}
         self.block_tokens = 0
