@@ -5,8 +5,9 @@
 
 The same pairs and metric as in the exact effects, whose direction is read off the file: "denoise" puts one edge's clean value
 into the corrupted run, "noise" its corrupted value into the clean one. Scores and effects are means over the pairs. "Top" are
-the `TOP` edges whose exact effects are furthest from 0; the last column but one says how many of them are among the estimate's
-own.
+the `TOP` edges whose exact effects are furthest from 0; one column says how many of them are among the estimate's own. The
+completeness error is how far the scores of the embedding's edges are from adding up to the gap between the two runs, as a share
+of it (`mk.edge_attribution`; exact gradients between embeddings alone have one).
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ ESTIMATES: dict[str, dict[str, Any]] = {
     "EAP at both ends (clean-corrupted)": {"rule": "clean-corrupted"},
     "EAP-IG, 5 steps of the EAP-IG package": {"steps": 5, "rule": "left"},
     "EAP-IG, 5 steps": {"steps": 5},
+    "EAP-IG, 5 Gauss-Legendre steps": {"steps": 5, "rule": "gauss-legendre"},
     "EAP-IG, 20 steps": {"steps": 20},
+    "EAP-IG, 50 midpoints": {"steps": 50, "rule": "midpoint"},
     "RelP-style, at clean": {"steps": 1, "direction": "noise", "gradient": "relp"},
     "RelP-style, at corrupted": {"steps": 1, "direction": "denoise", "gradient": "relp"},
     "EAP-IG on activations, 3 steps, from clean": {"steps": 3, "path": "activation", "direction": "noise"},
@@ -70,7 +73,11 @@ def agreement(args: argparse.Namespace) -> dict[str, Any]:
         seconds, scores = clock(
             args.device, lambda options=options: mk.edge_attribution(model, pairs, mk.logit_diff(pairs), **options)
         )
-        found["estimates"][name] = {"seconds": seconds, "block_tokens": scores.cost.block_tokens}
+        found["estimates"][name] = {
+            "seconds": seconds,
+            "block_tokens": scores.cost.block_tokens,
+            "completeness_error": scores.provenance.get("completeness_error"),
+        }
         for effects in exact.values():
             direction = effects.provenance["direction"]
             figures = found["exact"].setdefault(direction, {"edges": len(effects.edges), "agreement": {}})
@@ -125,6 +132,7 @@ def print_tables(args: argparse.Namespace, found: dict[str, Any]) -> None:
         f"Pearson, top {TOP}",
         f"Spearman, top {TOP}",
         f"of the top {TOP}",
+        "completeness error",
         "seconds",
     )
     for direction, figures in found["exact"].items():
@@ -134,5 +142,6 @@ def print_tables(args: argparse.Namespace, found: dict[str, Any]) -> None:
         for name, c in figures["agreement"].items():
             numbers = [c[key] for key in ("pearson", "spearman", "pearson_top", "spearman_top")]
             shown = " | ".join(f"{number:.3f}" for number in numbers)
-            seconds = found["estimates"][name]["seconds"]
-            print(f"| {name} | {shown} | {c['top_found']:.0%} | {seconds:.1f} |", flush=True)
+            estimate = found["estimates"][name]
+            off = "" if estimate["completeness_error"] is None else f"{estimate['completeness_error']:.2%}"
+            print(f"| {name} | {shown} | {c['top_found']:.0%} | {off} | {estimate['seconds']:.1f} |", flush=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -73,6 +73,17 @@ def as_metric(metric: Metric | CallableMetric | Callable[[Tensor], Tensor]) -> M
     if not callable(metric):
         raise ValueError(f"metric: expected a Metric or a callable on logits [batch pos d_vocab], got {metric!r}")
     return CallableMetric(metric, getattr(metric, "__name__", type(metric).__name__))
+
+
+def one_a_prompt(metric: Metric | CallableMetric, value: Any, n_prompts: int) -> Tensor:
+    """What a metric gave, or `ValueError` unless it is one value a prompt."""
+    if isinstance(value, Tensor) and value.shape == (n_prompts,):
+        return value
+    got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    raise ValueError(
+        f"metric {metric.name!r}: expected one value a prompt, a tensor of shape [{n_prompts}], got {got}. Do not average inside "
+        "the metric: results keep the prompt axis"
+    )
 
 
 def logit_diff(pairs: PromptPairs, *, position: str = "END") -> Metric:

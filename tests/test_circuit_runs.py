@@ -20,7 +20,7 @@ from torch import Tensor
 import mechkit as mk
 from mechkit.circuits import Constants, Graph
 from mechkit.circuits._evaluation import ABLATIONS, Evaluator
-from mechkit.circuits._runs import CircuitRuns, Written, sites_of
+from mechkit.circuits._runs import CircuitRuns, Written
 from mechkit.hooks import Parts, frozen_parameters, record
 
 
@@ -78,7 +78,7 @@ def test_whole_logits_of_random_circuits_at_every_position(family):
     model, pairs = model_of(family), make_pairs(((7, 2), (7, 4)))
     graph, parts, start = Graph.of(model), Parts(model), 2
     clean, corrupted = (torch.stack(list(p.tokens)) for p in (pairs.clean, pairs.corrupted))
-    ablated = Written.of(parts, record(model, corrupted, sites_of(parts)).sites, start)
+    ablated = Written.of(parts, record(model, corrupted, parts.writer_sites()).sites, start)
     runs = CircuitRuns(model, graph, parts, clean, ablated, start)
     circuits = random_circuits(graph, 0.8, 0.4, seed=1)
     with torch.no_grad():
@@ -101,7 +101,7 @@ def test_all_edges_give_the_clean_run_and_none_the_corrupted_one(family, dtype):
     pairs = make_pairs(((7, 2), (7, 4), (7, 3)))
     graph, parts, start = Graph.of(model), Parts(model), 2
     clean, corrupted = (torch.stack(list(p.tokens)) for p in (pairs.clean, pairs.corrupted))
-    ablated = Written.of(parts, record(model, corrupted, sites_of(parts)).sites, start)
+    ablated = Written.of(parts, record(model, corrupted, parts.writer_sites()).sites, start)
     runs = CircuitRuns(model, graph, parts, clean, ablated, start)
     with torch.no_grad():
         gates = full_and_empty(graph).repeat_interleave(3, 0)
@@ -272,7 +272,7 @@ def gated(request: pytest.FixtureRequest) -> tuple[str, CircuitRuns, Tensor]:
     model, pairs = model_of(request.param), make_pairs(((6, 2), (6, 3)))
     graph, parts, start = Graph.of(model), Parts(model), 2
     clean, corrupted = (torch.stack(list(p.tokens)) for p in (pairs.clean, pairs.corrupted))
-    ablated = Written.of(parts, record(model, corrupted, sites_of(parts)).sites, start)
+    ablated = Written.of(parts, record(model, corrupted, parts.writer_sites()).sites, start)
     runs = CircuitRuns(model, graph, parts, clean, ablated, start)
     gates = torch.rand(2, *graph.exists.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     return request.param, runs, gates * graph.exists

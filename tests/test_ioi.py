@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from fake_tokenizer import FakeTokenizer
 from torch import Tensor
 
 from mechkit import HookedModel, PromptPairs, logit_diff
@@ -18,15 +19,12 @@ from mechkit.tasks._ioi import NAMES, OBJECTS, PLACES, TEMPLATES
 OWN = ("So {A} met {B} and {S} spoke to", "In the {place} stood {A} by {B} . Then {S} gave a {object} to")
 
 
-class WordTokenizer:
+class WordTokenizer(FakeTokenizer):
     """One token a word or punctuation mark; learns them as they come. Names that are not in `single` are two tokens."""
 
-    d_vocab = 10_000
-    tokenizer = "words"
-
     def __init__(self, single: tuple[str, ...] = NAMES, joins: str = "", unknown: tuple[str, ...] = ()) -> None:
+        super().__init__()
         self.single, self.joins, self.unknown = single, joins, unknown
-        self.words = ["<bos>"]
 
     def _pieces(self, text: str) -> list[str]:
         pieces = []
@@ -38,23 +36,6 @@ class WordTokenizer:
                 if pieces[i] == self.joins and pieces[i - 1] in NAMES:
                     pieces[i - 1 : i + 1] = [pieces[i - 1] + self.joins]
         return pieces
-
-    def _ids(self, text: str) -> list[int]:
-        pieces = self._pieces(text)
-        self.words += [piece for piece in dict.fromkeys(pieces) if piece not in self.words]
-        return [self.words.index(piece) for piece in pieces]
-
-    def to_tokens(self, text: str, prepend_bos: bool | None = None) -> Tensor:
-        return torch.tensor([self._ids(text) if prepend_bos is False else [0, *self._ids(text)]])
-
-    def to_str_tokens(self, text: Any) -> list[str]:
-        return [self.words[i] for i in text]
-
-    def to_single_token(self, text: str) -> int:
-        ids = self._ids(text)
-        if len(ids) != 1:
-            raise ValueError(f"expected {text!r} to be a single token, but it is {len(ids)}")
-        return ids[0]
 
 
 def text_of(pairs: PromptPairs, side: str = "clean") -> list[str]:

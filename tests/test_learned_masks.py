@@ -13,12 +13,13 @@ from torch import Tensor
 
 import mechkit as mk
 from mechkit.circuits._evaluation import Evaluator
+from mechkit.circuits._objective import Objective, rows_with_gradients
 from mechkit.circuits._runs import CircuitRuns
 from mechkit.circuits.areas import roc
 from mechkit.circuits.circuit import Circuit
 from mechkit.circuits.evaluation import evaluate_circuit
 from mechkit.circuits.graph import Graph
-from mechkit.circuits.learned_masks import LearnedMask, Objective, Settings, _Gates, learn_mask, rows_with_gradients
+from mechkit.circuits.learned_masks import LearnedMask, Settings, _Gates, learn_mask
 from mechkit.hooks import frozen_parameters
 from tests import reference_circuits as naive
 from tests.families import FAMILIES, build_hf

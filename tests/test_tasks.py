@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
+from fake_tokenizer import FakeTokenizer
 from torch import Tensor
 
 from mechkit import HookedModel, Metric, PromptPairs, accuracy, logit_diff, prob_diff
@@ -28,35 +28,19 @@ CHANGED = {
 }
 
 
-class SmallTokenizer:
+class SmallTokenizer(FakeTokenizer):
     """One token a word, a line break or a punctuation mark; numbers as `numbers` says. Learns words as they come."""
-
-    d_vocab = 10_000
-    tokenizer = "small"
 
     def __init__(self, numbers: str = TWO_DIGITS, single: tuple[str, ...] = NAMES, joins: str = "") -> None:
         self.pattern = re.compile(rf"{joins}{'|' if joins else ''}{numbers}|\w+|[^\w\s]|\n")
+        super().__init__()
         self.single = single
-        self.words = ["<bos>"]
 
-    def _ids(self, text: str) -> list[int]:
+    def _pieces(self, text: str) -> list[str]:
         pieces = []
         for word in self.pattern.findall(text):
             pieces += [word[:1], word[1:]] if word in NAMES and word not in self.single else [word]
-        self.words += [piece for piece in dict.fromkeys(pieces) if piece not in self.words]
-        return [self.words.index(piece) for piece in pieces]
-
-    def to_tokens(self, text: str, prepend_bos: bool | None = None) -> Tensor:
-        return torch.tensor([self._ids(text) if prepend_bos is False else [0, *self._ids(text)]])
-
-    def to_str_tokens(self, text: Any) -> list[str]:
-        return [self.words[i] for i in text]
-
-    def to_single_token(self, text: str) -> int:
-        ids = self._ids(text)
-        if len(ids) != 1:
-            raise ValueError(f"expected {text!r} to be a single token, but it is {len(ids)}")
-        return ids[0]
+        return pieces
 
 
 def at(pairs: PromptPairs, name: str, side: str = "clean") -> list[int]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mechkit.attribution._cells import Axes, Chosen, make_axes, provenance_of, split_prompts
 from mechkit.hooks import SITES, Budget, GradientRuns, HookedModel, check_can_run, check_metric, metric_values
+from mechkit.hooks._precision import wide_dtype
 from mechkit.metrics import CallableMetric, Metric, as_metric
 from mechkit.prompts import PromptPairs, Prompts
 from mechkit.result import Cost, Result
@@ -52,7 +53,7 @@ class Study:
     defer_proof: bool = False  # whether the first unedited runs are to be the proof (`GradientRuns.proved`)
 
     def __post_init__(self) -> None:
-        wide = torch.float64 if self.model.dtype == torch.float64 else torch.float32
+        wide = wide_dtype(self.model.dtype)
         n = len(self.base)
         self.effects = {site: torch.zeros((*axes.shape, n), dtype=wide) for site, axes in self.axes.items()}
         runs = [run for run in (self.base_is, self.source_is) if run is not None]

@@ -36,6 +36,7 @@ from mechkit.hooks import (
     into_post_norm,
     post_norm,
     record,
+    wide_dtype,
     widen,
 )
 from mechkit.prompts import Prompts
@@ -139,7 +140,7 @@ def read_cells(
     places = _places(axes, prompts, named)
     heads: Sequence[int | None] = axes.index.get("head", [None])
     shape = (len(axes.layers), len(heads), len(places), width, len(prompts))
-    values = torch.full(shape, torch.nan, dtype=torch.float64 if model.dtype == torch.float64 else torch.float32)
+    values = torch.full(shape, torch.nan, dtype=wide_dtype(model.dtype))
     ids = torch.full(shape, -1)
     room, computed = Budget.of(model, budget), 0
     rows = int((places >= 0).sum())

@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 
 from mechkit.attribution._readout import COPIES
 from mechkit.attribution.logit_lens import kl
-from mechkit.hooks import Budget, FrozenNorm, HookedModel, record, widen
+from mechkit.hooks import Budget, FrozenNorm, HookedModel, record, wide_dtype, widen
 from mechkit.prompts import Prompts
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0)  # relative to the mean eigenvalue of the covariance
@@ -136,14 +136,10 @@ def _split(prompts: Prompts, settings: Settings) -> tuple[Prompts, Prompts]:
 
 def _groups(model: HookedModel, layers: Sequence[int], n_rows: int, room: Budget) -> Iterator[list[int]]:
     """As many layers at a time as the budget has room for: their activations, and six matrices while they are fitted."""
-    a_layer = (2 * n_rows * model.d_model + 6 * model.d_model**2) * torch.zeros((), dtype=_dtype(model)).element_size()
+    a_layer = (2 * n_rows * model.d_model + 6 * model.d_model**2) * wide_dtype(model.dtype).itemsize
     size = max(1, room.bytes // a_layer)
     for first in range(0, len(layers), size):
         yield list(layers[first : first + size])
-
-
-def _dtype(model: HookedModel) -> torch.dtype:
-    return torch.float64 if model.dtype == torch.float64 else torch.float32
 
 
 @torch.no_grad()
@@ -160,7 +156,8 @@ def _collect(model: HookedModel, prompts: Prompts, layers: Sequence[int], skip: 
             end = run.resid[-1]
             resid.append(torch.stack([run.sites[site].to(end.device) for site in sites])[:, :, skip:].flatten(1, 2))
             final.append(end[:, skip:].flatten(0, 1))
-    found = Positions(torch.cat(resid, 1).to(_dtype(model)), torch.cat(final).to(_dtype(model)))
+    wide = wide_dtype(model.dtype)
+    found = Positions(torch.cat(resid, 1).to(wide), torch.cat(final).to(wide))
     if not bool(torch.isfinite(found.layers).all() and torch.isfinite(found.final).all()):
         raise ValueError("model: expected finite activations, got NaN or inf in a residual stream")
     return found
@@ -372,5 +369,5 @@ def _quick(model: HookedModel, held: Positions, settings: Settings, room: Budget
 
 def _chunks(model: HookedModel, n: int, room: Budget) -> Iterator[slice]:
     """Rows whose logits over the whole vocabulary fit the budget."""
-    step = max(1, room.bytes // 2 // (COPIES * model.d_vocab * torch.zeros((), dtype=_dtype(model)).element_size()))
+    step = max(1, room.bytes // 2 // (COPIES * model.d_vocab * wide_dtype(model.dtype).itemsize))
     return (slice(first, first + step) for first in range(0, n, step))

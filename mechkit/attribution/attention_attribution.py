@@ -38,8 +38,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mechkit.attribution._cells import position_labels, provenance_of, split_prompts
-from mechkit.hooks import Budget, HookedModel, check_can_run, check_metric, widen
-from mechkit.metrics import CallableMetric, Metric, as_metric
+from mechkit.hooks import Budget, HookedModel, check_can_run, check_metric, wide_dtype, widen
+from mechkit.metrics import CallableMetric, Metric, as_metric, one_a_prompt
 from mechkit.prompts import PromptPairs, Prompts
 from mechkit.result import Result
 
@@ -333,9 +333,7 @@ def _read(metric: Metric | CallableMetric, logits: Tensor, ids: list[int]) -> Fl
         if metric.tokens is not None:
             rows = rows[:, metric.tokens.to(logits.device)]
         value = metric.read(rows, prompt.to(logits.device), None)
-    if not isinstance(value, Tensor) or value.shape != (len(ids),):
-        got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"metric {metric.name!r}: expected one value a prompt, shape [{len(ids)}], got {got}")
+    value = one_a_prompt(metric, value, len(ids))
     if not bool(value.isfinite().all()):
         raise ValueError(f"metric {metric.name!r}: expected finite values, got {value.tolist()}")
     if not value.requires_grad:
@@ -366,7 +364,7 @@ def _attributed(
     model.hook_names("pattern")  # raises if this architecture lacks it in some layer
     target = position if isinstance(position, Tensor) else _index(tokens, named, position)
     memory, every, longest = Budget.of(model, budget), over == "layer pos", int(tokens.lengths.max())
-    dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
+    dtype = wide_dtype(model.dtype)
     values = torch.full((model.n_layers if every else 1, longest, len(tokens)), torch.nan, dtype=dtype)
     with tqdm(total=len(tokens), disable=None if progress else True, unit="prompt", leave=False, delay=2) as bar:
         for length, members in tokens.by_length().items():

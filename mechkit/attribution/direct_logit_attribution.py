@@ -27,7 +27,7 @@ from torch import Tensor
 from mechkit.attribution._cells import choose_indices, choose_positions, position_labels, split_prompts
 from mechkit.attribution._reading import Direction, as_direction, to_result
 from mechkit.attribution._stream import StreamRun, labels, needed
-from mechkit.hooks import Budget, HookedModel, check_can_run
+from mechkit.hooks import Budget, HookedModel, check_can_run, wide_dtype
 from mechkit.prompts import PromptPairs, Prompts
 from mechkit.result import Result
 
@@ -87,7 +87,7 @@ def direct_logit_attribution(
         coords = {"component": labels(model, over)}
     if "src" in coords:
         coords["src"] = position_labels(base, index["src"])
-    wide = torch.float64 if model.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(model.dtype)
     values = torch.full((*(len(labels) for labels in coords.values()), len(base)), torch.nan, dtype=wide)
     totals, error = torch.zeros(len(base), dtype=wide), 0.0
     room = Budget.of(model, budget)

@@ -23,11 +23,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechkit.attribution._nodes import AnyMetric, check_study
-from mechkit.circuits._runs import CircuitRuns, Written, sites_of
+from mechkit.circuits._runs import CircuitRuns, Written
 from mechkit.circuits.graph import Graph
-from mechkit.hooks import Budget, HookedModel, Parts, Run, record, widen
+from mechkit.hooks import Budget, HookedModel, Parts, Run, record, wide_dtype, widen
 from mechkit.hooks._memory import out_of_memory
-from mechkit.metrics import CallableMetric, Metric, as_metric
+from mechkit.metrics import CallableMetric, Metric, as_metric, one_a_prompt
 from mechkit.prompts import PromptPairs
 
 Ablation = Literal["resample", "zero", "mean", "position-mean"]
@@ -53,10 +53,7 @@ class Constants:
     def written(self) -> Written:
         """As the ablated values of runs, `[1 writer 1 d_model]`."""
         graph, values = self.graph, self.values[None, :, None]
-        firsts = [1 + layer * graph.layer_size for layer in range(graph.n_layers)]
-        heads = [values[:, i : i + graph.n_heads] for i in firsts]
-        mlps = [values[:, i + graph.n_heads : i + graph.n_heads + 1] for i in firsts] if graph.mlps else []
-        return Written(values[:, :1], heads, mlps)
+        return Written.from_stacked([values[:, where] for where in graph.writers_at], graph)
 
 
 @dataclass(eq=False)
@@ -90,12 +87,7 @@ class Chunk:
             return metric.read(self.logits(final, prompt), self.ids.to(final.device)[prompt], reference)
         whole = torch.cat([self.runs.run.resid[-1][prompt, : self.runs.start], final], 1)
         n = len(self.ids)
-        answers = [metric.fn(widen(model.unembed(one))) for one in whole.split(n)]
-        for answer in answers:
-            if not isinstance(answer, Tensor) or answer.shape != (n,):
-                got = list(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
-                raise ValueError(f"metric {metric.name!r}: expected one value a prompt, shape [{n}], got {got}")
-        return torch.cat(answers)
+        return torch.cat([one_a_prompt(metric, metric.fn(widen(model.unembed(one))), n) for one in whole.split(n)])
 
 
 class Evaluator:
@@ -127,7 +119,7 @@ class Evaluator:
         if isinstance(ablation, Constants) and ablation.graph != self.graph:
             raise ValueError(f"ablation: expected constants for {self.graph}, got some for {ablation.graph}")
         self.parts.check(pairs.clean.tokens[0][None].to(model.device))
-        wide = torch.float64 if model.dtype == torch.float64 else torch.float32
+        wide = wide_dtype(model.dtype)
         runs = ("clean", "corrupted", "ablated")
         self.values = {run: torch.full((len(pairs),), torch.nan, dtype=wide) for run in runs}
         self.block_tokens = 0
@@ -226,7 +218,8 @@ class Evaluator:
             for prompts in (self.pairs.clean, self.pairs.corrupted)
         )
         start = self._start(ids, clean.shape[1])
-        other = record(self.model, corrupted, sites_of(self.parts) if self.ablation == "resample" else (), blocks=False)
+        sites = self.parts.writer_sites() if self.ablation == "resample" else ()
+        other = record(self.model, corrupted, sites, blocks=False)
         self.block_tokens += corrupted.numel() * self.model.n_layers
         ablated = self._ablated(other, clean.shape[1], start)
         runs = CircuitRuns(self.model, self.graph, self.parts, clean, ablated, start)
@@ -239,16 +232,13 @@ class Evaluator:
         return chunk
 
     def _ablated(self, corrupted: Run, length: int, start: int) -> Written:
-        if isinstance(self.ablation, Constants):
-            return self.ablation.written().map(lambda x: x.to(self.model.device, self.model.dtype))
         if self.ablation == "resample":
             return Written.of(self.parts, corrupted.sites, start)
-        if self.ablation == "zero":
-            return (
-                Constants(torch.zeros(len(self.graph.writers), self.model.d_model), self.graph)
-                .written()
-                .map(lambda x: x.to(self.model.device, self.model.dtype))
-            )
+        constants = self.ablation
+        if constants == "zero":
+            constants = Constants(torch.zeros(len(self.graph.writers), self.model.d_model), self.graph)
+        if isinstance(constants, Constants):
+            return constants.written().map(lambda x: x.to(self.model.device, self.model.dtype))
         if self._means is None:
             self._means = self._mean_written()
         return self._means[length if self.ablation == "position-mean" else 0]
@@ -260,7 +250,7 @@ class Evaluator:
         counts: dict[int, int] = {}
         by_position = self.ablation == "position-mean"
         for length, ids in self.pairs.corrupted.by_length().items():
-            sites = sites_of(self.parts)
+            sites = self.parts.writer_sites()
             at_once = self.budget.prompts_at_once(self.model, length, sites)
             for first in range(0, len(ids), at_once):
                 tokens = torch.stack([self.pairs.corrupted.tokens[i] for i in ids[first : first + at_once]])
@@ -274,8 +264,7 @@ class Evaluator:
         means = {}
         for key, total in sums.items():
             mean = [(x / counts[key]).to(self.model.dtype) for x in total]
-            size = 2 if self.parts.has_mlp else 1
-            means[key] = Written(mean[0], mean[1::size], mean[2::size] if self.parts.has_mlp else [])
+            means[key] = Written.from_stacked(mean, self.graph)
         return means
 
     @torch.no_grad()

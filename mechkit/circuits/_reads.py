@@ -1,6 +1,6 @@
 """What readers compute when what they read is changed: the values that edge and path patching write into a run.
 
-`a reader's value` is a function of the stream that it reads: a head's query, key or value, what an MLP adds, the final stream.
+A reader's value is a function of the stream that it reads: a head's query, key or value, what an MLP adds, the final stream.
 Here it is computed for the base run's stream plus a change, such as one writer's.
 """
 
@@ -16,18 +16,6 @@ from torch import Tensor
 from mechkit.circuits.graph import Graph, Reader, Writer
 from mechkit.hooks import Parts, Run
 
-Sites = tuple[tuple[str, int], ...]
-
-
-def needed_sites(parts: Parts, layers: Sequence[int] | range) -> Sites:
-    """The activations of a run that `Changes` and `stream` need, for writers in `layers`."""
-    sites = [("resid_pre", 0)]
-    for layer in layers:
-        sites.append(("z", layer))
-        if parts.has_mlp:
-            sites.append(("mlp_out", layer))
-    return tuple(sites)
-
 
 @dataclass(frozen=True, eq=False)
 class Changes:
@@ -35,8 +23,8 @@ class Changes:
 
     Attributes:
         parts: Of the model.
-        base, source: Runs recorded with `needed_sites`.
-        counts: Where a change counts, `[prompt pos]`; elsewhere it is 0.
+        base, source: Runs recorded with `Parts.writer_sites`.
+        counts: Where a change counts, `[prompt pos]`, or for each writer `[writer prompt pos]`; elsewhere it is 0.
     """
 
     parts: Parts
@@ -57,10 +45,7 @@ class Changes:
         if writer.layer not in kept:
             kept.clear()
             here, there = (self._z(run, writer.layer) for run in (self.source, self.base))
-            if self.parts.heads_are_linear(writer.layer):
-                kept[writer.layer] = self.parts.heads(writer.layer, here - there)
-            else:
-                kept[writer.layer] = self.parts.heads(writer.layer, here) - self.parts.heads(writer.layer, there)
+            kept[writer.layer] = self.parts.head_changes(writer.layer, here, there)
         return kept[writer.layer][:, :, writer.head]
 
     def _z(self, run: Run, layer: int) -> Float[Tensor, "prompt pos head d_head"]:

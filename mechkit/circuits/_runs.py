@@ -46,7 +46,7 @@ class Written:
     @classmethod
     @torch.no_grad()
     def of(cls, parts: Parts, sites: dict[tuple[str, int], Tensor], start: int = 0) -> Written:
-        """From recorded activations (`sites_of`), positions from `start` on."""
+        """From recorded activations (`Parts.writer_sites`), positions from `start` on."""
         model = parts.model
 
         def heads(layer: int) -> Tensor:
@@ -60,14 +60,14 @@ class Written:
         """In the graph's order."""
         return [self.embed] + [x for i, h in enumerate(self.heads) for x in (h, *self.mlps[i : i + 1])]
 
+    @classmethod
+    def from_stacked(cls, blocks: list[Tensor], graph: Graph) -> Written:
+        """The inverse of `stacked`."""
+        size = 1 + graph.mlps
+        return cls(blocks[0], blocks[1::size], blocks[2::size] if graph.mlps else [])
+
     def map(self, fn: Any) -> Written:
         return Written(fn(self.embed), [fn(x) for x in self.heads], [fn(x) for x in self.mlps])
-
-
-def sites_of(parts: Parts) -> list[tuple[str, int]]:
-    """The activations that `Written.of` needs."""
-    layers = range(parts.model.n_layers)
-    return [("resid_pre", 0), *(("z", i) for i in layers), *(("mlp_out", i) for i in layers if parts.has_mlp)]
 
 
 class CircuitRuns:
@@ -101,7 +101,7 @@ class CircuitRuns:
         """
         self.model, self.graph, self.parts, self.start, self.ablated = model, graph, parts, start, ablated
         with torch.no_grad():
-            run = record(model, tokens, sites_of(parts))
+            run = record(model, tokens, parts.writer_sites())
             self.run = run
             self.clean = Written.of(parts, run.sites, start)
             self.last_logits = run.last_logits
@@ -165,14 +165,13 @@ class CircuitRuns:
 
         kept.append(self.clean.embed[prompt] - _rows(ablated.embed, prompt))
         for layer in range(graph.n_layers):
-            attention, mlp = self._readers(layer)
-            first = 1 + layer * graph.layer_size
-            mlp_seen = parts.has_mlp and seen[first + graph.n_heads]
+            attention, mlp = graph.attention_reads_at(layer), graph.mlp_reads_at(layer)
+            heads_seen, mlp_seen = any(seen[graph.heads_at(layer)]), any(seen[graph.mlp_at(layer)])
             changed = layer >= first_layer
             mlp_reads = None
             if mlp_seen and changed and parts.parallel:
                 mlp_reads = read(streams[layer, "pre"], mlp)[:, 0]
-            if not any(seen[first : first + graph.n_heads]):
+            if not heads_seen:
                 kept.append_unseen(graph.n_heads)
             else:
                 heads = self.clean.heads[layer][prompt]
@@ -188,11 +187,10 @@ class CircuitRuns:
                     written = self.clean.mlps[layer][prompt]
                 else:
                     written = parts.mlp(layer, mlp_reads)[:, None]
-                    if not any(seen[first : first + graph.n_heads]):  # else counted with the attention
+                    if not heads_seen:  # else counted with the attention
                         self.replayer.block_tokens += mlp_reads.shape[0] * mlp_reads.shape[1]
                 kept.append(written - _rows(ablated.mlps[layer], prompt))
-        last = len(graph.readers) - 1
-        return read(streams[graph.n_layers, "pre"], slice(last, last + 1))[:, 0]
+        return read(streams[graph.n_layers, "pre"], graph.logits_at)[:, 0]
 
     def _streams(self, ablated: Written) -> dict[tuple[int, str], Tensor]:
         """The residual stream in front of each block, and within it, if every writer had its ablated value.
@@ -228,12 +226,6 @@ class CircuitRuns:
         k = parts.project_each(layer, "k", normed[ends[0] : ends[1]])
         v = parts.project_each(layer, "v", normed[ends[1] :])
         return parts.heads(layer, self.replayer.attend(layer, q, k, v, prompt, self.start)).transpose(1, 2)
-
-    def _readers(self, layer: int) -> tuple[slice, slice]:
-        """Where a layer's readers are in the graph's: the attention's and the MLP's."""
-        size = self.graph.n_heads + 2 * self.graph.n_kv_heads
-        first = layer * (size + self.graph.mlps)
-        return slice(first, first + size), slice(first + size, first + size + 1)
 
     @torch.no_grad()
     def check(self, corrupted_logits: Float[Tensor, "d_vocab"] | None) -> None:

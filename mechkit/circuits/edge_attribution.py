@@ -26,19 +26,18 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mechkit.attribution._cells import choose_indices, choose_positions
-from mechkit.attribution._nodes import AnyMetric, Chunk, Study, check_study
+from mechkit.attribution._nodes import AnyMetric, Chunk, Study
 from mechkit.attribution._paths import Rule, batches, quadrature
 from mechkit.attribution.attribution_patching import tapped
 from mechkit.attribution.relp import relevance_rules
 from mechkit.circuits._provenance import circuit_provenance
+from mechkit.circuits._study import both_runs, chosen_positions, edge_study, where_it_counts
 from mechkit.circuits._writings import HookPairs, Writings
 from mechkit.circuits.edge_scores import EdgeScores
 from mechkit.circuits.graph import Graph
-from mechkit.hooks import SITES, Budget, HookedModel, Parts, check_final_norm, frozen_parameters
+from mechkit.hooks import SITES, HookedModel, Parts, frozen_parameters
 from mechkit.hooks._parts import CHECKED
-from mechkit.metrics import as_metric
-from mechkit.prompts import PromptPairs, Prompts
+from mechkit.prompts import PromptPairs
 from mechkit.result import Cost
 
 Path = Literal["input", "activation"]
@@ -88,6 +87,7 @@ def edge_attribution(
     Raises:
         ValueError: a metric without a gradient, an architecture whose edges are not known, training mode, NaN in a run.
     """
+    rule = rule or ("left" if steps == 1 else "stretched")
     ask = _asked(steps, rule, path, gradient)
     study = edge_study(model, pairs, metric, direction, budget)
     study.defer_proof = True
@@ -108,7 +108,7 @@ def edge_attribution(
         share = {"completeness_error": float(errors.abs().mean() / gap)}
     return scores.result(
         steps=len(ask[0]),
-        rule=rule or ("left" if steps == 1 else "stretched"),
+        rule=rule,
         path=path,
         gradient=gradient,
         gradient_at=study.base_is if ask[0] == [0.0] else "clean and corrupted" if ask[0] == [0.0, 1.0] else "between",
@@ -116,53 +116,13 @@ def edge_attribution(
     )
 
 
-def _asked(steps: int, rule: str | None, path: str, gradient: str) -> tuple[list[float], list[float]]:
+def _asked(steps: int, rule: str, path: str, gradient: str) -> tuple[list[float], list[float]]:
     for name, value, choices in (("path", path, ("input", "activation")), ("gradient", gradient, ("exact", "relp"))):
         if value not in choices:
             raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}; got {value!r}")
     if rule == "clean-corrupted":
         return [0.0, 1.0], [0.5, 0.5]
-    return quadrature(steps, rule or ("left" if steps == 1 else "stretched"))
-
-
-@torch.inference_mode(False)
-def edge_study(
-    model: HookedModel, pairs: PromptPairs, metric: AnyMetric, direction: str, budget: int | None, **provenance: Any
-) -> Study:
-    """Checks what the user asked for, for all that look at edges. `ValueError`s name the argument."""
-    if direction not in ("denoise", "noise"):
-        raise ValueError(f"direction: expected 'denoise' or 'noise', got {direction!r}")
-    if not isinstance(pairs, PromptPairs):
-        raise ValueError(f"pairs: expected PromptPairs, whose two runs are compared; got {type(pairs).__name__}")
-    check_final_norm(model, "a circuit of edges")
-    runs = ("corrupted", "clean") if direction == "denoise" else ("clean", "corrupted")
-    base, source = (getattr(pairs, run) for run in runs)
-    metric = as_metric(metric)
-    check_study(model, metric, {runs[0]: base, runs[1]: source})
-    provenance = {"task": pairs.task, "direction": direction, **provenance}
-    room = Budget.of(model, budget)
-    room.bytes //= 2  # half for the runs, half for readers' gradients and writers' changes
-    return Study(model, base, source, *runs, pairs.positions, metric, {}, room, provenance)
-
-
-def both_runs(study: Study) -> tuple[Prompts, Prompts]:
-    """The clean and the corrupted prompts."""
-    assert study.source is not None
-    return (study.base, study.source) if study.base_is == "clean" else (study.source, study.base)
-
-
-def chosen_positions(study: Study, positions: Sequence[Any] | None) -> tuple[Any, ...] | None:
-    """The positions where a writer's change counts: names, or indices from 0; `None` is everywhere."""
-    if positions is None:
-        return None
-    if isinstance(positions, str) or any(isinstance(at, str) for at in positions):
-        return tuple(choose_positions(study.named, positions))
-    if len(study.base.by_length()) > 1 and any(isinstance(at, int) and at < 0 for at in positions):
-        raise ValueError(
-            f"positions: an index from the end is another position in prompts of lengths {sorted(study.base.by_length())}; "
-            "expected indices from 0, or names"
-        )
-    return tuple(choose_indices("positions", positions, int(study.base.lengths.max())))
+    return quadrature(steps, rule)
 
 
 class _Scores:
@@ -188,17 +148,8 @@ class _Scores:
 
     def counts(self, chunk: Chunk) -> Bool[Tensor, "prompt pos"]:
         """At which positions, from the chunk's start on, a change of a writer counts: not before the prompts differ."""
-        first = torch.tensor(self.study.first_differences())[chunk.ids]
-        length = chunk.tokens[self.study.base_is].shape[1]
-        at = torch.arange(chunk.runs.start, length)
-        counts = at >= first[:, None]
-        if self.positions is not None:
-            chosen = torch.zeros_like(counts)
-            for position in self.positions:
-                named = self.study.named[position][chunk.ids] if isinstance(position, str) else torch.tensor(position)
-                chosen |= at == named.reshape(-1, 1)
-            counts &= chosen
-        return counts.to(chunk.everyone.device)
+        base, source = (chunk.tokens[str(run)] for run in (self.study.base_is, self.study.source_is))
+        return where_it_counts(self.study, self.positions, base, source, chunk.ids)[:, chunk.runs.start :]
 
     def result(self, **provenance: Any) -> EdgeScores:
         study = self.study
@@ -268,8 +219,8 @@ class _Work:
 
     def along_input(self, points: list[float], weights: list[float]) -> Float[Tensor, "prompt"]:
         """Adds all scores. Returns by how much those of the embedding's edges miss the difference of the two runs."""
-        start = self.base.hidden[0]
-        change = self.source.hidden[0] - start
+        start = self.base.sites["resid_pre", 0]
+        change = self.source.sites["resid_pre", 0] - start
         everyone = slice(0, len(self.graph.writers))
         mean, total = _Mean(self, everyone), torch.zeros_like(self.chunk.everyone, dtype=self.scores.values.dtype)
         for row, point, weight in batches(self.chunk, points, weights):
@@ -314,17 +265,8 @@ class _Work:
     def along_activations(self, points: list[float], weights: list[float]) -> None:
         """Adds the scores of each layer's heads, of each MLP, and of the embedding, from paths of their own."""
         whole = self.chunk.runs.how != "suffix"
-        moving: list[tuple[str, int, Tensor, Tensor, slice]] = [
-            ("resid_pre", 0, self.base.hidden[0], self.source.hidden[0], slice(0, 1))
-        ]
-        for layer in range(self.model.n_layers):
-            first = 1 + layer * self.graph.layer_size
-            heads = slice(first, first + self.graph.n_heads)
-            moving.append(("z", layer, self.base.z[layer], self.source.z[layer], heads))
-            if self.parts.has_mlp:
-                m = heads.stop
-                moving.append(("mlp_out", layer, self.base.mlp[layer], self.source.mlp[layer], slice(m, m + 1)))
-        for site, layer, start, end, writers in moving:
+        for (site, layer), writers in zip(self.parts.writer_sites(), self.graph.writers_at, strict=True):
+            start, end = self.base.sites[site, layer], self.source.sites[site, layer]
             mean = _Mean(self, writers)
             for row, point, weight in batches(self.chunk, points, weights):
                 at = (start[row] + point.reshape(-1, *[1] * (start.ndim - 1)) * (end - start)[row]).to(start.dtype)
@@ -332,7 +274,7 @@ class _Work:
                 def replace(activation: Tensor, hook: Any, at: Tensor = at) -> Tensor:
                     return at.reshape(activation.shape)
 
-                hidden = None if whole and site != "resid_pre" else self.base.hidden[layer][row]
+                hidden = None if whole and site != "resid_pre" else self.base.sites["resid_pre", layer][row]
                 hooks: HookPairs = [] if site == "resid_pre" else [(SITES[site].hook_name(layer), replace)]
                 hidden = at if site == "resid_pre" else hidden
                 _, layers, last = self._backward(row, hidden, layer, hooks)
@@ -379,26 +321,26 @@ class _Mean:
 
     def __init__(self, work: _Work, writers: slice) -> None:
         self.work, self.writers = work, writers
-        self.readers: dict[
-            tuple[int, str], Tensor
-        ] = {}  # (layer, "attention" | "mlp" | "logits") -> [prompt reader pos d]
+        # Where a layer's attention, an MLP or the unembedding is in the graph's readers -> [prompt reader pos d_model]
+        self.readers: dict[tuple[int, int], Tensor] = {}
 
     def add(self, row: Tensor, weight: Tensor, layers: dict[int, _Gradients], last: Tensor) -> None:
+        graph = self.work.graph
         for layer, kept in layers.items():
-            if self._reads((layer, "attention")):
-                self._add((layer, "attention"), row, weight, self._attention(layer, kept))
-            if self.work.parts.has_mlp and self._reads((layer, "mlp")):
-                self._add((layer, "mlp"), row, weight, self._mlp(layer, kept))
-        self._add((self.work.model.n_layers, "logits"), row, weight, last[:, :, None])
+            if self._reads(graph.attention_reads_at(layer)):
+                self._add(graph.attention_reads_at(layer), row, weight, self._attention(layer, kept))
+            if graph.mlps and self._reads(graph.mlp_reads_at(layer)):
+                self._add(graph.mlp_reads_at(layer), row, weight, self._mlp(layer, kept))
+        self._add(graph.logits_at, row, weight, last[:, :, None])
 
     def _add(
-        self, key: tuple[int, str], row: Tensor, weight: Tensor, gradients: Float[Tensor, "row pos reader d"]
+        self, readers: slice, row: Tensor, weight: Tensor, gradients: Float[Tensor, "row pos reader d_model"]
     ) -> None:
         gradients = gradients.to(weight.dtype) * weight[:, None, None, None]
         n = len(self.work.chunk.ids)
         if len(row) != n:  # several points of the path; else rows are the prompts in their order
             gradients = gradients.new_zeros(n, *gradients.shape[1:]).index_add(0, row, gradients)
-        summed = gradients.transpose(1, 2)
+        summed, key = gradients.transpose(1, 2), (readers.start, readers.stop)
         self.readers[key] = self.readers[key] + summed if key in self.readers else summed
 
     def _attention(self, layer: int, kept: _Gradients) -> Float[Tensor, "row pos reader d_model"]:
@@ -433,7 +375,7 @@ class _Mean:
             work.check_written(changes, where)
             changes = (changes * work.counts[:, None, where, None]).to(work.scores.values.dtype).flatten(2)
             for key, gradients in self.readers.items():
-                readers = self._columns(key)
+                readers = slice(*key)
                 upto = min(graph.n_writers(graph.readers[readers.start]), self.writers.stop)
                 writers = slice(self.writers.start, upto)
                 gradients = gradients[:, :, where].to(changes.dtype).flatten(2)
@@ -443,17 +385,9 @@ class _Mean:
                 work.scores.add(work.chunk.ids, writers, readers, part)
         return first, sizes
 
-    def _reads(self, key: tuple[int, str]) -> bool:
+    def _reads(self, readers: slice) -> bool:
         """Whether these readers come after the first of the writers."""
-        return self.work.graph.n_writers(self.work.graph.readers[self._columns(key).start]) > self.writers.start
-
-    def _columns(self, key: tuple[int, str]) -> slice:
-        (layer, kind), graph = key, self.work.graph
-        if kind == "logits":
-            return slice(len(graph.readers) - 1, len(graph.readers))
-        heads = graph.n_heads + 2 * graph.n_kv_heads
-        first = layer * (heads + graph.mlps)
-        return slice(first, first + heads) if kind == "attention" else slice(first + heads, first + heads + 1)
+        return self.work.graph.n_writers(self.work.graph.readers[readers.start]) > self.writers.start
 
     def _position_blocks(self, n_positions: int) -> Iterator[slice]:
         """Positions whose changes fit into a quarter of the budget at once."""

@@ -28,9 +28,9 @@ from tqdm.auto import tqdm
 
 from mechkit.attribution._nodes import AnyMetric, Study
 from mechkit.circuits._provenance import circuit_provenance, merged
-from mechkit.circuits._reads import Changes, needed_sites, stream
+from mechkit.circuits._reads import Changes, stream
+from mechkit.circuits._study import both_runs, chosen_positions, edge_study, where_it_counts
 from mechkit.circuits.circuit import Circuit
-from mechkit.circuits.edge_attribution import both_runs, chosen_positions, edge_study
 from mechkit.circuits.edge_scores import EdgeScores, ScoredEdge
 from mechkit.circuits.graph import Edge, Graph, Reader, Writer
 from mechkit.hooks import Cell, Derived, Edit, HookedModel, Parts, Run, sweep
@@ -180,7 +180,7 @@ class _Work:
             key: [what for what, _ in sorted(of.items(), key=lambda item: item[1])] for key, of in variants.items()
         }
         layers = sorted({edge.writer.layer for edge in edges if edge.writer.layer >= 0})
-        sites = set(needed_sites(self.parts, layers))
+        sites = set(self.parts.writer_sites(layers))
         if not self.graph.parallel:
             sites |= {("resid_mid", edge.reader.layer) for edge in edges if edge.reader.kind == "mlp"}
         sites |= {("mlp_out", edge.reader.layer) for edge in edges if edge.reader.kind == "mlp"}
@@ -206,17 +206,6 @@ class _Work:
         self.tokens += answers.cost.block_tokens
         self.naive += answers.cost.naive_block_tokens
         self.how = self.how if answers.replay == "suffix" else answers.replay
-
-    def counts(self, tokens: Tensor, other: Tensor, ids: np.ndarray) -> Tensor:
-        """At which positions of these prompts a writer's change counts, `[prompt pos]`."""
-        counts = (tokens != other).cumsum(1) > 0
-        if self.positions is None:
-            return counts
-        at, chosen = torch.arange(tokens.shape[1], device=tokens.device), torch.zeros_like(counts)
-        for position in self.positions:
-            named = self.study.named[position][ids] if isinstance(position, str) else torch.tensor([position])
-            chosen |= at == named.reshape(-1, 1).to(at.device)
-        return counts & chosen
 
     def result(self, wanted: Sequence[Edge] | None = None) -> EdgeScores:
         """Of the wanted edges, or of all that were computed."""
@@ -277,7 +266,9 @@ class _Values:
 
     def make(self, base: Run, source: Run, ids: np.ndarray, site: str, layer: int) -> Tensor:
         """`[variant prompt pos …]`."""
-        changes = Changes(self.work.parts, base, source, self.work.counts(base.tokens, source.tokens, ids))
+        work = self.work
+        counts = where_it_counts(work.study, work.positions, base.tokens, source.tokens, ids)
+        changes = Changes(work.parts, base, source, counts)
         if site == "resid_post":
             asked = self.asked[site, layer]
             return torch.cat([self._after(changes, kind, at, writers) for at, kind, writers in _runs(asked)])

@@ -184,6 +184,38 @@ class Graph:
         heads = self.n_heads if reader.kind == "mlp" and not self.parallel else 0
         return 1 + reader.layer * self.layer_size + heads
 
+    def heads_at(self, layer: int) -> slice:
+        """Where a layer's heads are in `writers`; its MLP, if there are any, comes right after them."""
+        first = 1 + layer * self.layer_size
+        return slice(first, first + self.n_heads)
+
+    def mlp_at(self, layer: int) -> slice:
+        """Where a layer's MLP is in `writers`: one place, or none."""
+        first = self.heads_at(layer).stop
+        return slice(first, first + self.mlps)
+
+    def attention_reads_at(self, layer: int) -> slice:
+        """Where a layer's queries, keys and values are in `readers`. They read the same stream."""
+        size = self.n_heads + 2 * self.n_kv_heads
+        first = layer * (size + self.mlps)
+        return slice(first, first + size)
+
+    def mlp_reads_at(self, layer: int) -> slice:
+        """Where a layer's MLP is in `readers`: one place, or none."""
+        first = self.attention_reads_at(layer).stop
+        return slice(first, first + self.mlps)
+
+    @property
+    def logits_at(self) -> slice:
+        """Where the unembedding is in `readers`."""
+        return slice(len(self.readers) - 1, len(self.readers))
+
+    @property
+    def writers_at(self) -> list[slice]:
+        """Where those that write together are in `writers`: the embedding, each layer's heads, and its MLP."""
+        layers = ((self.heads_at(layer), self.mlp_at(layer)) for layer in range(self.n_layers))
+        return [slice(0, 1), *(where for layer in layers for where in layer[: 1 + self.mlps])]
+
     @cached_property
     def exists(self) -> Bool[Tensor, "writer reader"]:
         """Which edges there are."""

@@ -33,30 +33,28 @@ https://arxiv.org/abs/2104.03514. Edges: Bhaskar et al. 2024 (edge pruning), htt
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from mechkit._drawn import Drawn
-from mechkit.circuits._evaluation import Ablation, Chunk, Constants, Evaluator, provenance_of_ablation
+from mechkit.circuits._evaluation import Ablation, Constants, Evaluator, provenance_of_ablation
+from mechkit.circuits._objective import Objective, ObjectiveName, metric_maker, turns
 from mechkit.circuits._provenance import circuit_provenance, merged
-from mechkit.circuits._runs import CircuitRuns
 from mechkit.circuits.circuit import Circuit
 from mechkit.circuits.edge_scores import EdgeScores
 from mechkit.circuits.evaluation import Ratio, ratio, run_circuits, split
 from mechkit.circuits.graph import Graph
-from mechkit.hooks import Budget, HookedModel, frozen_parameters
-from mechkit.hooks._memory import out_of_memory
+from mechkit.hooks import HookedModel, frozen_parameters
 from mechkit.metrics import Metric, kl_divergence
 from mechkit.prompts import PromptPairs
 from mechkit.result import Cost, Result
 
-ObjectiveName = Literal["kl", "metric"]
 LOW, HIGH = -0.1, 1.1  # the hard concrete's stretch
 START = 3.0  # log a of every gate at the start: nine in ten are wide open
 ASCENT, DEAREST = 0.1, 10.0  # how fast a target changes the price, and how far, in units of 1 / target
@@ -227,27 +225,6 @@ class Settings:
                 raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
 
 
-def metric_maker(
-    pairs: PromptPairs, metric: Metric | Callable[[PromptPairs], Metric] | None, objective: ObjectiveName
-) -> Callable[[list[int]], Metric]:
-    """The metric of some of the pairs."""
-    if not isinstance(pairs, PromptPairs):
-        raise ValueError(f"pairs: expected PromptPairs, whose two runs are compared; got {type(pairs).__name__}")
-    if objective not in ("kl", "metric"):
-        raise ValueError(f"objective: expected 'kl' or 'metric', got {objective!r}")
-    if metric is None and objective == "metric":
-        raise ValueError("metric: expected one, such as mk.logit_diff, since objective='metric' trains on it; got None")
-    maker: Any = kl_divergence if metric is None else metric
-    whole = maker(pairs) if callable(maker) else maker
-    if not isinstance(whole, Metric):
-        raise ValueError(
-            f"metric: expected a Metric, or what makes one of pairs, such as mk.logit_diff; got {metric!r}"
-        )
-    if whole.n_prompts != len(pairs):
-        raise ValueError(f"metric: it was made for {whole.n_prompts} prompts, but there are {len(pairs)}")
-    return lambda ids: whole[ids]
-
-
 class _Gates:
     """What is learned: `log_alpha`, `[writer reader]` for edges (those that do not exist do nothing), `[writer 1]` for nodes.
     In float64 on the CPU: probabilities near 1 must still be told apart, and draws be the same on every device."""
@@ -307,147 +284,3 @@ def _train(task: Objective, gates: _Gates, settings: Settings, progress: bool) -
             bar.update()
             bar.set_postfix_str(f"loss {loss:.3f}, {n_open.item():.0f} open", refresh=False)
     return history
-
-
-# -- what learned masks and optimal ablation share ---------------------------------------------------------------------
-
-
-class Objective:
-    """How far a run is from the clean one, with gradients: the KL divergence, or the squared distance of the metric.
-
-    Attributes:
-        evaluator: Of the training pairs; its metric is the KL divergence to the clean run, or the metric.
-        unit: Of the loss.
-        wide: The dtype of losses: float32, or float64 if the model's is.
-    """
-
-    def __init__(self, evaluator: Evaluator, name: ObjectiveName) -> None:
-        self.evaluator, self.name = evaluator, name
-        self.unit = evaluator.metric.unit if name == "kl" else f"{evaluator.metric.unit}^2"
-        self.wide, self.device = evaluator.values["clean"].dtype, evaluator.model.device
-        self._kept: list[Chunk] | None = []
-        held = 0
-        for chunk in evaluator.chunks():  # all of them: the unedited runs' metric comes with it
-            held += _bytes(chunk)
-            if held > evaluator.budget.bytes // 2 or self._kept is None:
-                self._kept = None  # recorded anew in every step
-            else:
-                self._kept.append(chunk)
-
-    def chunks(self) -> Iterator[Chunk]:
-        yield from self.evaluator.chunks() if self._kept is None else self._kept
-
-    def loss(
-        self, chunk: Chunk, final: Float[Tensor, "row pos d_model"], prompt: Int[Tensor, "row"]
-    ) -> Float[Tensor, "row"]:
-        """Of each row, 0 or more; in the graph.
-
-        Raises:
-            ValueError: the metric has no gradient.
-        """
-        value = chunk.value(final, prompt)
-        if final.requires_grad and not value.requires_grad:
-            raise ValueError(
-                f"metric: {self.evaluator.metric.name!r} has no gradient (a step function such as accuracy?); train on a "
-                "differentiable one such as mk.logit_diff, or with objective='kl'"
-            )
-        return value if self.name == "kl" else (value - self.of(chunk, "clean")[prompt]).square()
-
-    def of(self, chunk: Chunk, run: str) -> Float[Tensor, "prompt"]:
-        """An unedited run's metric of a chunk's prompts."""
-        return self.evaluator.values[run][chunk.ids].to(self.device)
-
-    def loss_of_nothing(self) -> float:
-        """The mean loss with everything ablated.
-
-        Raises:
-            ValueError: it is 0 to rounding.
-        """
-        clean, ablated = (self.evaluator.values[run] for run in ("clean", "ablated"))
-        rounding = 100 * torch.finfo(clean.dtype).eps
-        if self.name == "kl":
-            mean, least = ablated.mean(), torch.tensor(rounding)
-        else:
-            mean = (ablated - clean).square().mean()
-            least = (rounding * (ablated.abs() + clean.abs())).square().mean()
-        if not mean > least:
-            raise ValueError(
-                f"pairs: expected clean and ablated runs that differ, got {self.evaluator.metric.name} "
-                f"{clean.mean().item():.4g} and {ablated.mean().item():.4g}; there is nothing to learn from"
-            )
-        return mean.item()
-
-    def slope_of_gates(
-        self, gates: Float[Tensor, "row writer reader"], prompts: Int[Tensor, "row"]
-    ) -> tuple[float, Float[Tensor, "row writer reader"]]:
-        """The sum of the rows' losses, and its gradient. `prompts` says which of the training pairs each row is."""
-        slope, total = torch.zeros_like(gates), 0.0
-        for chunk in self.chunks():
-            rows, prompt = rows_of(chunk, prompts)
-
-            def add(some: slice, chunk: Chunk = chunk, rows: Tensor = rows, prompt: Tensor = prompt) -> None:
-                nonlocal total
-                leaf = gates[rows[some]].to(self.device, self.wide).requires_grad_()
-                at = prompt[some].to(self.device)
-                loss = self.loss(chunk, chunk.runs.final(leaf, at), at).sum()
-                if not bool(torch.isfinite(loss)):
-                    raise ValueError("metric: expected finite values of partly ablated runs, got NaN or inf")
-                slope[rows[some]] = torch.autograd.grad(loss, leaf)[0].to(slope)
-                total += loss.item()
-
-            self.in_batches(chunk, len(rows), add)
-        return total, slope
-
-    def in_batches(self, chunk: Chunk, n_rows: int, compute: Callable[[slice], None], first_layer: int = 0) -> None:
-        """Calls `compute` with as many rows at a time as the budget has room for, gradients included."""
-        done, budget = 0, self.evaluator.budget
-        while done < n_rows:
-            size = rows_with_gradients(chunk.runs, budget, first_layer)
-            try:
-                compute(slice(done, min(done + size, n_rows)))
-            except RuntimeError as error:
-                if not out_of_memory(error) or size == 1:
-                    raise
-                budget.halve()
-                continue
-            done += size
-        self.evaluator.block_tokens += chunk.runs.replayer.block_tokens
-        chunk.runs.replayer.block_tokens = 0
-
-
-def rows_of(chunk: Chunk, prompts: Int[Tensor, "row"]) -> tuple[Int[Tensor, "some"], Int[Tensor, "some"]]:
-    """Which rows are of a chunk's prompts, and which of them each is."""
-    return (prompts[:, None] == chunk.ids).nonzero().unbind(1)  # type: ignore[return-value]
-
-
-def turns(n: int, batch: int, generator: torch.Generator) -> Iterator[Int[Tensor, "batch"]]:
-    """Prompts in random order, each as often as any other, `batch` at a time, for ever."""
-    left = torch.empty(0, dtype=torch.long)
-    while True:
-        while len(left) < batch:
-            left = torch.cat([left, torch.randperm(n, generator=generator)])
-        yield left[:batch]
-        left = left[batch:]
-
-
-def rows_with_gradients(runs: CircuitRuns, budget: Budget, first_layer: int = 0) -> int:
-    """How many rows may run together if all that the backward pass needs is kept: half the budget is for it."""
-    graph, model = runs.graph, runs.model
-    readers, heads = graph.n_heads + 2 * graph.n_kv_heads, graph.n_heads
-    neurons = getattr(model.cfg, "d_mlp", None) or 4 * model.d_model
-    streams = (
-        2 * readers + 2 * heads + 8
-    )  # what each reader reads, what each head writes, the stream; and gradients of them
-    a_layer = streams * model.d_model + 4 * neurons + (3 * runs.run.length + 6 * model.d_head) * heads
-    a_token = 2 * len(graph.writers) * model.d_model + (graph.n_layers - first_layer) * a_layer
-    a_row = a_token * (runs.run.length - runs.start) + 2 * graph.exists.numel()
-    item = torch.empty((), dtype=model.dtype).element_size()
-    return max(1, budget.bytes // 2 // (a_row * item))
-
-
-def _bytes(chunk: Chunk) -> int:
-    """What a chunk holds in memory, but for what all of them share."""
-    runs = chunk.runs
-    tensors = [*runs.run.resid, *runs.clean.stacked(), *runs.ablated.stacked()]
-    tensors += [x for layer in runs.run.cache.layers for x in (layer.keys, layer.values)]
-    return 2 * sum(x.numel() * x.element_size() for x in tensors)  # twice: streams of ablated values, calls' arguments

@@ -22,6 +22,7 @@ Li and Janson 2024, https://arxiv.org/abs/2409.09951.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -32,11 +33,11 @@ from tqdm.auto import tqdm
 
 from mechkit._drawn import Drawn
 from mechkit.circuits._evaluation import Chunk, Constants, Evaluator
+from mechkit.circuits._objective import Objective, ObjectiveName, metric_maker, rows_of, turns
 from mechkit.circuits._provenance import circuit_provenance
 from mechkit.circuits._runs import Written
 from mechkit.circuits.circuit import Circuit
 from mechkit.circuits.graph import Graph, Writer
-from mechkit.circuits.learned_masks import Objective, ObjectiveName, metric_maker, rows_of, turns
 from mechkit.hooks import HookedModel, frozen_parameters
 from mechkit.metrics import Metric, kl_divergence
 from mechkit.prompts import PromptPairs
@@ -167,18 +168,15 @@ def _start(task: Objective) -> tuple[Float[Tensor, "writer d_model"], Float[Tens
         if not count:
             mean = torch.cat(chunk.runs.ablated.stacked(), 1)[0, :, 0].to(task.wide)
             squares = torch.zeros(len(mean), 1, dtype=task.wide, device=mean.device)
-        firsts = 0
-        for block in chunk.runs.clean.stacked():
-            here = slice(firsts, firsts + block.shape[1])
-            off = block.to(task.wide) - mean[None, here, None]
-            squares[here] += off.square().mean(-1).sum((0, 2))[:, None]
-            firsts = here.stop
+        for where, block in zip(task.evaluator.graph.writers_at, chunk.runs.clean.stacked(), strict=True):
+            off = block.to(task.wide) - mean[None, where, None]
+            squares[where] += off.square().mean(-1).sum((0, 2))[:, None]
         count += len(chunk.ids) * (chunk.runs.run.length - chunk.runs.start)
     scale = (squares / count).sqrt()
     return mean, scale.clamp(min=float(scale.mean()) / 100)  # what hardly varies must still be able to move
 
 
-class _Study:
+class _Study(ABC):
     """What is ablated. A *unit* is what has a loss of its own: a component by itself, or everything outside a circuit.
 
     Attributes:
@@ -206,10 +204,11 @@ class _Study:
                     self.add_losses(chunk, values, rows, prompt.to(self.model.device), found, slope)
         return found
 
+    @abstractmethod
     def add_losses(
         self, chunk: Chunk, values: Tensor, rows: Tensor, prompt: Tensor, found: Tensor, slope: Tensor | None
     ) -> None:
-        raise NotImplementedError
+        """Fills in the losses of some rows, whose prompts are of one chunk; adds the gradient to `slope`, if one is given."""
 
     def run(
         self,
@@ -241,7 +240,7 @@ class _Piece:
     """Writers that write together: the embedding, the heads of a layer, an MLP.
 
     Attributes:
-        place: Which one it is, in the order in which they write.
+        place: Which one it is of `Graph.writers_at`.
         where: All of its writers in the graph.
         chosen: Those that are ablated.
         first_layer: The first layer whose input is changed by it.
@@ -262,15 +261,12 @@ class _Alone(_Study):
         index = [self.graph.writer_index[writer.name] for writer in writers]
         self.unit = torch.full((len(self.graph.writers),), -1)
         self.unit[index] = torch.arange(len(writers))
-        pieces, first = [], 0
-        for place in range(1 + self.graph.n_layers * (1 + self.graph.mlps)):
-            is_heads = place > 0 and (not self.graph.mlps or place % 2 == 1)
-            where = slice(first, first + (self.graph.n_heads if is_heads else 1))
-            layer = self.graph.writers[first].layer
-            own_mlp_reads = is_heads and self.graph.mlps and not self.graph.parallel
+        pieces = []
+        for place, where in enumerate(self.graph.writers_at):
+            first = self.graph.writers[where.start]
+            own_mlp_reads = first.head is not None and self.graph.mlps and not self.graph.parallel
             chosen = [i for i in index if where.start <= i < where.stop]
-            pieces.append(_Piece(place, where, chosen, layer if own_mlp_reads else layer + 1))
-            first = where.stop
+            pieces.append(_Piece(place, where, chosen, first.layer if own_mlp_reads else first.layer + 1))
         self.pieces = [piece for piece in pieces if piece.chosen]
 
     def add_losses(
@@ -300,7 +296,8 @@ class _Alone(_Study):
             gates = exists.repeat(len(writer[some]), 1, 1)
             gates[torch.arange(len(gates)), writer[some]] = 0
             into = None if slope is None else slope[piece.where]
-            loss = self.run(chunk, gates, at[some], written(self.graph, blocks), leaf, into, piece.first_layer)
+            ablated = Written.from_stacked(blocks, self.graph)
+            loss = self.run(chunk, gates, at[some], ablated, leaf, into, piece.first_layer)
             found[self.unit[writer[some]], rows[row[some]]] = loss
 
         self.task.in_batches(chunk, len(writer), add, piece.first_layer)
@@ -327,12 +324,6 @@ class _Together(_Study):
             found[0, rows[some]] = self.run(chunk, every, prompt[some], ablated, leaf, slope)
 
         self.task.in_batches(chunk, len(rows), add)
-
-
-def written(graph: Graph, blocks: list[Tensor]) -> Written:
-    """From blocks in the graph's order, as `Written.stacked` gives them."""
-    size = 1 + graph.mlps
-    return Written(blocks[0], blocks[1::size], blocks[2::size] if graph.mlps else [])
 
 
 def _descend(

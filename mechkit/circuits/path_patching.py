@@ -20,14 +20,14 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from mechkit.attribution._cells import choose_positions, position_labels
 from mechkit.attribution._nodes import AnyMetric, Study
 from mechkit.circuits._provenance import circuit_provenance
-from mechkit.circuits._reads import Changes, needed_sites, stream
-from mechkit.circuits.edge_attribution import chosen_positions, edge_study
+from mechkit.circuits._reads import Changes, stream
+from mechkit.circuits._study import chosen_positions, edge_study, where_it_counts
 from mechkit.circuits.graph import Graph, Reader, Writer
 from mechkit.hooks import Cell, Derived, Edit, HookedModel, Parts, Run, sweep
 from mechkit.prompts import PromptPairs
@@ -212,9 +212,8 @@ def _cell(graph: Graph, receivers: Sequence[Reader], writer: Writer, variant: in
 
 
 def _sites(graph: Graph, parts: Parts) -> tuple[tuple[str, int], ...]:
-    layers = range(graph.n_layers)
-    mids = [] if graph.parallel or not graph.mlps else [("resid_mid", layer) for layer in layers]
-    return (*needed_sites(parts, layers), *mids)
+    mids = [] if graph.parallel or not graph.mlps else [("resid_mid", layer) for layer in range(graph.n_layers)]
+    return (*parts.writer_sites(), *mids)
 
 
 class _Values:
@@ -249,11 +248,9 @@ class _Values:
     def _reaching(self, base: Run, source: Run, ids: np.ndarray) -> dict[tuple[int, str], Tensor]:
         """By how much each sender changes the stream in front of each block, and within it; at the end, the final one."""
         graph, parts = self.graph, self.parts
-        moved = (base.tokens != source.tokens).cumsum(1) > 0
-        changes = Changes(parts, base, source, torch.ones_like(moved))
-        written = changes.of([writer for writer, _ in self.cells])
-        counts = torch.stack([moved & self._at(positions, moved, ids) for _, positions in self.cells])
-        written = written * counts[..., None]
+        runs = base.tokens, source.tokens
+        counts = torch.stack([where_it_counts(self.study, at, *runs, ids) for _, at in self.cells])
+        written = Changes(parts, base, source, counts).of([writer for writer, _ in self.cells])
         streams: dict[tuple[int, str], Tensor] = {}
         change = written * self._is(lambda w: w.layer < 0)
         for layer in range(graph.n_layers):
@@ -274,13 +271,3 @@ class _Values:
     def _is(self, which: Any) -> Float[Tensor, "sender 1 1 1"]:
         chosen = torch.tensor([bool(which(writer)) for writer, _ in self.cells])
         return chosen.to(self.study.model.device, self.study.model.dtype)[:, None, None, None]
-
-    def _at(self, positions: tuple[Any, ...] | None, like: Tensor, ids: np.ndarray) -> Bool[Tensor, "prompt pos"]:
-        """Where a change counts."""
-        if positions is None:
-            return torch.ones_like(like)
-        at, chosen = torch.arange(like.shape[1], device=like.device), torch.zeros_like(like)
-        for position in positions:
-            named = self.study.named[position][ids] if isinstance(position, str) else torch.tensor([position])
-            chosen |= at == named.reshape(-1, 1).to(like.device)
-        return chosen

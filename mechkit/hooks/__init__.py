@@ -21,6 +21,7 @@ from mechkit.hooks._memory import Budget as Budget
 from mechkit.hooks._model import HookedModel as HookedModel
 from mechkit.hooks._norms import FrozenNorm as FrozenNorm
 from mechkit.hooks._parts import Parts as Parts
+from mechkit.hooks._precision import wide_dtype as wide_dtype
 from mechkit.hooks._precision import widen as widen
 from mechkit.hooks._replay import CannotReplayError as CannotReplayError
 from mechkit.hooks._replay import Replayer as Replayer

@@ -16,10 +16,10 @@ from mechkit.hooks._cache import ActivationCache
 from mechkit.hooks._edits import EditPlan, Rows
 from mechkit.hooks._hooking import Hooks
 from mechkit.hooks._memory import Budget
-from mechkit.hooks._precision import widen
+from mechkit.hooks._precision import wide_dtype, widen
 from mechkit.hooks._replay import Run, attach_edit
 from mechkit.hooks._sites import SITES
-from mechkit.metrics import CallableMetric, Metric
+from mechkit.metrics import CallableMetric, Metric, one_a_prompt
 from mechkit.prompts import Prompts
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class State:
     source_metric: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        dtype = torch.float64 if self.model.dtype == torch.float64 else torch.float32
+        dtype = wide_dtype(self.model.dtype)
         self.values = torch.full((self.plan.n_cells, len(self.base)), torch.nan, dtype=dtype)
         self.base_metric, self.source_metric = (torch.full((len(self.base),), torch.nan, dtype=dtype) for _ in "bs")
 
@@ -168,14 +168,7 @@ class Chunk:
 
 
 def call_metric(metric: CallableMetric, logits: Tensor, n_prompts: int) -> Tensor:
-    value = metric.fn(logits)
-    if not isinstance(value, Tensor) or value.shape != (n_prompts,):
-        got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(
-            f"metric {metric.name!r}: expected one value a prompt, a tensor of shape [{n_prompts}], got {got}. Do not average "
-            "inside the metric: results keep the prompt axis"
-        )
-    return value.detach().cpu()
+    return one_a_prompt(metric, metric.fn(logits), n_prompts).detach().cpu()
 
 
 def first_differences(state: State, ids: np.ndarray) -> np.ndarray:

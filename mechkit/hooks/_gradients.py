@@ -29,7 +29,7 @@ from mechkit.hooks._hooking import HookFunction, Hooks
 from mechkit.hooks._memory import out_of_memory
 from mechkit.hooks._precision import TOLERANCE, widen
 from mechkit.hooks._replay import CannotReplayError, Replayer, Run, record
-from mechkit.metrics import CallableMetric, Metric
+from mechkit.metrics import CallableMetric, Metric, one_a_prompt
 
 if TYPE_CHECKING:
     from mechkit.hooks._model import HookedModel
@@ -362,12 +362,7 @@ def metric_values(
         value = metric.read(runs.logits(final, metric.positions[ids], metric.tokens), ids.to(final.device), reference)
     else:
         value = metric.fn(runs.all_logits(final, prompt))
-    if not isinstance(value, Tensor) or value.shape != (len(ids),):
-        got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(
-            f"metric {metric.name!r}: expected one value a prompt, a tensor of shape [{len(ids)}], got {got}. Do not average "
-            "inside the metric: results keep the prompt axis"
-        )
+    value = one_a_prompt(metric, value, len(ids))
     if torch.is_grad_enabled() and final.requires_grad and not value.requires_grad:
         raise ValueError(
             f"metric {metric.name!r}: no gradient path from the logits to its value (a step function such as accuracy, or "

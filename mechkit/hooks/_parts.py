@@ -11,13 +11,14 @@ Nothing is presumed: `check` holds every piece against a recorded run, and refus
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechkit.hooks._anatomy import post_norm
 from mechkit.hooks._norms import TOLERANCE, FrozenNorm
 from mechkit.hooks._replay import record
 
@@ -25,14 +26,8 @@ if TYPE_CHECKING:
     from mechkit.hooks._model import HookedModel
 
 Projection = Literal["q", "k", "v"]
-CHECKED = (
-    "resid_pre",
-    "q",
-    "k",
-    "v",
-    "z",
-    "attn_out",
-)  # the activations that tell whether attention is what it is taken for
+# The activations that tell whether attention is what it is taken for
+CHECKED = ("resid_pre", "q", "k", "v", "z", "attn_out")
 
 
 class Parts:
@@ -91,16 +86,26 @@ class Parts:
         scale = norm.live_scale(together) if together.requires_grad else norm.scale(together)
         return norm.linear(written, scale[..., None, :])
 
-    def heads_are_linear(self, layer: int) -> bool:
-        """Whether what a head writes is linear in its z: no norm comes after the attention."""
-        return getattr(self.model.bridge.blocks[layer], "ln1_post", None) is None
+    def head_changes(
+        self, layer: int, here: Float[Tensor, "... head d_head"], there: Float[Tensor, "... head d_head"]
+    ) -> Float[Tensor, "... head d_model"]:
+        """What each head writes in one run less what it writes in another, from its z in both."""
+        if post_norm(self.model, layer) is None:
+            return self.heads(layer, here - there)
+        return self.heads(layer, here) - self.heads(layer, there)  # each run has its own scale
+
+    def writer_sites(self, layers: Iterable[int] | None = None) -> list[tuple[str, int]]:
+        """The activations that say what every writer of some layers (all by default), and the embedding, wrote."""
+        kinds = ("z", "mlp_out") if self.has_mlp else ("z",)
+        layers = range(self.model.n_layers) if layers is None else layers
+        return [("resid_pre", 0), *((kind, layer) for layer in layers for kind in kinds)]
 
     def mlp(self, layer: int, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
         """What the MLP adds to the stream when it reads `x` in the stream."""
         block, flat = self.model.bridge.blocks[layer], x.reshape(-1, *x.shape[-2:])
         written = _call_mlp(block, self.mlp_input(layer, flat))
-        norm = getattr(block, "ln2_post", None)
-        written = written if norm is None else norm.original_component(written)
+        norm = post_norm(self.model, layer, "ln2_post")
+        written = written if norm is None else norm(written)
         return written.reshape(x.shape)
 
     @torch.no_grad()

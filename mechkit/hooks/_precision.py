@@ -10,6 +10,11 @@ from torch import Tensor
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
 
 
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What numbers are kept in that come from a model of this dtype: float32 at least."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def widen(x: Tensor) -> Tensor:
     """Half precision as float32, in which metrics and everything read off logits or weights is computed at least."""
     return x if x.dtype == torch.float64 else x.float()

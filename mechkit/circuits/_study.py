@@ -1,0 +1,76 @@
+"""What all that look at edges are asked, checked: both runs, the metric, and where a writer's change counts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from mechkit.attribution._cells import choose_indices, choose_positions
+from mechkit.attribution._nodes import AnyMetric, Study, check_study
+from mechkit.hooks import Budget, HookedModel, check_final_norm
+from mechkit.metrics import as_metric
+from mechkit.prompts import PromptPairs, Prompts
+
+
+@torch.inference_mode(False)
+def edge_study(
+    model: HookedModel, pairs: PromptPairs, metric: AnyMetric, direction: str, budget: int | None, **provenance: Any
+) -> Study:
+    """Checks what the user asked for, for all that look at edges. `ValueError`s name the argument."""
+    if direction not in ("denoise", "noise"):
+        raise ValueError(f"direction: expected 'denoise' or 'noise', got {direction!r}")
+    if not isinstance(pairs, PromptPairs):
+        raise ValueError(f"pairs: expected PromptPairs, whose two runs are compared; got {type(pairs).__name__}")
+    check_final_norm(model, "a circuit of edges")
+    runs = ("corrupted", "clean") if direction == "denoise" else ("clean", "corrupted")
+    base, source = (getattr(pairs, run) for run in runs)
+    metric = as_metric(metric)
+    check_study(model, metric, {runs[0]: base, runs[1]: source})
+    provenance = {"task": pairs.task, "direction": direction, **provenance}
+    room = Budget.of(model, budget)
+    room.bytes //= 2  # half for the runs, half for readers' gradients and writers' changes
+    return Study(model, base, source, *runs, pairs.positions, metric, {}, room, provenance)
+
+
+def both_runs(study: Study) -> tuple[Prompts, Prompts]:
+    """The clean and the corrupted prompts."""
+    assert study.source is not None
+    return (study.base, study.source) if study.base_is == "clean" else (study.source, study.base)
+
+
+def chosen_positions(study: Study, positions: Sequence[Any] | None) -> tuple[Any, ...] | None:
+    """The positions where a writer's change counts: names, or indices from 0; `None` is everywhere."""
+    if positions is None:
+        return None
+    if isinstance(positions, str) or any(isinstance(at, str) for at in positions):
+        return tuple(choose_positions(study.named, positions))
+    if len(study.base.by_length()) > 1 and any(isinstance(at, int) and at < 0 for at in positions):
+        raise ValueError(
+            f"positions: an index from the end is another position in prompts of lengths {sorted(study.base.by_length())}; "
+            "expected indices from 0, or names"
+        )
+    return tuple(choose_indices("positions", positions, int(study.base.lengths.max())))
+
+
+def where_it_counts(
+    study: Study,
+    positions: Sequence[Any] | None,
+    base: Int[Tensor, "prompt pos"],
+    source: Int[Tensor, "prompt pos"],
+    ids: Int[Tensor, "prompt"] | np.ndarray,
+) -> Bool[Tensor, "prompt pos"]:
+    """At which positions of some prompts (`ids`) a writer's change counts: at the chosen ones (`chosen_positions`), and never
+    before base and source differ."""
+    moved = (base != source).cumsum(1) > 0
+    if positions is None:
+        return moved
+    at, chosen = torch.arange(base.shape[1], device=base.device), torch.zeros_like(moved)
+    for position in positions:
+        place = study.named[position][ids] if isinstance(position, str) else torch.tensor([position])
+        chosen |= at == place.reshape(-1, 1).to(at.device)
+    return moved & chosen
