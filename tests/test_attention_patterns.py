@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import D_VOCAB, build_hf
+from families import D_VOCAB, FAMILIES, build_hf
 
 import mechkit as mk
 from mechkit.attribution.attention_patterns import attention_patterns
 from mechkit.prompts import PromptPairs, Prompts
 
-FAMILIES = ("gpt2", "llama", "mistral", "gemma2", "gpt_neo", "gptj", "opt", "bloom")
 WINDOW = 4  # of the families below, in the layers given
-SLIDING = {"mistral": (0, 1, 2, 3), "gemma2": (0, 2), "gpt_neo": (1, 3)}
+SLIDING = {"mistral": (0, 1, 2, 3), "gemma2": (0, 2), "gemma3": (0, 2), "gpt_neo": (1, 3)}
 
 
 def make_model(family: str) -> mk.HookedModel:
-    return mk.HookedModel.from_hf(build_hf(family, torch.float64), name=family)
+    dtype = torch.float32 if family == "mixtral" else torch.float64
+    return mk.HookedModel.from_hf(build_hf(family, dtype), name=family)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,9 @@ def test_equal_to_the_cache_bit_for_bit_and_to_a_softmax_of_the_scores(family):
             naive = raw.double().nan_to_num(-torch.inf)
             naive = (naive - naive.amax(-1, keepdim=True)).exp()
             naive = naive / naive.sum(-1, keepdim=True)
-            assert torch.allclose(found.nan_to_num(), naive, atol=1e-6, rtol=0)  # some take their softmax in float32
+            assert torch.allclose(
+                found.double().nan_to_num(), naive, atol=1e-6, rtol=0
+            )  # some take their softmax in float32
         assert bool(result.values[:, :, length:, :, ids].isnan().all())
         assert bool(result.values[:, :, :, length:, ids].isnan().all())
     assert float(result.values.nan_to_num().std()) > 0.1  # control: the patterns are not flat

@@ -136,5 +136,5 @@ def test_notebooks_show_the_picture_or_the_text() -> None:
 
 
 def test_refuses_what_it_does_not_know() -> None:
-    with pytest.raises(ValueError, match="plot: expected one of Result, .*TopTokens.*; got int"):
+    with pytest.raises(ValueError, match=r"plot: expected one of Result, .*TopTokens.*; got int"):
         mk.plot.default(3)

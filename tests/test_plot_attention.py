@@ -575,7 +575,8 @@ def test_heads_have_a_colour_each() -> None:
     assert {trace.legendgroup for trace in figure.data if trace.hovertext is not None} == {"L0H0", "L0H1", "L0H2"}
     assert figure.layout.title.text == "Attention of L0H0, L0H1, L0H2"
     single = attention(make(1, 1, 6), style="lines")
-    assert [trace.name for trace in single.data if trace.showlegend] == ["attention 0.25", "0.5", "1"]
+    assert [trace.name for trace in single.data if trace.showlegend] == ["0.25", "0.5", "1"]
+    assert single.layout.legend.title.text == "attention "
 
 
 # Themes and text

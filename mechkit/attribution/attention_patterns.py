@@ -71,7 +71,8 @@ def attention_patterns(
     rows, _, task = split_prompts(prompts)
     check_can_run(model, {"prompt": rows})
     chosen = choose_indices("layers", layers, model.n_layers), choose_indices("heads", heads, model.n_heads)
-    model.hook_names([(site, layer) for layer in chosen[0] for site in ("pattern", "attn_scores")])  # raises if it lacks them
+    # Raises if this architecture lacks them in one of the layers.
+    model.hook_names([(site, layer) for layer in chosen[0] for site in ("pattern", "attn_scores")])
     longest = int(rows.lengths.max())
     shape = (*map(len, chosen), longest, longest, len(rows))
     values = torch.full(shape, torch.nan, dtype=widen(torch.zeros((), dtype=model.dtype)).dtype)

@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 
 from mechkit.plot._figure import Figure, Frame, Table
+from mechkit.plot._scale import is_unsigned
 from mechkit.plot._tables import table_of
 from mechkit.plot._text import caption_of, number, plain
 from mechkit.plot._theme import Theme, colourscale
 from mechkit.result import Label, Result
 
-_UNSIGNED = ("attention", "probability", "fraction")  # units of what is never below 0
 _LETTERS = {"layer": "L", "head": "H"}
 
 
@@ -127,7 +127,7 @@ def patterns_of(
         dests=tuple(map(str, result.coords["dest"][:n_dests])),
         srcs=tuple(map(str, result.coords["src"][:n_srcs])),
         what=f"{change}{metric}",
-        signed=bool(result.baseline) or result.unit not in _UNSIGNED or bool((values < 0).any()),
+        signed=not is_unsigned(result) or bool((values < 0).any()),
         notes=(*caption_of(origin, averaged=averaged), *notes),
         result=result,
     )

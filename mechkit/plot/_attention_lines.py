@@ -58,8 +58,7 @@ def draw_lines(patterns: Patterns, min_weight: float, theme: Theme) -> Drawing:
                 figure.add_trace(_trace(patterns, found, chosen, name, colours[panel], step / _STRENGTHS))
     if len(names) == 1:
         for share in (0.25, 0.5, 1.0):
-            what = f"{patterns.what} " if share == 0.25 else ""
-            figure.add_trace(_key(f"{what}{number(share * largest)}", colours[0], share, None))
+            figure.add_trace(_key(number(share * largest), colours[0], share, None))
     else:
         for panel, name in enumerate(names):
             figure.add_trace(_key(name, colours[panel], 1.0, name))
@@ -165,6 +164,8 @@ def _axes(figure: Figure, patterns: Patterns) -> Frame:
             "xanchor": "left",
             "yanchor": "bottom",
             "orientation": "h",
+            "traceorder": "grouped" if several else "normal",
+            "title": {"text": "" if several else f"{plain(patterns.what)} ", "side": "left", "font": {"size": 12}},
             "itemclick": "toggle" if several else False,
             "itemdoubleclick": "toggleothers" if several else False,
         },

@@ -52,7 +52,7 @@ class _Layout:
 
     @property
     def panel(self) -> tuple[int, int]:
-        return max(90, round(self.cell[0] * self.n_columns)), max(26, round(self.cell[1] * self.n_rows))
+        return max(120, round(self.cell[0] * self.n_columns)), max(26, round(self.cell[1] * self.n_rows))
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -239,7 +239,7 @@ def _choose_scale(
             else "brighter is higher"
         )
         farthest = zmax or distance or 1.0  # any scale will do when all is white
-        return _Scale(coloured is changes, middle, farthest, signed, f"{head}<br>{ends}<br> ", (note,) if note else ())
+        return _Scale(coloured is changes, middle, farthest, signed, f"{head}<br>{ends}<br>&nbsp;", (note,) if note else ())
 
     white = theme.neutral
     if center is not None:
