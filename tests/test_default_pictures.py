@@ -114,6 +114,18 @@ def test_options_go_to_the_figure(question) -> None:
     assert result.plot(zmax=2.0).layout.coloraxis.cmax == 2.0
     with pytest.raises(ValueError, match="theme"):
         result.plot(theme="beige")
+    with pytest.raises(ValueError, match=r"options: heatmap\(\) got an unexpected keyword argument 'k'"):
+        result.plot(k=3)
+
+
+def test_partly_computed_edges_and_few_hidden_states(question) -> None:
+    known = mk.zoo.serial_ioi()
+    edges = mk.edge_attribution(known.model, known.pairs, known.metric, steps=2)
+    some = mk.edge_patching(known.model, known.pairs, known.metric, edges=edges.top(5), **QUIET)
+    assert "of which 5 were computed" in some.plot().facts.title
+    assert "computed" not in edges.plot().facts.title
+    two = mk.hidden_states(question[0], question[1].clean[[0, 1]], **QUIET)
+    assert two.plot().facts.kind == "heatmap"
 
 
 def test_values_of_a_text_are_drawn_as_that_text() -> None:

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
 import plotly.graph_objects as go
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mechkit.plot import heatmap, write_html
+from mechkit.plot import Figure, heatmap, read_table, write_html
+from mechkit.plot._export import find_browser
 from mechkit.result import Result
 
 NAN = float("nan")
@@ -221,7 +223,9 @@ def test_prompts_are_averaged_and_the_caption_says_so() -> None:
     ):
         assert part in caption(figure)
     assert "mode" not in caption(figure)
-    assert "mean over" not in caption(heatmap(result.mean()))
+    assert "mean over 4 prompts" in caption(heatmap(result.mean()))  # averaged before is averaged too
+    assert "mean over" not in caption(heatmap(result.sel(prompt=2)))
+    assert "mean over" not in caption(heatmap(result.p_values()))
     assert caption(heatmap(make(torch.zeros(1, 1), "layer head", provenance={}))) == ""
 
 
@@ -241,8 +245,8 @@ def test_missing_cells_are_drawn_as_nothing_on_grey() -> None:
     figure = heatmap(make(torch.tensor([[1.0, NAN], [NAN, NAN]]), "layer head"))
     assert np.isnan(figure.data[0].z).sum() == 3
     assert figure.layout.plot_bgcolor != figure.layout.paper_bgcolor == "#ffffff"
-    all_missing = heatmap(make(torch.full((1, 2), NAN), "layer head"))
-    assert np.isfinite([all_missing.layout.coloraxis.cmin, all_missing.layout.coloraxis.cmax]).all()
+    with pytest.raises(ValueError, match="at least one cell that exists, got NaN alone"):
+        heatmap(make(torch.full((1, 2), NAN), "layer head"))
 
 
 HOSTILE = (
@@ -326,6 +330,51 @@ def test_refuses_what_cannot_be_drawn(values: torch.Tensor, dims: str, message: 
             heatmap(make(values, dims, **changes))
 
 
+def test_results_share_a_scale_or_are_refused() -> None:
+    one, two = resid(), make(2 * torch.arange(12.0).reshape(3, 4) - 3.25, "layer pos", coords={"pos": TOKENS})
+    figure = heatmap({"one": one, "two": two})
+    for panel, result in zip(figure.data, (one, two), strict=True):
+        np.testing.assert_array_equal(panel.z, result.values)
+        assert panel.coloraxis == "coloraxis"
+    assert [note.text for note in figure.layout.annotations[:2]] == ["one", "two"]
+    assert figure.layout.coloraxis.cmax == -3.25 + 22
+    assert list(figure.table()["result"]) == ["one"] * 12 + ["two"] * 12
+    np.testing.assert_array_equal(figure.table()["value"], torch.cat([one.values, two.values]).flatten())
+    assert len(heatmap([one, two]).data) == 2
+    clean = make(one.values, "layer pos", coords={"pos": TOKENS}, base="clean")
+    bare = make(one.values, "layer pos", coords={"pos": TOKENS}, baseline={}, base="")
+    for others in ([one, clean], [bare, one], [one, bare]):
+        with pytest.raises(ValueError, match="expected results that are compared with the same runs"):
+            heatmap(others)
+    with pytest.raises(ValueError, match=r"same labels and unit; got layer 3 × pos 4 in 'logits'.*in 'nats'"):
+        heatmap([one, make(one.values, "layer pos", coords={"pos": TOKENS}, unit="nats")])
+    with pytest.raises(ValueError, match=r"result\['b'\]: expected a Result, got int"):
+        heatmap({"a": one, "b": 3})
+    with pytest.raises(ValueError, match="result: expected a Result or several, got int"):
+        heatmap(3)
+
+
+def test_panels_whose_base_runs_differ_show_the_change_from_each() -> None:
+    values = torch.tensor([[1.0, 2.0]])
+    pair = [make(values, "layer head", baseline={"clean": torch.tensor(b)}, base="clean") for b in (0.0, 1.0)]
+    figure = heatmap(pair)
+    assert [panel.z.tolist() for panel in figure.data] == [[[1.0, 2.0]], [[0.0, 1.0]]]
+    assert "the panels' base runs differ" in caption(figure)
+    assert white(figure) == 0
+
+
+def test_cells_of_different_prompts_are_said() -> None:
+    values = torch.tensor([[[1.0, 2.0], [3.0, NAN]]])
+    assert "averaged over the prompts that have it" in caption(heatmap(make(values, "layer head prompt")))
+    assert "that have it" not in caption(heatmap(make(values.nan_to_num(), "layer head prompt")))
+
+
+@pytest.mark.parametrize("bad", [{"zmax": float("inf")}, {"zmax": "a"}, {"center": NAN}, {"height": 5}, {"title": 5}])
+def test_refuses_options_that_are_no_numbers_or_text(bad: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(bad))}: expected"):
+        heatmap(resid(), **bad)
+
+
 def test_refuses_a_scale_of_nothing() -> None:
     with pytest.raises(ValueError, match="zmax: expected a positive number, got 0"):
         heatmap(resid(), zmax=0.0)
@@ -370,3 +419,56 @@ def test_html_file_fetches_nothing(tmp_path: Path) -> None:
 
 def test_figure_is_plain_data() -> None:
     assert json.loads(heatmap(resid()).to_json())["data"][0]["type"] == "heatmap"
+
+
+# The numbers
+
+
+@given(values=st.lists(st.floats(width=32, allow_infinity=False), min_size=1, max_size=6).filter(lambda v: v == v))
+@settings(deadline=None, max_examples=25)
+def test_saved_numbers_come_back_bit_for_bit(values: list[float], tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("numbers")
+    labels = tuple(f'"\ud800<\n{i}" {i}' for i in range(len(values)))
+    tensor = torch.tensor([values])
+    if tensor.isnan().all():
+        return
+    figure = heatmap(make(tensor, "layer pos", coords={"pos": labels}, baseline={}, base=""))
+    back = read_table(figure.save(folder / "figure.json"))
+    np.testing.assert_array_equal(back["value"], tensor.double().numpy().ravel())
+    assert tuple(back["pos"]) == labels
+    frame = pandas.read_csv(figure.save(folder / "figure.csv"))
+    np.testing.assert_array_equal(frame["value"], tensor.double().numpy().ravel())
+
+
+def test_save_refuses_and_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figure = resid().plot()
+    for name in ("figure", "figure.gif"):
+        with pytest.raises(ValueError, match="path: expected a name that ends in"):
+            figure.save(tmp_path / name)
+    with pytest.raises(ValueError, match="scale"):
+        figure.save(tmp_path / "figure.png", scale=0)
+    monkeypatch.delenv("BROWSER_PATH", raising=False)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(RuntimeError, match=r"figure.png: .*Chrome or Chromium.*BROWSER_PATH"):
+        figure.save(tmp_path / "figure.png")
+    assert list(tmp_path.iterdir()) == []
+    copy = go.Figure(figure)
+    assert not hasattr(copy, "table")
+    with pytest.raises(ValueError, match="copy without its numbers"):
+        Figure(figure).table()
+    for bad in ('{"columns": [], "schema_version": 1}', '{"columns": {"a": {}}, "schema_version": 1}', "{}", "x"):
+        (tmp_path / "bad.json").write_text(bad)
+        with pytest.raises(ValueError, match="expected a figure's numbers"):
+            read_table(tmp_path / "bad.json")
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
+def test_pictures(suffix: str, tmp_path: Path) -> None:
+    pytest.importorskip("kaleido")
+    if find_browser() is None:
+        pytest.skip("no Chrome or Chromium on this machine")
+    data = resid().plot().save(tmp_path / "new" / f"figure.{suffix}").read_bytes()
+    assert data.startswith({"png": b"\x89PNG", "svg": b"<svg", "pdf": b"%PDF"}[suffix])
+    assert len(data) > 5_000
+    if suffix == "svg":
+        assert "token and position" in data.decode()

@@ -273,7 +273,7 @@ def test_one_prompt_is_shown_and_the_caption_says_which() -> None:
     for prompt in (None, 0, 5):
         figure = attention(result, prompt=prompt)
         np.testing.assert_array_equal(figure.data[0].z, result.values[0, 0, :, :, prompt or 0])
-        assert f"prompt {prompt or 0} of 16" in caption(figure)
+        assert f"prompt {prompt or 0}, one of 16" in caption(figure)
         assert "16 prompts" not in caption(figure)
     mean = attention(result.mean("prompt"))
     np.testing.assert_allclose(mean.data[0].z, result.values[0, 0].mean(-1), rtol=1e-6)

@@ -410,3 +410,21 @@ def test_examples_are_drawn_and_keep_their_numbers(tmp_path: Any) -> None:
         assert len(figure.data[-1].x) == len(table["label"]) > 0
         assert figure.facts.kind == "bars"
     assert bars(dla(), height=777, title="Mine").layout.height == 777
+
+
+def test_normalized_bars_of_a_third_base_run_start_there() -> None:
+    values = torch.tensor([[1.0, 1.1, 1.2], [1.9, 2.0, 2.0]])
+    baseline = {
+        "clean": torch.tensor([2.0, 2.1, 2.2]),
+        "corrupted": torch.tensor([0.0, 0.1, 0.2]),
+        "other": torch.tensor([1.5, 1.6, 1.4]),
+    }
+    coords = {"layer": (0, 1), "prompt": (0, 1, 2)}
+    result = Result(values, ("layer", "prompt"), coords, baseline, "other", "logit_diff", "logits", {})
+    figure = bars(result, normalized=True)
+    table = figure.table()
+    assert (table["low"] <= table["effect"] + 1e-6).all()
+    assert (table["effect"] <= table["high"] + 1e-6).all()
+    interval, base = result.ci(normalized=True), result.mean().normalized().baseline["other"]
+    np.testing.assert_allclose(table["low"], interval.low.values - base, atol=1e-6)
+    assert "0 = other run" in figure.layout.xaxis.title.text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from typing import Any
 
 import plotly.graph_objects as go
@@ -345,3 +346,23 @@ def test_both_themes(theme: str) -> None:
     line = curve([1, 10], [0.1, 1.0], theme=theme, caption=["gpt2", "ioi"])
     assert line.facts.caption == ("gpt2", "ioi")
     assert list(line.table()["faithfulness"]) == [0.1, 1.0]
+
+
+def test_a_threshold_is_what_it_says() -> None:
+    """Labels are short, and an edge is shown exactly if its score is at least the label's number."""
+    whole = make_circuit()
+    figure = draw(whole)
+    sizes = [abs(whole.scores[whole.graph.index(edge)].item()) for edge in whole]
+    for step in slider_steps(figure)[1:]:
+        told, shown = re.fullmatch(r"\|score\| ≥ (\S+) logits: (\d+) edges", step.label).groups()
+        assert sum(size >= float(told) for size in sizes) == int(shown)
+
+
+def test_curve_tells_what_is_left_without_dead_ends() -> None:
+    figure = curve([10, 40], [0.1, 0.5], kept=[2, 31])
+    assert named(figure)["circuit"].hovertext[0] == "circuit, 10 edges chosen, 2 without dead ends<br>0.1"
+    assert list(figure.table()["kept"]) == [2, 31]
+    with pytest.raises(ValueError, match="faithfulness: expected at least one number"):
+        curve([1, 2], [NAN, NAN])
+    with pytest.raises(ValueError, match="circuit: expected a Circuit, got int"):
+        draw(3)

@@ -279,3 +279,31 @@ def test_examples_keep_their_numbers(tmp_path: Any) -> None:
         for column, values in figure.table().items():
             np.testing.assert_array_equal(table[column], values)
         assert figure.facts.kind == "compare"
+
+
+def test_means_over_other_prompts_or_units_are_refused() -> None:
+    def made(values: torch.Tensor, unit: str = "logits", n: int = 2) -> Result:
+        coords, baseline = {"layer": (0, 1)}, {"clean": torch.tensor(0.0)}
+        return Result(values, ("layer",), coords, baseline, "clean", "logit_diff", unit, {"n_prompts": n})
+
+    one = made(torch.tensor([1.0, 2.0]))
+    with pytest.raises(ValueError, match="expected a mean over the same 2 prompts, got one over 3"):
+        compare(one, made(torch.tensor([1.0, 2.0]), n=3))
+    with pytest.raises(ValueError, match="expected unit 'logits', got 'nats'"):
+        compare(one, made(torch.tensor([1.0, 2.0]), unit="nats"))
+    with pytest.raises(ValueError, match="expected a cell that exists in both"):
+        compare(made(torch.tensor([1.0, float("nan")])), made(torch.tensor([float("nan"), 2.0])))
+
+
+def test_the_worst_are_drawn_among_many() -> None:
+    generator = torch.Generator().manual_seed(0)
+    exact = 10 + torch.randn(6000, generator=generator).abs()
+    approx = exact + 0.001 * torch.randn(6000, generator=generator)
+    base = {"clean": torch.tensor(0.0)}
+    coords = {"neuron": tuple(range(6000))}
+    pair = (Result(x, ("neuron",), coords, base, "clean", "logit_diff", "logits", {}) for x in (approx, exact))
+    figure = compare(*pair)
+    points = next(trace for trace in figure.data if trace.mode == "markers")
+    drawn = {text.split("<br>")[0] for text in points.hovertext}
+    worst = (approx - exact).abs().argsort(descending=True)[:5]
+    assert {f"N{i}" for i in worst.tolist()} <= drawn

@@ -118,7 +118,7 @@ def test_each_cell_has_the_probability_and_the_token_of_the_first_prompt() -> No
     assert tuple(figure.layout.xaxis.range) == (-0.5, 3.5)
     assert figure.layout.xaxis.ticktext == TOKENS  # equal tokens are separate
     assert figure.layout.xaxis.tickvals == (0, 1, 2, 3)
-    assert "prompt 0 of 2" in figure.facts.caption
+    assert "prompt 0, one of 2" in figure.facts.caption
     assert figure.facts.kind == "lens"
 
 
@@ -126,7 +126,7 @@ def test_another_prompt_can_be_shown() -> None:
     found = top()
     figure = lens(found, prompt=1)
     np.testing.assert_array_equal(cells(figure)[0].z, found.probs.values[:, :, 0, 1].double())
-    assert "prompt 1 of 2" in figure.facts.caption
+    assert "prompt 1, one of 2" in figure.facts.caption
     assert (figure.table()["id"] == found.ids[:, :, 0, 1].flatten().numpy()).all()
 
 
@@ -286,7 +286,7 @@ def test_tokens_are_panels_on_one_scale_averaged_over_prompts() -> None:
     np.testing.assert_array_equal(figure.table()["value"], result.mean("prompt").values.flatten())
     one = lens(result, prompt=1)
     np.testing.assert_array_equal(cells(one)[2].z, result.values[:, :, 2, 1].double())
-    assert "prompt 1 of 2" in one.facts.caption
+    assert "prompt 1, one of 2" in one.facts.caption
     assert not any("mean" in part for part in one.facts.caption)
     assert cells(one)[0].hovertext[1][2].split("<br>")[:3] == ["layer 1", 'pos " and" 2', 'token " Mary"']
 

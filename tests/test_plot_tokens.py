@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -322,10 +323,10 @@ def test_one_prompt_is_shown_with_its_own_tokens() -> None:
     first, second = tokens(result, prompts=prompts), tokens(result, prompts=prompts, prompt=1)
     assert first.table()["token"].tolist() == ["When", " Mary", " and", " John"]
     assert first.table()["value"].tolist() == [1, 2, 3, 4]
-    assert "prompt 0 of 2" in first.facts.caption
+    assert "prompt 0, one of 2" in first.facts.caption
     assert second.table()["token"].tolist() == ["When", " Anna", " met"]  # position 3 is not in it
     assert second.table()["value"].tolist() == [5, 6, 7]
-    assert "prompt 1 of 2" in second.facts.caption
+    assert "prompt 1, one of 2" in second.facts.caption
     assert '" Anna" 1' in bars(second)[0].hovertext[1]
     pairs = PromptPairs(
         Prompts(tuple(row + 9 for row in prompts.tokens), prompts.str_tokens), prompts, ((0,),) * 2, ((1,),) * 2
@@ -401,3 +402,18 @@ def test_numbers_survive_the_disk_and_examples_are_drawn(tmp_path: Any) -> None:
         again = read_table(figure.save(tmp_path / "tokens.json"))
         for column, numbers in figure.table().items():
             assert again[column].tolist() == numbers.tolist(), name
+
+
+def test_values_that_are_compared_with_other_runs_are_not_drawn_together() -> None:
+    labels = ('"a" 0', '"b" 1')
+    bare = Result(torch.tensor([1.0, 2.0]), ("pos",), {"pos": labels}, {}, "", "loss", "nats", {})
+    based = Result(
+        torch.tensor([1.0, 2.0]), ("pos",), {"pos": labels}, {"clean": torch.tensor(0.5)}, "clean", "loss", "nats", {}
+    )
+    for several in ([bare, based], [based, bare]):
+        with pytest.raises(ValueError, match="expected the runs that the first is compared with"):
+            tokens(several)
+    assert len(tokens([based, based]).table()["baseline clean"]) == 4
+    for bad in ({"zmax": math.inf}, {"center": math.nan}):
+        with pytest.raises(ValueError, match="expected"):
+            tokens(bare, **bad)

@@ -152,8 +152,8 @@ def test_figures_are_kept_whole(tmp_path: Path) -> None:
         assert found["config"].items() >= CONFIG.items()
     assert (drawn[2]["layout"]["width"], drawn[2]["layout"]["height"]) == (900, 450)
     assert re.findall(r"<h2>(.*?)</h2>", page.source)[1:4] == ["Heads", "Mine", "a &lt; b"]
-    assert "mean over" not in page.figures()[0]["layout"]["annotations"][-1]["text"]
-    assert "gpt2-small · ioi · 16 prompts" in page.text
+    assert "mean over 16 prompts" in page.figures()[0]["layout"]["annotations"][-1]["text"].replace("<br>", " ")
+    assert "gpt2-small · ioi · mean over 16 prompts" in page.text
 
 
 def test_themes(tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def test_figures_show_their_numbers(tmp_path: Path) -> None:
 @given(st.lists(st.floats(width=32), min_size=1, max_size=5))
 @settings(deadline=None, max_examples=50)
 def test_numbers_in_full_read_back(values: list[float]) -> None:
-    table = _Table("", {"x": values})
+    table = _Table("", [("x", values)])
     back = [float(full.replace("Infinity", "inf")) for [(_, full)] in table.rows]
     np.testing.assert_array_equal(back, values)
     assert table.head == [("x", True)]
@@ -428,3 +428,34 @@ def test_a_drawing_keeps_infinite_space_out() -> None:
     """A figure without a size gets one, so that the page reserves its place before it is drawn."""
     drawing = _draw(go.Figure())
     assert (drawing.width, drawing.height, drawing.title) == (900, 450, "")
+
+
+def test_columns_of_one_name_and_clashing_provenance_are_all_kept(tmp_path: Path) -> None:
+    frame = pd.DataFrame([[1, 2, 3]], columns=["a", "a (2)", "a"])
+    integers = pd.DataFrame({"n": pd.array([1, None], dtype="Int64"), "lists": [[1, 2], [3]]})
+    result = make_clashing()
+    page = written(tmp_path, frame, integers, result, code=False)
+    assert re.findall(r'data-value="(\d)"', page.source)[:3] == ["1", "2", "3"]
+    assert "[1, 2]" in page.text
+    assert "–" in page.text
+    for name in ("metric", "metric (provenance)", "shape", "shape (provenance)"):
+        assert f"<dt>{name}</dt>" in page.source
+    heads = re.findall(r"<button type=\"button\">(.*?)</button>", page.source)
+    assert heads[-4:] == ["cell", "to", "to, 95 % from", "to"]
+
+
+def make_clashing() -> mk.Result:
+    coords = {"layer": (0, 1), "prompt": (0, 1, 2)}
+    origin = {"metric": "zzz", "shape": "wrong"}
+    return mk.Result(torch.arange(6.0).reshape(2, 3), ("layer", "prompt"), coords, {}, "", "to", "", origin)
+
+
+def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "page.html"
+    report(path, "before", code=False)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="title: expected text"):
+        report(path, "x", title=5)  # type: ignore[arg-type]
+    assert path.read_bytes() == before
+    report(path, "a lone \ud800", code=False)
+    assert b"\\ud800" in path.read_bytes()

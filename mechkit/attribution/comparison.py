@@ -105,11 +105,14 @@ def compare(approx: Result, exact: Result, *, k: int = 10) -> Comparison:
                 f"exact: expected a result with the approximation's {name}, {approx.provenance.get(name)!r}; got "
                 f"{exact.provenance.get(name)!r}"
             )
-    if (approx.metric, approx.base, set(approx.dims)) != (exact.metric, exact.base, set(exact.dims)):
-        raise ValueError(
-            f"exact: expected metric {approx.metric!r}, base {approx.base!r} and dims {approx.dims}; got {exact.metric!r}, "
-            f"{exact.base!r} and {exact.dims}"
-        )
+    for name in ("metric", "unit", "base"):
+        if getattr(approx, name) != getattr(exact, name):
+            raise ValueError(f"exact: expected {name} {getattr(approx, name)!r}, got {getattr(exact, name)!r}")
+    if set(approx.dims) != set(exact.dims):
+        raise ValueError(f"exact: expected dims {approx.dims}, got {exact.dims}")
+    n_prompts = [result.provenance.get("n_prompts") for result in (approx, exact)]
+    if "prompt" not in approx.dims and n_prompts[0] != n_prompts[1]:
+        raise ValueError(f"exact: expected a mean over the same {n_prompts[0]} prompts, got one over {n_prompts[1]}")
     for run in approx.baseline:
         _check_baseline(approx.baseline[run], exact.baseline.get(run), run, approx.values.dtype)
     if (
@@ -134,6 +137,8 @@ def compare(approx: Result, exact: Result, *, k: int = 10) -> Comparison:
         sizes = sizes.nanmean(exact.dims.index("prompt")) if "prompt" in exact.dims else sizes
         truth = sizes.permute([mean_exact.dims.index(dim) for dim in mean_approx.dims])
     there = ~(found.isnan() | truth.isnan())
+    if not bool(there.any()):
+        raise ValueError("exact: expected a cell that exists in both results, got none: prompts lack these positions")
     x, y = found[there].double(), truth[there].double()
     k = min(k, len(x))
     strong = y.abs() >= _LEAST * y.abs().max()

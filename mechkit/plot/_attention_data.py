@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from mechkit.plot._figure import Figure, Frame, Table
+from mechkit.plot._labels import prompt_note
 from mechkit.plot._scale import is_unsigned
 from mechkit.plot._tables import table_of
 from mechkit.plot._text import caption_of, number, plain
@@ -99,11 +100,11 @@ def patterns_of(
             raise ValueError(f"{dim}: expected one of {known}; got {label!r}")
     notes: list[str] = []
     origin, n_prompts = result.provenance, result.provenance.get("n_prompts")
-    averaged = isinstance(n_prompts, int) and n_prompts > 1
+    averaged = isinstance(n_prompts, int) and n_prompts > 1 and result.unit != "p"
     if "prompt" in result.dims:
         labels = result.coords["prompt"]
         chosen = labels[0] if prompt is None else prompt
-        notes, averaged, origin = [f"prompt {chosen} of {len(labels)}"], False, {**origin, "n_prompts": None}
+        notes, averaged, origin = [prompt_note(chosen, labels)], False, {**origin, "n_prompts": None}
         result = replace(result, coords={**result.coords, **_own_labels(result, chosen)}).sel(prompt=chosen)
     wanted = {dim: label for dim, label in (("layer", layer), ("head", head)) if label is not None}
     if only:

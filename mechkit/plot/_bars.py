@@ -107,7 +107,7 @@ def bars(
         )
     cells = cells_of(result, normalized=normalized)
     shown = _running(result, cells, level, runs_up) if line else _chosen(result, cells, k, level, normalized)
-    caption = caption_of(result.provenance, averaged="prompt" in result.dims)
+    caption = caption_of(result.provenance, averaged=result.unit != "p")
     facts = Facts("bars", _default_title(result, line) if title is None else title, (*caption, *shown.notes))
     hover = _hover(shown, result, cells.unit)
     axis = (cells.axis, "" if line else _meaning(result, cells, shown))
@@ -189,7 +189,7 @@ def _ends(
         notes.insert(0, "no intervals: the gap between clean and corrupted runs is not sure to be of one sign")
         return none, none
     notes.insert(0, _interval_note("whiskers", level, result))
-    base = 1.0 if result.base == "clean" else 0.0
+    base = float(result.mean("prompt").normalized().baseline[result.base].nanmean())
     low, high = (floats(end.values)[cells.index[kept]] - base for end in (interval.low, interval.high))
     return low, high
 
@@ -209,7 +209,7 @@ def _running(result: Result, cells: Cells, level: float, runs_up: bool) -> _Show
     notes = [
         "each point is the metric read off the residual stream there"
         if runs_up
-        else "running sum of what the components write, from the first on"
+        else "running sum of what these components write, in this order"
     ]
     notes += [_interval_note("band", level, result)] if ends else []
     lengths = cells.effects if runs_up else floats(values.mean(1) if values.ndim == 2 else values)

@@ -85,6 +85,10 @@ def circuit(
         ValueError: there is nothing to show, `min_score` is given without scores, or either number is out of range.
     """
     colours = theme_of(theme)
+    if not isinstance(circuit, Circuit):
+        raise ValueError(
+            f"circuit: expected a Circuit, got {type(circuit).__name__}; EdgeScores draw themselves: plot()"
+        )
     shown = _choose(circuit, min_score, max_edges)
     if not shown:
         asked = "" if min_score is None else f" whose score is at least {min_score} away from 0"
@@ -111,7 +115,8 @@ def circuit(
 
 def _choose(circuit: Circuit, min_score: float | None, max_edges: int) -> list[tuple[Edge, float | None]]:
     """The edges to show, the strongest first; those without a score last."""
-    if max_edges < 1 or (min_score is not None and not min_score >= 0):
+    whole = isinstance(max_edges, int) and isinstance(min_score, int | float | None)
+    if not whole or max_edges < 1 or (min_score is not None and not min_score >= 0):
         raise ValueError(
             f"max_edges, min_score: expected max_edges >= 1 and min_score >= 0, got {max_edges!r}, {min_score!r}"
         )
@@ -218,6 +223,16 @@ def _legend(drawn: list[_Line], metric: str | None, theme: Theme) -> list[go.Sca
     ]
 
 
+def _between(below: float, score: float) -> float:
+    """A short number that tells the two apart: above the one, and no more than the other."""
+    for digits in range(3, 17):
+        unit = 10.0 ** (math.floor(math.log10(score)) - digits + 1) if score > 0 else 1.0
+        short = float(f"{math.floor(score / unit) * unit:.{digits}g}")
+        if below < short <= score:
+            return short
+    return score
+
+
 def _slider(drawn: list[_Line], boxes: list[str], n_traces: int, unit: str, theme: Theme) -> dict[str, Any] | None:
     """Thresholds at scores of edges, so that each step hides some; the first step shows all."""
     scores = sorted({abs(line.score or 0.0) for line in drawn})
@@ -226,7 +241,8 @@ def _slider(drawn: list[_Line], boxes: list[str], n_traces: int, unit: str, them
     n = min(_THRESHOLDS, len(scores))
     steps = []
     for i in dict.fromkeys(round(j * (len(scores) - 1) / (n - 1)) for j in range(n)):
-        kept = [abs(line.score or 0.0) >= scores[i] for line in drawn]
+        threshold = _between(scores[i - 1] if i else 0.0, scores[i])
+        kept = [abs(line.score or 0.0) >= threshold for line in drawn]
         ends = {
             name
             for line, keep in zip(drawn, kept, strict=True)
@@ -235,7 +251,8 @@ def _slider(drawn: list[_Line], boxes: list[str], n_traces: int, unit: str, them
         }
         edges = len({line.edge for line, keep in zip(drawn, kept, strict=True) if keep})
         faded = {f"annotations[{j}].opacity": 1.0 if name in ends else 0.25 for j, name in enumerate(boxes)}
-        text = "all edges shown" if i == 0 else f"|score| ≥ {number(scores[i])}{' ' * bool(unit)}{unit}: {edges} edges"
+        text = f"|score| ≥ {number(threshold, 15)}{' ' * bool(unit)}{unit}: {edges} edges"
+        text = "all edges shown" if i == 0 else text
         visible = kept + [True] * (n_traces - len(drawn))
         steps.append({"method": "update", "args": [{"visible": visible}, faded], "label": plain(text)})
     return {
@@ -296,7 +313,7 @@ def _default_title(circuit: Circuit) -> str:
 
 def _caption(circuit: Circuit, shown: list[tuple[Edge, float | None]]) -> list[str]:
     origin = {**circuit.provenance, "model": circuit.model, "task": circuit.task}
-    parts = caption_of(origin, averaged=bool(origin.get("technique")))
+    parts = caption_of(origin)
     strongest = shown[0][1]
     if strongest:
         unit = f" {origin['unit']}" if origin.get("unit") else ""

@@ -86,7 +86,8 @@ def compare(
     agreement = _agreement(approx, exact)
     x, y = agreement.approx, agreement.exact
     error = np.abs(x - y)
-    drawn = thinned(np.maximum(np.maximum(np.abs(x), np.abs(y)), error), MOST)
+    worst = [int(i) for i in np.argsort(-error, kind="stable")[:_NAMED] if error[i] > 0]
+    drawn = np.union1d(thinned(np.maximum(np.maximum(np.abs(x), np.abs(y)), error), MOST), worst).astype(int)
     span = padded(float(min(x.min(), y.min(), 0)), float(max(x.max(), y.max(), 0)))
 
     figure = Figure()
@@ -107,7 +108,6 @@ def compare(
             showlegend=False,
         )
     )
-    worst = [int(i) for i in np.argsort(-error, kind="stable")[:_NAMED] if error[i] > 0]
     left_out = write_labels(figure, x, y, agreement.labels, worst, drawn, (_SIDE, _SIDE), (span, span), colours)
     for update, of in ((figure.update_xaxes, "approximate"), (figure.update_yaxes, "exact")):
         text = plain(f"{of} {agreement.what}")
@@ -234,12 +234,12 @@ def _default_title(agreement: _Agreement) -> str:
 
 
 def _caption(agreement: _Agreement, n_drawn: int, left_out: int) -> tuple[str, ...]:
-    parts = [caption_of(result.provenance, averaged=True) for result in agreement.origins]
+    parts = [caption_of(result.provenance) for result in agreement.origins]
     told = list(dict.fromkeys(itertools.chain(*parts)))
     n = len(agreement.labels)
     error = np.abs(agreement.approx - agreement.exact)
     told += [
-        f"{n:,} {'edges' if '->' in agreement.labels[0] else 'cells'}",
+        f"{n:,} {'edge' if '->' in agreement.labels[0] else 'cell'}{'s' if n != 1 else ''}",
         f"Pearson {_of(agreement.pearson)}",
         f"Spearman {_of(agreement.spearman)}",
         "sizes only"

@@ -30,7 +30,7 @@ def _drawn(found: FaithfulnessCurve, title: str | None, theme: str) -> Figure:
     seen = {None: [], 0: ["all held out"], n: ["the ones that were scored"]}.get(
         found.n_seen, [f"{found.n_seen} of them scored"]
     )
-    caption = [*caption_of(found.runs.provenance, averaged=True), *seen]
+    caption = [*caption_of(found.runs.provenance), *seen]
     ends: dict[str, Any] = {}
     try:
         ends["low"], ends["high"] = found.ci()
@@ -44,7 +44,14 @@ def _drawn(found: FaithfulnessCurve, title: str | None, theme: str) -> Figure:
         caption.append(f"random circuits of the same sizes: mean and range of {len(random)}")
     title = found.title if title is None else title
     return curve(
-        found.n_edges, found.faithfulness, title=title, size="edges chosen", caption=caption, theme=theme, **ends
+        found.n_edges,
+        found.faithfulness,
+        kept=found.kept,
+        title=title,
+        size="edges chosen",
+        caption=caption,
+        theme=theme,
+        **ends,
     )
 
 
@@ -57,6 +64,7 @@ def curve(
     random: Numbers | None = None,
     random_low: Numbers | None = None,
     random_high: Numbers | None = None,
+    kept: Numbers | None = None,
     title: str | None = None,
     unit: str = "",
     size: str = "edges kept",
@@ -72,6 +80,7 @@ def curve(
         low, high: Ends of its interval, both or neither.
         random: Faithfulness of random circuits of the same sizes.
         random_low, random_high: Ends of its interval, both or neither.
+        kept: How many edges each circuit has without its dead ends, if `n_edges` are those that were chosen: hover tells.
         title: Of the figure, as plain text.
         unit: What faithfulness is measured in, for the axis; empty if it is normalized. The lines at 0 and 1 are drawn in that
             case alone.
@@ -87,6 +96,9 @@ def curve(
             interval without the other, ends the wrong way round, or an interval of random circuits without these.
     """
     if isinstance(n_edges, FaithfulnessCurve):
+        others = (faithfulness, low, high, random, random_low, random_high, kept)
+        if any(other is not None for other in others) or unit or caption:
+            raise ValueError("n_edges: a FaithfulnessCurve has its own numbers; expected title and theme alone with it")
         return _drawn(n_edges, title, theme)
     if faithfulness is None:
         raise ValueError("faithfulness: expected one number for each size, or a FaithfulnessCurve alone")
@@ -100,8 +112,11 @@ def curve(
         "random": random,
         "random_low": random_low,
         "random_high": random_high,
+        "kept": kept,
     }
     y = {name: _checked(name, values, len(x)) for name, values in given.items() if values is not None}
+    if all(map(math.isnan, y["faithfulness"])):
+        raise ValueError("faithfulness: expected at least one number, got NaN alone")
     if "random" not in y and y.keys() & {"random_low", "random_high"}:
         raise ValueError(
             "random: expected the faithfulness of random circuits with its interval, got the interval alone"
@@ -166,7 +181,10 @@ def _points(
     prefix: str,
 ) -> go.Scatter:
     low, high = y.get(f"{prefix}low"), y.get(f"{prefix}high")
-    hover = [f"{name}, {size:,.0f} edges<br>{number(value, 4)}" for size, value in zip(x, values, strict=True)]
+    sizes = [f"{size:,.0f} edges" for size in x]
+    if "kept" in y:
+        sizes = [f"{text} chosen, {kept:,.0f} without dead ends" for text, kept in zip(sizes, y["kept"], strict=True)]
+    hover = [f"{name}, {size}<br>{number(value, 4)}" for size, value in zip(sizes, values, strict=True)]
     if low and high:
         hover = [f"{text} ({number(a)} to {number(b)})" for text, a, b in zip(hover, low, high, strict=True)]
     return go.Scatter(

@@ -29,6 +29,7 @@ from mechkit.result import Result
 
 _LENSES = ("logit lens", "logit_lens", "top_tokens", "patchscope")
 _FEW = 60  # bars that one looks through; of more, the longest are shown
+_CLOUD = 3  # points that can be projected
 _EDGES = 100  # of scores that are drawn as a circuit
 
 
@@ -46,11 +47,18 @@ def default(thing: Any, **options: Any) -> Figure:
     Raises:
         ValueError: there is no picture of such a thing, or of so many dims.
     """
-    if isinstance(thing, Result):
-        return _of_result(thing, options)
-    for kind, draw in _OBJECTS.items():
-        if isinstance(thing, kind):
+    draw = (
+        _of_result
+        if isinstance(thing, Result)
+        else next((_OBJECTS[kind] for kind in _OBJECTS if isinstance(thing, kind)), None)
+    )
+    if draw is not None:
+        try:
             return draw(thing, options)
+        except TypeError as error:
+            if "unexpected keyword" in str(error):  # the function that draws this has no such option
+                raise ValueError(f"options: {error}; see the function of mechkit.plot of that name") from None
+            raise
     known = ", ".join(["Result", *(kind.__name__ for kind in _OBJECTS)])
     raise ValueError(f"plot: expected one of {known}; got {type(thing).__name__}")
 
@@ -64,7 +72,7 @@ def _of_result(result: Result, options: dict[str, Any]) -> Figure:
     technique = str(result.provenance.get("technique"))
     if {"dest", "src"} <= set(dims):
         return attention(result, **options)
-    if dims == ["layer", "d_model"] and "prompt" in result.dims:
+    if dims == ["layer", "d_model"] and len(result.coords.get("prompt", ())) >= _CLOUD:
         return hidden(result, **options)
     if technique in _LENSES and "k" not in dims and len(dims) > 1:
         return lens(result, **options)
@@ -73,21 +81,25 @@ def _of_result(result: Result, options: dict[str, Any]) -> Figure:
     if len(dims) == 1:
         n = len(result.coords[dims[0]])
         return bars(result, **_with(options, **({"k": _FEW} if n > _FEW else {})))
-    if dims == ["layer", "head", "to_layer", "to_head"]:
-        result = _head_by_head(result)
+    if set(dims) == {"layer", "head", "to_layer", "to_head"}:
+        result = _head_by_head(result.mean("prompt") if "prompt" in result.dims else result)
     return heatmap(result, **options)
 
 
 def _head_by_head(result: Result) -> Result:
     """Scores of pairs of heads, as a table of the heads that write by those that read."""
-    layers, heads, to_layers, to_heads = (result.coords[dim] for dim in result.dims)
+    dims = ("layer", "head", "to_layer", "to_head")
+    layers, heads, to_layers, to_heads = (result.coords[dim] for dim in dims)
+    order = [result.dims.index(dim) for dim in dims]
     coords = {
         "from head": tuple(f"L{layer}H{head}" for layer in layers for head in heads),
         "to head": tuple(f"L{layer}H{head}" for layer in to_layers for head in to_heads),
     }
     shape = [len(labels) for labels in coords.values()]
-    baseline = {name: b.reshape(shape) if b.ndim else b for name, b in result.baseline.items()}
-    return replace(result, values=result.values.reshape(shape), dims=tuple(coords), coords=coords, baseline=baseline)
+    baseline = {name: b.permute(order).reshape(shape) if b.ndim else b for name, b in result.baseline.items()}
+    return replace(
+        result, values=result.values.permute(order).reshape(shape), dims=tuple(coords), coords=coords, baseline=baseline
+    )
 
 
 def _report(report: circuits.CircuitReport, options: dict[str, Any]) -> Figure:
@@ -117,7 +129,9 @@ def _tuned(lens: attribution.TunedLens, options: dict[str, Any]) -> Figure:
 def _scores(scores: circuits.EdgeScores, options: dict[str, Any]) -> Figure:
     n = min(_EDGES, int((~scores.values.isnan()).sum()))
     chosen = circuits.Circuit.from_scores(scores, n_edges=n, prune=False)
-    name = f"The {chosen.n_edges:,} strongest of {scores.graph.n_edges:,} edges"
+    computed = int((~scores.values.isnan()).sum())
+    known = "" if computed == scores.graph.n_edges else f", of which {computed:,} were computed"
+    name = f"The {chosen.n_edges:,} strongest of {scores.graph.n_edges:,} edges{known}"
     return circuit(chosen, **_with(options, title=name))
 
 

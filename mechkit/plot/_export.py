@@ -5,6 +5,8 @@ Pictures are made by kaleido, which drives a Chrome or Chromium that is already 
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 import shutil
@@ -40,12 +42,14 @@ def save(figure: Figure, path: Path, scale: float) -> Path:
         facts = {"kind": figure.facts.kind, "title": figure.facts.title, "caption": list(figure.facts.caption)}
         columns = {name: _jsonable(column) for name, column in figure.table().items()}
         document = {"mechkit": __version__, "schema_version": _SCHEMA_VERSION, **facts, "columns": columns}
-        path.write_text(json.dumps(document, ensure_ascii=False, allow_nan=False), encoding="utf-8")
+        path.write_bytes(json.dumps(document, allow_nan=False).encode())
     else:
-        import pandas as pd
-
-        frame = pd.DataFrame({name: _wide(column) for name, column in figure.table().items()})
-        frame.to_csv(path, index=False, encoding="utf-8")
+        columns = {name: _wide(column).tolist() for name, column in figure.table().items()}
+        text = io.StringIO()
+        rows = csv.writer(text, lineterminator="\n")
+        rows.writerow(columns)
+        rows.writerows(["" if x != x else x for x in row] for row in zip(*columns.values(), strict=True))
+        path.write_bytes(text.getvalue().encode("utf-8", "backslashreplace"))
     return path
 
 
@@ -62,7 +66,7 @@ def write_html(figure: go.Figure, path: str | os.PathLike[str]) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     html = figure.to_html(config=CONFIG, include_plotlyjs=True, include_mathjax=False, div_id="mechkit-figure")
-    path.write_text(html, encoding="utf-8")
+    path.write_bytes(html.encode("utf-8", "backslashreplace"))
     return path
 
 
@@ -77,9 +81,9 @@ def read_table(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """
     try:
         document = json.loads(Path(path).read_text(encoding="utf-8"))
-        columns = document["columns"]
+        columns = {name: (values["dtype"], values["values"]) for name, values in document["columns"].items()}
         version = document["schema_version"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path}: expected a figure's numbers as Figure.save writes them to .json, got {error!r}"
         ) from None
@@ -87,7 +91,7 @@ def read_table(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         raise ValueError(
             f"{path}: expected schema version {_SCHEMA_VERSION}, got {version!r}: read it with another mechkit"
         )
-    return {name: _column(values["dtype"], values["values"]) for name, values in columns.items()}
+    return {name: _column(*values) for name, values in columns.items()}
 
 
 def find_browser() -> str | None:

@@ -124,7 +124,14 @@ def dress(
 
     Returns:
         The same figure.
+
+    Raises:
+        ValueError: the title is no text, or the height no number of pixels.
     """
+    if not isinstance(facts.title, str):
+        raise ValueError(f"title: expected text, got {facts.title!r}")
+    if height is not None and not (isinstance(height, int | float) and height >= 100):
+        raise ValueError(f"height: expected a number of pixels of at least 100, got {height!r}")
     width = max(frame.left + frame.width + frame.right, 540)
     heading = textwrap.wrap(facts.title, max(round((width - frame.left) / 8), 10)) or [""]
     small_print = textwrap.wrap(" · ".join(facts.caption), max(round((width - frame.left - 20) / 6), 10))

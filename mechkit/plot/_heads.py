@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mechkit.plot._compare import MOST, padded, thinned, write_labels
 from mechkit.plot._figure import Facts, Figure, Frame, Table, axis_lines, dress
+from mechkit.plot._labels import check_result
 from mechkit.plot._text import caption_of, lines, number, plain
 from mechkit.plot._theme import Theme, theme_of
 from mechkit.result import Label, Result
@@ -159,6 +160,7 @@ def cells_of(result: Result, *, normalized: bool = False) -> Cells:
     Raises:
         ValueError: no dim besides the prompt, no cell that exists, infinite numbers, or nothing to normalize by.
     """
+    check_result(result)
     mean = result.mean("prompt") if "prompt" in result.dims else result
     if not mean.dims:
         raise ValueError(f"result: expected a dim besides 'prompt', got {result.dims}; one number needs no picture")
@@ -207,7 +209,7 @@ def _axis(mean: Result) -> tuple[str, str]:
         name = f"{mean.metric}, normalized"
         if mean.base == "corrupted":
             return name, f"{run}, 1 = clean run"
-        return (f"change in {name}", f"{run}, −1 = corrupted run") if mean.base == "clean" else (name, "")
+        return f"change in {name}", f"{run}, −1 = corrupted run" if mean.base == "clean" else run
     if mean.baseline and mean.provenance.get("sign") == "magnitude":
         return f"size of the change in {name}", f"{run}; sizes only"
     return (f"change in {name}", run) if mean.baseline else (name, "")
@@ -316,7 +318,7 @@ def _draw_runs(figure: Figure, axis: str, cells: Cells, span: tuple[float, float
 
 def _caption(x: Result, y: Result) -> list[str]:
     """What both have in common, and then what each has to itself."""
-    one, two = (caption_of(result.provenance, averaged="prompt" in result.dims) for result in (x, y))
+    one, two = (caption_of(result.provenance, averaged=result.unit != "p") for result in (x, y))
     told = [part for part in one if part in two]
     for name, mine, theirs in (("across", one, two), ("up", two, one)):
         if own := [part for part in mine if part not in theirs]:

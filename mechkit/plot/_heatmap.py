@@ -23,7 +23,8 @@ from plotly.subplots import make_subplots
 from torch import Tensor
 
 from mechkit.plot._figure import Facts, Figure, Frame, Table, dress, label_axis
-from mechkit.plot._scale import is_unsigned
+from mechkit.plot._labels import RAGGED, check_result, is_ragged
+from mechkit.plot._scale import check_scale, is_unsigned
 from mechkit.plot._tables import table_of
 from mechkit.plot._text import caption_of, lines, number, plain, shortened, title_of
 from mechkit.plot._theme import Theme, colourscale, theme_of
@@ -113,12 +114,12 @@ def heatmap(
         'Scores'
     """
     colours = theme_of(theme)
-    if zmax is not None and not zmax > 0:
-        raise ValueError(f"zmax: expected a positive number, got {zmax!r}")
+    check_scale(center, zmax)
     given = _named(result)
-    averaged = any("prompt" in one.dims for one in given.values())
     results = {name: one.mean("prompt") if "prompt" in one.dims else one for name, one in given.items()}
     layout = _lay_out(results)
+    if all(bool(one.values.isnan().all()) for one in results.values()):
+        raise ValueError("heatmap: expected at least one cell that exists, got NaN alone; choose others with sel()")
     first = next(iter(results.values()))
     values = _panels(results, layout, effects=False)
     changes = _panels(results, layout, effects=True)
@@ -144,11 +145,11 @@ def heatmap(
         cells = go.Heatmap(z=shown[i], hovertext=hover, hoverinfo="text", coloraxis="coloraxis", xgap=gap, ygap=gap)
         figure.add_trace(cells, row=i // n_columns + 1, col=i % n_columns + 1)
 
-    caption = caption_of(first.provenance, averaged=averaged)
-    if len(results) > 1:
-        others = [part for one in results.values() for part in caption_of(one.provenance, averaged=averaged)]
-        caption = list(dict.fromkeys([*caption, *others]))
-    facts = Facts("heatmap", title if title is not None else _default_title(results, layout), (*caption, *scale.note))
+    told = [part for one in results.values() for part in caption_of(one.provenance, averaged=one.unit != "p")]
+    told += [*scale.note, *[RAGGED] * (any(map(is_ragged, given.values())) and not scale.note)]
+    facts = Facts(
+        "heatmap", title if title is not None else _default_title(results, layout), tuple(dict.fromkeys(told))
+    )
     _style(figure, first, layout, scale, colours, facts, lambda: table_of(given), height)
     return figure
 
@@ -156,17 +157,24 @@ def heatmap(
 def _named(result: Results) -> dict[str, Result]:
     if isinstance(result, Result):
         return {"": result}
+    if not isinstance(result, Mapping | Sequence) or isinstance(result, str):
+        raise ValueError(f"result: expected a Result or several, got {type(result).__name__}")
     named = dict(result) if isinstance(result, Mapping) else {}
-    if not named:
-        for i, one in enumerate(result):
-            if not isinstance(one, Result):
-                raise ValueError(f"result: expected a Result or several, got {type(one).__name__} as number {i}")
-            name = title_of(one.provenance, one.metric)
-            named[name if name not in named else f"{name} ({i})"] = one
+    for one in () if isinstance(result, Mapping) else result:
+        check_result(one)
+        name = title_of(one.provenance, one.metric)
+        named[name if name not in named else f"{name} ({len(named)})"] = one
     if not named:
         raise ValueError("result: expected at least one Result, got none")
     first = next(iter(named.values()))
     for name, one in named.items():
+        check_result(one, f"result[{name!r}]")
+        if (one.base, set(one.baseline)) != (first.base, set(first.baseline)):
+            raise ValueError(
+                f"result: expected results that are compared with the same runs, to share a scale; the first has baselines "
+                f"{tuple(first.baseline)} and base {first.base!r}, {name!r} has {tuple(one.baseline)} and {one.base!r}; draw "
+                "them one by one, or the effect() of all"
+            )
         if _shape(one) != _shape(first) or one.unit != first.unit:
             raise ValueError(
                 f"result: expected results with the same labels and unit; got {_sizes(first)} in {first.unit!r} "
@@ -230,7 +238,7 @@ def _choose_scale(
     def scale(coloured: np.ndarray, middle: float, head: str, *, signed: bool = True, note: str = "") -> _Scale:
         distance = np.abs(coloured[~np.isnan(coloured)] - middle).max(initial=0)
         if not np.isfinite(distance):
-            raise ValueError("heatmap: expected finite values, got an infinite one")
+            raise ValueError("heatmap: expected finite values, got an infinite one; choose others with sel()")
         ends = (
             "blue is higher, red is lower"
             if signed
@@ -239,7 +247,9 @@ def _choose_scale(
             else "brighter is higher"
         )
         farthest = zmax or distance or 1.0  # any scale will do when all is white
-        return _Scale(coloured is changes, middle, farthest, signed, f"{head}<br>{ends}<br>&nbsp;", (note,) if note else ())
+        return _Scale(
+            coloured is changes, middle, farthest, signed, f"{head}<br>{ends}<br>&nbsp;", (note,) if note else ()
+        )
 
     white = theme.neutral
     if center is not None:

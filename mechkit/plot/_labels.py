@@ -63,3 +63,25 @@ def choose_prompt(labels: Sequence[Label], prompt: Label | None) -> Label:
         shown = ", ".join(map(repr, labels[:10])) + (", …" if len(labels) > 10 else "")
         raise ValueError(f"prompt: expected one of {shown}; got {prompt!r}")
     return labels[0] if prompt is None else prompt
+
+
+def prompt_note(prompt: Label, labels: Sequence[Label]) -> str:
+    """For the caption: which prompt is shown, and of how many."""
+    return f"prompt {prompt}, one of {len(labels)}" if len(labels) > 1 else f"prompt {prompt}"
+
+
+def check_result(result: object, name: str = "result") -> None:
+    """Raises `ValueError` unless it is a `Result`."""
+    if not isinstance(result, Result):
+        raise ValueError(f"{name}: expected a Result, got {type(result).__name__}")
+
+
+def is_ragged(result: Result) -> bool:
+    """Whether some cells exist in some prompts and not in others, so that their means are over different prompts."""
+    if "prompt" not in result.dims:
+        return False
+    absent, axis = result.values.isnan(), result.dims.index("prompt")
+    return bool((absent.any(axis) & ~absent.all(axis)).any())
+
+
+RAGGED = "each cell is averaged over the prompts that have it"

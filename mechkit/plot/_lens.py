@@ -22,7 +22,7 @@ from plotly.subplots import make_subplots
 
 from mechkit.attribution import TopTokens
 from mechkit.plot._figure import Facts, Figure, Frame, Table, dress, label_axis
-from mechkit.plot._labels import choose_prompt, position_of, text_of
+from mechkit.plot._labels import RAGGED, choose_prompt, is_ragged, position_of, prompt_note, text_of
 from mechkit.plot._scale import Scale, choose_scale
 from mechkit.plot._tables import table_of
 from mechkit.plot._text import caption_of, display_width, fitted, number, plain, shortened, title_of, visible
@@ -147,7 +147,7 @@ def _of_result(
         labels, averaged = result.coords["prompt"], prompt is None
         chosen = choose_prompt(labels, prompt)
         shown = result.mean("prompt") if averaged else result.sel(prompt=chosen)
-        notes = [] if averaged else [f"prompt {prompt} of {len(labels)}"]
+        notes = [RAGGED] * is_ragged(result) if averaged else [prompt_note(chosen, labels)]
     elif prompt is not None and prompts is None:
         raise ValueError(f"prompt: expected None for a result without a 'prompt' dim, got {prompt!r}")
     text = text_of(prompts, result, prompt)
@@ -160,10 +160,10 @@ def _of_result(
     hover = layout.heads()
     for at in np.ndindex(layout.shape):
         hover[at] += plain(_told(name, float(values[at]), shown.unit))
-    origin = {**result.provenance, **({"n_prompts": None} if notes else {})}
+    origin = {**result.provenance, **({"n_prompts": None} if "prompt" in result.dims and not averaged else {})}
     dims = [dim for dim in (*layout.down, layout.right, layout.panels) if dim]
     heading = title_of(origin, name, dims) if title is None else title
-    facts = Facts("lens", heading, (*caption_of(origin, averaged=averaged), *notes))
+    facts = Facts("lens", heading, (*caption_of(origin, averaged=result.unit != "p"), *notes))
     return _Cells(shown, name, layout, values, hover, None, facts, lambda: table_of(shown))
 
 
@@ -203,7 +203,7 @@ def _of_tokens(
         told += [plain(f'continues "{fitted(str(said[at]), 100)}"')] if said[at] else []
         hover[at] += "not present" if np.isnan(likely[at][0]) else "<br>".join(told)
     default = title_of(probs.provenance, "most probable token", top.dims)
-    facts = Facts("lens", default if title is None else title, (*caption, f"prompt {prompt} of {len(labels)}"))
+    facts = Facts("lens", default if title is None else title, (*caption, prompt_note(prompt, labels)))
 
     def table() -> Table:
         columns = dict(table_of(replace(shown, baseline={}, base="")))

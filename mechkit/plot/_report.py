@@ -51,20 +51,20 @@ class _Table:
     """Columns of numbers (sorted as such) or of text, under a caption. `folded`: shown when asked for."""
 
     caption: str
-    columns: Mapping[str, Sequence[Any]]
+    columns: Sequence[tuple[str, Sequence[Any]]]
     folded: bool = False
 
     @property
     def head(self) -> list[tuple[str, bool]]:
         """Name of each column, and whether it holds numbers."""
-        return [(visible(name), all(map(_is_number, values))) for name, values in self.columns.items()]
+        return [(visible(name), all(map(_is_number, values))) for name, values in self.columns]
 
     @property
     def rows(self) -> list[list[tuple[str, str]]]:
         """What each cell shows, and its number in full (empty for text)."""
         columns = [
             [_cell(value, numeric) for value in values]
-            for (_, numeric), values in zip(self.head, self.columns.values(), strict=True)
+            for (_, numeric), (_, values) in zip(self.head, self.columns, strict=True)
         ]
         return [list(row) for row in zip(*columns, strict=True)]
 
@@ -143,6 +143,8 @@ def report(
         raise ValueError(f"path: expected a name that ends in .html, got {str(path)!r}")
     if not items:
         raise ValueError("items: expected at least one result, figure, table, prompts or text; got none")
+    if not isinstance(title, str):
+        raise ValueError(f"title: expected text, got {title!r}")
     if prompts is not None and not isinstance(prompts, Prompts | PromptPairs):
         raise ValueError(f"prompts: expected Prompts or PromptPairs, got {type(prompts).__name__}")
     source = _source(sys._getframe(1).f_globals) if code is True else ("Code", code) if code else None
@@ -150,7 +152,8 @@ def report(
     if prompts is not None:
         sections.append(_Section("Prompts", prompts=_prompts(prompts)))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(_page(title, _about(items), sections, source, colours), encoding="utf-8", newline="\n")
+    page = _page(title, _about(items), sections, source, colours)
+    path.write_bytes(page.encode("utf-8", "backslashreplace"))
     return path
 
 
@@ -232,7 +235,8 @@ def _is_number(value: Any) -> bool:
 
 def _cell(value: Any, numeric: bool) -> tuple[str, str]:
     if not numeric:
-        return "–" if value is None or value != value else visible(str(value)), ""
+        absent = value is None or (isinstance(value, float) and np.isnan(value))
+        return "–" if absent else visible(str(value)), ""
     shown = str(value) if isinstance(value, int) else "–" if np.isnan(value) else number(value, 5)
     return shown, json.dumps(value)
 
@@ -245,18 +249,18 @@ def _strongest(result: Result) -> _Table | None:
     if not cells:
         return None
     unit = f" ({result.unit})" if result.unit else ""
-    columns: dict[str, list[Any]] = {"cell": [cell.label for cell in cells]}
-    columns[f"{result.metric}{unit}"] = [cell.value for cell in cells]
+    columns: list[tuple[str, list[Any]]] = [("cell", [cell.label for cell in cells])]
+    columns.append((f"{result.metric}{unit}", [cell.value for cell in cells]))
     what = f"effect: change from the {result.base} run"
     if result.baseline:
-        columns[what] = [cell.effect for cell in cells]
+        columns.append((what, [cell.effect for cell in cells]))
     n_prompts = len(result.coords.get("prompt", ()))
     if n_prompts > 1:
         chosen = [result.sel(**cell.coords) for cell in cells]
         intervals = [(one.effect() if result.baseline else one).ci() for one in chosen]
         of = "effect" if result.baseline else result.metric
-        columns[f"{of}, 95 % from"] = [interval.low.values.item() for interval in intervals]
-        columns["to"] = [interval.high.values.item() for interval in intervals]
+        columns.append((f"{of}, 95 % from", [interval.low.values.item() for interval in intervals]))
+        columns.append(("to", [interval.high.values.item() for interval in intervals]))
     present = ~result.values.isnan()
     n = int((present.any(result.dims.index("prompt")) if n_prompts else present).sum())
     caption = f"The {len(cells)} of {n:,} cells farthest from {f'the {result.base} run' if result.baseline else '0'}"
@@ -272,7 +276,7 @@ def _figure_table(figure: go.Figure) -> _Table | None:
     n = len(next(iter(table.values()), ()))
     if n == 0:
         return None
-    columns = {name: np.asarray(column)[:_ROWS].tolist() for name, column in table.items()}
+    columns = [(name, np.asarray(column)[:_ROWS].tolist()) for name, column in table.items()]
     return _Table(f"The figure's numbers, {_amount(n)}", columns, folded=n > _TOP)
 
 
@@ -286,9 +290,10 @@ def _frame_table(frame: Any) -> _Table:
         raise ValueError(f"items: expected a table with rows and columns, got one of shape {frame.shape}")
     plain_index = list(frame.index) == list(range(len(frame)))
     shown = frame.head(_ROWS)
-    columns = {} if plain_index else {str(frame.index.name or ""): shown.index.tolist()}
+    columns = [] if plain_index else [(str(frame.index.name or ""), shown.index.tolist())]
     for i, name in enumerate(frame.columns):
-        columns[str(name) if str(name) not in columns else f"{name} ({i})"] = shown.iloc[:, i].tolist()
+        column = shown.iloc[:, i]
+        columns.append((str(name), column.astype(object).where(column.notna(), float("nan")).tolist()))
     return _Table(_amount(len(frame)), columns)
 
 
@@ -369,7 +374,8 @@ def _provenance(thing: Any) -> list[tuple[str, str]]:
             base = " (what effects are measured from)" if name == thing.base else ""
             facts[f"{name} run"] = f"{_mean(baseline)}{base}"
     origin = getattr(thing, "provenance", None)
-    facts |= dict(origin) if isinstance(origin, Mapping) else {}
+    for name, value in origin.items() if isinstance(origin, Mapping) else ():
+        facts[f"{name} (provenance)" if name in facts else name] = value
     return [(visible(str(name)), _shown(value)) for name, value in facts.items() if value is not None and value != ""]
 
 

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,15 @@ from mechkit.result import Result
 _UNSIGNED_UNITS = ("rank", "attention", "fraction", "capacity", "p")
 _UNSIGNED_METRICS = ("prob", "entropy", "kl", "loss", "surprisal")  # where they are not what an attribution is of
 _LENSES = ("", "logit lens", "top tokens", "patchscope", "tuned lens")
+
+
+def check_scale(center: float | None, zmax: float | None) -> None:
+    """Raises `ValueError` unless the caller's ends of a scale are finite numbers, `zmax` a positive one."""
+    for name, value in (("center", center), ("zmax", zmax)):
+        finite = isinstance(value, int | float) and math.isfinite(value)
+        if value is not None and not (finite and (name == "center" or value > 0)):
+            expected = "a positive number" if name == "zmax" else "a finite number"
+            raise ValueError(f"{name}: expected {expected}, got {value!r}")
 
 
 def is_unsigned(result: Result) -> bool:

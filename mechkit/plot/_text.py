@@ -79,16 +79,18 @@ def technique_of(provenance: Mapping[str, Any]) -> str:
     return str(provenance.get("technique") or "").replace("_", " ")
 
 
-def caption_of(provenance: Mapping[str, Any], *, averaged: bool = False) -> list[str]:
+def caption_of(provenance: Mapping[str, Any], *, averaged: bool = True) -> list[str]:
     """What a reader must know to judge a figure: model, task, number of prompts, technique, and what was put in place of what.
 
     Args:
         provenance: Of a result.
-        averaged: Whether the figure shows the mean over those prompts.
+        averaged: Whether the figure shows a mean over those prompts, now or already in the result; not so for p-values.
     """
     known = {key: str(value) for key, value in provenance.items() if value is not None and value != ""}
     n_prompts = known.get("n_prompts")
-    prompts = f"{'mean over ' if averaged else ''}{n_prompts} prompt{'s' if n_prompts != '1' else ''}"
+    prompts = f"{n_prompts} prompts" if n_prompts != "1" else "1 prompt"
+    if averaged and n_prompts != "1":
+        prompts = f"mean over {prompts}"
     names = {"site": "site", "direction": "direction", "mode": "mode", "ablation": "ablation", "lens": ""}
     details = [f"{name} {known[key]}".strip() for key, name in names.items() if key in known]
     parts = [known.get("model"), known.get("task"), prompts if n_prompts else None, technique_of(provenance)]

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from mechkit.plot._figure import Facts, Figure, Frame, Table, dress
-from mechkit.plot._labels import choose_prompt, position_of, text_of, token_of
-from mechkit.plot._scale import Scale, choose_scale
+from mechkit.plot._labels import check_result, choose_prompt, position_of, prompt_note, text_of, token_of
+from mechkit.plot._scale import Scale, check_scale, choose_scale
 from mechkit.plot._tables import table_of
 from mechkit.plot._text import (
     caption_of,
@@ -105,14 +105,13 @@ def tokens(
         ['When', ' Mary', ' and']
     """
     colours = theme_of(theme)
-    if zmax is not None and not zmax > 0:
-        raise ValueError(f"zmax: expected a positive number, got {zmax!r}")
+    check_scale(center, zmax)
     given = _named(values)
     first = next(iter(given.values()))
     note, picked = "", given
     if "prompt" in first.dims:
         prompt = choose_prompt(first.coords["prompt"], prompt)
-        note = f"prompt {prompt} of {len(first.coords['prompt'])}"
+        note = prompt_note(prompt, first.coords["prompt"])
         picked = {name: one.sel(prompt=prompt) for name, one in given.items()}
     elif prompt is not None and prompts is None:
         raise ValueError(f"prompt: expected None for values without a 'prompt' dim, got {prompt!r}; or pass prompts=")
@@ -141,6 +140,8 @@ def _named(values: Values) -> dict[str, Result]:
         named = {"": values}
     elif isinstance(values, Mapping):
         named = {str(name): one for name, one in values.items()}
+    elif not isinstance(values, Sequence):
+        raise ValueError(f"values: expected a Result or several, got {type(values).__name__}")
     else:
         named = {}
         for one in values:
@@ -150,6 +151,7 @@ def _named(values: Values) -> dict[str, Result]:
     if not named:
         raise ValueError("values: expected at least one Result, got none")
     first = next(iter(named.values()))
+    check_result(first, "values")
     for name, one in named.items():
         what = f"values{f'[{name!r}]' if name else ''}"
         if not isinstance(one, Result):
@@ -157,6 +159,11 @@ def _named(values: Values) -> dict[str, Result]:
         if set(one.dims) - {"prompt"} != {"pos"}:
             raise ValueError(
                 f"{what}: expected dims ('pos',) or ('pos', 'prompt'), got {one.dims}; choose one label of the others with sel()"
+            )
+        if (one.base, set(one.baseline)) != (first.base, set(first.baseline)) and len(named) > 1:
+            raise ValueError(
+                f"{what}: expected the runs that the first is compared with, {tuple(first.baseline)} from {first.base!r}, got "
+                f"{tuple(one.baseline)} from {one.base!r}; give the effect() of all, or values without baselines"
             )
         hashes = {result.provenance.get("tokens_hash") for result in (first, one)} - {None}
         if dict(one.coords) != dict(first.coords) or len(hashes) > 1:
