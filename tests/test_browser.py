@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,10 +13,10 @@ import pandas as pd
 import plotly.graph_objects as go
 import pytest
 import torch
-from gallery import HOSTILE, KINDS, figures, hostile, made_up, twelve_views
+from gallery import HOSTILE, KINDS, figures, hostile, made_up, patterns, twelve_views
 
 import mechkit as mk
-from mechkit.plot import heatmap, write_html
+from mechkit.plot import attention, heatmap, write_html
 from mechkit.plot._notebook import _session, html_of, notebook
 from mechkit.plot._report import report
 from mechkit.plot._text import shortened, visible
@@ -47,6 +48,42 @@ def test_every_figure_loads_and_shows_something(page: WatchedPage, kind: str, tm
     page.open(write_html(next(iter(shown.values())), tmp_path / "one.html"))
     page.wait_for_figures()
     assert page.colours() > BLANK
+    page.check()
+
+
+def test_the_circuits_slider_hides_weak_edges(page: WatchedPage, tmp_path: Path) -> None:
+    figure = next(iter(figures("circuit").values()))
+    page.open(figure.save(tmp_path / "circuit.html"))
+    page.wait_for_figures()
+    lines = page.figure().locator(".scatterlayer .trace path.js-line")
+    n_drawn = sum(trace.x[0] is not None for trace in figure.data)
+    assert lines.count() >= n_drawn
+    rail = page.figure().locator(".slider-rail-touch-rect").bounding_box()
+    label = page.figure().locator(".slider-label").first
+    assert label.text_content() == "all edges shown"
+    before = lines.count()
+    for share in (0.5, 0.98):
+        old = label.text_content()
+        page.page.mouse.click(rail["x"] + share * rail["width"], rail["y"] + rail["height"] / 2)
+        page.page.wait_for_function("text => document.querySelector('.slider-label').textContent !== text", arg=old)
+        told = int(re.search(r": (\d+) edges", label.text_content()).group(1))
+        assert 0 < told < n_drawn
+        assert lines.count() < before
+        before = lines.count()
+    page.check()
+
+
+def test_the_menu_of_heads_switches_the_pattern(page: WatchedPage, tmp_path: Path) -> None:
+    figure = attention(patterns(2, 2, 6).sel(layer=[0, 1]))
+    page.open(figure.save(tmp_path / "attention.html"))
+    page.wait_for_figures()
+    shown = "figure => figure._fullData.filter(trace => trace.type === 'heatmap' && trace.visible === true).length"
+    assert page.figure().evaluate(shown) == 1
+    page.figure().locator(".updatemenu-header").click()
+    page.figure().locator(".updatemenu-dropdown-button", has_text="L1H0").click()
+    page.figure().locator(".gtitle", has_text="L1H0").wait_for(timeout=5000)
+    assert page.figure().evaluate(shown) == 1
+    assert page.hover(0, 3)[0] == "L1H0"
     page.check()
 
 
