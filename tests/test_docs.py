@@ -28,6 +28,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 FENCE = re.compile(r"^[ \t]*(?:`{3,}|~{3,})[ \t]*\{?\.?(?:py|python|python3|pycon|ipython)\b(.*)$", re.MULTILINE)
 
+OTHER_FENCE = re.compile(r"^[ \t]*(?:`{3,}|~{3,})[ \t]*\{?\.?(?:py|python3|pycon|ipython)\b", re.MULTILINE)
+
 
 def build(site: Path, **options: object) -> None:
     """As `mkdocs build --strict` does; exits if there is a warning."""
@@ -65,6 +67,7 @@ def test_every_page_is_built_and_every_block_of_python_was_run(site):
     assert shown == []
     for page in PAGES:
         fences = FENCE.findall(page.read_text())
+        assert not OTHER_FENCE.search(page.read_text()), page  # only `python` is executed
         assert all('exec="on"' in options and 'session="' in options for options in fences), page
     assert sum(len(FENCE.findall(page.read_text())) for page in PAGES) >= 60
 
@@ -73,6 +76,8 @@ def test_the_fences_that_are_looked_for():
     """Controls: how a block of Python may be written."""
     assert FENCE.findall('```python exec="on"\nx\n```') == [' exec="on"']
     assert FENCE.findall("    ``` python\n    x\n    ```") == [""]
+    assert OTHER_FENCE.search("```pycon\n>>> x\n```")
+    assert not OTHER_FENCE.search('```python exec="on"\nx\n```')
     assert FENCE.findall("```{.python}\n") == ["}"]
     assert FENCE.findall("~~~py\n") == [""]
     assert FENCE.findall("```sh\n") == []

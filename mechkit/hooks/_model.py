@@ -31,7 +31,7 @@ _ALSO_CACHED = (".hook_scale", ".hook_normalized", "hook_pos_embed", ".hook_rot_
 class HookedModel(Weights, Text):
     """A language model on its raw weights, over TransformerLens's TransformerBridge.
 
-    Make one with `from_pretrained`, `from_hf` or `from_bridge`. Hook names, argument order and tensor shapes are
+    Make one with `from_pretrained`, `from_hf` or `from_bridge`. Hook names, tensor shapes and how hooks are called are
     TransformerLens's. `model.bridge` is the TransformerBridge underneath.
 
     Example:

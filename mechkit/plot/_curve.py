@@ -75,7 +75,7 @@ def curve(
 
     Args:
         n_edges: How many edges each circuit has, ascending, at least 1 (the axis is logarithmic). Or a `FaithfulnessCurve`, with
-            nothing else but a title.
+            nothing else but a title and a theme.
         faithfulness: Of each circuit: 0 is the corrupted run, 1 the whole model. NaN is left out.
         low, high: Ends of its interval, both or neither.
         random: Faithfulness of random circuits of the same sizes.

@@ -104,8 +104,8 @@ def hidden(
         theme: `"light"` or `"dark"`.
 
     Returns:
-        A figure; `table()` has a row for each prompt and drawn layer: `layer`, `prompt`, `x`, `y`, and `label` and `symbol` where
-        they are given.
+        A figure; more than 12,000 points are thinned out, which the caption says. `table()` has a row for each prompt and drawn
+        layer: `layer`, `prompt`, `x`, `y`, and `label` and `symbol` where they are given.
 
     Raises:
         ValueError: other dims, fewer than 3 prompts, states that are missing or infinite, an unknown method or layer, labels or
