@@ -328,3 +328,19 @@ def test_examples_keep_their_numbers(tmp_path: Any) -> None:
         for column, values in figure.table().items():
             np.testing.assert_array_equal(table[column], values)
         assert figure.facts.kind == "hidden"
+
+
+def test_caption_counts_the_points_and_claims_no_mean() -> None:
+    found = caption(hidden(states()))
+    assert "40 prompts" in found
+    assert "mean over" not in found
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [({"layers": 3}, "layers: expected at least one layer"), ({"labels": 5}, "labels: expected a list")],
+)
+def test_refuses_one_where_several_are_asked_for(bad: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        hidden(states(), **bad)
+    assert hidden(states(), labels=[np.int64(i) for i in range(40)]).layout.coloraxis.cmax == 39

@@ -219,6 +219,8 @@ def _check_dims(site: Site, dims: tuple[str, ...], over: str) -> None:
 
 def choose_indices(dim: str, chosen: Sequence[Any] | None, size: int) -> list[int]:
     """The indices that a user chose out of `size`, counted from 0; all of them for `None`."""
+    if isinstance(chosen, int | str):
+        raise ValueError(f"{dim}: expected several indices, such as [{chosen}], got {chosen!r}")
     indices = list(range(size)) if chosen is None else list(chosen)
     for i in indices:
         if isinstance(i, bool) or not hasattr(i, "__index__") or not -size <= i < size:

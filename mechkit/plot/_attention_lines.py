@@ -182,8 +182,9 @@ def _notes(found: _Lines, min_weight: float, patterns: Patterns) -> tuple[str, .
     parts = [f"lines as strong and wide as the {patterns.what}, up to {number(patterns.largest)}"]
     if left_out.any():
         share = weights[left_out].sum() / weights.sum()
+        under = f"under {number(min_weight)}" if min_weight > 0 else "of 0"
         parts.append(
-            f"{int(left_out.sum()):,} of {len(weights):,} lines under {number(min_weight)} left out, {100 * share:.2g} % of all "
+            f"{int(left_out.sum()):,} of {len(weights):,} lines {under} left out, {100 * share:.2g} % of all "
             f"{patterns.what}"
         )
     return tuple(parts)

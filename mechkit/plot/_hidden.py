@@ -24,6 +24,7 @@ import torch
 from plotly.subplots import make_subplots
 
 from mechkit.plot._figure import Facts, Figure, Frame, Table, dress
+from mechkit.plot._labels import check_result
 from mechkit.plot._text import caption_of, lines, number, plain, shortened
 from mechkit.plot._theme import Theme, colourscale, theme_of
 from mechkit.result import Label, Result
@@ -162,7 +163,9 @@ def hidden(
     how = "principal axes" if method == "pca" else "a random projection"
     name = f"Hidden states of {states.metric}: {how}{' by layer' if len(chosen) > 1 else ''}"
     where = [f"position {at}"] if (at := states.provenance.get("position")) is not None else []
-    caption = caption_of(states.provenance) + where + _notes(projections, names, method, seed, len(drawn), n)
+    caption = (
+        caption_of(states.provenance, averaged=False) + where + _notes(projections, names, method, seed, len(drawn), n)
+    )
     facts = Facts("hidden", name if title is None else title, tuple(caption))
     frame = Frame(width, tall, left=60, right=60 + 7 * longest if longest else 30, below=48, above=18)
     return dress(figure, colours, frame, facts, lambda: _table(projections, prompts))
@@ -170,6 +173,7 @@ def hidden(
 
 def _states(states: Result) -> tuple[np.ndarray, tuple[Label | None, ...]]:
     """`[layer prompt d_model]` in float64, and the layers' labels."""
+    check_result(states, "states")
     if not {"d_model", "prompt"} <= set(states.dims) <= {"layer", "d_model", "prompt"}:
         raise ValueError(
             f"states: expected dims ('layer', 'd_model', 'prompt'), as hidden_states gives them, got {states.dims}"
@@ -193,7 +197,7 @@ def _layers(names: tuple[Label | None, ...], asked: Sequence[Label] | None) -> l
     if asked is None:
         n = min(len(names), _PANELS)
         return sorted({int(i) for i in np.linspace(0, len(names) - 1, n).round()})
-    if isinstance(asked, str) or not len(asked) or len(set(asked)) != len(asked):
+    if isinstance(asked, str | int) or not len(asked) or len(set(asked)) != len(asked):
         raise ValueError(f"layers: expected at least one layer, each once; got {asked!r}")
     for layer in asked:
         if layer not in names:
@@ -205,7 +209,9 @@ def _per_prompt(name: str, given: Sequence[Any] | None, n: int) -> np.ndarray | 
     """One string or one number a prompt: an array of objects, or of float64."""
     if given is None:
         return None
-    values = given.tolist() if hasattr(given, "tolist") else list(given)
+    if not hasattr(given, "__len__"):
+        raise ValueError(f"{name}: expected a list of one for each of {n} prompts, got {given!r}")
+    values = given.tolist() if hasattr(given, "tolist") else [getattr(x, "item", lambda x=x: x)() for x in given]
     if isinstance(given, str) or not isinstance(values, list) or len(values) != n:
         raise ValueError(
             f"{name}: expected one for each of {n} prompts, got {given if isinstance(given, str) else len(values)}"
