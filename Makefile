@@ -1,6 +1,7 @@
 # `make demo` and `make test` work from a fresh clone: the first target that needs .venv makes it.
 
 PYTHON ?= python3
+JOBS ?= 2
 PY := .venv/bin/python
 QUIET ?= -qq
 PIP := $(PY) -m pip --disable-pip-version-check $(QUIET)
@@ -17,8 +18,8 @@ help: ## list the targets
 demo: .venv/.installed ## run the IOI experiment on SmolLM2-135M; pictures go to out/
 	@$(PY) examples/ioi.py
 
-test: .venv/.installed ## run the test suite, without network
-	@HF_HUB_OFFLINE="$${HF_HUB_OFFLINE-1}" $(PY) -m pytest
+test: .venv/.installed ## run the test suite, without network, in JOBS=2 processes
+	@HF_HUB_OFFLINE="$${HF_HUB_OFFLINE-1}" OMP_NUM_THREADS="$${OMP_NUM_THREADS-1}" $(PY) -m pytest -n $(JOBS) --dist loadfile
 
 lint: .venv/.installed ## check style, formatting and types
 	@$(PY) -m ruff check .
