@@ -91,8 +91,13 @@ class WatchedPage:
         text = self.figure(i).locator(".hovertext text").first
         self.page.mouse.move(1, 1)  # plotly keeps a text for a while
         text.wait_for(state="detached", timeout=5000)
-        self.page.mouse.move(*self.figure(i).evaluate(_PLACE, [x, y]))
-        text.wait_for(timeout=5000)
+        left, top = self.figure(i).evaluate(_PLACE, [x, y])
+        for attempt in range(20):  # a figure that is still being drawn anew does not see the mouse
+            self.page.mouse.move(left + attempt % 2, top)
+            self.page.wait_for_timeout(250)
+            if text.is_visible():
+                break
+        text.wait_for(timeout=1000)
         return text.locator("tspan.line").all_text_contents() or text.all_text_contents()
 
     def shoot(self, name: str) -> None:

@@ -68,8 +68,12 @@ def test_the_circuits_slider_hides_weak_edges(page: WatchedPage, tmp_path: Path)
         page.page.wait_for_function("text => document.querySelector('.slider-label').textContent !== text", arg=old)
         told = int(re.search(r": (\d+) edges", label.text_content()).group(1))
         assert 0 < told < n_drawn
-        assert lines.count() < before
-        before = lines.count()
+        drawn = "n => document.querySelectorAll('.scatterlayer .trace path.js-line').length === n"
+        page.page.wait_for_function(
+            drawn, arg=told, timeout=5000
+        )  # as many lines as the label says; they follow the label
+        assert told < before
+        before = told
     page.check()
 
 
