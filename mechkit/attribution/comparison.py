@@ -141,8 +141,6 @@ def compare(approx: Result, exact: Result, *, k: int = 10) -> Comparison:
         raise ValueError("exact: expected a cell that exists in both results, got none: prompts lack these positions")
     x, y = found[there].double(), truth[there].double()
     k = min(k, len(x))
-    strong = y.abs() >= _LEAST * y.abs().max()
-    signs = (x.sign() == y.sign())[strong].double().mean()
     best = [set(v.abs().argsort(descending=True, stable=True)[:k].tolist()) for v in (x, y)]
     order = (x - y).abs().argsort(descending=True, stable=True)[:k].tolist()
     cells = there.nonzero().tolist()
@@ -151,8 +149,8 @@ def compare(approx: Result, exact: Result, *, k: int = 10) -> Comparison:
     return Comparison(
         pearson=_correlation(x, y),
         spearman=_correlation(_ranks(x), _ranks(y)),
-        slope=float((x * y).sum() / x.pow(2).sum()) if bool((x != 0).any()) else math.nan,
-        sign_agreement=math.nan if magnitude else float(signs),
+        slope=slope_of(x, y),
+        sign_agreement=math.nan if magnitude else signs_agree(x, y),
         recall=len(best[0] & best[1]) / k,
         k=k,
         max_error=float((x - y).abs().max()),
@@ -286,6 +284,17 @@ def _worst(result: Result, index: list[int], approx: float, exact: float) -> Wor
     at = {dim: result.coords[dim][i] for dim, i in zip(result.dims, index, strict=True)}
     label = result.sel(**{dim: [value] for dim, value in at.items()}).top(1)[0].label
     return WorstCell(label, approx, exact, at)
+
+
+def slope_of(x: Tensor, y: Tensor) -> float:
+    """By how much to multiply x to come closest to y (least squares, through 0); NaN if x is 0 everywhere."""
+    return float((x * y).sum() / x.pow(2).sum()) if bool((x != 0).any()) else math.nan
+
+
+def signs_agree(x: Tensor, y: Tensor) -> float:
+    """Share of the values of y that have x's sign, among those with at least 1 % of the size of the largest."""
+    strong = y.abs() >= _LEAST * y.abs().max()
+    return float((x.sign() == y.sign())[strong].double().mean())
 
 
 def _correlation(x: Tensor, y: Tensor) -> float:

@@ -17,11 +17,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import plotly.graph_objects as go
+import torch
 
 from mechkit.attribution import Comparison
 from mechkit.attribution import compare as compare_results
+from mechkit.attribution.comparison import signs_agree, slope_of
 from mechkit.circuits import EdgeScores
 from mechkit.plot._figure import Facts, Figure, Frame, Table, axis_lines, dress
+from mechkit.plot._tables import to_numpy
 from mechkit.plot._text import caption_of, lines, number, plain, shortened, technique_of
 from mechkit.plot._theme import Theme, rgba, theme_of
 from mechkit.result import Result
@@ -29,7 +32,6 @@ from mechkit.result import Result
 MOST = 4000  # points that a browser draws at once
 _SIDE = 460  # pixels of the area
 _NAMED = 10  # of the worst cells
-_LEAST = 0.01  # cells with an effect below this share of the largest have no sign to agree on, as in `mk.compare`
 _LINE = 14  # pixels: the height of a point's name
 _AROUND = [(1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1)]
 _FARTHER = (0, 12, 26, 42)  # pixels beyond the point's edge
@@ -147,7 +149,7 @@ def _of_cells(found: Comparison) -> _Agreement:
     if not at:
         raise ValueError("approx: expected a comparison of at least one cell, got none")
     index = [i for i, _ in at]
-    x, y = (one.values.numpy(force=True).astype(np.float64).ravel()[index] for one in (found.approx, found.exact))
+    x, y = (to_numpy(one.values).ravel()[index] for one in (found.approx, found.exact))
     what = "size of the effect" if found.magnitude else "effect"
     unit = found.approx.unit
     return _Agreement(
@@ -177,19 +179,19 @@ def _of_edges(approx: EdgeScores, exact: EdgeScores) -> _Agreement:
         if one != two:
             raise ValueError(f"exact: expected scores with the approximation's {name}, {one!r}; got {two!r}")
     pearson, spearman = (approx.correlation(exact, method=method) for method in ("pearson", "spearman"))
-    mine, theirs = (scores.values.numpy(force=True).astype(np.float64) for scores in (approx, exact))
+    mine, theirs = (to_numpy(scores.values) for scores in (approx, exact))
     edges = [edge for edge in approx.edges if not math.isnan(theirs[approx.graph.index(edge)])]
     at = tuple(np.array([approx.graph.index(edge) for edge in edges]).T)
     x, y = mine[at], theirs[at]
-    strong = np.abs(y) >= _LEAST * np.abs(y).max()
+    tensors = torch.from_numpy(x), torch.from_numpy(y)
     return _Agreement(
         labels=tuple(edge.name for edge in edges),
         approx=x,
         exact=y,
         pearson=pearson,
         spearman=spearman,
-        slope=float((x * y).sum() / (x * x).sum()) if x.any() else math.nan,
-        sign_agreement=float((np.sign(x) == np.sign(y))[strong].mean()),
+        slope=slope_of(*tensors),
+        sign_agreement=signs_agree(*tensors),
         magnitude=False,
         what=f"score of an edge, {approx.metric} ({approx.unit})",
         unit="" if approx.unit == "normalized" else f" {approx.unit}",

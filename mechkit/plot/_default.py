@@ -24,10 +24,10 @@ from mechkit.plot._heatmap import heatmap
 from mechkit.plot._hidden import hidden
 from mechkit.plot._labels import token_of
 from mechkit.plot._lens import lens
+from mechkit.plot._scale import is_lens
 from mechkit.plot._tokens import tokens
 from mechkit.result import Result
 
-_LENSES = ("logit lens", "logit_lens", "top_tokens", "patchscope")
 _FEW = 60  # bars that one looks through; of more, the longest are shown
 _CLOUD = 3  # points that can be projected
 _EDGES = 100  # of scores that are drawn as a circuit
@@ -69,12 +69,11 @@ def _with(options: dict[str, Any], **defaults: Any) -> dict[str, Any]:
 
 def _of_result(result: Result, options: dict[str, Any]) -> Figure:
     dims = [dim for dim in result.dims if dim != "prompt"]
-    technique = str(result.provenance.get("technique"))
     if {"dest", "src"} <= set(dims):
         return attention(result, **options)
     if dims == ["layer", "d_model"] and len(result.coords.get("prompt", ())) >= _CLOUD:
         return hidden(result, **options)
-    if technique in _LENSES and "k" not in dims and len(dims) > 1:
+    if is_lens(result) and "k" not in dims and len(dims) > 1:
         return lens(result, **options)
     if dims == ["pos"] and any(token_of(label) != str(label) for label in result.coords["pos"]):
         return tokens(result, **options)

@@ -22,6 +22,7 @@ from torch import Tensor
 from mechkit.plot._compare import MOST, padded, thinned, write_labels
 from mechkit.plot._figure import Facts, Figure, Frame, Table, axis_lines, dress
 from mechkit.plot._labels import check_result
+from mechkit.plot._tables import to_numpy
 from mechkit.plot._text import caption_of, lines, number, plain
 from mechkit.plot._theme import Theme, theme_of
 from mechkit.result import Label, Result
@@ -200,7 +201,7 @@ def interval_of(shown: Result, level: float) -> tuple[np.ndarray, np.ndarray] | 
 
 def floats(values: Tensor) -> np.ndarray:
     """All numbers in one row, in float64."""
-    return values.numpy(force=True).astype(np.float64).ravel()
+    return to_numpy(values).ravel()
 
 
 def _axis(mean: Result) -> tuple[str, str]:

@@ -25,7 +25,7 @@ from torch import Tensor
 from mechkit.plot._figure import Facts, Figure, Frame, Table, dress, label_axis
 from mechkit.plot._labels import RAGGED, check_result, is_ragged
 from mechkit.plot._scale import check_scale, is_unsigned
-from mechkit.plot._tables import table_of
+from mechkit.plot._tables import table_of, to_numpy
 from mechkit.plot._text import caption_of, lines, number, plain, shortened, title_of
 from mechkit.plot._theme import Theme, colourscale, theme_of
 from mechkit.result import Label, Result
@@ -217,7 +217,7 @@ def _panels(results: Mapping[str, Result], layout: _Layout, *, effects: bool) ->
     for result in results.values():
         tensor: Tensor = result.effect().values if effects and result.baseline else result.values
         order = [result.dims.index(dim) for dim in (layout.panels, layout.down, layout.right) if dim]
-        arrays.append(tensor.permute(order).numpy(force=True).astype(np.float64))
+        arrays.append(to_numpy(tensor.permute(order)))
     return np.stack(arrays).reshape(layout.n_panels, layout.n_rows, layout.n_columns)
 
 
@@ -257,9 +257,7 @@ def _choose_scale(
     if not result.baseline:
         signed = bool((values < 0).any()) or not all(map(is_unsigned, results.values()))
         return scale(values, 0.0, f"{name}<br>{white} = 0", signed=signed)
-    bases = np.concatenate(
-        [one.baseline[one.base].numpy(force=True).astype(np.float64).ravel() for one in results.values()]
-    )
+    bases = np.concatenate([to_numpy(one.baseline[one.base]).ravel() for one in results.values()])
     bases = bases[~np.isnan(bases)]
     if len(bases) and bases.min() != bases.max():
         panels = len(results) > 1 and all(one.baseline[one.base].numel() == 1 for one in results.values())

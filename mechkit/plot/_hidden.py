@@ -25,6 +25,7 @@ from plotly.subplots import make_subplots
 
 from mechkit.plot._figure import Facts, Figure, Frame, Table, dress
 from mechkit.plot._labels import check_result
+from mechkit.plot._tables import to_numpy
 from mechkit.plot._text import caption_of, lines, number, plain, shortened
 from mechkit.plot._theme import Theme, colourscale, theme_of
 from mechkit.result import Label, Result
@@ -189,7 +190,7 @@ def _states(states: Result) -> tuple[np.ndarray, tuple[Label | None, ...]]:
     tensor = states.values if "layer" in states.dims else states.values[None]
     dims = [dim for dim in ("layer",) if dim not in states.dims] + list(states.dims)
     order = [dims.index(dim) for dim in ("layer", "prompt", "d_model")]
-    return tensor.permute(order).numpy(force=True).astype(np.float64), states.coords.get("layer", (None,))
+    return to_numpy(tensor.permute(order)), states.coords.get("layer", (None,))
 
 
 def _layers(names: tuple[Label | None, ...], asked: Sequence[Label] | None) -> list[int]:

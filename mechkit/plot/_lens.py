@@ -24,7 +24,7 @@ from mechkit.attribution import TopTokens
 from mechkit.plot._figure import Facts, Figure, Frame, Table, dress, label_axis
 from mechkit.plot._labels import RAGGED, choose_prompt, is_ragged, position_of, prompt_note, text_of
 from mechkit.plot._scale import Scale, choose_scale
-from mechkit.plot._tables import table_of
+from mechkit.plot._tables import table_of, to_numpy
 from mechkit.plot._text import caption_of, display_width, fitted, number, plain, shortened, title_of, visible
 from mechkit.plot._theme import MONOSPACE, Theme, theme_of
 from mechkit.prompts import PromptPairs, Prompts
@@ -156,7 +156,7 @@ def _of_result(
         shown = shown.sel(token=tokens[0])
     layout = _lay_out(shown, text)
     name = f"{shown.metric}{_of_token(tokens)}"
-    values = layout.arrange(_numbers(shown), shown.dims)[..., 0]
+    values = layout.arrange(to_numpy(shown.values), shown.dims)[..., 0]
     hover = layout.heads()
     for at in np.ndindex(layout.shape):
         hover[at] += plain(_told(name, float(values[at]), shown.unit))
@@ -191,8 +191,8 @@ def _of_tokens(
     if top.values.isnan().all():
         raise ValueError(f"found: expected a cell that exists in prompt {prompt!r}, got none; choose another prompt=")
     layout = _lay_out(top, text_of(prompts, found.probs, prompt))
-    values = layout.arrange(_numbers(shown), shown.dims)[..., 0]
-    likely, words = layout.arrange(_numbers(probs), probs.dims), layout.arrange(strings, probs.dims)
+    values = layout.arrange(to_numpy(shown.values), shown.dims)[..., 0]
+    likely, words = layout.arrange(to_numpy(probs.values), probs.dims), layout.arrange(strings, probs.dims)
     said = np.full(layout.shape, None) if text is None else layout.arrange(text, top.dims)[..., 0]
     quoted = {word: plain(f'"{word}"') for word in set(words.flat)}  # each once: there may be 100,000 of them
     hover = layout.heads()
@@ -295,10 +295,6 @@ def _told(name: str, value: float, unit: str) -> str:
     if np.isnan(value):
         return f"{name}: no value"
     return f"{name} {number(value, 5)}{'' if unit in name else f' {unit}'}"
-
-
-def _numbers(result: Result) -> np.ndarray:
-    return result.values.numpy(force=True).astype(np.float64)
 
 
 def _draw(cells: _Cells, scale: Scale, theme: Theme, height: int | None) -> Figure:

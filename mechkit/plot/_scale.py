@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 
 from mechkit.plot._text import number, technique_of
-from mechkit.plot._theme import Theme, colourscale
+from mechkit.plot._theme import Theme, colourscale, rgb
 from mechkit.result import Result
 
 _UNSIGNED_UNITS = ("rank", "attention", "fraction", "capacity", "p")
 _UNSIGNED_METRICS = ("prob", "entropy", "kl", "loss", "surprisal")  # where they are not what an attribution is of
-_LENSES = ("", "logit lens", "top tokens", "patchscope", "tuned lens")
+_LENSES = ("logit lens", "top tokens", "patchscope", "tuned lens")
 
 
 def check_scale(center: float | None, zmax: float | None) -> None:
@@ -35,11 +35,17 @@ def is_unsigned(result: Result) -> bool:
     """Whether its values are never below 0, by what they are. An attribution of a probability has a sign."""
     if result.baseline:
         return False
-    return result.unit in _UNSIGNED_UNITS or (result.metric in _UNSIGNED_METRICS and _is_lens(result))
+    return result.unit in _UNSIGNED_UNITS or (result.metric in _UNSIGNED_METRICS and _is_reading(result))
 
 
-def _is_lens(result: Result) -> bool:
+def is_lens(result: Result) -> bool:
+    """Whether a lens read it: its values are of a distribution itself, not of what adds to it."""
     return technique_of(result.provenance) in _LENSES
+
+
+def _is_reading(result: Result) -> bool:
+    """Also of a result that does not say where it comes from."""
+    return is_lens(result) or not technique_of(result.provenance)
 
 
 @dataclass(frozen=True)
@@ -76,11 +82,11 @@ class Scale:
         """For each value the one of the theme's two colours of text that is easier to read on its colour."""
         place = (self.drawn(values).ravel() - self.low) / (self.high - self.low)
         stops = np.linspace(0, 1, len(self.colours))
-        channels = np.array([_rgb(colour) for colour in self.colours]).T
+        channels = np.array([rgb(colour) for colour in self.colours]).T
         painted = np.stack([np.interp(place, stops, channel) for channel in channels], -1)
-        painted[np.isnan(place)] = _rgb(theme.absent)
+        painted[np.isnan(place)] = rgb(theme.absent)
         background = _luminance(painted)
-        ink, paper = (_luminance(np.array(_rgb(colour))) for colour in (theme.ink, theme.paper))
+        ink, paper = (_luminance(np.array(rgb(colour))) for colour in (theme.ink, theme.paper))
         on_ink, on_paper = (
             (np.maximum(background, other) + 0.05) / (np.minimum(background, other) + 0.05) for other in (ink, paper)
         )
@@ -114,7 +120,7 @@ def choose_scale(
         end = float(np.log10(1 + (zmax or highest or 1.0)))
         told = (name, "0 = top of the vocabulary", f"{most} is a better (lower) rank", "logarithmic")
         return Scale(0.0, end, theme.sequential[::-1], told, logarithmic=True)
-    if center is None and result.metric == "log_prob" and _is_lens(result) and highest <= 0:
+    if center is None and result.metric == "log_prob" and _is_reading(result) and highest <= 0:
         low = -zmax if zmax else lowest or -1.0
         return Scale(low, 0.0, theme.sequential, (name, f"{most} is higher", "0 = certain"))
     if center is None and is_unsigned(result) and lowest >= 0:
@@ -123,10 +129,6 @@ def choose_scale(
     reach = zmax or max(abs(highest - at), abs(lowest - at)) or 1.0
     meaning = (f"{theme.neutral} = {middle if center is None else number(at)}", "blue is higher, red is lower")
     return Scale(at - reach, at + reach, theme.diverging, (name, *meaning))
-
-
-def _rgb(colour: str) -> tuple[int, ...]:
-    return tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5))
 
 
 def _luminance(rgb: np.ndarray) -> np.ndarray:

@@ -5,9 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+from torch import Tensor
 
 from mechkit.plot._figure import Table
 from mechkit.result import Result
+
+
+def to_numpy(values: Tensor) -> np.ndarray:
+    """Values in float64, on the CPU."""
+    return values.numpy(force=True).astype(np.float64)
 
 
 def table_of(results: Result | Mapping[str, Result]) -> Table:

@@ -109,7 +109,12 @@ def colourscale(colours: Sequence[str]) -> list[list[float | str]]:
     return [[i / (len(colours) - 1), colour] for i, colour in enumerate(colours)]
 
 
+def rgb(colour: str) -> tuple[int, ...]:
+    """`'#2166ac'` as `(33, 102, 172)`."""
+    return tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5))
+
+
 def rgba(colour: str, opacity: float) -> str:
     """`'#2166ac'` as `'rgba(33,102,172,0.2)'`."""
-    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    red, green, blue = rgb(colour)
     return f"rgba({red},{green},{blue},{opacity})"

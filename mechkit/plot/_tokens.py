@@ -20,7 +20,7 @@ import numpy as np
 from mechkit.plot._figure import Facts, Figure, Frame, Table, dress
 from mechkit.plot._labels import check_result, choose_prompt, position_of, prompt_note, text_of, token_of
 from mechkit.plot._scale import Scale, check_scale, choose_scale
-from mechkit.plot._tables import table_of
+from mechkit.plot._tables import table_of, to_numpy
 from mechkit.plot._text import (
     caption_of,
     display_width,
@@ -180,7 +180,7 @@ def _named(values: Values) -> dict[str, Result]:
 def _page(picked: Mapping[str, Result], text: Sequence[str] | None, *, several: bool) -> _Page:
     labels = next(iter(picked.values())).coords["pos"]
     places = [position_of(label) for label in labels]
-    present = np.any([~np.isnan(_numbers(one)) for one in picked.values()], 0)
+    present = np.any([~np.isnan(to_numpy(one.values)) for one in picked.values()], 0)
     if text is not None:
         kept = [i for i, place in enumerate(places) if place is not None and place < len(text)]
     else:  # a prompt that is shorter than others ends with positions that have no value
@@ -206,14 +206,14 @@ def _scales(
     """Scales, and the names of the results that share each."""
     groups: dict[tuple[object, ...], list[str]] = {}
     for name, one in shown.items():
-        alone = choose_scale(_numbers(one), one, theme, "", center=center, zmax=zmax)
+        alone = choose_scale(to_numpy(one.values), one, theme, "", center=center, zmax=zmax)
         groups.setdefault((one.unit, one.base, alone.colours), []).append(name)
     if len(groups) > _MAX_SCALES:
         units = ", ".join(repr(shown[names[0]].unit) for names in groups.values())
         raise ValueError(f"values: expected results with at most {_MAX_SCALES} scales, got units {units}; draw fewer")
     scales = []
     for names in groups.values():
-        values, first = np.concatenate([_numbers(shown[name]) for name in names]), shown[names[0]]
+        values, first = np.concatenate([to_numpy(shown[name].values) for name in names]), shown[names[0]]
         change, middle = ("change in ", f"{first.base} run") if first.baseline and center is None else ("", "0")
         what = f"{change}{' / '.join(dict.fromkeys(shown[name].metric for name in names))} ({first.unit})"
         scales.append((choose_scale(values, first, theme, what, center=center, zmax=zmax, middle=middle), names))
@@ -237,7 +237,7 @@ def _draw(
         hover = [lines(*texts) for texts in zip(page.names, *told.values(), strict=True)]
         _bars(figure, page, everyone, top + _ROW / 2, _ROW, hover, {"color": theme.paper}, theme)
     for i, name in enumerate(shown):
-        values, place = _numbers(shown[name]), next(k for k, (_, names) in enumerate(scales) if name in names)
+        values, place = to_numpy(shown[name].values), next(k for k, (_, names) in enumerate(scales) if name in names)
         scale, present = scales[place][0], ~np.isnan(values)
         middle, height = (top + _ROW + _STRIP * (i + 0.5), _STRIP) if strips else (top + _ROW / 2, _ROW)
         inks = inks if strips else scale.inks(values, theme)
@@ -297,7 +297,7 @@ def _told(name: str, picked: Result, shown: Result) -> list[str]:
     unit = "" if shown.unit == "normalized" else f" {shown.unit}"
     head = f"{name}: {picked.metric}" if name and name != picked.metric else picked.metric
     told = []
-    for value, change in zip(_numbers(picked), _numbers(shown), strict=True):
+    for value, change in zip(to_numpy(picked.values), to_numpy(shown.values), strict=True):
         text = "no value" if np.isnan(value) else f"{number(value, 5)}{unit}"
         if shown is not picked and not np.isnan(value):
             text += f", {number(change, 5, sign='+')}{unit} from the {picked.base} run"
@@ -341,7 +341,3 @@ def _axis_name(i: int) -> str:
 def _pitch(n_values: int) -> int:
     """Pixels from one line to the next."""
     return _ROW + 2 if n_values == 1 else _ROW + _STRIP * n_values + 12
-
-
-def _numbers(result: Result) -> np.ndarray:
-    return result.values.numpy(force=True).astype(np.float64)
