@@ -69,14 +69,23 @@ from mechkit.result import Cost as Cost
 from mechkit.result import Result as Result
 
 if _typing.TYPE_CHECKING:
+    from mechkit import sweeps as sweeps
     from mechkit.plot import report as report
+    from mechkit.sweeps import Study as Study
+
+_LATE = ("Study", "report", "sweeps")  # these import what is slow to import: plotly, pydantic
 
 
-def __getattr__(name: str) -> _typing.Any:  # it draws, and so imports plotly
+def __getattr__(name: str) -> _typing.Any:
     if name == "report":
         return plot.report
+    if name in ("Study", "sweeps"):
+        import importlib
+
+        found = importlib.import_module("mechkit.sweeps")
+        return found if name == "sweeps" else found.Study
     raise AttributeError(f"module 'mechkit' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return [*globals(), "report"]
+    return [*globals(), *_LATE]

@@ -34,10 +34,25 @@ MAY_IMPORT: dict[str, set[str]] = {
     "zoo": {"hooks", "circuits", "prompts", "metrics"},
     "sweeps": {"zoo", "tasks", "circuits", "attribution", "hooks", *_DATA},
     "plot": {"attribution", "circuits", "prompts", "metrics", "result"},
+    "cli": {"sweeps", "zoo", "tasks", "circuits", "attribution", "hooks", *_DATA},
 }
 LATE = {"_drawn": "plot"}  # helper -> what it may import when it is called: results find their pictures by it
-OWNERS = {"transformer_lens": "hooks", "plotly": "plot"}  # third-party package -> the one place that imports it
-HEAVY = {"transformer_lens", "plotly", "pandas", "xarray", "scipy", "ray"}  # imported by the function that needs them
+OWNERS = {
+    "transformer_lens": "hooks",
+    "plotly": "plot",
+    "zarr": "sweeps",
+    "ray": "sweeps",
+}  # third-party package -> the one place that imports it
+HEAVY = {
+    "transformer_lens",
+    "plotly",
+    "pandas",
+    "xarray",
+    "scipy",
+    "ray",
+    "zarr",
+    "pyarrow",
+}  # imported by the function that needs them
 PICKLES = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve"}
 
 
@@ -141,7 +156,7 @@ def one_way(path: str, source: str) -> Iterator[str]:
 
 
 def one_owner(path: str, source: str) -> Iterator[str]:
-    """transformer_lens is imported in mechkit/hooks/ only, plotly in mechkit/plot/ only."""
+    """transformer_lens is imported in mechkit/hooks/ only, plotly in mechkit/plot/ only, zarr and ray in mechkit/sweeps/ only."""
     for found in imports(path, source):
         owner = OWNERS.get(found.top)
         if owner and not found.typing_only and place_of(path) != owner:
@@ -266,6 +281,10 @@ BAD: list[tuple[Rule, str, str]] = [
     (one_owner, "mechkit/attribution/a.py", "def f():\n    import transformer_lens.utilities as utils"),
     (one_owner, "mechkit/__init__.py", "from transformer_lens import TransformerBridge"),
     (one_owner, "mechkit/result.py", "def f():\n    import plotly.express as px"),
+    (one_owner, "mechkit/cli.py", "def f():\n    import ray"),
+    (one_way, "mechkit/hooks/_a.py", "from mechkit.sweeps import Study"),
+    (one_way, "mechkit/sweeps/a.py", "from mechkit.cli import app"),
+    (light, "mechkit/sweeps/a.py", "import zarr"),
     (light, "mechkit/hooks/_model.py", "import transformer_lens"),
     (light, "mechkit/hooks/_model.py", "import importlib\nbridge = importlib.import_module('transformer_lens')"),
     (light, "mechkit/result.py", "try:\n    import pandas as pd\nexcept ImportError:\n    pd = None"),

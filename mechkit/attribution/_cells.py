@@ -81,7 +81,7 @@ def make_axes(
     if not isinstance(over, str):
         raise ValueError(f"over: expected dims in one string, such as 'layer head'; got {over!r}")
     dims = tuple(over.split())
-    _check_dims(found, dims, over)
+    check_dims(found, dims, over)
     named_layer = parse_hook_name(site)[1]
     if named_layer is not None:  # a full hook name means its own layer
         if layers is not None and list(layers) != [named_layer]:
@@ -201,7 +201,7 @@ def split_prompts(prompts: PromptPairs | Prompts) -> tuple[Prompts, Mapping[str,
     raise ValueError(f"prompts: expected PromptPairs or Prompts, got {type(prompts).__name__}")
 
 
-def _check_dims(site: Site, dims: tuple[str, ...], over: str) -> None:
+def check_dims(site: Site, dims: tuple[str, ...], over: str) -> None:
     if unknown := [dim for dim in dims if dim not in DIMS]:
         raise ValueError(
             f"over: expected dims among {', '.join(DIMS)}, separated by spaces; got {unknown[0]!r} in {over!r}"

@@ -17,7 +17,10 @@ from mechkit.hooks._gradients import GradientRuns as GradientRuns
 from mechkit.hooks._gradients import attached_hooks as attached_hooks
 from mechkit.hooks._gradients import frozen_parameters as frozen_parameters
 from mechkit.hooks._gradients import metric_values as metric_values
+from mechkit.hooks._load import find_model as find_model
+from mechkit.hooks._load import fingerprint as fingerprint
 from mechkit.hooks._memory import Budget as Budget
+from mechkit.hooks._memory import out_of_memory as out_of_memory
 from mechkit.hooks._model import HookedModel as HookedModel
 from mechkit.hooks._norms import FrozenNorm as FrozenNorm
 from mechkit.hooks._parts import Parts as Parts

@@ -3,6 +3,7 @@ a hub name asks for, and runs no remote code unless told to."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import warnings
 from pathlib import Path
@@ -106,3 +107,42 @@ def probe_tokens(d_vocab: int) -> Tensor:
     """Two short sequences of fixed pseudo-random tokens, to compare models with."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, d_vocab, (2, 8), generator=generator)
+
+
+def find_model(name: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> None:
+    """Looks whether a model is there, without loading it.
+
+    Raises:
+        ValueError: there is no such file, folder or hub name (within reach).
+    """
+    from transformers import AutoConfig
+
+    source, arguments = _locate(str(name))
+    if "gguf_file" in arguments:
+        return
+    more = {} if revision is None else {"revision": revision}
+    try:
+        AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **more)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"model: expected a hub name, a folder or a .gguf file, found no {str(name)!r}: {reason}"
+        ) from error
+
+
+def fingerprint(name: str | Path, revision: str | None = None) -> str | None:
+    """What tells cheaply whether a model's files are still the same: sizes and times of local files, the commit of a hub's
+    snapshot. `None` where that is not known without loading it."""
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        source, arguments = _locate(str(name))
+    except ValueError:
+        return None
+    folder = Path(source)
+    if folder.is_dir():
+        files = [folder / arguments["gguf_file"]] if "gguf_file" in arguments else sorted(folder.iterdir())
+        facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
+        return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+    cached = try_to_load_from_cache(source, "config.json", revision=revision)
+    return Path(cached).parent.name if isinstance(cached, str) else None

@@ -1,0 +1,319 @@
+"""The loop: tasks are handed to workers until there are none, and whatever goes wrong with one does not stop the rest.
+
+1. Under the store's lock, the manifest is written and every model gets a plan task. What it answers is the list of shards to do.
+2. A free worker gets the first task of the model that it has loaded, or else the first of all.
+3. A shard that raises is tried again, `retries` times, and then recorded as failed. A shard whose worker was lost is tried
+   again with half the budget. The next run tries what failed again.
+4. A store that cannot be written ends the run; so does an interrupt. Both leave everything finished in its place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from mechkit.sweeps._executors import Executor, WorkerLostError
+from mechkit.sweeps._spec import Job, ModelSpec
+from mechkit.sweeps._store import DamagedError, Store, StoreError
+from mechkit.sweeps._worker import Failed, Finished, Planned, PlanTask, Settings, ShardTask, Task
+
+BEAT_EVERY = 5.0  # seconds
+WAIT = 1.0
+
+
+def told(failed: Iterable[tuple[str, str]]) -> list[str]:
+    """A line an error, with the first of the jobs that it stopped."""
+    jobs: dict[str, list[str]] = {}
+    for job, error in failed:
+        jobs.setdefault(error, []).append(job)
+    more = {error: f" and {len(names) - 1} more" if len(names) > 1 else "" for error, names in jobs.items()}
+    return [f"failed: {names[0]}{more[error]}: {error}" for error, names in jobs.items()]
+
+
+@dataclass
+class RunReport:
+    """What a run did.
+
+    Attributes:
+        computed: Shards that were computed.
+        kept: Shards that were finished before, and were not run again.
+        failed: Job -> the last error, of jobs that have shards left because of it.
+        retried: Attempts that failed and were followed by another.
+        damage: What was found damaged in the store, and what was done about it.
+        seconds: How long it took, and how much of that the shards did.
+    """
+
+    computed: int = 0
+    kept: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
+    retried: int = 0
+    damage: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    shard_seconds: float = 0.0
+
+    def __str__(self) -> str:
+        parts = [f"{self.computed} shards computed", f"{self.kept} kept", f"{self.seconds:.1f} s"]
+        parts += [f"{self.retried} attempts repeated"] * bool(self.retried)
+        lines = [", ".join(parts)]
+        lines += [f"damaged: {what}" for what in self.damage]
+        return "\n".join([*lines, *told(self.failed.items())])
+
+
+@dataclass(frozen=True)
+class Event:
+    """What a run tells whoever watches: how many shards there are so far, how many are done, and what is being done."""
+
+    done: int
+    total: int
+    doing: str
+
+
+class _Queue:
+    """Tasks that wait, a model's together."""
+
+    def __init__(self) -> None:
+        self.tasks: deque[Task] = deque()
+
+    def take(self, loaded: ModelSpec | None) -> Task | None:
+        """The first task of the loaded model, else the first."""
+        if not self.tasks:
+            return None
+        for i, task in enumerate(self.tasks):
+            if task.model == loaded:
+                del self.tasks[i]
+                return task
+            if i == 0 and loaded is None:
+                break
+        return self.tasks.popleft()
+
+
+def run(
+    jobs: Sequence[Job],
+    store: Store,
+    executor: Executor,
+    settings: Settings,
+    *,
+    name: str,
+    retries: int,
+    watch: Callable[[Event], None] | None = None,
+    known: Sequence[Job] | None = None,
+) -> RunReport:
+    """Computes what is left of the jobs. `known` are all jobs of the study, for its manifest.
+
+    Raises:
+        StoreError: the store cannot be written, or another run is at work on it.
+        KeyboardInterrupt: as it came; the store can be resumed.
+    """
+    begin = time.perf_counter()
+    report = RunReport()
+    with store.locked():
+        write_manifest(store, known or jobs, name)
+        executor.open(settings)
+        try:
+            _Loop(jobs, store, executor, retries, report, watch).go()
+        finally:
+            executor.close()
+            with contextlib.suppress(StoreError):
+                store.beat(None, executor.n_workers)
+    report.damage = [*store.damage, *(said for said in report.damage if said not in store.damage)]
+    report.seconds = time.perf_counter() - begin
+    return report
+
+
+class _Loop:
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        store: Store,
+        executor: Executor,
+        retries: int,
+        report: RunReport,
+        watch: Callable[[Event], None] | None,
+    ) -> None:
+        self.store, self.executor, self.retries, self.report, self.watch = store, executor, retries, report, watch
+        self.jobs = {job.id: job for job in jobs}
+        self.queue = _Queue()
+        by_model: dict[ModelSpec, list[Job]] = {}
+        for job in jobs:
+            by_model.setdefault(job.model, []).append(job)
+        self.queue.tasks.extend(PlanTask(model, tuple(mine)) for model, mine in by_model.items())
+        self.total, self.done = 0, 0
+        self.flying: dict[Any, tuple[int, Task]] = {}
+        self.loaded: dict[int, ModelSpec | None] = dict.fromkeys(range(executor.n_workers))
+        self.beaten = 0.0
+
+    def go(self) -> None:
+        while self.queue.tasks or self.flying:
+            busy = {worker for worker, _ in self.flying.values()}
+            for worker in self.loaded:
+                if worker not in busy and (task := self.queue.take(self.loaded[worker])) is not None:
+                    self.loaded[worker] = task.model
+                    self.flying[self.executor.submit(worker, task)] = (worker, task)
+            self.beat()
+            for handle in self.executor.wait(list(self.flying), WAIT):
+                self._settle(handle)
+
+    def _settle(self, handle: Any) -> None:
+        worker, task = self.flying[handle]
+        try:
+            outcome = self.executor.result(handle)
+        except WorkerLostError as error:
+            self.loaded[worker] = None
+            outcome = Failed(f"its worker was lost: {error}")
+            if isinstance(task, ShardTask):
+                task = replace(task, lost=task.lost + 1)
+            elif task.attempt < self.retries:
+                del self.flying[handle]
+                self.report.retried += 1
+                self.queue.tasks.append(replace(task, attempt=task.attempt + 1))
+                return
+        del self.flying[handle]
+        if isinstance(outcome, Failed):
+            self._failed(task, outcome.error)
+        elif isinstance(outcome, Planned) and isinstance(task, PlanTask):
+            self._planned(task, outcome)
+        elif isinstance(outcome, Finished):
+            self.done += 1
+            self.report.computed += 1
+            self.report.shard_seconds += outcome.seconds
+
+    def _planned(self, task: PlanTask, planned: Planned) -> None:
+        self.report.damage += planned.damage
+        for job, error in planned.failed.items():
+            self._record(job, None, error, 1)
+        shards = [ShardTask(self.jobs[job], shard) for job, numbers in planned.todo.items() for shard in numbers]
+        total = sum(planned.n_shards.values())
+        self.total += total
+        self.done += total - len(shards)
+        self.report.kept += total - len(shards)
+        self.queue.tasks.extendleft(reversed(shards))
+
+    def _failed(self, task: Task, error: str) -> None:
+        if isinstance(task, PlanTask):  # the model itself: none of its jobs can be run
+            for job in task.jobs:
+                self._record(job.id, None, error, 1)
+        elif task.attempt < self.retries:
+            self.report.retried += 1
+            self.queue.tasks.append(replace(task, attempt=task.attempt + 1))
+        else:
+            self._record(task.job.id, task.shard, error, task.attempt + 1)
+
+    def _record(self, job: str, shard: int | None, error: str, attempts: int) -> None:
+        self.report.failed[str(self.jobs[job])] = error
+        name = f"failed/{job}/{'plan' if shard is None else shard}.json"
+        self.store.put(name, {"job": job, "shard": shard, "error": error, "attempts": attempts})
+
+    def beat(self) -> None:
+        doing = [
+            [str(task.job), task.job.id, task.shard] for _, task in self.flying.values() if isinstance(task, ShardTask)
+        ]
+        if self.watch is not None:
+            planning = [f"planning {task.model.name}" for _, task in self.flying.values() if isinstance(task, PlanTask)]
+            self.watch(Event(self.done, self.total, (planning or [f"{doing[0][0]}" if doing else ""])[0]))
+        if time.monotonic() - self.beaten > BEAT_EVERY:
+            self.store.beat(doing, self.executor.n_workers)
+            self.beaten = time.monotonic()
+
+
+# -- the manifest ------------------------------------------------------------------------------------------------------
+
+
+def write_manifest(store: Store, jobs: Sequence[Job], name: str) -> None:
+    """Says what the study is. Jobs of an earlier statement of it stay listed, and stay in the store.
+
+    Raises:
+        StoreError: the store was written by another schema.
+    """
+    listed = {job: (stated, labels) for job, stated, labels in read_manifest(store, mend=True)}
+    wanted = {job.id: (job.stated(), list(job.labels)) for job in jobs}
+    merged = {**{job: entry for job, entry in listed.items() if job not in wanted}, **wanted}
+    there = store.good("manifest.json")
+    if there is None or there["name"] != name or list(merged.items()) != [(j, (s, la)) for j, s, la in _entries(there)]:
+        jobs_json = [{"job": job, "stated": stated, "labels": labels} for job, (stated, labels) in merged.items()]
+        store.put("manifest.json", {"format": "mechkit study", "name": name, "jobs": jobs_json})
+
+
+def read_manifest(store: Store, *, mend: bool = False) -> list[tuple[str, dict[str, Any], list[str]]]:
+    """Every job that the store knows: its id, statement and labels. A manifest that is lost is put together from the jobs'
+    records.
+
+    Raises:
+        StoreError: the store was written by another schema.
+    """
+    check_schema(store)
+    there: dict[str, Any] | None = None
+    try:
+        there = store.get("manifest.json")
+        lost = "manifest.json was missing" if there is None and store.files.names("jobs") else None
+    except DamagedError as error:
+        lost = str(error)
+        if mend:
+            store.set_aside("manifest.json", lost)
+    if there is not None:
+        return _entries(there)
+    found = []
+    for name in store.files.names("jobs"):
+        record = store.good(f"jobs/{name}")
+        if record is not None:
+            found.append((record["job"], record["stated"], record["labels"]))
+    if lost and mend:
+        store.say(f"{lost}; {len(found)} jobs were found by their own records")
+    return found
+
+
+def _entries(manifest: dict[str, Any]) -> list[tuple[str, dict[str, Any], list[str]]]:
+    return [(entry["job"], entry["stated"], entry["labels"]) for entry in manifest["jobs"]]
+
+
+def check_schema(store: Store) -> None:
+    """Refuses a store of another schema, whatever else is in it."""
+    import json
+
+    from mechkit.sweeps._store import SCHEMA
+
+    data = store.files.read("manifest.json")
+    try:
+        schema = SCHEMA if data is None else json.loads(data).get("schema", SCHEMA)
+    except (ValueError, AttributeError):
+        return  # torn: put together again
+    if schema != SCHEMA:
+        raise StoreError(
+            f"store {store.url}: expected schema {SCHEMA}, got {schema!r}: it was written by another mechkit. Nothing "
+            "was touched; use that mechkit, or another store"
+        )
+
+
+@contextlib.contextmanager
+def watching(progress: bool) -> Iterator[Callable[[Event], None] | None]:
+    """A bar on the terminal, for as long as the study runs."""
+    if not progress:
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        bar = bars.add_task("", total=None)
+
+        def watch(event: Event) -> None:
+            bars.update(bar, completed=event.done, total=event.total or None, description=event.doing[:60])
+
+        yield watch

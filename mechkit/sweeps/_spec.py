@@ -1,0 +1,522 @@
+"""A study as its author states it, checked before anything runs, and the jobs that it comes to.
+
+1. The statement (TOML, or the same tables in Python) is a list of models, a list of tasks and a list of techniques.
+2. `grid.KEY = [...]` in an entry makes one entry for each value of KEY.
+3. Each technique meets each task (that it is for) on each model: a job. Every job has an id: a hash of all that is stated, and of
+   mechkit's version.
+4. All problems are collected and told together, each with its key, and its line in the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+import tomllib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mechkit._version import __version__
+from mechkit.attribution._cells import check_dims
+from mechkit.hooks import get_site
+from mechkit.sweeps import _registry as registry
+
+Key = tuple[str | int, ...]
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
+
+    name: str
+    label: str | None = None
+
+    @property
+    def more(self) -> dict[str, Any]:
+        """The arguments: whatever is not a key of ours."""
+        return dict(self.model_extra or {})
+
+
+class _ModelEntry(_Entry):
+    revision: str | None = None
+    dtype: Literal["float64", "float32", "bfloat16", "float16"] = "float32"
+    device_map: str | None = None
+    trust_remote_code: bool = False
+
+
+class _TaskEntry(_Entry):
+    pass
+
+
+class _TechniqueEntry(_Entry):
+    metric: str | dict[str, Any] | None = None
+    tasks: list[str] | None = None
+    models: list[str] | None = None
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    name: str = "study"
+    store: str
+    budget: int | str | None = None
+    shard: int | None = Field(default=None, ge=1)
+    retries: int = Field(default=2, ge=0)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A function by name, and its arguments as JSON values."""
+
+    name: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def stated(self) -> dict[str, Any]:
+        return {"name": self.name, "arguments": dict(self.arguments)}
+
+    @classmethod
+    def of(cls, stated: Mapping[str, Any] | None) -> Call | None:
+        return None if stated is None else cls(stated["name"], stated["arguments"])
+
+    def __hash__(self) -> int:
+        return hash(canonical(self.stated()))
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Which model. How it is put on devices, and whether its own code may run, is no part of what is stated."""
+
+    name: str
+    revision: str | None = None
+    dtype: str = "float32"
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # of a model that is code
+    device_map: str | None = None
+    trust_remote_code: bool = False
+
+    def stated(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "revision": self.revision,
+            "dtype": self.dtype,
+            "arguments": dict(self.arguments),
+        }
+
+    def __hash__(self) -> int:
+        return hash(canonical(self.stated()))
+
+
+@dataclass(frozen=True)
+class Job:
+    """One technique on one task on one model.
+
+    Attributes:
+        model, task, technique, metric: What is run; no task where the model alone is looked at.
+        labels: How model, task and technique are called in tables.
+    """
+
+    model: ModelSpec
+    task: Call | None
+    technique: Call
+    metric: Call | None
+    labels: tuple[str, str, str]
+    mechkit: str = __version__
+
+    def stated(self) -> dict[str, Any]:
+        """All that decides the numbers, as far as it is known before the model is loaded."""
+        return {
+            "model": self.model.stated(),
+            "task": None if self.task is None else self.task.stated(),
+            "technique": self.technique.stated(),
+            "metric": None if self.metric is None else self.metric.stated(),
+            "mechkit": self.mechkit,
+        }
+
+    @cached_property
+    def id(self) -> str:
+        return hashlib.sha256(canonical(self.stated())).hexdigest()[:16]
+
+    @classmethod
+    def of(cls, stated: Mapping[str, Any], labels: Sequence[str], **how: Any) -> Job:
+        """The inverse of `stated`; `how` are a model's device map and the like."""
+        technique = Call.of(stated["technique"])
+        assert technique is not None
+        return cls(
+            ModelSpec(**stated["model"], **how),
+            Call.of(stated["task"]),
+            technique,
+            Call.of(stated["metric"]),
+            (labels[0], labels[1], labels[2]),
+            stated["mechkit"],
+        )
+
+    def __str__(self) -> str:
+        return " · ".join(label for label in self.labels if label)
+
+
+@dataclass(frozen=True)
+class Statement:
+    """A checked study: its settings and its jobs."""
+
+    name: str
+    store: str
+    budget: int | None
+    shard: int | None
+    retries: int
+    jobs: tuple[Job, ...]
+
+
+def canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
+
+
+# -- reading and checking ----------------------------------------------------------------------------------------------
+
+
+class Problems:
+    """What is wrong with a study, told together."""
+
+    def __init__(self, where: str, text: str | None = None, *, allow_code: bool = True) -> None:
+        self.where, self.text, self.allow_code = where, text, allow_code
+        self.found: list[tuple[Key, str]] = []
+
+    def add(self, key: Key, message: str) -> None:
+        self.found.append((key, message))
+
+    def raise_any(self) -> None:
+        if self.found:
+            lines = "\n".join(f"  {self._place(key)}: {message}" for key, message in self.found)
+            count = "1 problem" if len(self.found) == 1 else f"{len(self.found)} problems"
+            raise ValueError(f"{self.where}: {count}; nothing was run\n{lines}")
+
+    def _place(self, key: Key) -> str:
+        name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in key).removeprefix(".")
+        line = None if self.text is None else line_of(self.text, key)
+        return name if line is None else f"line {line}, {name}"
+
+
+def read_toml(path: Path, *, allow_code: bool) -> Statement:
+    """A study from a TOML file. Paths in it (`store`, models that begin with `.`) are relative to the file.
+
+    Raises:
+        ValueError: everything that is wrong with it, with lines.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: expected a study file in TOML, could not read it: {error}") from error
+    try:
+        tables = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path}: expected TOML; nothing was run\n  {error}") from error
+    singular = {"model": "models", "task": "tasks", "technique": "techniques"}
+    for wrong in set(singular.values()) & set(tables):
+        name = next(one for one, many in singular.items() if many == wrong)
+        raise ValueError(f"{path}: expected [[{name}]] tables, got {wrong!r} (line {line_of(text, (wrong,))})")
+    parts = {name: tables.pop(name, []) for name in singular}
+    return check(
+        tables, parts, Problems(str(path), text, allow_code=allow_code), folder=path.resolve().parent, stem=path.stem
+    )
+
+
+def check(
+    settings: Mapping[str, Any],
+    parts: Mapping[str, Any],
+    problems: Problems,
+    *,
+    folder: Path | None = None,
+    stem: str | None = None,
+) -> Statement:
+    """Settings and entries as a study. `folder` is what relative paths are relative to.
+
+    Raises:
+        ValueError: everything that is wrong.
+    """
+    given = {"store": f"{stem}.study", "name": stem, **settings} if stem else dict(settings)
+    checked = _validated(_Settings, given, (), problems)
+    budget = _bytes(given.get("budget"), problems)
+    models = [_model(entry, key, problems, folder) for key, entry in _entries(_ModelEntry, "model", parts, problems)]
+    tasks = [_task(entry, key, problems) for key, entry in _entries(_TaskEntry, "task", parts, problems)]
+    techniques = [
+        (key, entry, *_technique(entry, key, problems))
+        for key, entry in _entries(_TechniqueEntry, "technique", parts, problems)
+    ]
+    for what, named in (("model", models), ("technique", techniques)):
+        if not named and not problems.found:
+            problems.add((what,), f"expected at least one [[{what}]], got none")
+    problems.raise_any()
+    assert checked is not None
+    jobs = _jobs(models, tasks, techniques, problems)
+    problems.raise_any()
+    store = checked.store
+    if folder is not None and "://" not in store:
+        store = str(folder / Path(store).expanduser())
+    return Statement(checked.name, store, budget, checked.shard, checked.retries, tuple(jobs))
+
+
+def _validated(kind: Any, value: Any, key: Key, problems: Problems) -> Any:
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        for one in error.errors():
+            # A union's branches each say what they wanted; the path to the value is the part that is in it.
+            place = key + tuple(part for part in one["loc"] if not _is_branch(part, value))[:1]
+            got = "" if one["type"] == "missing" else f", got {_shown(one['input'])}"
+            message = {"extra_forbidden": "unknown key", "missing": "expected a value, there is none"}.get(one["type"])
+            problems.add(place, f"{message or one['msg'][0].lower() + one['msg'][1:]}{got}")
+        return None
+
+
+def _is_branch(part: Any, value: Any) -> bool:
+    return isinstance(part, str) and isinstance(value, Mapping) and part not in value and part in ("str", "int", "dict")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 80 else f"{text[:77]}..."
+
+
+def _bytes(budget: Any, problems: Problems) -> int | None:
+    """`"512 MiB"` in bytes."""
+    if budget is None:
+        return None
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(budget))
+    if isinstance(budget, bool) or match is None or match[2].lower() not in UNITS:
+        problems.add(("budget",), f"expected bytes, such as 1073741824 or '1 GiB', got {budget!r}")
+        return None
+    size = int(float(match[1]) * UNITS[match[2].lower()])
+    if size < 1:
+        problems.add(("budget",), f"expected a positive number of bytes, got {budget!r}")
+    return size
+
+
+def _entries(kind: type[_Entry], what: str, parts: Mapping[str, Any], problems: Problems) -> Iterator[tuple[Key, Any]]:
+    """The entries of one list, one for each combination of its grid."""
+    entries = parts.get(what, [])
+    if not isinstance(entries, Sequence) or isinstance(entries, str):
+        problems.add((what,), f"expected a list of tables, [[{what}]], got {_shown(entries)}")
+        return
+    for i, entry in enumerate(entries):
+        key: Key = (what, i)
+        if isinstance(entry, str):
+            entry = {"name": entry}
+        if not isinstance(entry, Mapping):
+            problems.add(key, f"expected a table, got {_shown(entry)}")
+            continue
+        entry = {name: registry.plain(value) for name, value in entry.items()}
+        grid = entry.pop("grid", {})
+        if not isinstance(grid, Mapping) or not all(isinstance(values, list) and values for values in grid.values()):
+            problems.add((*key, "grid"), f"expected lists, such as grid.seed = [0, 1], got {_shown(grid)}")
+            continue
+        if twice := [name for name in grid if name in entry]:
+            problems.add((*key, "grid"), f"expected {twice[0]!r} either in the entry or in its grid, got it in both")
+            continue
+        for combination in itertools.product(*grid.values()):
+            chosen = dict(zip(grid, combination, strict=True))
+            found = _validated(kind, {**entry, **chosen}, key, problems)
+            if found is None:
+                break  # said once
+            if chosen and len(list(itertools.product(*grid.values()))) > 1:
+                base = found.label or found.name
+                found.label = " ".join([base, *(f"{name}={_word(value)}" for name, value in chosen.items())])
+            yield key, found
+
+
+def _word(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+
+
+def _model(entry: _ModelEntry, key: Key, problems: Problems, folder: Path | None) -> tuple[Key, str, ModelSpec]:
+    name = entry.name
+    if folder is not None and name.startswith((".", "~")):
+        name = str(folder / Path(name).expanduser())
+    if entry.more and not registry.is_code(name):
+        for one in entry.more:
+            problems.add(
+                (*key, one), "unknown key; a model has name, revision, dtype, device_map and trust_remote_code"
+            )
+    arguments = entry.more
+    if registry.is_code(name):
+        arguments = _checked(registry.from_code, name, entry.more, key, problems)
+    spec = ModelSpec(name, entry.revision, entry.dtype, arguments, entry.device_map, entry.trust_remote_code)
+    return key, entry.label or entry.name, spec
+
+
+def _task(entry: _TaskEntry, key: Key, problems: Problems) -> tuple[Key, str, Call]:
+    call = Call(entry.name, _checked(registry.task, entry.name, entry.more, key, problems))
+    return key, entry.label or entry.name, call
+
+
+def _technique(entry: _TechniqueEntry, key: Key, problems: Problems) -> tuple[str, Call, Call | None]:
+    found: list[registry.Technique] = []
+
+    def function(name: str) -> Callable[..., Any]:
+        found.append(registry.technique(name))
+        return found[0].function
+
+    call = Call(entry.name, _checked(function, entry.name, entry.more, key, problems))
+    metric = _metric(entry.metric, key, problems)
+    if found and found[0].metric:
+        metric = metric or _metric(registry.DEFAULT_METRIC, key, problems)
+    elif found and metric is not None:
+        problems.add((*key, "metric"), f"{entry.name} has no use for a metric; leave it out")
+    _check_cells(call, key, problems)
+    return entry.label or entry.name, call, metric
+
+
+def _check_cells(call: Call, key: Key, problems: Problems) -> None:
+    """What can be said of `site` and `over` without the model."""
+    if registry.is_code(call.name) or not isinstance(site := call.arguments.get("site"), str):
+        return
+    try:
+        found = get_site(site)
+    except ValueError as error:
+        problems.add((*key, "site"), str(error).removeprefix("site: "))
+        return
+    over = call.arguments.get("over")
+    if isinstance(over, str) and call.name != "logit_lens":
+        try:
+            check_dims(found, tuple(over.split()), over)
+        except ValueError as error:
+            problems.add((*key, "over"), str(error).removeprefix("over: "))
+
+
+def _metric(stated: str | Mapping[str, Any] | None, key: Key, problems: Problems) -> Call | None:
+    if stated is None:
+        return None
+    given = {"name": stated} if isinstance(stated, str) else dict(stated)
+    name = given.pop("name", None)
+    if not isinstance(name, str):
+        problems.add((*key, "metric"), f"expected a metric's name, or a table with one, got {_shown(stated)}")
+        return None
+    return Call(name, _checked(registry.metric, name, given, (*key, "metric"), problems, named=False))
+
+
+def _checked(
+    find: Callable[[str], Callable[..., Any]],
+    name: str,
+    given: Mapping[str, Any],
+    key: Key,
+    problems: Problems,
+    named: bool = True,
+) -> dict[str, Any]:
+    """The arguments of the call of a name. What is wrong with them, or with it, is added to the problems."""
+    place = (*key, "name") if named else key
+    if registry.is_code(name) and not problems.allow_code:  # before it is imported, which would run it
+        problems.add(
+            place, f"{name!r} is code, which would be run; allow it (--allow-code, allow_code=True) if you trust it"
+        )
+        return {}
+    try:
+        return registry.arguments(find(name), given)
+    except registry.BadArguments as error:
+        for argument, problem in error.problems.items():
+            problems.add((*key, argument), problem)
+    except ValueError as error:
+        problems.add(place, str(error))
+    return {}
+
+
+def _jobs(
+    models: Sequence[tuple[Key, str, ModelSpec]],
+    tasks: Sequence[tuple[Key, str, Call]],
+    techniques: Sequence[tuple[Key, _TechniqueEntry, str, Call, Call | None]],
+    problems: Problems,
+) -> list[Job]:
+    """Every technique on every task that it is for, on every model."""
+    for what, labels in (("model", [label for _, label, _ in models]), ("task", [label for _, label, _ in tasks])):
+        for label, count in Counter(labels).items():
+            if count > 1:
+                where = [key for key, other, _ in (*models, *tasks) if other == label and key[0] == what]
+                problems.add(where[1], f"duplicate: {count} entries are called {label!r}; give them a label each")
+    if problems.found:
+        return []
+    names = _distinct(techniques)
+    jobs: dict[str, tuple[Key, Job]] = {}
+    for (key, entry, _, call, metric), label in zip(techniques, names, strict=True):
+        row = registry.technique(call.name)
+        mine = _chosen(models, entry.models, (*key, "models"), problems)
+        for_tasks: Sequence[tuple[Key, str, Call | None]] = _chosen(tasks, entry.tasks, (*key, "tasks"), problems)
+        if row.works_on == "nothing":
+            if entry.tasks is not None:
+                problems.add((*key, "tasks"), f"{call.name} looks at the model alone; leave tasks out")
+            for_tasks = [((), "", None)]
+        elif not for_tasks and not problems.found:
+            problems.add(key, f"{call.name} needs a task; there is no [[task]]")
+        for (_, model_label, model), (_, task_label, task) in itertools.product(mine, for_tasks):
+            if (
+                task is not None
+                and task.name in registry.GIVES_PROMPTS
+                and (row.works_on == "pairs" or metric is not None)
+            ):
+                with_pairs = json.dumps([other for _, other, one in tasks if one.name not in registry.GIVES_PROMPTS])
+                problems.add(
+                    key,
+                    f"{call.name} needs pairs of prompts, and task {task_label!r} has none; name those it is for: "
+                    f"tasks = {with_pairs}",
+                )
+                continue
+            job = Job(model, task, call, metric, (model_label, task_label, label))
+            if job.id in jobs:
+                first, other = jobs[job.id]
+                again = f"{first[0]}[{first[1]}]"
+                problems.add(key, f"duplicate job: '{job}' is the same as '{other}' of {again}, argument by argument")
+            jobs.setdefault(job.id, (key, job))
+    return [job for _, job in jobs.values()]
+
+
+def _distinct(techniques: Sequence[tuple[Key, _TechniqueEntry, str, Call, Call | None]]) -> list[str]:
+    """Labels of techniques: where two would be called the same, the arguments in which they differ are added."""
+    labels = []
+    for _, _, label, call, metric in techniques:
+        others = [(c, m) for _, _, other, c, m in techniques if other == label]
+        said = {"metric": metric.name if metric else None, **call.arguments}
+        differ = [
+            name
+            for name in said
+            if len({canonical(({"metric": m.name if m else None, **c.arguments}).get(name)) for c, m in others}) > 1
+        ]
+        labels.append(" ".join([label, *(f"{name}={_word(said[name])}" for name in differ)]))
+    return labels
+
+
+def _chosen(entries: Sequence[Any], names: list[str] | None, key: Key, problems: Problems) -> list[Any]:
+    if names is None:
+        return list(entries)
+    known = {label: label for _, label, _ in entries}
+    for name in names:
+        if name not in known and not any(call.name == name for _, _, call in entries):
+            problems.add(key, f"expected labels or names among {', '.join(known) or 'none'}, got {name!r}")
+    return [entry for entry in entries if entry[1] in names or entry[2].name in names]
+
+
+# -- lines -------------------------------------------------------------------------------------------------------------
+
+
+def line_of(text: str, key: Key) -> int | None:
+    """The line of a TOML file on which a key stands (`("technique", 1, "site")`), or its table; `None` if it is nowhere."""
+    lines = text.splitlines()
+    first, last = 0, len(lines)
+    rest = list(key)
+    if len(rest) >= 2 and isinstance(rest[1], int):
+        heads = [i for i, line in enumerate(lines) if re.match(rf"\s*\[\[\s*{re.escape(str(rest[0]))}\s*\]\]", line)]
+        if rest[1] >= len(heads):
+            return None
+        first = heads[rest[1]]
+        last = next((i for i in range(first + 1, len(lines)) if re.match(r"\s*\[\[", lines[i])), len(lines))
+        rest = rest[2:]
+    names = [str(part) for part in rest if not isinstance(part, int)]
+    for name in names[::-1]:
+        for i in range(first, last):
+            if re.match(
+                rf"""\s*(?:grid\.|\w+\.)?["']?{re.escape(name)}["']?\s*[.=]|.*[{{,]\s*{re.escape(name)}\s*=""", lines[i]
+            ):
+                return i + 1
+    return first + 1 if first or not names else None

@@ -1,0 +1,438 @@
+"""Where a study's results are kept: a zarr store with a manifest beside it, in a folder or under an object store's prefix.
+
+    manifest.json            what the study is: its jobs, as they were stated
+    jobs/<job>.json          the full key of a job (weights, tokens, arguments, versions), and how it is cut into shards
+    layout/<job>.json        dims and labels of its values, known since its first shard
+    shards/<job>/<n>.json    a finished shard: the checksum of every chunk that it wrote, its cost, its provenance
+    failed/<job>/<n>.json    a shard that raised an error
+    data/                    a zarr v3 hierarchy; data/<job>/values, baseline_*, and a coordinate array a dim. Read it with xarray
+    aside/                   what was found damaged. Nothing is ever deleted
+
+1. One zarr chunk is one shard, so that no two writers share a chunk. Chunks end in a crc32c, which any zarr reader checks.
+2. A shard counts as finished when its JSON is there, written after its chunks in one step (a rename; a put on object stores).
+   It holds the SHA-256 of each chunk: a chunk that is torn, flipped, missing, or another job's is found out, set aside, and
+   computed again.
+3. Every JSON carries a digest of itself. Files that do not agree with theirs are set aside as well.
+
+Own code, where zarr does not serve: a missing chunk reads as NaN in zarr, and a chunk of another array with a good crc32c
+reads as good, hence the SHA-256; and zarr opens some 300 arrays a second, so that a table of 10,000 jobs is read from the
+chunks directly (`read_chunk`, which zarr's own `bytes` and `crc32c` codecs make plain). icechunk would add transactions over
+many arrays, but its stores open with icechunk alone, and a shard needs no more than its own chunks and one record.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import math
+import os
+import posixpath
+import socket
+import time
+import uuid
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mechkit._version import __version__
+from mechkit.result import Label
+from mechkit.sweeps._spec import canonical
+
+if TYPE_CHECKING:
+    import zarr
+
+SCHEMA = 1
+BEAT = 60.0  # seconds after which a runner that says nothing counts as gone, where no lock can be asked
+CRC = 4  # bytes of crc32c at the end of a chunk
+log = logging.getLogger("mechkit.sweeps")
+
+
+class StoreError(Exception):
+    """The store cannot be used: no space, no permission, another run at work on it, another schema. A study stops at it."""
+
+
+class DamagedError(Exception):
+    """A file of the store is not what was written."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a job's values look like.
+
+    Attributes:
+        dims, labels: As in a `Result`, in the order of storage.
+        chunks: Labels of each dim in one chunk.
+        dtype: `"float32"` or `"float64"`.
+        baselines: Name -> its dims: none, the prompt, or those of the values.
+        base, metric, unit: As in a `Result`.
+        kind: `"result"`, or `"edge_scores"`.
+        graph: Of edge scores.
+    """
+
+    dims: tuple[str, ...]
+    labels: Mapping[str, tuple[Label, ...]]
+    chunks: Mapping[str, int]
+    dtype: str
+    baselines: Mapping[str, tuple[str, ...]]
+    base: str
+    metric: str
+    unit: str
+    kind: str = "result"
+    graph: Mapping[str, Any] | None = None
+
+    def array_dims(self, array: str) -> tuple[str, ...]:
+        return self.dims if array == "values" else self.baselines[array.removeprefix("baseline_")]
+
+    def shape(self, array: str) -> tuple[int, ...]:
+        return tuple(len(self.labels[dim]) for dim in self.array_dims(array))
+
+    def chunk(self, array: str) -> tuple[int, ...]:
+        return tuple(self.chunks[dim] for dim in self.array_dims(array))
+
+    @property
+    def arrays(self) -> list[str]:
+        return ["values", *(f"baseline_{name}" for name in self.baselines)]
+
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self)}
+
+    @classmethod
+    def from_json(cls, stated: Mapping[str, Any]) -> Layout:
+        return cls(
+            **{
+                **stated,
+                "dims": tuple(stated["dims"]),
+                "labels": {dim: tuple(labels) for dim, labels in stated["labels"].items()},
+                "baselines": {name: tuple(dims) for name, dims in stated["baselines"].items()},
+            }
+        )
+
+
+class Files:
+    """Bytes by name, in a folder or under a prefix: whatever fsspec opens."""
+
+    def __init__(self, url: str) -> None:
+        import fsspec
+        from fsspec.implementations.local import LocalFileSystem
+
+        self.url = url
+        self.fs, self.root = fsspec.core.url_to_fs(url)
+        self.local = isinstance(self.fs, LocalFileSystem)
+
+    def path(self, name: str) -> str:
+        return posixpath.join(self.root, name)
+
+    def read(self, name: str) -> bytes | None:
+        """`None` where there is no such file."""
+        try:
+            if self.local:
+                with open(self.path(name), "rb") as file:
+                    return file.read()
+            return bytes(self.fs.cat_file(self.path(name)))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def write(self, name: str, data: bytes) -> None:
+        """In one step: readers see the old file or the new one."""
+        path = self.path(name)
+        if not self.local:
+            self.fs.pipe_file(path, data)
+            return
+        os.makedirs(posixpath.dirname(path), exist_ok=True)
+        partial = f"{path}.{uuid.uuid4().hex}.partial"
+        try:
+            with open(partial, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(partial)
+            raise
+
+    def names(self, folder: str) -> list[str]:
+        """Names in a folder, sorted; none if there is no such folder."""
+        try:
+            if self.local:
+                found = os.listdir(self.path(folder))
+            else:
+                self.fs.invalidate_cache()
+                found = [
+                    posixpath.basename(str(path).rstrip("/")) for path in self.fs.ls(self.path(folder), detail=False)
+                ]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        return sorted(name for name in found if name and not name.endswith(".partial"))
+
+    def exists(self, name: str) -> bool:
+        return bool(self.fs.exists(self.path(name)))
+
+    def move(self, name: str, to: str) -> None:
+        if self.local:
+            os.makedirs(posixpath.dirname(self.path(to)), exist_ok=True)
+            os.replace(self.path(name), self.path(to))
+        else:
+            self.fs.mv(self.path(name), self.path(to), recursive=True)
+
+    def remove(self, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self.fs.rm_file(self.path(name))
+
+
+class Store:
+    """A study's folder."""
+
+    def __init__(self, url: str | os.PathLike[str]) -> None:
+        self.files = Files(os.fspath(url))
+        self.damage: list[str] = []  # what was found, and what was done about it
+
+    @property
+    def url(self) -> str:
+        return self.files.url
+
+    # -- sealed JSON ---------------------------------------------------------------------------------------------------
+
+    def put(self, name: str, body: Mapping[str, Any]) -> None:
+        """Writes JSON that carries its schema and a digest of itself."""
+        body = json.loads(json.dumps({"schema": SCHEMA, **body}))
+        sealed = {**body, "digest": sha256(canonical(body))}
+        with self._said(name):
+            self.files.write(name, json.dumps(sealed, indent=1).encode())
+
+    def get(self, name: str) -> dict[str, Any] | None:
+        """What `put` wrote; `None` where there is nothing.
+
+        Raises:
+            DamagedError: it is not what was written, or not of this schema.
+        """
+        data = self.files.read(name)
+        if data is None:
+            return None
+        try:
+            body = json.loads(data)
+            digest = body.pop("digest")
+        except (ValueError, AttributeError, KeyError) as error:
+            raise DamagedError(f"{name} is torn or not JSON of ours ({type(error).__name__})") from error
+        if sha256(canonical(body)) != digest:
+            raise DamagedError(f"{name} does not agree with its own digest")
+        if body["schema"] != SCHEMA:
+            raise DamagedError(f"{name} has schema {body['schema']!r}, this mechkit reads {SCHEMA}")
+        return dict(body)
+
+    def good(self, name: str) -> dict[str, Any] | None:
+        """`get`, for those who only read: what is damaged counts as missing."""
+        try:
+            return self.get(name)
+        except DamagedError:
+            return None
+
+    def set_aside(self, name: str, why: str) -> None:
+        """Moves something damaged out of the way, and remembers that it was."""
+        taken = self.files.names("aside")
+        to = next(to for i in range(len(taken) + 1) if (to := f"{i:04d}-{name.replace('/', '_')}") not in taken)
+        self.say(f"{why}; set aside as aside/{to}")
+        with self._said(name):
+            self.files.move(name, f"aside/{to}")
+
+    def say(self, what: str) -> None:
+        """Remembers damage, and logs it."""
+        log.warning("%s: %s", self.url, what)
+        self.damage.append(what)
+
+    @contextlib.contextmanager
+    def _said(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StoreError(
+                f"store {self.url}: could not write {name}: {error.strerror or error}. "
+                "What was finished is kept; mend it and run again"
+            ) from error
+
+    # -- who is at work ------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """One runner at a time. In a folder by a lock of the system's, which goes with its process however that ends.
+
+        Raises:
+            StoreError: another run is at work, or the folder cannot be written.
+        """
+        import filelock
+
+        if not self.files.local:
+            self._check_beat()
+            yield
+            return
+        with self._said("lock"):
+            os.makedirs(self.files.root, exist_ok=True)
+            lock = filelock.FileLock(self.files.path("lock"))
+            try:
+                lock.acquire(blocking=False)
+            except filelock.Timeout:
+                raise StoreError(f"store {self.url}: {self._who()} is at work on it; wait for it, or stop it") from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _check_beat(self) -> None:
+        run = self.good("run.json")
+        if run and run["running"] is not None and time.time() - run["beat"] < BEAT:
+            raise StoreError(f"store {self.url}: {self._who()} is at work on it; wait for it, or stop it")
+
+    def _who(self) -> str:
+        run = self.good("run.json") or {}
+        return f"another run (process {run.get('pid', '?')} on {run.get('host', '?')})"
+
+    def beat(self, running: Sequence[Sequence[Any]] | None, workers: int) -> None:
+        """Says that a run is alive, and what it is at; `None` at its end."""
+        self.put(
+            "run.json",
+            {
+                "pid": os.getpid(),
+                "host": socket.gethostname(),
+                "beat": time.time(),
+                "workers": workers,
+                "running": None if running is None else [list(one) for one in running],
+            },
+        )
+
+    def at_work(self) -> dict[str, Any] | None:
+        """What `beat` last said, if that run is still there."""
+        import filelock
+
+        run = self.good("run.json")
+        if run is None or run["running"] is None:
+            return None
+        if self.files.local:
+            lock = filelock.FileLock(self.files.path("lock"))
+            try:
+                lock.acquire(blocking=False)
+            except filelock.Timeout:
+                return run
+            except OSError:
+                return run if time.time() - run["beat"] < BEAT else None
+            lock.release()
+            return None
+        return run if time.time() - run["beat"] < BEAT else None
+
+    # -- writing a shard -----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _zarr_store(self) -> Any:
+        import zarr
+
+        if self.files.local:
+            return zarr.storage.LocalStore(self.files.path("data"))
+        return zarr.storage.FsspecStore.from_url(f"{self.url.rstrip('/')}/data")
+
+    def prepare(self, job: str, layout: Layout, attributes: Mapping[str, Any]) -> None:
+        """Makes a job's group and arrays; those that are there are left alone. Any number of writers may do so at once."""
+        import zarr
+
+        with self._said(f"data/{job}"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # zarr: some of its data types have no final specification yet
+            for path, attrs in (("", {"mechkit": __version__}), (job, dict(attributes))):
+                if not self.files.exists(posixpath.join("data", path, "zarr.json")):
+                    zarr.create_group(self._zarr_store, path=path, attributes=attrs, overwrite=False, zarr_format=3)
+            for array in layout.arrays:
+                if not self.files.exists(f"data/{job}/{array}/zarr.json"):
+                    self._create(
+                        f"{job}/{array}",
+                        layout.shape(array),
+                        layout.chunk(array),
+                        layout.dtype,
+                        layout.array_dims(array),
+                    )
+            for dim in layout.dims:
+                labels = layout.labels[dim]
+                whole = all(isinstance(label, int) for label in labels)
+                if not self.files.exists(f"data/{job}/{dim}/zarr.json"):
+                    kind = "int64" if whole else "str"
+                    self._create(f"{job}/{dim}", (len(labels),), (max(1, len(labels)),), kind, (dim,))
+                if not self.files.exists(chunk_name(job, dim, (0,))):
+                    written = zarr.open_array(
+                        self._zarr_store, path=f"{job}/{dim}", mode="r+", config={"write_empty_chunks": True}
+                    )
+                    as_text = [str(label) for label in labels]
+                    written[:] = np.array(labels, dtype=np.int64) if whole else np.array(as_text, dtype=object)
+
+    def label_files(self, job: str, layout: Layout) -> dict[str, str]:
+        """The files of the coordinate arrays, and their SHA-256."""
+        names = [chunk_name(job, dim, (0,)) for dim in layout.dims]
+        return {name: sha256(data) for name in names if (data := self.files.read(name)) is not None}
+
+    def _create(self, name: str, shape: Any, chunks: Any, dtype: str, dims: Sequence[str]) -> zarr.Array:
+        import zarr
+        from zarr.codecs import Crc32cCodec
+
+        return zarr.create_array(
+            self._zarr_store,
+            name=name,
+            shape=shape,
+            chunks=chunks,
+            dtype=str if dtype == "str" else dtype,
+            fill_value="" if dtype == "str" else 0 if dtype == "int64" else np.nan,
+            compressors=(Crc32cCodec(),),  # and no compression: numbers that look random have none
+            dimension_names=tuple(dims),
+            overwrite=False,
+        )
+
+    def write_chunk(
+        self, job: str, array: str, layout: Layout, at: Sequence[int], block: np.ndarray
+    ) -> tuple[str, str]:
+        """Writes a whole chunk. Returns its file and the SHA-256 of what is in that file afterwards."""
+        import zarr
+
+        name = chunk_name(job, array, at)
+        with self._said(name):
+            self.files.remove(name)  # what a run that was killed left: zarr would read it first
+            opened = zarr.open_array(
+                self._zarr_store,
+                path=f"{job}/{array}",
+                mode="r+",
+                config={
+                    "write_empty_chunks": True
+                },  # all NaN is a result too: a file that is not there is one that was lost
+            )
+            region = tuple(
+                slice(i * size, i * size + n) for i, size, n in zip(at, layout.chunk(array), block.shape, strict=True)
+            )
+            opened[region] = block
+            data = self.files.read(name)
+        if data is None:
+            raise StoreError(f"store {self.url}: {name} is not there after it was written")
+        return name, sha256(data)
+
+    # -- reading -------------------------------------------------------------------------------------------------------
+
+    def read_chunk(self, name: str, sha: str, layout: Layout, array: str) -> np.ndarray:
+        """A chunk, whole.
+
+        Raises:
+            DamagedError: the file is missing, or not what was written.
+        """
+        data = self.files.read(name)
+        if data is None:
+            raise DamagedError(f"{name} is missing")
+        if sha256(data) != sha:
+            raise DamagedError(f"{name} is torn, changed, or another job's: its checksum is not the recorded one")
+        chunk = layout.chunk(array)
+        kind = np.dtype(f"<{layout.dtype[0]}{int(layout.dtype[5:]) // 8}")
+        return np.frombuffer(data, dtype=kind, count=math.prod(chunk)).reshape(chunk)
+
+
+def chunk_name(job: str, array: str, at: Sequence[int]) -> str:
+    return "/".join(["data", job, array, "c", *map(str, at)])
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,338 @@
+"""All results of a study as one labelled table, read when they are asked for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mechkit.circuits import EdgeScores
+from mechkit.result import Result
+from mechkit.sweeps._keep import Stored
+from mechkit.sweeps._spec import Job
+from mechkit.sweeps._store import DamagedError, Store
+
+if TYPE_CHECKING:
+    import pandas
+    import pyarrow
+    import xarray
+
+ABOUT = ("model", "revision", "dtype", "task", "technique", "metric", "unit", "base")
+
+
+class Table:
+    """The finished jobs of a study: labels at once, numbers when they are asked for, each checked as it is read.
+
+    Args:
+        store: Where they are.
+        jobs: Which.
+        partial: Take in jobs of which some shards are finished too; the rest of their cells is NaN.
+
+    Attributes:
+        jobs: The finished jobs.
+        missing: Those that are not (with `partial`: of which nothing is).
+    """
+
+    def __init__(self, store: Store, jobs: Sequence[Job], *, partial: bool = False) -> None:
+        self.store, self.partial = store, partial
+        there = set(store.files.names("shards"))
+        opened = {job.id: Stored.open(store, job) if job.id in there else None for job in jobs}
+        self._stored = {key: one for key, one in opened.items() if one is not None and (partial or one.complete)}
+        self.jobs = tuple(job for job in jobs if job.id in self._stored)
+        self.missing = tuple(job for job in jobs if job.id not in self._stored)
+
+    def __len__(self) -> int:
+        return len(self.jobs)
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{len(set(labels))} {what}" for labels, what in zip(self._labels(), _PLURAL, strict=True))
+        missing = f"; {len(self.missing)} jobs are not finished" if self.missing else ""
+        return f"Table({len(self)} results of {counts}{missing})"
+
+    def _labels(self) -> list[tuple[str, ...]]:
+        return [tuple(job.labels[i] for job in self.jobs) for i in range(3)]
+
+    def sel(self, **wanted: Any) -> Table:
+        """The jobs that fit.
+
+        Args:
+            **wanted: `model`, `task`, `technique`: a label or a name, or a list of them; `job`: an id; `metric`, `dtype`, or
+                any argument of a task or technique (`seed=0`, `site="z"`): a value.
+
+        Raises:
+            ValueError: nothing fits; the message says what there is.
+        """
+        jobs = list(self.jobs)
+        for key, value in wanted.items():
+            options = (
+                value
+                if isinstance(value, list | tuple | set) and key in ("model", "task", "technique", "job")
+                else [value]
+            )
+            fits = [job for job in jobs if any(option in facts(job).get(key, ()) for option in options)]
+            if not fits:
+                there = sorted({str(fact) for job in jobs for fact in facts(job).get(key, ())})
+                raise ValueError(f"{key}: expected one of {', '.join(there) or 'no such key'}, got {value!r}")
+            jobs = fits
+        chosen = object.__new__(Table)
+        chosen.store, chosen.partial, chosen.jobs, chosen.missing = self.store, self.partial, tuple(jobs), ()
+        chosen._stored = {job.id: self._stored[job.id] for job in jobs}
+        return chosen
+
+    def result(self, **wanted: Any) -> Result | EdgeScores:
+        """The result of the one job that fits: what the technique would have returned.
+
+        Args:
+            **wanted: As for `sel`.
+
+        Raises:
+            ValueError: none fits, or several do; or what is in the store is not what was written (run the study again: it
+                computes such shards anew).
+        """
+        chosen = self.sel(**wanted)
+        if len(chosen) != 1:
+            names = ", ".join(str(job) for job in chosen.jobs[:5])
+            raise ValueError(
+                f"expected what fits one job, got {len(chosen)} of them: {names}{', ...' if len(chosen) > 5 else ''}"
+            )
+        return self._read(chosen._stored[chosen.jobs[0].id], Stored.load)
+
+    def results(self) -> Iterator[tuple[Job, Result | EdgeScores]]:
+        """Every job and its result, read one at a time."""
+        for job in self.jobs:
+            yield job, self._read(self._stored[job.id], Stored.load)
+
+    def _read(self, stored: Stored, read: Callable[[Stored], Any]) -> Any:
+        try:
+            return read(stored)
+        except DamagedError as error:
+            raise ValueError(
+                f"store {self.store.url}: {error}. Run the study again: it computes such shards anew"
+            ) from error
+
+    # -- as other libraries have it ------------------------------------------------------------------------------------
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """Tidy long form, one row a cell and prompt: what the job is (`model`, `task`, `technique`, `metric`, `unit`, …), a
+        column a dim, the `value`, and a column a baseline. A dim that a job does not have is missing there."""
+        return self._arrow().to_pandas(types_mapper=_nullable)
+
+    def to_parquet(self, path: str | os.PathLike[str]) -> Path:
+        """The same table as a Parquet file, job by job, so that it need not fit into memory. DuckDB, polars and pandas read
+        it."""
+        import pyarrow.parquet as parquet
+
+        with _replacing(path) as partial, parquet.ParquetWriter(partial, self._schema, compression="zstd") as writer:
+            for part in self._parts():
+                writer.write_table(part)
+        return Path(path)
+
+    def to_csv(self, path: str | os.PathLike[str]) -> Path:
+        """The same table as CSV."""
+        import pyarrow.csv as csv
+
+        with _replacing(path) as partial, csv.CSVWriter(partial, self._text_schema) as writer:
+            for part in self._parts():
+                writer.write_table(part.cast(self._text_schema))
+        return Path(path)
+
+    def to_xarray(self) -> xarray.DataTree:
+        """A tree with a dataset for every job, `/model/task/technique`: `values` with its coords, and `baseline_*`. Numbers
+        are read, and checked, when they are used."""
+        import xarray as xr
+
+        return xr.DataTree.from_dict({_node(job): _dataset(self._stored[job.id]) for job in self.jobs})
+
+    @property
+    def _dims(self) -> dict[str, bool]:
+        """Every dim of any job, and whether all of its labels are whole numbers."""
+        dims: dict[str, bool] = {}
+        for stored in self._stored.values():
+            for dim in stored.layout.dims:
+                whole = all(isinstance(label, int) for label in stored.layout.labels[dim])
+                dims[dim] = dims.get(dim, True) and whole
+        return {
+            **{dim: whole for dim, whole in dims.items() if dim != "prompt"},
+            **{d: w for d, w in dims.items() if d == "prompt"},
+        }
+
+    @property
+    def _baselines(self) -> list[str]:
+        return sorted({name for stored in self._stored.values() for name in stored.layout.baselines})
+
+    @property
+    def _schema(self) -> pyarrow.Schema:
+        import pyarrow as pa
+
+        names = pa.dictionary(pa.int32(), pa.string())
+        wide = any(stored.layout.dtype == "float64" for stored in self._stored.values())
+        number = pa.float64() if wide else pa.float32()
+        columns = [("job", names), *((name, names) for name in ABOUT)]
+        columns += [
+            (f"dim_{dim}" if dim in ABOUT else dim, pa.int64() if whole else names) for dim, whole in self._dims.items()
+        ]
+        columns += [("value", number), *((f"baseline_{name}", number) for name in self._baselines)]
+        return pa.schema(columns)
+
+    @property
+    def _text_schema(self) -> pyarrow.Schema:
+        import pyarrow as pa
+
+        return pa.schema([(f.name, pa.string() if pa.types.is_dictionary(f.type) else f.type) for f in self._schema])
+
+    def _arrow(self) -> pyarrow.Table:
+        import pyarrow as pa
+
+        parts = list(self._parts())
+        return pa.concat_tables(parts).unify_dictionaries() if parts else self._schema.empty_table()
+
+    def _parts(self) -> Iterator[pyarrow.Table]:
+        schema, dims, baselines = self._schema, self._dims, self._baselines
+        for job in self.jobs:
+            yield self._read(self._stored[job.id], lambda stored: _rows(stored, schema, dims, baselines))
+
+
+_PLURAL = ("models", "tasks", "techniques")
+
+
+def facts(job: Job) -> dict[str, tuple[Any, ...]]:
+    """What can be selected by: each key's values."""
+    model, task, technique = job.labels
+    found: dict[str, tuple[Any, ...]] = {
+        "job": (job.id,),
+        "model": (model, job.model.name),
+        "task": (task, *([job.task.name] if job.task else [])),
+        "technique": (technique, job.technique.name),
+        "metric": (job.metric.name,) if job.metric else (),
+        "dtype": (job.model.dtype,),
+        "revision": (job.model.revision,),
+    }
+    for call in (job.task, job.technique):
+        for name, value in call.arguments.items() if call else ():
+            found[name] = (*found.get(name, ()), value)
+    return found
+
+
+def _rows(stored: Stored, schema: pyarrow.Schema, dims: Mapping[str, bool], baselines: Sequence[str]) -> pyarrow.Table:
+    """One job's rows."""
+    import pyarrow as pa
+
+    job, layout, labels = stored.job, stored.layout, stored.labels
+    values = stored.array("values")
+    n, shape = values.size, values.shape
+    about = [
+        job.labels[0],
+        job.model.revision,
+        job.model.dtype,
+        job.labels[1] or None,
+        job.labels[2],
+        layout.metric,
+        layout.unit,
+    ]
+    columns = [_constant(text, n) for text in (job.id, *about, layout.base or None)]
+    for dim, whole in dims.items():
+        if dim not in labels:
+            kind = pa.int64() if whole else pa.dictionary(pa.int32(), pa.string())
+            columns.append(pa.nulls(n, kind))
+            continue
+        axis = layout.dims.index(dim)
+        index = np.arange(shape[axis], dtype=np.int32).reshape([-1 if i == axis else 1 for i in range(len(shape))])
+        index = np.broadcast_to(index, shape).ravel()
+        if whole:
+            columns.append(pa.array(np.array(labels[dim], dtype=np.int64)[index]))
+        else:
+            names = pa.array([str(label) for label in labels[dim]], pa.string())
+            columns.append(pa.DictionaryArray.from_arrays(pa.array(index), names))
+    columns.append(pa.array(values.ravel()).cast(schema.field("value").type))
+    for name in baselines:
+        kind = schema.field(f"baseline_{name}").type
+        if name not in layout.baselines:
+            columns.append(pa.nulls(n, kind))
+            continue
+        mine = layout.baselines[name]
+        numbers = stored.array(f"baseline_{name}")
+        if not set(mine) <= set(layout.dims):  # means over prompts, with a baseline for each of them
+            numbers = np.broadcast_to(numbers.mean(), shape)
+        else:
+            numbers = numbers.reshape([shape[i] if dim in mine else 1 for i, dim in enumerate(layout.dims)])
+        columns.append(pa.array(np.broadcast_to(numbers, shape).ravel()).cast(kind))
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
+def _constant(text: str | None, n: int) -> Any:
+    import pyarrow as pa
+
+    if text is None:
+        return pa.nulls(n, pa.dictionary(pa.int32(), pa.string()))
+    return pa.DictionaryArray.from_arrays(pa.array(np.zeros(n, dtype=np.int32)), pa.array([text], pa.string()))
+
+
+def _nullable(kind: Any) -> Any:
+    """Whole numbers of a dim that some jobs lack stay whole numbers."""
+    import pandas as pd
+    import pyarrow as pa
+
+    return pd.Int64Dtype() if pa.types.is_int64(kind) else None
+
+
+class _replacing:
+    """A file beside the wanted one, which takes its place if all went well."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
+
+    def __enter__(self) -> str:
+        return str(self.partial)
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if kind is None:
+            os.replace(self.partial, self.path)
+        else:
+            self.partial.unlink(missing_ok=True)
+
+
+# -- xarray ------------------------------------------------------------------------------------------------------------
+
+
+def _node(job: Job) -> str:
+    return "/" + "/".join(label.replace("/", "∕") for label in job.labels if label)
+
+
+def _dataset(stored: Stored) -> xarray.Dataset:
+    import json
+
+    import xarray as xr
+
+    layout, labels = stored.layout, stored.labels
+    coords: dict[str, Any] = {}
+    for dim in layout.dims:
+        whole = all(isinstance(label, int) for label in labels[dim])
+        coords[dim] = np.array(labels[dim], dtype=np.int64 if whole else object)
+    arrays = {array: (layout.array_dims(array), _lazy(stored, array)) for array in layout.arrays}
+    attributes = {"job": stored.job.id, "metric": layout.metric, "unit": layout.unit, "base": layout.base}
+    return xr.Dataset(arrays, coords=coords, attrs={**attributes, "key": json.dumps(stored.job.stated())})
+
+
+def _lazy(stored: Stored, array: str) -> Any:
+    """The array as xarray reads it lazily: whole, and checked, the first time that a number of it is used."""
+    from xarray.backends import BackendArray
+    from xarray.core import indexing
+
+    class Checked(BackendArray):
+        shape = stored.layout.shape(array)
+        dtype = np.dtype(stored.layout.dtype)
+
+        def __getitem__(self, key: Any) -> Any:
+            return indexing.explicit_indexing_adapter(key, self.shape, indexing.IndexingSupport.BASIC, self._get)
+
+        def _get(self, key: Any) -> np.ndarray:
+            try:
+                return np.asarray(stored.array(array)[key])
+            except DamagedError as error:
+                raise ValueError(f"store {stored.store.url}: {error}. Run the study again") from error
+
+    return indexing.LazilyIndexedArray(Checked())

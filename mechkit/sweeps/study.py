@@ -1,0 +1,206 @@
+"""A study: models × tasks × techniques, stated once, run anywhere, and resumed after anything.
+
+1. State it, in Python or in a TOML file. It is checked whole before anything runs (`_spec.py`).
+2. `run` computes what its store does not hold yet (`_run.py`): each job is cut into shards (`_plan.py`), workers compute them
+   (`_worker.py`) in this process, in several, or on Ray (`_executors.py`), and write each into a zarr store with checksums
+   (`_store.py`).
+3. Kill it, and run it again: finished shards are kept, as long as their model, prompts, arguments and mechkit are the same.
+4. `results` reads it all back as one labelled table (`_table.py`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mechkit.hooks import find_model
+from mechkit.sweeps import _registry as registry
+from mechkit.sweeps._executors import Executor, InProcess
+from mechkit.sweeps._run import RunReport, read_manifest, run, watching
+from mechkit.sweeps._spec import Job, Problems, Statement, check, read_toml
+from mechkit.sweeps._status import Status, status
+from mechkit.sweeps._store import Store, StoreError
+from mechkit.sweeps._table import Table
+from mechkit.sweeps._worker import Settings
+
+Entry = str | Mapping[str, Any]
+
+
+class Study:
+    """Techniques on tasks on models.
+
+    Args:
+        models: Names (a hub's, a folder, a `.gguf` file, `"smollm2-135m"`), or tables: `{"name": …, "revision": …, "dtype":
+            "bfloat16", "device_map": "auto"}`.
+        tasks: Names of `mechkit.tasks`, or tables with its arguments: `{"name": "ioi", "n": 32, "seed": 0}`.
+        techniques: Names of techniques, or tables with their arguments, and with `metric` (a name, or a table with its
+            arguments; default `"logit_diff"`): `{"name": "ablation", "site": "z", "over": "layer head", "mode": "mean"}`.
+            `tasks` and `models` in it restrict what it is run on.
+        store: A folder, or an object store's URL (`"s3://bucket/prefix"`, with the fsspec package for it).
+        name: For the manifest.
+        budget: Bytes of working memory (`2**30`, or `"1 GiB"`); default half of what a GPU has free, 1 GiB on a CPU.
+        shard: About how many (cell, prompt) pairs to compute between two writes; default 4,096 on a CPU, 262,144 on a GPU.
+        retries: How often a shard is tried again that raised an error.
+
+    Any entry may have a `label`, and a `grid`: `{"name": "ioi", "grid": {"seed": [0, 1, 2]}}` is three tasks. A name may also
+        be code,
+    `"package.module:function"`: of a model, a function that returns a `HookedModel`; of a task, one of the model that returns
+    `PromptPairs`; of a technique, one of `(model, pairs, metric, ...)` that returns a `Result`; of a metric, one of the pairs.
+
+    Raises:
+        ValueError: everything that is wrong with it, each with its key, before anything is run.
+
+    Example:
+        >>> study = Study(["smollm2-135m"], ["ioi"], ["activation_patching", "ablation"], store="out/study")
+        >>> study.run()
+        >>> study.results().result(technique="ablation").mean("prompt").top(3)
+    """
+
+    def __init__(
+        self,
+        models: Sequence[Entry],
+        tasks: Sequence[Entry],
+        techniques: Sequence[Entry],
+        *,
+        store: str | os.PathLike[str],
+        name: str = "study",
+        budget: int | str | None = None,
+        shard: int | None = None,
+        retries: int = 2,
+    ) -> None:
+        settings = {"name": name, "store": os.fspath(store), "budget": budget, "shard": shard, "retries": retries}
+        parts = {"model": models, "task": tasks, "technique": techniques}
+        self._take(check(settings, parts, Problems("study")))
+
+    def _take(self, statement: Statement) -> None:
+        self.name, self.jobs = statement.name, statement.jobs
+        self.budget, self.shard, self.retries = statement.budget, statement.shard, statement.retries
+        self.store = Store(statement.store)
+
+    @classmethod
+    def from_toml(
+        cls, path: str | os.PathLike[str], *, store: str | os.PathLike[str] | None = None, allow_code: bool = False
+    ) -> Study:
+        """A study from a file: `[[model]]`, `[[task]]` and `[[technique]]` tables, and `store`, `budget`, … above them.
+
+        Args:
+            path: The file. Paths in it are relative to it; without a `store`, results go into `NAME.study` beside it.
+            store: Overrides the file's.
+            allow_code: Whether names in it may be code, which is then run.
+
+        Raises:
+            ValueError: everything that is wrong with it, each with its line and key, before anything is run.
+        """
+        study = object.__new__(cls)
+        study._take(read_toml(Path(path), allow_code=allow_code))
+        if store is not None:
+            study.store = Store(store)
+        return study
+
+    @classmethod
+    def open(cls, store: str | os.PathLike[str]) -> Study:
+        """Every job that a store knows, whichever statements they come from: to look at, or to go on with.
+
+        Raises:
+            ValueError: there is no study in it.
+        """
+        opened = Store(store)
+        try:
+            entries = read_manifest(opened)
+        except StoreError as error:
+            raise ValueError(str(error)) from error
+        if not entries:
+            raise ValueError(f"store: expected a study in {opened.url}, there is none")
+        jobs = tuple(Job.of(stated, labels) for _, stated, labels in entries)
+        study = object.__new__(cls)
+        study._take(Statement("study", opened.url, None, None, 2, jobs))
+        return study
+
+    def __len__(self) -> int:
+        return len(self.jobs)
+
+    def __repr__(self) -> str:
+        counts = [len({job.labels[i] for job in self.jobs if job.labels[i]}) for i in range(3)]
+        kinds = ", ".join(f"{n} {what}" for n, what in zip(counts, ("models", "tasks", "techniques"), strict=True))
+        return f"Study({self.name!r}: {len(self)} jobs of {kinds}, in {self.store.url})"
+
+    def check(self, *, loaded: Sequence[str] = ()) -> None:
+        """Looks whether every model is there, without loading any. `run` does so first.
+
+        Args:
+            loaded: Names that need no looking for.
+
+        Raises:
+            ValueError: those that are not, all together.
+        """
+        problems = Problems(f"study {self.name!r}")
+        models = {job.model.stated()["name"]: job.model for job in self.jobs}
+        for i, (name, model) in enumerate(models.items()):
+            if name in loaded or registry.is_code(name):
+                continue
+            try:
+                find_model(name, revision=model.revision, trust_remote_code=model.trust_remote_code)
+            except ValueError as error:
+                problems.add(("model", i, "name"), str(error).removeprefix("model: "))
+        problems.raise_any()
+
+    def run(
+        self,
+        executor: Executor | None = None,
+        *,
+        only: Mapping[str, Any] | None = None,
+        progress: bool = True,
+    ) -> RunReport:
+        """Computes what is not there yet. An interrupt, a crash or a full disk costs at most the shards that were being computed.
+
+        Args:
+            executor: `InProcess()` (the default), `Processes()` or `Ray()`.
+            only: What to run now, as for `Table.sel`: `{"task": "ioi"}`.
+            progress: Whether to show a bar.
+
+        Returns:
+            What was computed, what was kept, what failed, and what was found damaged. A job that fails does not stop the others.
+
+        Raises:
+            ValueError: a model is missing.
+            StoreError: the store cannot be written, was written by another schema, or another run is at work on it.
+        """
+        executor = executor or InProcess()
+        if getattr(executor, "address", None) is None:  # else the cluster's nodes look for themselves
+            self.check(loaded=list(getattr(executor, "loaded", {})))
+        jobs = self.jobs if only is None else _only(self.jobs, only)
+        self.store.damage.clear()
+        settings = Settings(self.store.url, self.budget, self.shard)
+        with watching(progress) as watch:
+            return run(
+                jobs, self.store, executor, settings, name=self.name, retries=self.retries, watch=watch, known=self.jobs
+            )
+
+    def status(self, *, verify: bool = False) -> Status:
+        """How far it is, from the store alone: also while another process runs it.
+
+        Args:
+            verify: Read every chunk, and count as finished only what is as it was written.
+        """
+        return status(self.store, self.jobs, verify=verify)
+
+    def results(self, *, partial: bool = False) -> Table:
+        """The finished jobs as one table; numbers are read when they are asked for.
+
+        Args:
+            partial: Take in jobs that are finished in part, with NaN for the rest.
+        """
+        return Table(self.store, self.jobs, partial=partial)
+
+
+def _only(jobs: Sequence[Job], wanted: Mapping[str, Any]) -> list[Job]:
+    from mechkit.sweeps._table import facts
+
+    chosen = [job for job in jobs if all(value in facts(job).get(key, ()) for key, value in wanted.items())]
+    if not chosen:
+        raise ValueError(
+            f"only: expected what fits a job, got {dict(wanted)!r}; jobs are {', '.join(map(str, jobs[:5]))}, ..."
+        )
+    return chosen
