@@ -34,7 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "zoo": {"hooks", "circuits", "prompts", "metrics"},
     "sweeps": {"zoo", "tasks", "circuits", "attribution", "hooks", *_DATA},
     "plot": {"attribution", "circuits", "prompts", "metrics", "result"},
-    "cli": {"sweeps", "zoo", "tasks", "circuits", "attribution", "hooks", *_DATA},
+    "cli": {"sweeps", "plot", "zoo", "tasks", "circuits", "attribution", "hooks", *_DATA},
 }
 LATE = {"_drawn": "plot"}  # helper -> what it may import when it is called: results find their pictures by it
 OWNERS = {

@@ -14,7 +14,7 @@ README = Path(__file__).parents[1] / "README.md"
 
 def test_code_blocks_run(smollm2, monkeypatch, tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     go = pytest.importorskip("plotly.graph_objects")
     shown = []
     monkeypatch.setattr(go.Figure, "show", lambda figure, *_: shown.append(figure))

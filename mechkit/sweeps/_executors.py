@@ -127,11 +127,13 @@ class Processes(_Opens):
         )
 
     def close(self) -> None:
-        for pool in self._pools:
-            for process in list((pool._processes or {}).values()):
-                process.terminate()
+        busy = {worker for handle, worker in self._of.items() if not handle.done()}
+        for worker, pool in enumerate(self._pools):
+            if worker in busy:  # the run was interrupted: what it was computing is lost in any case
+                for process in list((pool._processes or {}).values()):
+                    process.terminate()
             pool.shutdown(wait=True, cancel_futures=True)
-        self._pools = []
+        self._pools, self._of = [], {}
 
     def submit(self, worker: int, task: Task) -> Any:
         try:

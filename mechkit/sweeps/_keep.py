@@ -15,7 +15,7 @@ from mechkit.circuits import EdgeScores, Graph
 from mechkit.result import Cost, Label, Result
 from mechkit.sweeps._plan import Plan, Shard
 from mechkit.sweeps._spec import Job
-from mechkit.sweeps._store import DamagedError, Layout, Store, sha256
+from mechkit.sweeps._store import DamagedError, Layout, Store, chunk_name, sha256
 
 # Of one shard's prompts alone: the job's are the record's.
 OF_A_SHARD = ("n_prompts", "tokens_hash", "corrupted_hash", "budget", "prompts")
@@ -169,13 +169,13 @@ def finished(store: Store, job: Job, plan: Plan, *, mend: bool = True) -> set[in
                 _set_shard_aside(store, job.id, path, str(error))
         else:
             done[record["shard"]] = record
-    if mend and layout is not None and done:
-        _mend_arrays(store, job, layout, next(iter(done.values()))["labels"])
+    if mend and layout is not None:
+        _mend_arrays(store, job, layout, next(iter(done.values()))["labels"] if done else None)
     return set(done)
 
 
 def _set_shard_aside(store: Store, job: str, path: str, why: str) -> None:
-    """A shard's record and, if they are known, the chunks that it names."""
+    """A shard's record. Its chunks stay until they are written anew."""
     store.set_aside(path, f"job {job}, shard {path.split('/')[-1].removesuffix('.json')} is computed again: {why}")
 
 
@@ -188,11 +188,11 @@ def shard_record(store: Store, job: str, path: str, plan: Plan) -> dict[str, Any
     record = store.get(path)
     if record is None:
         raise DamagedError(f"{path} is missing")
-    mine = [f"data/{job}/"]
+    mine = f"data/{job}/"
     number = record["shard"]
     if record["job"] != job or path != f"shards/{job}/{number}.json" or not 0 <= number < plan.n_shards:
         raise DamagedError(f"{path} is another shard's")
-    if not all(file.startswith(mine[0]) for file in record["files"]):
+    if not all(file.startswith(mine) and ".." not in file for file in record["files"]):
         raise DamagedError(f"{path} names files of another job")
     return record
 
@@ -211,16 +211,21 @@ def layout_of(store: Store, job: str, *, mend: bool = False) -> Layout | None:
     return None if stated is None else Layout.from_json(stated["layout"])
 
 
-def _mend_arrays(store: Store, job: Job, layout: Layout, labels: Mapping[str, str]) -> None:
-    """What tells other readers of zarr what the chunks mean is set aside if it is wrong, and written again."""
-    for name in ["", *layout.arrays, *layout.dims]:
-        path = "/".join(part for part in ("data", job.id, name, "zarr.json") if part)
+def _mend_arrays(store: Store, job: Job, layout: Layout, labels: Mapping[str, str] | None) -> None:
+    """What tells zarr what the chunks mean is set aside if it is wrong, and written again. `labels` are the checksums of the
+    axes' labels; `None` before the first finished shard, when a run may have been killed before all this was written."""
+    paths = {"data/zarr.json": "", f"data/{job.id}/zarr.json": ""}
+    paths |= {f"data/{job.id}/{name}/zarr.json": name for name in (*layout.arrays, *layout.dims)}
+    for path, name in paths.items():
         data = store.files.read(path)
-        if data is None:
+        if data is None and labels is not None:
             store.say(f"{path} was missing; written again")
-        elif not _describes(data, name, layout):
+        elif data is not None and not _describes(data, name, layout):
             store.set_aside(path, f"{path} is not what describes this array; written again")
-    for file, sha in labels.items():
+    if labels is None:  # nothing says what they should be
+        for dim in layout.dims:
+            store.files.remove(chunk_name(job.id, dim, (0,)))
+    for file, sha in (labels or {}).items():
         data = store.files.read(file)
         if data is None:
             store.say(f"{file} was missing; written again")
@@ -242,10 +247,14 @@ def _describes(data: bytes, name: str, layout: Layout) -> bool:
             shape, chunk = layout.shape(name), layout.chunk(name)
             if found["data_type"] != layout.dtype:
                 return False
+        dims = layout.array_dims(name) if name in layout.arrays else (name,)
+        plain: dict[str, Any] = {"name": "bytes", "configuration": {"endian": "little"}}
+        text = found["data_type"] == "string" and name not in layout.arrays
         return bool(
             found["shape"] == list(shape)
             and found["chunk_grid"]["configuration"]["chunk_shape"] == list(chunk)
-            and found["codecs"][-1]["name"] == "crc32c"
+            and found["codecs"] == [{"name": "vlen-utf8", "configuration": {}} if text else plain, {"name": "crc32c"}]
+            and found["dimension_names"] == list(dims)
         )
     except (ValueError, KeyError, TypeError, IndexError):
         return False
@@ -322,8 +331,14 @@ class Stored:
         layout = self.layout
         baseline = {name: torch.from_numpy(self.array(f"baseline_{name}")) for name in layout.baselines}
         edges = layout.kind == "edge_scores"
+        values = torch.from_numpy(self.array("values"))
+        if not self.complete and "prompt" in layout.dims:  # a cell without its prompt's baseline is not finished either
+            shape = [-1 if dim == "prompt" else 1 for dim in layout.dims]
+            for name, dims in layout.baselines.items():
+                if dims == ("prompt",):
+                    values = values.masked_fill(baseline[name].isnan().reshape(shape), torch.nan)
         result = Result(
-            values=torch.from_numpy(self.array("values")),
+            values=values,
             dims=layout.dims,
             coords=self.labels,
             baseline={} if edges else baseline,

@@ -99,9 +99,6 @@ def make_plan(
     clean = prompts.clean if isinstance(prompts, PromptPairs) else prompts
     n = len(clean)
     labels: dict[str, tuple[Label, ...]] = {}
-    over = str(arguments.get("over", "")).split()
-    if "pos" in over and not row.passes:
-        labels["pos"] = _positions(clean, arguments)
     cells, layers = _cells(job, row, model, prompts)
     size = {"prompt": n}
     if "prompt" in row.split and isinstance(metric, Metric) and _prompts_are_independent(job):
@@ -115,6 +112,9 @@ def make_plan(
     by_length = sorted(range(n), key=lambda i: (len(clean.tokens[i]), i))
     order = tuple(by_length if size["prompt"] < n else range(n))
     labels["prompt"] = order
+    asked = f"{arguments.get('over', '')} {arguments.get('senders', '')}".split()
+    if "pos" in asked and size["prompt"] < n:  # a shard's own prompts may be shorter, and have more tokens in common
+        labels["pos"] = _positions(job, prompts)
     for dim, all_labels in layers.items():
         each = size["prompt"] * cells / len(all_labels)
         if len(all_labels) * each > 2 * rows:
@@ -137,11 +137,14 @@ def _uses_means(job: Job) -> bool:
     return job.technique.arguments.get("mode") in ("mean", "pos_mean")
 
 
-def _positions(clean: Prompts, arguments: Mapping[str, Any]) -> tuple[Label, ...]:
-    longest = int(clean.lengths.max())
-    chosen = arguments.get("positions")
-    index = range(longest) if chosen is None else [i % longest for i in chosen]
-    return position_labels(clean, list(index))
+def _positions(job: Job, prompts: PromptPairs | Prompts) -> tuple[Label, ...]:
+    """As the technique would label all positions of all prompts."""
+    labelled = prompts.clean if isinstance(prompts, PromptPairs) else prompts
+    if (
+        isinstance(prompts, PromptPairs) and "senders" in job.technique.arguments
+    ):  # path patching: its base run's tokens
+        labelled = prompts.corrupted if job.technique.arguments["direction"] == "denoise" else prompts.clean
+    return position_labels(labelled, range(int(labelled.lengths.max())))
 
 
 def _cells(

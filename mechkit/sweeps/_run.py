@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -144,16 +145,25 @@ class _Loop:
         self.total, self.done = 0, 0
         self.flying: dict[Any, tuple[int, Task]] = {}
         self.loaded: dict[int, ModelSpec | None] = dict.fromkeys(range(executor.n_workers))
-        self.beaten = 0.0
+        self.ended = threading.Event()
 
     def go(self) -> None:
+        heart = threading.Thread(target=self._beat, daemon=True)  # a shard in this process may take long
+        heart.start()
+        try:
+            self._work()
+        finally:
+            self.ended.set()
+            heart.join()
+
+    def _work(self) -> None:
         while self.queue.tasks or self.flying:
             busy = {worker for worker, _ in self.flying.values()}
             for worker in self.loaded:
                 if worker not in busy and (task := self.queue.take(self.loaded[worker])) is not None:
                     self.loaded[worker] = task.model
                     self.flying[self.executor.submit(worker, task)] = (worker, task)
-            self.beat()
+            self._show()
             for handle in self.executor.wait(list(self.flying), WAIT):
                 self._settle(handle)
 
@@ -207,16 +217,24 @@ class _Loop:
         name = f"failed/{job}/{'plan' if shard is None else shard}.json"
         self.store.put(name, {"job": job, "shard": shard, "error": error, "attempts": attempts})
 
-    def beat(self) -> None:
+    def _show(self) -> None:
+        if self.watch is None:
+            return
         doing = [
-            [str(task.job), task.job.id, task.shard] for _, task in self.flying.values() if isinstance(task, ShardTask)
+            str(task.job) if isinstance(task, ShardTask) else f"planning {task.model.name}" for _, task in self._at()
         ]
-        if self.watch is not None:
-            planning = [f"planning {task.model.name}" for _, task in self.flying.values() if isinstance(task, PlanTask)]
-            self.watch(Event(self.done, self.total, (planning or [f"{doing[0][0]}" if doing else ""])[0]))
-        if time.monotonic() - self.beaten > BEAT_EVERY:
-            self.store.beat(doing, self.executor.n_workers)
-            self.beaten = time.monotonic()
+        self.watch(Event(self.done, self.total, doing[0] if doing else ""))
+
+    def _at(self) -> list[tuple[int, Task]]:
+        return list(self.flying.values())
+
+    def _beat(self) -> None:
+        while True:
+            shards = [task for _, task in self._at() if isinstance(task, ShardTask)]
+            with contextlib.suppress(StoreError):  # whoever computes will meet it too
+                self.store.beat([[str(one.job), one.job.id, one.shard] for one in shards], self.executor.n_workers)
+            if self.ended.wait(BEAT_EVERY):
+                return
 
 
 # -- the manifest ------------------------------------------------------------------------------------------------------

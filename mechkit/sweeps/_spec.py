@@ -367,7 +367,7 @@ def _technique(entry: _TechniqueEntry, key: Key, problems: Problems) -> tuple[st
         metric = metric or _metric(registry.DEFAULT_METRIC, key, problems)
     elif found and metric is not None:
         problems.add((*key, "metric"), f"{entry.name} has no use for a metric; leave it out")
-    _check_cells(call, key, problems)
+    _check_cells(Call(call.name, call.arguments or entry.more), key, problems)
     return entry.label or entry.name, call, metric
 
 
@@ -516,7 +516,8 @@ def line_of(text: str, key: Key) -> int | None:
     for name in names[::-1]:
         for i in range(first, last):
             if re.match(
-                rf"""\s*(?:grid\.|\w+\.)?["']?{re.escape(name)}["']?\s*[.=]|.*[{{,]\s*{re.escape(name)}\s*=""", lines[i]
+                rf"""\s*(?:grid\.|\w+\.)?["']?{re.escape(name)}["']?\s*[.=]|.*[{{,]\s*{re.escape(name)}\s*=|\s*\[+\s*{re.escape(name)}\s*\]""",
+                lines[i],
             ):
                 return i + 1
     return first + 1 if first or not names else None

@@ -218,7 +218,7 @@ class Store:
         try:
             body = json.loads(data)
             digest = body.pop("digest")
-        except (ValueError, AttributeError, KeyError) as error:
+        except (ValueError, AttributeError, KeyError, TypeError) as error:
             raise DamagedError(f"{name} is torn or not JSON of ours ({type(error).__name__})") from error
         if sha256(canonical(body)) != digest:
             raise DamagedError(f"{name} does not agree with its own digest")
@@ -284,8 +284,7 @@ class Store:
             lock.release()
 
     def _check_beat(self) -> None:
-        run = self.good("run.json")
-        if run and run["running"] is not None and time.time() - run["beat"] < BEAT:
+        if self.at_work() is not None:
             raise StoreError(f"store {self.url}: {self._who()} is at work on it; wait for it, or stop it")
 
     def _who(self) -> str:
@@ -307,21 +306,11 @@ class Store:
 
     def at_work(self) -> dict[str, Any] | None:
         """What `beat` last said, if that run is still there."""
-        import filelock
-
         run = self.good("run.json")
         if run is None or run["running"] is None:
             return None
-        if self.files.local:
-            lock = filelock.FileLock(self.files.path("lock"))
-            try:
-                lock.acquire(blocking=False)
-            except filelock.Timeout:
-                return run
-            except OSError:
-                return run if time.time() - run["beat"] < BEAT else None
-            lock.release()
-            return None
+        if self.files.local and run["host"] == socket.gethostname():
+            return run if _alive(run["pid"]) else None
         return run if time.time() - run["beat"] < BEAT else None
 
     # -- writing a shard -----------------------------------------------------------------------------------------------
@@ -432,6 +421,16 @@ class Store:
 
 def chunk_name(job: str, array: str, at: Sequence[int]) -> str:
     return "/".join(["data", job, array, "c", *map(str, at)])
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it is somebody else's
+        return True
+    return True
 
 
 def sha256(data: bytes) -> str:

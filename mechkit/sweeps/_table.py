@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import pyarrow
     import xarray
 
+ROWS = 2**18  # rows that are written to a file at once
 ABOUT = ("model", "revision", "dtype", "task", "technique", "metric", "unit", "base")
 
 
@@ -67,16 +68,11 @@ class Table:
         """
         jobs = list(self.jobs)
         for key, value in wanted.items():
-            options = (
-                value
-                if isinstance(value, list | tuple | set) and key in ("model", "task", "technique", "job")
-                else [value]
-            )
-            fits = [job for job in jobs if any(option in facts(job).get(key, ()) for option in options)]
-            if not fits:
+            fitting = [job for job in jobs if fits(job, key, value)]
+            if not fitting:
                 there = sorted({str(fact) for job in jobs for fact in facts(job).get(key, ())})
                 raise ValueError(f"{key}: expected one of {', '.join(there) or 'no such key'}, got {value!r}")
-            jobs = fits
+            jobs = fitting
         chosen = object.__new__(Table)
         chosen.store, chosen.partial, chosen.jobs, chosen.missing = self.store, self.partial, tuple(jobs), ()
         chosen._stored = {job.id: self._stored[job.id] for job in jobs}
@@ -126,7 +122,7 @@ class Table:
         import pyarrow.parquet as parquet
 
         with _replacing(path) as partial, parquet.ParquetWriter(partial, self._schema, compression="zstd") as writer:
-            for part in self._parts():
+            for part in self._batches():
                 writer.write_table(part)
         return Path(path)
 
@@ -135,7 +131,7 @@ class Table:
         import pyarrow.csv as csv
 
         with _replacing(path) as partial, csv.CSVWriter(partial, self._text_schema) as writer:
-            for part in self._parts():
+            for part in self._batches():
                 writer.write_table(part.cast(self._text_schema))
         return Path(path)
 
@@ -184,15 +180,31 @@ class Table:
         return pa.schema([(f.name, pa.string() if pa.types.is_dictionary(f.type) else f.type) for f in self._schema])
 
     def _arrow(self) -> pyarrow.Table:
-        import pyarrow as pa
+        return _joined(list(self._parts())) if self.jobs else self._schema.empty_table()
 
-        parts = list(self._parts())
-        return pa.concat_tables(parts).unify_dictionaries() if parts else self._schema.empty_table()
+    def _batches(self) -> Iterator[pyarrow.Table]:
+        """Rows of several jobs, since a file of many small pieces is slow to write and to read."""
+        batch: list[pyarrow.Table] = []
+        rows = 0
+        for part in self._parts():
+            batch.append(part)
+            rows += len(part)
+            if rows >= ROWS:
+                yield _joined(batch)
+                batch, rows = [], 0
+        if batch:
+            yield _joined(batch)
 
     def _parts(self) -> Iterator[pyarrow.Table]:
         schema, dims, baselines = self._schema, self._dims, self._baselines
         for job in self.jobs:
             yield self._read(self._stored[job.id], lambda stored: _rows(stored, schema, dims, baselines))
+
+
+def _joined(parts: list[pyarrow.Table]) -> pyarrow.Table:
+    import pyarrow as pa
+
+    return pa.concat_tables(parts).unify_dictionaries().combine_chunks()
 
 
 _PLURAL = ("models", "tasks", "techniques")
@@ -214,6 +226,12 @@ def facts(job: Job) -> dict[str, tuple[Any, ...]]:
         for name, value in call.arguments.items() if call else ():
             found[name] = (*found.get(name, ()), value)
     return found
+
+
+def fits(job: Job, key: str, value: Any) -> bool:
+    """Whether a job is among those that `key=value` selects."""
+    several = isinstance(value, list | tuple | set) and key in ("model", "task", "technique", "job")
+    return any(option in facts(job).get(key, ()) for option in (value if several else [value]))
 
 
 def _rows(stored: Stored, schema: pyarrow.Schema, dims: Mapping[str, bool], baselines: Sequence[str]) -> pyarrow.Table:

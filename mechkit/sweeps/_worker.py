@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import inspect
+import json
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -103,6 +106,7 @@ class Worker:
         self.store = Store(settings.store)
         self.at_hand = dict(loaded or {})
         self._model: tuple[ModelSpec, HookedModel] | None = None
+        self._weights = self._config = ""  # their hashes, of when it was loaded
         self._prompts: dict[bytes, PromptPairs | Prompts] = {}
         self._plans: dict[str, Plan] = {}
         self._budget = settings.budget
@@ -128,6 +132,8 @@ class Worker:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         self._model = (spec, self._load(spec))
+        self._weights = self._model[1].weights_hash
+        self._config = config_hash(self._model[1])
         self._budget = self.settings.budget
         return self._model[1]
 
@@ -181,6 +187,7 @@ class Worker:
             except Exception as error:
                 failed[job.id] = _told(error)
                 continue
+            self.store.files.remove(f"failed/{job.id}/plan.json")  # of an earlier run
             sizes[job.id] = plan.n_shards
             todo[job.id] = tuple(shard.number for shard in plan.shards if shard.number not in done)
         return Planned(todo, sizes, failed, tuple(self.store.damage[already:]))
@@ -188,7 +195,12 @@ class Worker:
     def _planned(self, job: Job, source: str | None) -> tuple[Plan, set[int]]:
         """The plan, and the shards that are finished and good."""
         record = self._record(job)
-        if record is not None and source is not None and record["source"] == source:
+        if (
+            record is not None
+            and source is not None
+            and record["source"] == source
+            and not _of_code(job, record["measured"])
+        ):
             plan = Plan.from_json(record["plan"])
             done = finished(self.store, job, plan)
             if len(done) == plan.n_shards:
@@ -249,9 +261,12 @@ class Worker:
 
     def _measured(self, job: Job) -> dict[str, Any]:
         """What of the key is known with the model at hand."""
-        model, prompts = self.model(job.model), self.prompts(job)
+        self.model(job.model)
+        prompts = self.prompts(job)
         return {
-            "weights": model.weights_hash,
+            "weights": self._weights,
+            "config": self._config,
+            "code": code_hash(job),
             "prompts": None if prompts is None else prompts_hash(prompts),
             "n_prompts": None if prompts is None else len(prompts),
         }
@@ -300,19 +315,18 @@ class Worker:
                 given["metric"] = self._metric(job, prompts)
             if given.get("mode") in ("mean", "pos_mean"):
                 given["reference"] = whole
-        if not registry.is_code(job.technique.name):
-            given |= _taken(row.function, progress=False)
-            if not job.model.arguments or "budget" in _taken(row.function, budget=None):
-                given |= _taken(row.function, budget=max(LEAST_BUDGET, self._bytes(model) >> lost))
+        ours = not registry.is_code(job.technique.name)
+        room = max(LEAST_BUDGET, self._bytes(model) >> lost)
+        given |= _taken(row.function, ours, progress=False, budget=room)
         while True:
             try:
                 found = row.function(model, **given)
                 break
             except (RuntimeError, MemoryError) as error:
-                room = given.get("budget")
-                if room is None or room <= LEAST_BUDGET or not (isinstance(error, MemoryError) or out_of_memory(error)):
+                known = isinstance(error, MemoryError) or out_of_memory(error)
+                if not known or "budget" not in given or given["budget"] <= LEAST_BUDGET:
                     raise
-            given["budget"] = self._budget = max(LEAST_BUDGET, room // 2)
+            given["budget"] = self._budget = max(LEAST_BUDGET, given["budget"] // 2)
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -321,13 +335,34 @@ class Worker:
         return found
 
 
-def _taken(function: Any, **arguments: Any) -> dict[str, Any]:
-    """Those arguments that a function takes."""
-    import inspect
-
+def _taken(function: Callable[..., Any], ours: bool, **arguments: Any) -> dict[str, Any]:
+    """Those arguments that a function takes; what ours pass on, they take."""
     parameters = inspect.signature(function).parameters
-    anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    anything = ours and any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     return {name: value for name, value in arguments.items() if anything or name in parameters}
+
+
+def _of_code(job: Job, measured: Mapping[str, Any]) -> bool:
+    """Whether somebody's code has changed since, or gives the prompts or the metric, which may then depend on anything."""
+    gives = any(call is not None and registry.is_code(call.name) for call in (job.task, job.metric))
+    return gives or measured["code"] != code_hash(job)
+
+
+def code_hash(job: Job) -> str | None:
+    """Of the files in which the job's own code stands; `None` if all of it is mechkit's."""
+    names = [call.name for call in (job.model, job.task, job.technique, job.metric) if call is not None]
+    digest = hashlib.sha256()
+    for name in (names := [name for name in names if registry.is_code(name)]):
+        source = inspect.getsourcefile(inspect.unwrap(registry.from_code(name)))
+        digest.update(b"" if source is None else Path(source).read_bytes())
+    return digest.hexdigest()[:16] if names else None
+
+
+def config_hash(model: HookedModel) -> str:
+    """Of what decides a model's numbers beside its weights: how many heads, which positions, which scales."""
+    config = model.bridge.original_model.config.to_dict()
+    ours = {key: value for key, value in config.items() if not key.startswith("_") and key != "transformers_version"}
+    return hashlib.sha256(json.dumps(ours, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def prompts_hash(prompts: PromptPairs | Prompts) -> str:

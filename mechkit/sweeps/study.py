@@ -18,11 +18,11 @@ from typing import Any
 from mechkit.hooks import find_model
 from mechkit.sweeps import _registry as registry
 from mechkit.sweeps._executors import Executor, InProcess
-from mechkit.sweeps._run import RunReport, read_manifest, run, watching
+from mechkit.sweeps._run import RunReport, check_schema, read_manifest, run, watching
 from mechkit.sweeps._spec import Job, Problems, Statement, check, read_toml
 from mechkit.sweeps._status import Status, status
 from mechkit.sweeps._store import Store, StoreError
-from mechkit.sweeps._table import Table
+from mechkit.sweeps._table import Table, fits
 from mechkit.sweeps._worker import Settings
 
 Entry = str | Mapping[str, Any]
@@ -78,6 +78,7 @@ class Study:
         self.name, self.jobs = statement.name, statement.jobs
         self.budget, self.shard, self.retries = statement.budget, statement.shard, statement.retries
         self.store = Store(statement.store)
+        self._may_run_code = True  # whoever stated it was asked
 
     @classmethod
     def from_toml(
@@ -100,8 +101,13 @@ class Study:
         return study
 
     @classmethod
-    def open(cls, store: str | os.PathLike[str]) -> Study:
-        """Every job that a store knows, whichever statements they come from: to look at, or to go on with.
+    def open(cls, store: str | os.PathLike[str], *, allow_code: bool = False) -> Study:
+        """Every job that a store knows, whichever statements they come from: to look at, or to go on with. How a model is put on
+        devices, and whether its own code may run, are not in a store: say so in a statement.
+
+        Args:
+            store: Where it is.
+            allow_code: Whether `run` may run code that its jobs name.
 
         Raises:
             ValueError: there is no study in it.
@@ -115,7 +121,9 @@ class Study:
             raise ValueError(f"store: expected a study in {opened.url}, there is none")
         jobs = tuple(Job.of(stated, labels) for _, stated, labels in entries)
         study = object.__new__(cls)
-        study._take(Statement("study", opened.url, None, None, 2, jobs))
+        name = (opened.good("manifest.json") or {}).get("name", "study")
+        study._take(Statement(name, opened.url, None, None, 2, jobs))
+        study._may_run_code = allow_code
         return study
 
     def __len__(self) -> int:
@@ -171,6 +179,11 @@ class Study:
         if getattr(executor, "address", None) is None:  # else the cluster's nodes look for themselves
             self.check(loaded=list(getattr(executor, "loaded", {})))
         jobs = self.jobs if only is None else _only(self.jobs, only)
+        code = [name for job in jobs for name in _names(job) if registry.is_code(name)]
+        if code and not self._may_run_code:
+            raise ValueError(
+                f"store: its jobs name code, {code[0]!r}, which would be run; open it with allow_code=True if you trust it"
+            )
         self.store.damage.clear()
         settings = Settings(self.store.url, self.budget, self.shard)
         with watching(progress) as watch:
@@ -184,6 +197,7 @@ class Study:
         Args:
             verify: Read every chunk, and count as finished only what is as it was written.
         """
+        check_schema(self.store)
         return status(self.store, self.jobs, verify=verify)
 
     def results(self, *, partial: bool = False) -> Table:
@@ -192,13 +206,16 @@ class Study:
         Args:
             partial: Take in jobs that are finished in part, with NaN for the rest.
         """
+        check_schema(self.store)
         return Table(self.store, self.jobs, partial=partial)
 
 
-def _only(jobs: Sequence[Job], wanted: Mapping[str, Any]) -> list[Job]:
-    from mechkit.sweeps._table import facts
+def _names(job: Job) -> list[str]:
+    return [call.name for call in (job.model, job.task, job.technique, job.metric) if call is not None]
 
-    chosen = [job for job in jobs if all(value in facts(job).get(key, ()) for key, value in wanted.items())]
+
+def _only(jobs: Sequence[Job], wanted: Mapping[str, Any]) -> list[Job]:
+    chosen = [job for job in jobs if all(fits(job, key, value) for key, value in wanted.items())]
     if not chosen:
         raise ValueError(
             f"only: expected what fits a job, got {dict(wanted)!r}; jobs are {', '.join(map(str, jobs[:5]))}, ..."

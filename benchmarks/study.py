@@ -1,0 +1,160 @@
+"""What a study costs beside its techniques, and how large it may be.
+
+    python benchmarks/study.py [overhead jobs] [--jobs 10000] [--repeats 3] [--json out.json]
+
+"overhead" runs one sweep (SmolLM2-135M, heads, 32 IOI pairs) by itself and as a study with the same model at hand, in turn,
+A B A B …, and prints the median of the pairs' ratios. "jobs" states a study of many jobs (a grid of seeds over a tiny random
+model), runs a technique in it that costs nothing, and times expanding, status, results, and the table in Parquet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import mechkit as mk
+
+sys.path.insert(0, str(Path(__file__).parent))
+HERE = Path(__file__).stem  # jobs name the functions below as code of this module
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="*", choices=("overhead", "jobs"), default=["overhead", "jobs"])
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=10_000)
+    parser.add_argument("--json", type=Path, help="write the figures there")
+    args = parser.parse_args()
+    figures: dict[str, Any] = {"machine": machine()}
+    with tempfile.TemporaryDirectory() as folder:
+        if "overhead" in args.what:
+            figures["overhead"] = overhead(args, Path(folder))
+        if "jobs" in args.what:
+            figures["jobs"] = many_jobs(args.jobs, Path(folder))
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def overhead(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    model = mk.HookedModel.from_pretrained(args.model)
+    pairs = mk.tasks.ioi(model, n=args.prompts, seed=0)
+    metric = mk.logit_diff(pairs)
+    arguments = {"site": "z", "over": "layer head"}
+
+    def directly() -> Any:
+        return mk.activation_patching(model, pairs, metric, **arguments, progress=False)
+
+    def as_a_study(i: int) -> Any:
+        study = mk.Study(
+            [args.model],
+            [{"name": "ioi", "n": args.prompts}],
+            [{"name": "activation_patching", **arguments}],
+            store=folder / f"overhead{i}",
+        )
+        report = study.run(mk.sweeps.InProcess(loaded={args.model: model}), progress=False)
+        assert not report.failed, report
+        return study, report
+
+    directly()
+    rows = []
+    for i in range(args.repeats):
+        alone, result = clock(directly)
+        inside, (study, report) = clock(lambda i=i: as_a_study(i))
+        stored = study.results().result()
+        difference = float((stored.values - result.values).abs().max())
+        rows.append({"alone": alone, "study": inside, "ratio": inside / alone, "difference": difference})
+        print(f"alone {alone:.1f} s, as a study of {report.computed} shards {inside:.1f} s: {inside / alone:.3f}")
+    ratio = statistics.median(row["ratio"] for row in rows)
+    print(
+        f"{args.prompts} IOI pairs, heads of {args.model}: a study takes {ratio:.3f} times as long (median of {args.repeats})"
+    )
+    return {
+        "prompts": args.prompts,
+        "model": args.model,
+        "shards": report.computed,
+        "median_ratio": ratio,
+        "rows": rows,
+    }
+
+
+def many_jobs(n: int, folder: Path) -> dict[str, Any]:
+    store = folder / "jobs"
+
+    def state() -> mk.Study:
+        return mk.Study(
+            [{"name": f"{HERE}:tiny_model", "label": "tiny"}],
+            [{"name": f"{HERE}:tiny_pairs", "label": "pairs", "grid": {"seed": list(range(n // 10))}}],
+            [{"name": f"{HERE}:constant", "label": "constant", "grid": {"value": list(range(10))}}],
+            store=store,
+        )
+
+    figures: dict[str, Any] = {}
+    figures["expand"], study = clock(state)
+    assert len(study) == n // 10 * 10
+    figures["run"], report = clock(lambda: study.run(progress=False))
+    assert not report.failed, report
+    figures["run_again"], report = clock(lambda: study.run(progress=False))
+    assert report.computed == 0
+    figures["status"], status = clock(study.status)
+    assert status.count("done") == len(study)
+    figures["results"], table = clock(study.results)
+    figures["one_result"], _ = clock(lambda: table.result(seed=3, value=7))
+    figures["parquet"], path = clock(lambda: table.to_parquet(folder / "table.parquet"))
+    for what, seconds in figures.items():
+        print(f"{len(study):,} jobs: {what} {seconds:.2f} s")
+    return {"n": len(study), "rows": len(study) * 4 * 4 * 2, "parquet_bytes": path.stat().st_size, "seconds": figures}
+
+
+# -- named by the study of many jobs -----------------------------------------------------------------------------------
+
+
+def tiny_model() -> mk.HookedModel:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=50, n_embd=16, n_layer=4, n_head=4, n_positions=16)
+    return mk.HookedModel.from_hf(GPT2LMHeadModel(config).eval(), name="tiny")
+
+
+def tiny_pairs(model: mk.HookedModel, seed: int = 0) -> mk.PromptPairs:
+    clean = torch.randint(0, 50, (2, 6), generator=torch.Generator().manual_seed(seed))
+    corrupted = clean.clone()
+    corrupted[:, 2] = (clean[:, 2] + 1) % 50
+    return mk.PromptPairs.from_tokens(clean, corrupted, [(1, 2), (3, 4)])
+
+
+def constant(model: mk.HookedModel, pairs: mk.PromptPairs, value: int = 0) -> mk.Result:
+    dims = {"layer": tuple(range(4)), "head": tuple(range(4)), "prompt": (0, 1)}
+    baseline = {"corrupted": torch.zeros(2), "clean": torch.ones(2)}
+    return mk.Result(torch.full((4, 4, 2), float(value)), tuple(dims), dims, baseline, "corrupted", "none", "", {})
+
+
+def clock(run: Callable[[], Any]) -> tuple[float, Any]:
+    begin = time.perf_counter()
+    found = run()
+    return time.perf_counter() - begin, found
+
+
+def machine() -> str:
+    model = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
+    return f"{os.cpu_count()} cores of {model}, torch {torch.__version__}"
+
+
+if __name__ == "__main__":
+    main()
