@@ -448,7 +448,9 @@ def test_nan_in_a_run_names_where_it_began():
     with torch.no_grad():
         model.bridge.blocks[2].mlp.out.original_component.weight[0, 0] = torch.nan
     pairs = make_pairs()
-    with pytest.raises(ValueError, match="NaN or inf out of block 2"):
+    with pytest.raises(
+        ValueError, match=r"base run: .*nan for prompt 0; the first is NaN in mlp_out of layer 2, positions 0, 1"
+    ):
         mk.activation_patching(model, pairs, whole_vocabulary(pairs), progress=False)
     assert not model.has_hooks
 
@@ -456,7 +458,9 @@ def test_nan_in_a_run_names_where_it_began():
 def test_nan_in_an_edit_is_not_an_answer(llama):
     pairs = make_pairs()
     bad = torch.full((1, 1, llama.d_model), torch.nan, dtype=torch.float64)
-    with pytest.raises(ValueError, match="edited run: the metric is NaN"):
+    with pytest.raises(
+        ValueError, match=r"edited run: the metric is nan for prompt 0 in cell 0 of 1, .* NaN in resid_pre of layer 1"
+    ):
         mk.sweep(
             llama,
             pairs.clean,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mechkit.attribution._cells import Axes, Chosen, make_axes, provenance_of, split_prompts
 from mechkit.hooks import SITES, Budget, GradientRuns, HookedModel, check_can_run, check_metric, metric_values
+from mechkit.hooks._nonfinite import where_it_began
 from mechkit.hooks._precision import wide_dtype
 from mechkit.metrics import CallableMetric, Metric, as_metric
 from mechkit.prompts import PromptPairs, Prompts
@@ -169,10 +170,10 @@ class Chunk:
         for run, final in finals.items():
             value = self.metric(final.detach())
             self.study.values[run][self.ids] = value.to(self.study.values[run])
-            if not bool(torch.isfinite(value).all()):
+            if len(bad := (~torch.isfinite(value)).nonzero().flatten().tolist()):
                 raise ValueError(
-                    f"{run} run: expected a finite metric, got NaN or inf for prompts "
-                    f"{self.ids[~torch.isfinite(value).cpu()].tolist()[:5]}; the weights may hold NaN, or the dtype overflow"
+                    f"{run} run: expected a finite metric, got NaN or inf for prompts {self.ids[bad].tolist()[:5]}; of prompt "
+                    f"{int(self.ids[bad[0]])} {where_it_began(self.study.model, self.tokens[run][bad[0]])}"
                 )
 
     def add(self, key: Key, per_entry: Float[Tensor, "row *dims"], row: Int[Tensor, "row"] | None = None) -> None:

@@ -39,6 +39,7 @@ from mechkit.hooks import (
     wide_dtype,
     widen,
 )
+from mechkit.hooks._nonfinite import where_it_began
 from mechkit.prompts import Prompts
 
 RESIDUAL = ("embed", "resid_pre", "resid_mid", "resid_post")
@@ -197,9 +198,11 @@ class _Kept:
             run = record(model, tokens, blocks=False)
         self.final = run.resid[-1][member.to(run.resid[-1].device), self.pos.to(run.resid[-1].device)]
         for name, activation in (*self._activations.items(), ("the final residual stream", self.final)):
-            if not bool(torch.isfinite(activation).all()):
+            if len(bad := (~torch.isfinite(activation)).flatten(1).any(1).nonzero().flatten().tolist()):
+                at = int(member[bad[0]])
                 raise ValueError(
-                    f"model: expected finite activations, got NaN or inf in {name} of prompts {list(members)[:5]}"
+                    f"model: expected finite activations, got NaN or inf in {name} of prompt {members[at]}; "
+                    f"{where_it_began(model, tokens[at])}"
                 )
         _check_unembedding(model, run.resid[-1][:1, -1], run.last_logits[:1])
 

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from mechkit.attribution._cells import choose_indices, provenance_of, split_prompts
 from mechkit.hooks import SITES, Budget, HookedModel, check_can_run, get_site, parse_hook_name, record
+from mechkit.hooks._nonfinite import where_it_began
 from mechkit.prompts import PromptPairs, Prompts
 from mechkit.result import Cost, Result
 
@@ -78,9 +79,10 @@ def hidden_states(
         for ids in _batches(model, base, [(found.name, layer) for layer in chosen], budget):
             tokens = torch.stack([base.tokens[i] for i in ids]).to(model.device)
             for i, kept in enumerate(_run(model, tokens, names, at[ids])):
-                if not bool(kept.isfinite().all()):
+                if len(bad := (~kept.isfinite()).any(-1).nonzero().flatten().tolist()):
                     raise ValueError(
-                        f"model: expected finite activations, got NaN or inf in {names[i]} of prompts {ids[:5]}"
+                        f"model: expected finite activations, got NaN or inf in {names[i]} of prompts "
+                        f"{[ids[j] for j in bad[:5]]}; of prompt {ids[bad[0]]} {where_it_began(model, tokens[bad[0]])}"
                     )
                 values[i][:, ids] = kept.T.to(values)
             bar.update(len(ids))

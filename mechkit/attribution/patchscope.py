@@ -33,6 +33,7 @@ from mechkit.hooks import (
     record,
     widen,
 )
+from mechkit.hooks._nonfinite import where_it_began
 from mechkit.prompts import PromptPairs, Prompts
 
 # Makes a model repeat what stands at its `?`, which is at position -2 wherever `?` and `->` are one token each.
@@ -228,9 +229,11 @@ def _hidden_states(
             for i, site in enumerate(sites):
                 states = run.sites[site]
                 states = states[member.to(states.device), pos.to(states.device)]
-                if not bool(torch.isfinite(states).all()):
+                if len(bad := (~torch.isfinite(states)).any(-1).nonzero().flatten().tolist()):
+                    first_bad = int(member[bad[0]])
                     raise ValueError(
-                        f"prompts: expected finite activations, got NaN or inf in {site} of prompts {some[:5]}"
+                        f"prompts: expected finite activations, got NaN or inf in {site} of prompt {some[first_bad]}; "
+                        f"{where_it_began(model, run.tokens[first_bad])}"
                     )
                 hidden[i, place, torch.tensor(some)[member]] = states.to(hidden)
     return hidden

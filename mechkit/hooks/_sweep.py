@@ -28,10 +28,12 @@ from mechkit.hooks._cache import ActivationCache
 from mechkit.hooks._checks import check_sweep
 from mechkit.hooks._chunk import Chunk, Derived, State, Values, call_metric, first_differences, whole_forward
 from mechkit.hooks._edits import NEVER, Cell, EditPlan, Rows, rows_by_start
+from mechkit.hooks._hooking import Hooks
 from mechkit.hooks._memory import Budget, out_of_memory
+from mechkit.hooks._nonfinite import first_nonfinite, told, where_it_began
 from mechkit.hooks._precision import widen
 from mechkit.hooks._proof import proved_replayer
-from mechkit.hooks._replay import Replayer, Run, record
+from mechkit.hooks._replay import Replayer, attach_edit, record
 from mechkit.metrics import CallableMetric, Metric
 from mechkit.prompts import Prompts
 from mechkit.result import Cost
@@ -179,8 +181,12 @@ def _run_chunk(state: State, ids: np.ndarray) -> Chunk:
         if one is None:
             continue
         into[ids] = chunk.baseline(one).to(into.dtype)
-        if not bool(torch.isfinite(into[ids]).all()):
-            raise ValueError(f"{name} run: {_where_nan_began(model, one)}")
+        if len(bad := (~torch.isfinite(into[ids])).nonzero().flatten()):
+            at = int(bad[0])
+            raise ValueError(
+                f"{name} run: expected a finite metric, got {into[ids[at]].item()} for prompt {ids[at]}; "
+                f"{where_it_began(model, one.tokens[at])}"
+            )
     return chunk
 
 
@@ -237,18 +243,24 @@ def _answer_batch(chunk: Chunk, replayer: Replayer | None, rows: Rows) -> Tensor
 
 
 def _refuse_nan(state: State, chunk: Chunk, answer: Tensor, absent: np.ndarray) -> None:
-    bad = (answer.isnan().numpy() & ~absent).nonzero()
-    if len(bad[0]):
-        raise ValueError(
-            f"edited run: the metric is NaN for prompt {chunk.ids[bad[1][0]]} in cell {bad[0][0]} of {state.plan.n_cells}. The "
-            "unedited run was finite, so the edit's value, or what it leads to in this dtype, is not"
-        )
+    """Raises for a NaN, and for an infinity that is not the metric's own: what the edit leads to is not finite."""
+    bad = ~np.isfinite(answer.numpy()) & ~absent
+    if not bad.any():
+        return
+    nan = answer.isnan().numpy() & bad
+    cell, at = map(int, np.argwhere(nan if nan.any() else bad)[0])
+    rows = Rows(np.array([cell]), np.array([at]), chunk.ids[[at]], 0)
+    groups = [group for group in state.plan if len(group.match(rows.cell)[0])]
 
+    def attach(hooks: Hooks) -> None:
+        for group in groups:
+            attach_edit(hooks, group, rows, chunk.lookup)
 
-def _where_nan_began(model: HookedModel, run: Run) -> str:
-    for layer, resid in enumerate(run.resid):
-        bad = (~torch.isfinite(resid)).flatten(1).any(1).nonzero().flatten().tolist()
-        if bad and len(run.resid) > 1:
-            place = "the embedding" if layer == 0 else f"block {layer - 1}"
-            return f"expected finite activations, got NaN or inf out of {place} for prompts {bad[:5]}"
-    return "expected a finite metric, got NaN or inf; the weights may hold NaN, or the dtype overflow"
+    results = tuple(sorted({group.layer for group in groups if group.site.name == "result"}))
+    found = first_nonfinite(state.model, chunk.tokens[at], attach, results)
+    if found is None and not nan.any():
+        return  # a metric may be infinite where all logits are finite
+    raise ValueError(
+        f"edited run: the metric is {answer[cell, at].item()} for prompt {chunk.ids[at]} in cell {cell} of {state.plan.n_cells}, "
+        f"though the unedited run was finite; {told(found, state.model.dtype)}"
+    )

@@ -1,0 +1,159 @@
+"""Where a NaN or an inf began: the first activation of a forward pass that holds one.
+
+1. The prompt is run once more by itself, whole, with the edits of its cell attached if it was an edited run.
+2. Every site that the model has is looked at when it is computed, and so is what each block reads, the final norm's output
+   and the logits. Whoever edits a site has done so when it is looked at.
+3. The first that holds a NaN or an inf is named: site, layer, positions, heads. What it was made from was finite, so the
+   weights or the overflow that made it lie between that and the one before.
+
+Masked attention scores are -inf, or the dtype's lowest number, by design. A row of scores counts only where its softmax
+would not be finite: if it holds a NaN or +inf, or if nothing in it is left unmasked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from mechkit.hooks._hooking import Hooks
+from mechkit.hooks._sites import SITES
+
+if TYPE_CHECKING:
+    from mechkit.hooks._model import HookedModel
+
+Attach = Callable[[Hooks], None]  # attaches a cell's edits
+LISTED = 5  # positions and heads that are told one by one
+
+BLOCK_INPUT, FINAL_NORM, LOGITS = "block input", "final norm", "logits"
+
+
+@dataclass(frozen=True)
+class NonFinite:
+    """The first activation of a forward pass that holds a NaN or an inf.
+
+    Attributes:
+        site: A site's short name, or `"block input"`, `"final norm"` or `"logits"`.
+        layer: Its layer; `None` outside the blocks.
+        kind: `"NaN"`, `"inf"`, or `"NaN and inf"` (an infinity often becomes NaN within the same sum).
+        positions: Where (destinations for `attn_scores` and `pattern`).
+        heads: In which heads; `None` for a site without heads.
+        n_heads: How many heads the site has.
+    """
+
+    site: str
+    layer: int | None
+    kind: str
+    positions: tuple[int, ...]
+    heads: tuple[int, ...] | None = None
+    n_heads: int = 0
+
+    def __str__(self) -> str:
+        place = self.site if self.layer is None else f"{self.site} of layer {self.layer}"
+        heads = ""
+        if self.heads is not None:
+            heads = ", all heads" if len(self.heads) == self.n_heads else f", {_listed('head', self.heads)}"
+        return f"{self.kind} in {place}{heads}, {_listed('position', self.positions)}"
+
+
+def first_nonfinite(
+    model: HookedModel, tokens: Int[Tensor, "pos"], attach: Attach | None = None, result_layers: tuple[int, ...] = ()
+) -> NonFinite | None:
+    """Runs one prompt and tells the first activation that holds a NaN or an inf; `None` if all are finite.
+
+    Args:
+        model: The model; hooks that others attached to it stay, and take part.
+        tokens: The prompt.
+        attach: Attaches edits. They come first, so that what they write is seen.
+        result_layers: Layers whose `result` is looked at too (it is large, so only where it is edited).
+    """
+    found: list[NonFinite] = []
+
+    def look(site: str, layer: int | None, activation: Any) -> None:
+        if not found and isinstance(activation, Tensor) and (what := _describe(site, layer, activation)) is not None:
+            found.append(what)
+
+    def look_at_site(name: str, layer: int | None) -> Callable[..., None]:
+        return lambda activation, hook: look(name, layer, activation)
+
+    def look_at_input(layer: int) -> Callable[..., None]:
+        return lambda _, args, kwargs: look(BLOCK_INPUT, layer, args[0] if args else kwargs.get("hidden_states"))
+
+    bridge, handles = model.bridge, []
+    with torch.no_grad(), Hooks(bridge) as hooks:
+        if attach is not None:
+            attach(hooks)
+        for name in model.sites:
+            layers = range(model.n_layers) if SITES[name].in_block else [None]
+            for layer in layers if name != "result" else result_layers:
+                hooks.attach(SITES[name].hook_name(layer), look_at_site(name, layer))
+        try:
+            for layer, block in enumerate(bridge.blocks):
+                handles.append(block.register_forward_pre_hook(look_at_input(layer), with_kwargs=True))
+            if getattr(bridge, "ln_final", None) is not None:
+                handles.append(bridge.ln_final.register_forward_hook(lambda _, args, out: look(FINAL_NORM, None, out)))
+            look(LOGITS, None, bridge(tokens[None].to(model.device)))
+        finally:
+            for handle in handles:
+                handle.remove()
+    return found[0] if found else None
+
+
+def where_it_began(model: HookedModel, tokens: Int[Tensor, "pos"]) -> str:
+    """The end of an error about an unedited run that is not finite: where that began, and how to mend it."""
+    return told(first_nonfinite(model, tokens), model.dtype)
+
+
+def told(found: NonFinite | None, dtype: torch.dtype) -> str:
+    """The same, from what `first_nonfinite` found."""
+    if found is None:
+        return (
+            "every activation and all logits of this prompt run by itself are finite, so that the metric is not finite of its "
+            "own, or overflows only beside other prompts; use a metric that stays finite, or try dtype=torch.float32"
+        )
+    return f"the first is {found}; everything computed before that is finite. {_remedy(found, dtype)}"
+
+
+def _remedy(found: NonFinite, dtype: torch.dtype) -> str:
+    if dtype == torch.float16 and "inf" in found.kind:
+        return "float16 ends at 65504: load the model with dtype=torch.bfloat16 or torch.float32"
+    return "Either the weights there (or what an edit writes there) are not finite, or the dtype overflows"
+
+
+def _describe(site: str, layer: int | None, activation: Tensor) -> NonFinite | None:
+    """What is not finite in an activation `[1, *dims]`."""
+    dims = SITES[site].dims if site in SITES else ("pos", "d_model")
+    bad = _bad_scores(activation) if site == "attn_scores" else ~torch.isfinite(activation)
+    if not bool(bad.any()):
+        return None
+    blamed = activation[bad]
+    nan, inf = bool(blamed.isnan().any()), bool(blamed.isinf().any())
+    where = bad.reshape(-1, *bad.shape[-len(dims) :])[0] if bad.ndim > len(dims) else bad
+    heads = _indices(where, dims.index("head")) if "head" in dims and where.ndim == len(dims) else None
+    n_heads = where.shape[dims.index("head")] if heads is not None else 0
+    kind = "NaN and inf" if nan and inf else "NaN" if nan else "inf"
+    return NonFinite(site, layer, kind, _indices(where, dims.index("pos")), heads, n_heads)
+
+
+def _bad_scores(scores: Tensor) -> Bool[Tensor, "batch head dest src"]:
+    """Scores whose row has no finite softmax. Masked ones are as low as the dtype goes, or -inf."""
+    broken = scores.isnan() | scores.isposinf()
+    lowest = torch.finfo(scores.dtype).min / 2
+    nothing_left = (scores <= lowest).all(-1, keepdim=True) & scores.isneginf()
+    return broken | nothing_left
+
+
+def _indices(where: Tensor, axis: int) -> tuple[int, ...]:
+    others = [i for i in range(where.ndim) if i != axis]
+    return tuple(where.movedim(axis, 0).flatten(1).any(1).nonzero().flatten().tolist() if others else where.nonzero())
+
+
+def _listed(what: str, where: tuple[int, ...]) -> str:
+    if len(where) == 1:
+        return f"{what} {where[0]}"
+    told = ", ".join(map(str, where[:LISTED]))
+    return f"{what}s {told}{f' and {len(where) - LISTED} more' if len(where) > LISTED else ''}"
