@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechkit.hooks._cache import ActivationCache
+from mechkit.hooks._devices import to_device
 from mechkit.hooks._edits import EditPlan, Rows
 from mechkit.hooks._hooking import Hooks
 from mechkit.hooks._memory import Budget
@@ -77,7 +78,13 @@ class State:
         """Whether the metric must see all prompts together."""
         return isinstance(self.metric, CallableMetric)
 
-    @property
+    @cached_property
+    def read_tokens(self) -> Tensor | None:
+        """The tokens whose logits the metric reads, where the unembedding is; `None` reads all."""
+        tokens = getattr(self.metric, "tokens", None)
+        return None if tokens is None else tokens.to(self.model.bridge.unembed.original_component.weight.device)
+
+    @cached_property
     def reads_last(self) -> bool:
         """Whether the metric reads nothing but each prompt's last position."""
         return isinstance(self.metric, Metric) and bool((self.metric.positions == self.base.lengths - 1).all())
@@ -92,6 +99,9 @@ class Chunk:
     run: Run
     source: Run | None
     made: dict[tuple[str, str, int], Tensor] = field(default_factory=dict)  # derived values
+    moved: dict[tuple[str, str, int], Tensor] = field(
+        default_factory=dict
+    )  # constants from elsewhere, on the model's device
 
     @property
     def tokens(self) -> Tensor:
@@ -104,11 +114,14 @@ class Chunk:
             return self.source.sites[site, layer]
         if key in self.state.derived:
             return self.made[key, site, layer]
-        value = self.state.constants[key][site, layer].to(self.tokens.device)
+        if (key, site, layer) in self.moved:
+            return self.moved[key, site, layer]
+        value = self.state.constants[key][site, layer]
         axis = value.ndim - 1 - len(SITES[site].dims)  # behind the variants, if there are several
-        if value.shape[axis] == 1:
-            return value
-        return value.index_select(axis, torch.from_numpy(self.ids).to(value.device))
+        mine = value if value.shape[axis] == 1 else value.index_select(axis, to_device(self.ids, value.device))
+        if value.device != self.tokens.device:  # moved once a chunk, not once a batch
+            mine = self.moved[key, site, layer] = mine.to(self.tokens.device)
+        return mine
 
     def make_derived(self) -> None:
         """Makes all derived values now: later there are hooks that `make` would run into."""
@@ -123,13 +136,13 @@ class Chunk:
                 self.made[key] = make(self.run, self.source, self.ids, group.site.name, group.layer)
 
     def read(self, logits: Tensor, prompt: np.ndarray) -> Tensor:
-        """The metric of rows, from their logits `[row token]` where the metric reads."""
+        """The metric of rows, on the model's device, from their logits `[row token]` where the metric reads."""
         metric = self.state.metric
         assert isinstance(metric, Metric)
         reference = None
         if metric.reference is not None:
-            reference = self.reference_logits[torch.from_numpy(prompt).to(logits.device)]
-        return metric.read(widen(logits), torch.from_numpy(self.ids[prompt]).to(logits.device), reference).cpu()
+            reference = self.reference_logits[to_device(prompt, logits.device)]
+        return metric.read(widen(logits), to_device(self.ids[prompt], logits.device), reference)
 
     @cached_property
     def reference_logits(self) -> Tensor:
@@ -144,14 +157,14 @@ class Chunk:
         metric, everyone = self.state.metric, np.arange(len(self.ids))
         assert isinstance(metric, Metric)
         if self.state.unembeds:
-            return self.state.model.unembed(self.at_positions(run.resid[-1], everyone, 0), metric.tokens)
+            return self.state.model.unembed(self.at_positions(run.resid[-1], everyone, 0), self.state.read_tokens)
         return self.chosen_tokens(self.at_positions(self.state.model.bridge(run.tokens), everyone, 0))
 
     def baseline(self, run: Run) -> Tensor:
         """The metric of an unedited run, `[prompt]`."""
         if isinstance(self.state.metric, Metric):
-            return self.read(self.logits_of(run), np.arange(len(self.ids)))
-        return call_metric(self.state.metric, widen(self.all_logits(run)), len(self.ids))
+            return self.read(self.logits_of(run), np.arange(len(self.ids))).cpu()
+        return call_metric(self.state.metric, widen(self.all_logits(run)), len(self.ids)).cpu()
 
     def all_logits(self, run: Run) -> Tensor:
         return self.state.model.unembed(run.resid[-1]) if self.state.unembeds else self.state.model.bridge(run.tokens)
@@ -159,16 +172,18 @@ class Chunk:
     def at_positions(self, per_position: Tensor, prompt: np.ndarray, start: int) -> Tensor:
         """`[row pos …]` -> `[row …]` where the metric reads; `start` is the position of the first."""
         assert isinstance(self.state.metric, Metric)
-        where = self.state.metric.positions[torch.from_numpy(self.ids[prompt])] - start
-        return per_position[torch.arange(len(per_position)), where.to(per_position.device)]
+        where = self.state.metric.positions.numpy()[self.ids[prompt]] - start
+        row = torch.arange(len(per_position), device=per_position.device)
+        return per_position[row, to_device(where, per_position.device)]
 
     def chosen_tokens(self, logits: Tensor) -> Tensor:
-        tokens = getattr(self.state.metric, "tokens", None)
+        tokens = self.state.read_tokens
         return logits if tokens is None else logits[:, tokens.to(logits.device)]
 
 
 def call_metric(metric: CallableMetric, logits: Tensor, n_prompts: int) -> Tensor:
-    return one_a_prompt(metric, metric.fn(logits), n_prompts).detach().cpu()
+    """What a callable makes of all prompts' logits, on their device."""
+    return one_a_prompt(metric, metric.fn(logits), n_prompts).detach()
 
 
 def first_differences(state: State, ids: np.ndarray) -> np.ndarray:
@@ -185,6 +200,6 @@ def whole_forward(chunk: Chunk, rows: Rows) -> Float[Tensor, "row pos d_vocab"]:
     with Hooks(state.model.bridge) as hooks:
         for group in state.plan:
             attach_edit(hooks, group, whole, chunk.lookup)
-        logits = state.model.bridge(chunk.tokens[torch.from_numpy(rows.prompt)])
+        logits = state.model.bridge(chunk.tokens[to_device(rows.prompt, chunk.tokens.device)])
     state.block_tokens += len(rows) * chunk.run.length * state.model.n_layers
     return logits

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from mechkit.hooks._devices import to_device
 from mechkit.hooks._sites import SITES, Site, get_site
 
 SOURCE = "source"  # the value key that stands for the same activation in the source run
@@ -239,15 +239,13 @@ def write(group: EditGroup, rows: Rows, activation: Tensor, lookup: ValueLookup)
     if len(row) == 0:
         return
     value = lookup(group.value, group.site.name, group.layer)
-    device = activation.device
     target: list[slice | Tensor] = [slice(None)] * activation.ndim
     source: list[slice | Tensor] = [slice(None)] * activation.ndim
     sizes = value.shape if group.variant is None else value.shape[1:]
 
     def choose(axis: int, here: np.ndarray, there: np.ndarray) -> None:
-        index = torch.from_numpy(here).to(device)
-        target[axis] = index
-        source[axis] = torch.from_numpy(there).to(device) if sizes[axis] > 1 else torch.zeros_like(index)
+        target[axis] = to_device(here, activation.device)
+        source[axis] = to_device(there if sizes[axis] > 1 else np.zeros_like(there), value.device)
 
     choose(0, row, rows.prompt[row])
     pos_axis = group.site.axis("pos")
@@ -260,8 +258,8 @@ def write(group: EditGroup, rows: Rows, activation: Tensor, lookup: ValueLookup)
     if group.neuron is not None:
         choose(activation.ndim - 1, group.neuron[edit], group.neuron[edit])
     if group.variant is not None:
-        source.insert(0, torch.from_numpy(group.variant[edit]).to(device))
-    activation[tuple(target)] = value[tuple(source)].to(activation.dtype)
+        source.insert(0, to_device(group.variant[edit], value.device))
+    activation[tuple(target)] = value[tuple(source)].to(activation)
 
 
 def rows_by_start(plan: EditPlan, ids: np.ndarray, start: np.ndarray, wanted: np.ndarray) -> Iterator[Rows]:

@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from mechkit.hooks._devices import to_device
 from mechkit.hooks._edits import EditGroup, EditPlan, Rows, ValueLookup, write
 from mechkit.hooks._hooking import Hooks
 from mechkit.hooks._sites import SITES
@@ -213,7 +214,7 @@ class Replayer:
             `[row pos d_model]` from `rows.start` on; one position if `read_last`.
         """
         entry, n_layers = plan.entry[rows.cell], self.model.n_layers
-        prompt = torch.from_numpy(rows.prompt).to(self.run.tokens.device)
+        prompt = to_device(rows.prompt, self.run.tokens.device)
         hidden = self.run.resid[int(entry[0])][prompt[:0], rows.start :]
         for layer in range(int(entry[0]), n_layers):
             n_edited, n = len(hidden), int((entry <= layer).sum())

@@ -8,7 +8,7 @@ For each group of prompts of equal length, in chunks that fit the budget:
 3. Prove the replay on a sample: a few rows, chosen where a wrong assumption would show, are also answered by whole forward
    passes. Every sweep proves anew: a proof that is remembered goes stale when somebody patches the model.
 4. Replay the rest in batches of rows that start at the same position, sorted by block. A batch that does not fit the
-   device is halved, and so is the budget.
+   device is halved, and so is the budget. Nothing in between waits for the device: the answers are copied once a chunk.
 """
 
 from __future__ import annotations
@@ -114,12 +114,12 @@ def sweep(
                     at_once = state.budget.prompts_at_once(model, length, kept, plan.n_cells)
                 try:
                     _sweep_chunk(state, todo[:at_once], bar)
+                    todo = todo[at_once:]
+                    continue
                 except RuntimeError as error:  # while recording; batches look after themselves
                     if not out_of_memory(error) or state.whole_set or min(at_once, len(todo)) == 1:
                         raise
-                    state.budget.halve()
-                    continue
-                todo = todo[at_once:]
+                state.budget.halve()  # out here the error is gone, and with it all that its frames held
     return Answers(
         state.values,
         state.base_metric,
@@ -146,9 +146,14 @@ def _sweep_chunk(state: State, ids: Sequence[int], bar: tqdm) -> None:
     unread = NEVER if not isinstance(state.metric, Metric) else state.metric.positions.numpy()[chunk.ids]
     unchanged = (start == NEVER) | (start > unread)
     answer = torch.where(torch.from_numpy(unchanged), state.base_metric[ids], torch.nan)
+    done, found = [], []
     for rows in rows_by_start(state.plan, chunk.ids, start, ~unchanged & ~absent):
         for part in _batches(state, rows, length, replayer is None, bar):
-            answer[part.cell, part.prompt] = _answer(chunk, replayer, part).to(answer.dtype)
+            done.append(part)
+            found.append(_answer(chunk, replayer, part))
+    if done:  # copied once a chunk: each copy would wait for the device
+        cell, prompt = (np.concatenate([getattr(part, of) for part in done]) for of in ("cell", "prompt"))
+        answer[cell, prompt] = torch.cat(found).cpu().to(answer.dtype)
     answer[torch.from_numpy(absent)] = torch.nan
     bar.update(int(unchanged.sum()))
     _refuse_nan(state, chunk, answer, absent)
@@ -206,7 +211,7 @@ def _batches(state: State, rows: Rows, length: int, whole: bool, bar: tqdm) -> I
 
 
 def _answer(chunk: Chunk, replayer: Replayer | None, rows: Rows) -> Tensor:
-    """The metric of each row. When the device runs out of memory: the budget is halved, and so is the batch."""
+    """The metric of each row, on the device. When the device runs out of memory: the budget is halved, and so is the batch."""
     state = chunk.state
     unit = len(chunk.ids) if state.whole_set else 1
     try:
@@ -227,7 +232,7 @@ def _answer_batch(chunk: Chunk, replayer: Replayer | None, rows: Rows) -> Tensor
         else:
             resid = replayer.replay(state.plan, rows, chunk.lookup, state.reads_last)
             resid = resid[:, 0] if state.reads_last else chunk.at_positions(resid, rows.prompt, rows.start)
-            logits = state.model.unembed(resid, metric.tokens)
+            logits = state.model.unembed(resid, state.read_tokens)
         return chunk.read(logits, rows.prompt)
     if replayer is None:
         cells = whole_forward(chunk, rows).split(len(chunk.ids))
