@@ -2,13 +2,14 @@
 
 1. A few rows are chosen where a wrong assumption would show (`_sample`).
 2. Base and source run must end in the same residual stream wherever they have read the same tokens.
-3. The rows are replayed, with plain blocks first and then with the bridge's own, and run whole. Their logits must agree to
-   rounding; else whole forward passes are run for all rows, and the reason is reported.
+3. The rows are replayed, with plain blocks first (fused attention, then eager) and then with the bridge's own, and run whole.
+   Their logits must agree to rounding; else whole forward passes are run for all rows, and the reason is reported.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,8 +18,12 @@ from torch import Tensor
 from mechkit.hooks._chunk import Chunk, first_differences, whole_forward
 from mechkit.hooks._edits import NEVER, Rows, rows_by_start
 from mechkit.hooks._memory import out_of_memory
+from mechkit.hooks._plain import Attention, PlainBlocks, can_fuse
 from mechkit.hooks._precision import TOLERANCE
-from mechkit.hooks._replay import CannotReplayError, PlainBlocks, Replayer
+from mechkit.hooks._replay import CannotReplayError, Replayer
+
+if TYPE_CHECKING:
+    from mechkit.hooks._model import HookedModel
 
 
 def proved_replayer(chunk: Chunk, start: np.ndarray, absent: np.ndarray) -> Replayer | None:
@@ -40,7 +45,7 @@ def proved_replayer(chunk: Chunk, start: np.ndarray, absent: np.ndarray) -> Repl
                 return Replayer(model, chunk.run, None)  # all prompts lack the cells' positions: there are no rows
             state.proofs[skips] = proof
         if state.proofs[skips].refuted is None:
-            return Replayer(model, chunk.run, PlainBlocks(model.bridge) if state.proofs[skips].plain else None)
+            return Replayer(model, chunk.run, _blocks(model, state.proofs[skips].plain))
         state.fallback = state.proofs[skips].refuted
     return None
 
@@ -50,25 +55,32 @@ class Proof:
     """What was found when replayed rows were compared with whole forward passes.
 
     Attributes:
-        plain: Whether plain blocks may be used where nothing is edited; else the bridge's own.
+        plain: The attention of the plain blocks that may be used where nothing is edited; `None` for the bridge's own blocks.
         refuted: Why replaying is not possible; `None` if it is.
     """
 
-    plain: bool
+    plain: Attention | None
     refuted: str | None
 
 
 def _prove(chunk: Chunk, start: np.ndarray, absent: np.ndarray) -> Proof | None:
-    """Tries plain blocks first, then the bridge's. `None` if there was nothing to try."""
+    """Tries plain blocks first (with fused attention, then without), then the bridge's. `None` if there was nothing to try."""
     moving, still = _sample(chunk, start, absent)
     if moving is None and still is None:
         return None
     if not _equal_before_the_first_difference(chunk):
-        return Proof(plain=False, refuted="the two runs differ before their first different token: not a causal model")
-    found = [_refute(chunk, moving, still, PlainBlocks(chunk.state.model.bridge))]
-    if found[0] is not None:
-        found.append(_refute(chunk, moving, still, None))
-    return Proof(plain=found[0] is None, refuted=found[-1])
+        return Proof(plain=None, refuted="the two runs differ before their first different token: not a causal model")
+    model, refuted = chunk.state.model, None
+    fused: tuple[Attention, ...] = ("sdpa",) if can_fuse(model.bridge, chunk.run.calls) else ()
+    for plain in (*fused, "eager", None):
+        refuted = _refute(chunk, moving, still, _blocks(model, plain))
+        if refuted is None:
+            return Proof(plain, None)
+    return Proof(None, refuted)
+
+
+def _blocks(model: HookedModel, plain: Attention | None) -> PlainBlocks | None:
+    return None if plain is None else PlainBlocks(model.bridge, plain)
 
 
 def _equal_before_the_first_difference(chunk: Chunk) -> bool:
@@ -107,7 +119,7 @@ def _refute(chunk: Chunk, moving: Rows | None, still: Rows | None, plain: PlainB
 
 def _difference(found: Tensor, expected: Tensor) -> float:
     """The largest difference of logits `[row d_vocab]`, as a share of their spread around each row's mean."""
-    found, expected = (x.double() - x.double().mean(-1, keepdim=True) for x in (found, expected))
+    found, expected = (x.double() - x.double().mean(-1, keepdim=True) for x in (found, expected.to(found.device)))
     return float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
 
 

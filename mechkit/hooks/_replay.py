@@ -13,7 +13,6 @@ on a sample of cells, and where it does not hold whole forward passes are run in
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,11 +21,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from mechkit.hooks._devices import to_device
 from mechkit.hooks._edits import EditGroup, EditPlan, Rows, ValueLookup, write
 from mechkit.hooks._hooking import Hooks
+from mechkit.hooks._plain import PlainBlocks
 from mechkit.hooks._sites import SITES
 
 if TYPE_CHECKING:
@@ -157,35 +157,6 @@ class _LeavingCache(PrefixCache):
         raise _KeysAndValues(*super().update(keys, values))
 
 
-class PlainBlocks:
-    """The Hugging Face blocks underneath a bridge's, free of hook points, on the very same weights.
-
-    Most of a replay runs through blocks in which nothing is edited. There the bridge's work for its hook points (it
-    normalizes twice, to have something to show) would be a fifth of the time. The modules are shallow copies: they share
-    parameters with the model and see it change.
-    """
-
-    def __init__(self, bridge: Any) -> None:
-        self._blocks = [_without_bridges(block.original_component) for block in bridge.blocks]
-        forward = inspect.signature(self._blocks[0].forward)
-        takes_any = any(p.kind is p.VAR_KEYWORD for p in forward.parameters.values())
-        self._names = None if takes_any else set(forward.parameters)
-
-    def __call__(self, layer: int, hidden: Tensor, arguments: dict[str, Any]) -> Any:
-        known = {k: v for k, v in arguments.items() if self._names is None or k in self._names}
-        return self._blocks[layer](hidden, **known)
-
-
-def _without_bridges(module: nn.Module) -> nn.Module:
-    """A shallow copy of a module in which every bridge component is replaced by what it wraps."""
-    plain = copy.copy(module)
-    plain._modules = {}
-    for name, child in module._modules.items():
-        if child is not None:
-            plain._modules[name] = _without_bridges(child._modules.get("_original_component") or child)
-    return plain
-
-
 class Replayer:
     """Replays blocks of one recorded run. Counts the (block, token) pairs that it computes.
 
@@ -215,11 +186,16 @@ class Replayer:
         """
         entry, n_layers = plan.entry[rows.cell], self.model.n_layers
         prompt = to_device(rows.prompt, self.run.tokens.device)
-        hidden = self.run.resid[int(entry[0])][prompt[:0], rows.start :]
+        hidden = self.run.resid[int(entry[0])][:0, rows.start :]
         for layer in range(int(entry[0]), n_layers):
             n_edited, n = len(hidden), int((entry <= layer).sum())
+            joining = self.run.resid[layer]
+            hidden, prompt = (
+                hidden.to(joining.device),
+                prompt.to(joining.device),
+            )  # a layer may have a device of its own
             if n > n_edited:
-                hidden = torch.cat([hidden, self.run.resid[layer][prompt[n_edited:n], rows.start :]])
+                hidden = torch.cat([hidden, joining[prompt[n_edited:n], rows.start :]])
             groups = plan.groups.get(layer, [])
             for group in groups:
                 if group.site.name in ("resid_pre", "resid_post"):
@@ -232,8 +208,9 @@ class Replayer:
             hidden = self._block(layer, hidden, prompt[:n], rows[:n], groups, lookup, n_plain, last)
         if read_last:
             rows = replace(rows, start=self.run.length - 1)
-        joining = self.run.resid[n_layers][prompt[len(hidden) :], rows.start :]
-        hidden = torch.cat([hidden[:, -joining.shape[1] :], joining])
+        final = self.run.resid[n_layers]
+        joining = final[prompt.to(final.device)[len(hidden) :], rows.start :]
+        hidden = torch.cat([hidden[:, -joining.shape[1] :].to(final.device), joining])
         for group in plan.groups.get(n_layers, ()):
             write(group, rows, hidden, lookup)
         return hidden
@@ -263,7 +240,7 @@ class Replayer:
         def leave(activation: Tensor, hook: Any) -> None:
             raise _HeadsDone(activation)
 
-        hidden = self.run.resid[layer][prompt, start:]
+        hidden = self.run.resid[layer][prompt.to(self.run.resid[layer].device), start:]
         with Hooks(self.model.bridge) as hooks:
             for which in given:
                 hooks.attach(SITES[which].hook_name(layer), partial(put, which=which))
@@ -312,18 +289,19 @@ class Replayer:
             return self._whole_suffix(layer, hidden, prompt, start)
         layer_cache = self.run.cache.layers[layer]
         try:
-            self._call(layer, hidden, _LeavingCache(layer_cache.keys, layer_cache.values, prompt, start), start)
+            at = prompt.to(layer_cache.keys.device)
+            self._call(layer, hidden, _LeavingCache(layer_cache.keys, layer_cache.values, at, start), start)
         except _KeysAndValues as found:
             keys, values = found.args
         else:
             raise CannotReplayError("its attention does not use the cache")
         self.block_tokens -= len(hidden)  # the last position, which is counted again below
-        everyone = torch.arange(len(prompt), device=prompt.device)
+        everyone = torch.arange(len(prompt), device=keys.device)
         return self._call(layer, hidden[:, -1:], PrefixCache(keys, values, everyone, end), end)
 
     def _prefix(self, layer: int, prompt: Tensor, start: int) -> PrefixCache:
         layer_cache = self.run.cache.layers[layer]
-        return PrefixCache(layer_cache.keys, layer_cache.values, prompt, start)
+        return PrefixCache(layer_cache.keys, layer_cache.values, prompt.to(layer_cache.keys.device), start)
 
     def _call(self, layer: int, hidden: Tensor, cache: PrefixCache, start: int, hooked: bool = False) -> Tensor:
         self.block_tokens += hidden.shape[0] * hidden.shape[1]
