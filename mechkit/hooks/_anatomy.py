@@ -42,6 +42,7 @@ def unembeds_final_stream(model: HookedModel, run: Run) -> bool:
     if not has_final_norm(model):
         return False
     found, own = model.unembed(run.resid[-1][:1, -1]), run.last_logits[:1]
+    own = own.to(found.device)
     if found.shape != own.shape:
         return False
     spread = (own - own.mean()).abs().max().clamp(min=1e-12)

@@ -82,7 +82,8 @@ class State:
     def read_tokens(self) -> Tensor | None:
         """The tokens whose logits the metric reads, where the unembedding is; `None` reads all."""
         tokens = getattr(self.metric, "tokens", None)
-        return None if tokens is None else tokens.to(self.model.bridge.unembed.original_component.weight.device)
+        device = self.model.bridge.unembed.original_component.weight.device
+        return tokens if tokens is None or device.type == "meta" else tokens.to(device)
 
     @cached_property
     def reads_last(self) -> bool:

@@ -1,14 +1,48 @@
-"""Moving small things to where they are used, without making anybody wait."""
+"""Where a model's weights are, and moving small things to where they are used without making anybody wait.
+
+A model that was loaded with a `device_map` has layers on several devices, and perhaps weights that are fetched when they are
+needed (they are on torch's device "meta" meanwhile). accelerate's hooks move what a module is given to where it runs.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def to_device(array: Int[np.ndarray, "..."], device: torch.device) -> Int[Tensor, "..."]:
     """An index array on a device. A GPU fetches it from pinned memory when it comes to it: the caller goes on at once."""
     index = torch.from_numpy(np.ascontiguousarray(array))
     return index.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else index.to(device)
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where token ids go in: with the first weight, or where accelerate runs a module whose weights it has put away."""
+    device = next(model.parameters()).device
+    if device.type != "meta":
+        return device
+    hooks = (hook for module in model.modules() for hook in _accelerate_hooks(module))
+    return torch.device(next((found for hook in hooks if (found := hook.execution_device) is not None), "cpu"))
+
+
+def weights_at_hand(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
+    """`(name, parameter, its values)` of every parameter; values that were put away are fetched."""
+    modules = dict(model.named_modules())
+    for name, parameter in model.named_parameters():
+        values: Tensor = parameter
+        if parameter.device.type == "meta":
+            owner, _, own = name.rpartition(".")
+            maps = [hook.weights_map for hook in _accelerate_hooks(modules[owner]) if hook.weights_map is not None]
+            values = maps[0][own] if maps else parameter
+        yield name, parameter, values
+
+
+def _accelerate_hooks(module: nn.Module) -> list[Any]:
+    """The hooks of a module that say where it runs and where its weights are."""
+    hook = getattr(module, "_hf_hook", None)
+    return [one for one in getattr(hook, "hooks", [hook]) if hasattr(one, "execution_device")]

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from mechkit.hooks._devices import input_device
+
 
 class Facts:
     """The part of `HookedModel` that everything else asks for sizes. `bridge` is the TransformerBridge, `name` the model's."""
@@ -54,7 +56,13 @@ class Facts:
     @property
     def device(self) -> torch.device:
         """Where token ids go in."""
-        return next(self.bridge.original_model.parameters()).device
+        return input_device(self.bridge.original_model)
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """Everywhere that its weights are (several with a `device_map`), and where token ids go in."""
+        found = {p.device for p in self.bridge.original_model.parameters()} | {self.device}
+        return sorted((device for device in found if device.type != "meta"), key=str)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -30,13 +30,13 @@ class Budget:
 
     @classmethod
     def of(cls, model: HookedModel, budget: int | None) -> Budget:
-        """The user's, or half of what the device has free."""
+        """The user's, or half of what the device has free: of several GPUs, the one that has least."""
         if budget is not None and budget <= 0:
             raise ValueError(f"budget: expected a positive number of bytes, got {budget}")
-        on_gpu = model.device.type == "cuda"
+        gpus = [device for device in model.devices if device.type == "cuda"]
         if budget is None:
-            budget = torch.cuda.mem_get_info(model.device)[0] // 2 if on_gpu else CPU_BUDGET
-        return cls(budget, None if on_gpu else CPU_TOKENS)
+            budget = min((torch.cuda.mem_get_info(gpu)[0] for gpu in gpus), default=2 * CPU_BUDGET) // 2
+        return cls(budget, None if gpus else CPU_TOKENS)
 
     def halve(self) -> None:
         """After the device ran out of memory."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mechkit.hooks import _load
 from mechkit.hooks._cache import ActivationCache
+from mechkit.hooks._devices import input_device, weights_at_hand
 from mechkit.hooks._hooking import HookFunction, Hooks, hook_points
 from mechkit.hooks._sites import SITES, parse_hook_name
 from mechkit.hooks._text import Input, Text
@@ -95,7 +96,7 @@ class HookedModel(Weights, Text):
         """Wraps a transformers model that one already has. Its submodules are hooked in place; weights are not copied."""
         name = name or getattr(hf_model.config, "name_or_path", "") or type(hf_model).__name__
         with torch.no_grad():
-            tokens = _load.probe_tokens(hf_model.config.get_text_config().vocab_size).to(hf_model.device)
+            tokens = _load.probe_tokens(hf_model.config.get_text_config().vocab_size).to(input_device(hf_model))
             probe = None if hf_model.training else hf_model(tokens).logits
         return cls(_load.build_bridge(hf_model, tokenizer, name), name=name, revision=revision, probe=probe)
 
@@ -130,12 +131,12 @@ class HookedModel(Weights, Text):
         It is kept until a weight changes. A change made behind autograd's back (`p.data[3] = 0`) is noticed only if it
         touches one of 64 sampled entries of the tensor.
         """
-        parameters = list(self.bridge.original_model.named_parameters())
+        parameters = list(weights_at_hand(self.bridge.original_model))
         with torch.no_grad():
-            state = tuple((p.data_ptr(), p._version, float(_sampled(p).sum())) for _, p in parameters)
+            state = tuple((p.data_ptr(), p._version, float(_sampled(values).sum())) for _, p, values in parameters)
         if self._fingerprint is None or self._fingerprint[0] != state:
             digest = hashlib.sha256()
-            for name, p in parameters:
+            for name, _, p in parameters:
                 flat, sample = p.detach().flatten(), _sampled(p)
                 sums = torch.stack([flat.sum(dtype=torch.float64), flat.abs().sum(dtype=torch.float64)]).cpu()
                 digest.update(f"{name}{tuple(p.shape)}{p.dtype}".encode())

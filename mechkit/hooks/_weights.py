@@ -91,6 +91,10 @@ class Weights(Facts):
         normed = self.bridge.ln_final(resid)
         head = self.bridge.unembed.original_component
         bias = getattr(head, "bias", None)
+        if head.weight.device.type == "meta":  # offloaded: accelerate fetches the weights when the module is called
+            logits = head(normed)
+            return self.scale_logits(logits if tokens is None else logits[..., tokens.to(logits.device)])
+        normed = normed.to(head.weight.device)
         if tokens is None:
             logits = torch.nn.functional.linear(normed, head.weight, bias)
         else:
