@@ -51,7 +51,7 @@ class Metric:
             raise ValueError(f"index: expected prompts in 0..{self.n_prompts - 1}, at least one; got {list(index)}")
 
         def read(logits: Tensor, prompt: Tensor, reference: Tensor | None) -> Tensor:
-            return self.read(logits, chosen.to(prompt.device)[prompt], reference)
+            return self.read(logits, chosen.to(prompt.device, non_blocking=True)[prompt], reference)
 
         lengths = None if self.lengths is None else self.lengths[chosen]
         return replace(self, n_prompts=len(chosen), positions=self.positions[chosen], read=read, lengths=lengths)
@@ -153,7 +153,8 @@ def _difference_of_means(pairs: PromptPairs) -> Callable[[Tensor, Tensor, Tensor
     n_right, n_wrong = (torch.tensor([len(ids) for ids in side]) for side in (pairs.right, pairs.wrong))
 
     def read(right: Tensor, wrong: Tensor, prompt: Tensor) -> Tensor:
-        return right.sum(-1) / n_right.to(prompt.device)[prompt] - wrong.sum(-1) / n_wrong.to(prompt.device)[prompt]
+        right_n, wrong_n = (n.to(prompt.device, non_blocking=True)[prompt] for n in (n_right, n_wrong))
+        return right.sum(-1) / right_n - wrong.sum(-1) / wrong_n
 
     return read
 
@@ -197,5 +198,5 @@ def _padded(sets: tuple[tuple[int, ...], ...]) -> Int[Tensor, "prompt k"]:
 
 def _gather(logits: Tensor, index: Tensor, prompt: Tensor, fill: float) -> Float[Tensor, "row k"]:
     """Each row's own columns; `fill` where the row's set is shorter than the longest. A NaN of the model stays NaN."""
-    columns = index.to(logits.device)[prompt]
+    columns = index.to(logits.device, non_blocking=True)[prompt]
     return logits.gather(-1, columns.clamp(min=0)).masked_fill(columns < 0, fill)

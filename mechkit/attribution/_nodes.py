@@ -180,6 +180,12 @@ class Chunk:
         """Adds effects of one layer's activations (positions from `runs.start` on) to the study's."""
         site, layer = key
         per_entry = per_entry.to(torch.promote_types(per_entry.dtype, torch.float32))
+        if not bool(torch.isfinite(per_entry).all()):  # NaN would look like a cell that does not exist
+            raise ValueError(
+                f"gradient: expected finite effects at {site!r} of layer {layer}, got NaN or inf, though the runs were finite; "
+                f"the backward pass overflows in {str(self.study.model.dtype).removeprefix('torch.')}, or the metric has no "
+                "gradient there"
+            )
         axes, into = self.study.axes[site], self.study.effects[site]
         if row is not None:
             summed = per_entry.new_zeros(len(self.ids), *per_entry.shape[1:])

@@ -27,6 +27,7 @@ from mechkit.circuits._runs import CircuitRuns, Written
 from mechkit.circuits.graph import Graph
 from mechkit.hooks import Budget, HookedModel, Parts, Run, record, wide_dtype, widen
 from mechkit.hooks._memory import out_of_memory
+from mechkit.hooks._nonfinite import where_it_began
 from mechkit.metrics import CallableMetric, Metric, as_metric, one_a_prompt
 from mechkit.prompts import PromptPairs
 
@@ -284,9 +285,11 @@ class Evaluator:
             whole = self._value_of_run(chunk, run, final, everyone, corrupted)
             self.values[run][chunk.ids] = whole.cpu().to(self.values[run])
             if not bool(torch.isfinite(whole).all()):
+                bad = (~torch.isfinite(whole)).nonzero().flatten().tolist()
+                tokens = (self.pairs.clean if run == "clean" else self.pairs.corrupted).tokens[int(chunk.ids[bad[0]])]
                 raise ValueError(
-                    f"{run} run: expected a finite metric, got NaN or inf for prompts "
-                    f"{chunk.ids[~torch.isfinite(whole).cpu()].tolist()[:5]}; the weights may hold NaN, or the dtype overflow"
+                    f"{run} run: expected a finite metric, got NaN or inf for prompts {[int(chunk.ids[i]) for i in bad[:5]]}; of "
+                    f"prompt {int(chunk.ids[bad[0]])} {where_it_began(self.model, tokens.to(self.model.device))}"
                 )
 
     def _value_of_run(self, chunk: Chunk, run: str, final: Tensor, everyone: Tensor, corrupted: Run) -> Tensor:

@@ -35,7 +35,7 @@ class Budget:
             raise ValueError(f"budget: expected a positive number of bytes, got {budget}")
         gpus = [device for device in model.devices if device.type == "cuda"]
         if budget is None:
-            budget = min((torch.cuda.mem_get_info(gpu)[0] for gpu in gpus), default=2 * CPU_BUDGET) // 2
+            budget = min((_free(gpu) for gpu in gpus), default=2 * CPU_BUDGET) // 2
         return cls(budget, None if gpus else CPU_TOKENS)
 
     def halve(self) -> None:
@@ -86,6 +86,11 @@ def _site_floats(model: HookedModel, site: str, length: int) -> int:
 
 def _item_size(model: HookedModel) -> int:
     return torch.empty((), dtype=model.dtype).element_size()
+
+
+def _free(gpu: torch.device) -> int:
+    """Bytes that can be had on a GPU: what nobody has, and what torch keeps of what it no longer uses."""
+    return torch.cuda.mem_get_info(gpu)[0] + torch.cuda.memory_reserved(gpu) - torch.cuda.memory_allocated(gpu)
 
 
 _CPU_AND_MPS = ("can't allocate memory", "out of memory")

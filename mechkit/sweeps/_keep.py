@@ -254,7 +254,7 @@ def _describes(data: bytes, name: str, layout: Layout) -> bool:
             found["shape"] == list(shape)
             and found["chunk_grid"]["configuration"]["chunk_shape"] == list(chunk)
             and found["codecs"] == [{"name": "vlen-utf8", "configuration": {}} if text else plain, {"name": "crc32c"}]
-            and found["dimension_names"] == list(dims)
+            and (found.get("dimension_names") or []) == list(dims)  # of a single number, none
         )
     except (ValueError, KeyError, TypeError, IndexError):
         return False
@@ -280,7 +280,7 @@ class Stored:
     def open(cls, store: Store, job: Job) -> Stored | None:
         """`None` if nothing of the job is finished."""
         record, layout = store.good(f"jobs/{job.id}.json"), layout_of(store, job.id)
-        if record is None or layout is None:
+        if record is None or record["job"] != job.id or layout is None:
             return None
         plan = Plan.from_json(record["plan"])
         shards = {}
@@ -316,6 +316,11 @@ class Stored:
                 whole[region] = chunk[fits]
         if "prompt" in dims and _cut_by_prompts(self.plan):
             whole = np.take(whole, np.argsort(self.plan.order), axis=dims.index("prompt"))
+        if array == "values" and "prompt" in dims and not self.complete:
+            for name, of in layout.baselines.items():  # a cell whose prompt has no baseline yet is not finished either
+                if of == ("prompt",):
+                    gone = np.isnan(self.array(f"baseline_{name}"))
+                    whole[(slice(None),) * dims.index("prompt") + (gone,)] = np.nan
         return whole
 
     @property
@@ -331,14 +336,8 @@ class Stored:
         layout = self.layout
         baseline = {name: torch.from_numpy(self.array(f"baseline_{name}")) for name in layout.baselines}
         edges = layout.kind == "edge_scores"
-        values = torch.from_numpy(self.array("values"))
-        if not self.complete and "prompt" in layout.dims:  # a cell without its prompt's baseline is not finished either
-            shape = [-1 if dim == "prompt" else 1 for dim in layout.dims]
-            for name, dims in layout.baselines.items():
-                if dims == ("prompt",):
-                    values = values.masked_fill(baseline[name].isnan().reshape(shape), torch.nan)
         result = Result(
-            values=values,
+            values=torch.from_numpy(self.array("values")),
             dims=layout.dims,
             coords=self.labels,
             baseline={} if edges else baseline,
