@@ -251,3 +251,21 @@ def test_gradient_methods_and_readouts_name_it_too():
     with pytest.raises(ValueError, match=place):
         mk.hidden_states(model, pairs.clean, position=-1, layers=[N_LAYERS - 1], progress=False)
     assert not model.has_hooks
+
+
+def test_a_gradient_that_is_not_finite_is_refused():
+    """The runs are finite, and so is the metric; its square root has no gradient at 0. As NaN it would look like a cell that
+    does not exist. Control: the same metric a little above 0."""
+    model, pairs = make_model("llama"), make_pairs()
+
+    def root(above: float) -> mk.Metric:
+        plain = mk.logit_diff(pairs)
+
+        def read(logits: torch.Tensor, prompt: torch.Tensor, reference: torch.Tensor | None) -> torch.Tensor:
+            return (0 * plain.read(logits, prompt, reference) + above).sqrt()
+
+        return mk.Metric("root", "", plain.n_prompts, plain.positions, plain.tokens, read, lengths=plain.lengths)
+
+    assert torch.isfinite(mk.attribution_patching(model, pairs, root(1.0)).values).all()
+    with pytest.raises(ValueError, match=r"gradient: expected finite effects at 'z' of layer \d"):
+        mk.attribution_patching(model, pairs, root(0.0))
