@@ -11,6 +11,7 @@ import concurrent.futures
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from types import TracebackType
@@ -164,9 +165,18 @@ _worker: Worker | None = None  # of this process, if it is one of `Processes`
 def _begin(settings: Settings, device: str, threads: int) -> None:
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the runner's, which ends us
+    threading.Thread(target=_end_with_the_runner, daemon=True).start()
     if threads:
         torch.set_num_threads(threads)
     _worker = Worker(settings, device)
+
+
+def _end_with_the_runner() -> None:
+    """Should the runner be killed, nobody else would end its processes."""
+    runner = multiprocessing.parent_process()
+    if runner is not None:
+        runner.join()
+        os._exit(1)
 
 
 def _compute(task: Task) -> Outcome:

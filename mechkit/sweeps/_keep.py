@@ -52,6 +52,7 @@ def save(
         {
             "job": job.id,
             "shard": shard.number,
+            "key": plan.key,
             "files": files,
             "labels": store.label_files(job.id, layout),
             "provenance": dict(result.provenance),
@@ -59,7 +60,7 @@ def save(
             **facts,
         },
     )
-    store.files.remove(f"failed/{job.id}/{shard.number}.json")
+    store.remove(f"failed/{job.id}/{shard.number}.json")
 
 
 def _layout(plan: Plan, found: Result | EdgeScores, result: Result, baselines: Mapping[str, torch.Tensor]) -> Layout:
@@ -163,10 +164,10 @@ def finished(store: Store, job: Job, plan: Plan, *, mend: bool = True) -> set[in
             if layout is None:
                 raise DamagedError(f"layout/{job.id}.json, the labels of its values, is lost")
             for file, sha in record["files"].items():
-                store.read_chunk(file, sha, layout, file.split("/")[2])
+                _check_chunk(store, file, sha, layout, mend)
         except DamagedError as error:
             if mend:
-                _set_shard_aside(store, job.id, path, str(error))
+                store.set_aside(path, f"{job}, shard {name.removesuffix('.json')} is computed again: {error}")
         else:
             done[record["shard"]] = record
     if mend and layout is not None:
@@ -174,9 +175,13 @@ def finished(store: Store, job: Job, plan: Plan, *, mend: bool = True) -> set[in
     return set(done)
 
 
-def _set_shard_aside(store: Store, job: str, path: str, why: str) -> None:
-    """A shard's record. Its chunks stay until they are written anew."""
-    store.set_aside(path, f"job {job}, shard {path.split('/')[-1].removesuffix('.json')} is computed again: {why}")
+def _check_chunk(store: Store, file: str, sha: str, layout: Layout, mend: bool) -> None:
+    try:
+        store.read_chunk(file, sha, layout, file.split("/")[2])
+    except DamagedError as error:
+        if mend and store.files.exists(file):
+            store.set_aside(file, str(error))
+        raise
 
 
 def shard_record(store: Store, job: str, path: str, plan: Plan) -> dict[str, Any]:
@@ -192,6 +197,8 @@ def shard_record(store: Store, job: str, path: str, plan: Plan) -> dict[str, Any
     number = record["shard"]
     if record["job"] != job or path != f"shards/{job}/{number}.json" or not 0 <= number < plan.n_shards:
         raise DamagedError(f"{path} is another shard's")
+    if record["key"] != plan.key:
+        raise DamagedError(f"{path} was computed with another key (other weights, prompts, or code)")
     if not all(file.startswith(mine) and ".." not in file for file in record["files"]):
         raise DamagedError(f"{path} names files of another job")
     return record

@@ -45,11 +45,13 @@ class Plan:
         order: The prompts, in the order in which they are stored; empty for jobs without prompts.
         labels: All labels of the dims that are cut, and of `"pos"`, which depend on all prompts together.
         size: How many labels of each cut dim a shard has (the last one may have fewer).
+        key: A hash of the job's full key, which every shard's record repeats.
     """
 
     order: tuple[int, ...]
     labels: Mapping[str, tuple[Label, ...]]
     size: Mapping[str, int]
+    key: str = ""
 
     @property
     def shards(self) -> list[Shard]:
@@ -72,7 +74,7 @@ class Plan:
     @classmethod
     def from_json(cls, stated: Mapping[str, Any]) -> Plan:
         labels = {dim: tuple(labels) for dim, labels in stated["labels"].items()}
-        return cls(tuple(stated["order"]), labels, dict(stated["size"]))
+        return cls(tuple(stated["order"]), labels, dict(stated["size"]), stated["key"])
 
 
 def make_plan(

@@ -6,7 +6,7 @@
     shards/<job>/<n>.json    a finished shard: the checksum of every chunk that it wrote, its cost, its provenance
     failed/<job>/<n>.json    a shard that raised an error
     data/                    a zarr v3 hierarchy; data/<job>/values, baseline_*, and a coordinate array a dim. Read it with xarray
-    aside/                   what was found damaged. Nothing is ever deleted
+    aside/                   what was found damaged: it is moved there, and not deleted
 
 1. One zarr chunk is one shard, so that no two writers share a chunk. Chunks end in a crc32c, which any zarr reader checks.
 2. A shard counts as finished when its JSON is there, written after its chunks in one step (a rename; a put on object stores).
@@ -246,6 +246,11 @@ class Store:
         log.warning("%s: %s", self.url, what)
         self.damage.append(what)
 
+    def remove(self, name: str) -> None:
+        """Takes away what is out of date, if it is there."""
+        with self._said(name):
+            self.files.remove(name)
+
     @contextlib.contextmanager
     def _said(self, name: str) -> Iterator[None]:
         try:
@@ -341,8 +346,7 @@ class Store:
                         layout.dtype,
                         layout.array_dims(array),
                     )
-            for dim in layout.dims:
-                labels = layout.labels[dim]
+            for dim, labels in layout.labels.items():
                 whole = all(isinstance(label, int) for label in labels)
                 if not self.files.exists(f"data/{job}/{dim}/zarr.json"):
                     kind = "int64" if whole else "str"
@@ -356,7 +360,7 @@ class Store:
 
     def label_files(self, job: str, layout: Layout) -> dict[str, str]:
         """The files of the coordinate arrays, and their SHA-256."""
-        names = [chunk_name(job, dim, (0,)) for dim in layout.dims]
+        names = [chunk_name(job, dim, (0,)) for dim in layout.labels]
         return {name: sha256(data) for name in names if (data := self.files.read(name)) is not None}
 
     def _create(self, name: str, shape: Any, chunks: Any, dtype: str, dims: Sequence[str]) -> zarr.Array:

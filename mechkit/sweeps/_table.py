@@ -49,9 +49,10 @@ class Table:
         return len(self.jobs)
 
     def __repr__(self) -> str:
-        counts = ", ".join(f"{len(set(labels))} {what}" for labels, what in zip(self._labels(), _PLURAL, strict=True))
+        kinds = zip(self._labels(), ("model", "task", "technique"), strict=True)
+        counts = ", ".join(counted(len({label for label in labels if label}), what) for labels, what in kinds)
         missing = f"; {len(self.missing)} jobs are not finished" if self.missing else ""
-        return f"Table({len(self)} results of {counts}{missing})"
+        return f"Table({counted(len(self), 'result')} of {counts}{missing})"
 
     def _labels(self) -> list[tuple[str, ...]]:
         return [tuple(job.labels[i] for job in self.jobs) for i in range(3)]
@@ -207,7 +208,8 @@ def _joined(parts: list[pyarrow.Table]) -> pyarrow.Table:
     return pa.concat_tables(parts).unify_dictionaries().combine_chunks()
 
 
-_PLURAL = ("models", "tasks", "techniques")
+def counted(n: int, what: str) -> str:
+    return f"{n} {what}{'' if n == 1 else 's'}"
 
 
 def facts(job: Job) -> dict[str, tuple[Any, ...]]:

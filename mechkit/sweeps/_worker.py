@@ -15,7 +15,7 @@ import json
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +187,7 @@ class Worker:
             except Exception as error:
                 failed[job.id] = _told(error)
                 continue
-            self.store.files.remove(f"failed/{job.id}/plan.json")  # of an earlier run
+            self.store.remove(f"failed/{job.id}/plan.json")  # of an earlier run
             sizes[job.id] = plan.n_shards
             todo[job.id] = tuple(shard.number for shard in plan.shards if shard.number not in done)
         return Planned(todo, sizes, failed, tuple(self.store.damage[already:]))
@@ -214,6 +214,7 @@ class Worker:
             prompts, model = self.prompts(job), self.model(job.model)
             metric = self._metric(job, prompts)
             plan = make_plan(job, model, prompts, metric, budget=self._bytes(model), rows=self.settings.rows)
+            plan = replace(plan, key=hashlib.sha256(canonical([job.stated(), key])).hexdigest()[:16])
             self.store.put(
                 f"jobs/{job.id}.json",
                 {
@@ -288,9 +289,7 @@ class Worker:
         job, model = task.job, self.model(task.model)
         plan = self._plans.get(job.id)
         if plan is None:
-            record = self.store.get(f"jobs/{job.id}.json")
-            assert record is not None  # the plan task wrote it
-            plan = self._plans[job.id] = Plan.from_json(record["plan"])
+            plan = self._plans[job.id] = self._recorded_plan(job)
         shard = plan.shards[task.shard]
         found = self._call(job, plan, shard, model, task.lost)
         facts = {
@@ -301,6 +300,19 @@ class Worker:
         }
         save(self.store, job, plan, shard, found, {**facts, "seconds": time.perf_counter() - begin})
         return Finished(time.perf_counter() - begin)
+
+    def _recorded_plan(self, job: Job) -> Plan:
+        """The plan that a worker made: for this very model, and these prompts."""
+        record = self.store.get(f"jobs/{job.id}.json")
+        if record is None:
+            raise ValueError(f"store: expected jobs/{job.id}.json, which was there when the job was planned")
+        measured = self._measured(job)
+        if differ := [name for name, value in measured.items() if record["measured"].get(name) != value]:
+            raise ValueError(
+                f"{' and '.join(differ)}: expected what the job was planned with, got another here; a model must be the same for "
+                "every worker, and a task give the same prompts whenever it is called"
+            )
+        return Plan.from_json(record["plan"])
 
     def _call(self, job: Job, plan: Plan, shard: Shard, model: HookedModel, lost: int) -> Result | EdgeScores:
         """The technique's own function on the shard's prompts and cells."""

@@ -22,7 +22,7 @@ from mechkit.sweeps._run import RunReport, check_schema, read_manifest, run, wat
 from mechkit.sweeps._spec import Job, Problems, Statement, check, read_toml
 from mechkit.sweeps._status import Status, status
 from mechkit.sweeps._store import Store, StoreError
-from mechkit.sweeps._table import Table, fits
+from mechkit.sweeps._table import Table, counted, fits
 from mechkit.sweeps._worker import Settings
 
 Entry = str | Mapping[str, Any]
@@ -131,8 +131,8 @@ class Study:
 
     def __repr__(self) -> str:
         counts = [len({job.labels[i] for job in self.jobs if job.labels[i]}) for i in range(3)]
-        kinds = ", ".join(f"{n} {what}" for n, what in zip(counts, ("models", "tasks", "techniques"), strict=True))
-        return f"Study({self.name!r}: {len(self)} jobs of {kinds}, in {self.store.url})"
+        kinds = ", ".join(counted(n, what) for n, what in zip(counts, ("model", "task", "technique"), strict=True))
+        return f"Study({self.name!r}: {counted(len(self), 'job')} of {kinds}, in {self.store.url})"
 
     def check(self, *, loaded: Sequence[str] = ()) -> None:
         """Looks whether every model is there, without loading any. `run` does so first.

@@ -1,0 +1,125 @@
+"""A study that is killed at any moment goes on where it was: the same bytes in the end, and at most a shard a kill done twice."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import study_helpers as helpers
+
+import mechkit as mk
+
+STATED: dict[str, Any] = {
+    "models": [{"name": "study_helpers:tiny_llama", "dtype": "float64", "label": "llama"}],
+    "tasks": [{"name": "study_helpers:tiny_pairs", "n": 5, "label": "pairs", "grid": {"seed": [0, 1]}}],
+    "techniques": [
+        {"name": "activation_patching", "label": "heads"},
+        {"name": "activation_patching", "label": "residual", "site": "resid_pre", "over": "layer pos"},
+    ],
+    "shard": 8,
+    "retries": 0,
+}
+KILLS = 20
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    study = mk.Study(**STATED, store=folder / "store")
+    with helpers.one_thread():
+        report = study.run(progress=False)
+    assert not report.failed
+    assert report.computed > 20
+    helpers.parquet(study, folder / "table.parquet")
+    return folder
+
+
+def start(store: Path, log: Path) -> Any:
+    """A process that runs the study, up to the moment at which it begins."""
+    started = helpers.lines(f"{log}.started")
+    process = helpers.forkserver().Process(target=helpers.run_in_process, args=(str(store), STATED, str(log)))
+    process.start()
+    helpers.wait_for(lambda: helpers.lines(f"{log}.started") > started or not process.is_alive())
+    return process
+
+
+def assert_like(store: Path, undisturbed: Path) -> None:
+    """The table, and every file of data, byte by byte."""
+    study = mk.Study.open(store, allow_code=True)
+    table = mk.Study(**STATED, store=store)
+    assert len(study) == len(table) == len(table.results())
+    assert helpers.parquet(table, store.parent / "table.parquet") == (undisturbed / "table.parquet").read_bytes()
+    mine, theirs = (
+        {k: v for k, v in helpers.files(at).items() if k.startswith("data/")} for at in (store, undisturbed / "store")
+    )
+    assert mine.keys() == theirs.keys()
+    assert mine == theirs
+    assert helpers.chunks(store)
+    assert table.status(verify=True).count("done") == len(table)
+
+
+def test_a_study_killed_twenty_times_ends_as_one_that_was_not(tmp_path, undisturbed):
+    chance = random.Random(0)
+    kills = finished = 0
+    total = len(helpers.records(undisturbed / "store"))
+    while kills < KILLS:
+        store, log = tmp_path / f"{finished}" / "store", tmp_path / f"{finished}.log"
+        store.parent.mkdir()
+        mine, process = 0, start(store, log)
+        while kills < KILLS:
+            process.join(chance.uniform(0.0, 0.4))
+            if not process.is_alive():
+                break
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+            kills, mine = kills + 1, mine + 1
+            assert process.exitcode == -signal.SIGKILL
+            assert helpers.lines(log) - len(helpers.records(store)) <= mine
+            assert not mk.Study(**STATED, store=store).status().at_work
+            process = start(store, log)
+        process.join()
+        assert process.exitcode == 0  # the last one was left alone
+        assert total <= helpers.lines(log) <= total + mine
+        report = mk.Study(**STATED, store=store).run(progress=False)
+        assert (report.computed, report.kept, report.damage) == (0, total, [])
+        assert_like(store, undisturbed)
+        finished += 1
+    assert kills == KILLS
+
+
+def test_an_interrupt_leaves_a_store_that_goes_on(tmp_path, undisturbed):
+    store, log = tmp_path / "store", tmp_path / "log"
+    total = len(helpers.records(undisturbed / "store"))
+    for after in (0, 3, 9):
+        process = start(store, log)
+        helpers.wait_for(lambda n=after: helpers.lines(log) > n)
+        os.kill(process.pid, signal.SIGINT)
+        process.join()
+        assert process.exitcode == 1  # KeyboardInterrupt, as it came
+        assert 0 < len(helpers.records(store)) + 1 <= total
+        status = mk.Study(**STATED, store=store).status()
+        assert not status.at_work
+        assert status.running == ()
+    interrupted = helpers.lines(log)
+    done = len(helpers.records(store))
+    assert interrupted - done <= 3
+    report = mk.Study(**STATED, store=store).run(progress=False)
+    assert (report.computed, report.kept, report.damage) == (total - done, done, [])
+    assert_like(store, undisturbed)
+
+
+def test_an_interrupt_within_a_technique(tmp_path):
+    entry = {"name": "study_helpers:interrupts", "log": str(tmp_path / "log"), "label": "interrupts"}
+    quick = {"name": "study_helpers:quick", "log": str(tmp_path / "quick"), "label": "quick"}
+    study = mk.Study(STATED["models"], ["study_helpers:tiny_pairs"], [quick, entry], store=tmp_path / "store")
+    with pytest.raises(KeyboardInterrupt):
+        study.run(progress=False)
+    assert [one.state for one in study.status().jobs] == ["done", "waiting"]
+    assert not study.status().at_work
+    report = study.run(progress=False)
+    assert (report.computed, report.kept) == (1, 1)
+    assert helpers.lines(tmp_path / "quick") == 1
