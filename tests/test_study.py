@@ -358,7 +358,7 @@ def test_selecting(cut):
             table.sel(**wrong)
     with pytest.raises(ValueError, match="expected what fits one job, got"):
         table.result(technique="ablation")
-    assert f"Table({len(CASES)} results of 1 models" in repr(table)
+    assert f"Table({len(CASES)} results of 1 model, " in repr(table)
 
 
 def test_an_empty_table(tmp_path):
