@@ -247,9 +247,12 @@ def info(
         import torch
 
         from mechkit.hooks import HookedModel, check_tokens, find_model
+        from mechkit.sweeps._executors import check_device
 
         which: dict[str, Any] = {"revision": revision, "trust_remote_code": allow_remote_code}
         find_model(model, **which)
+        if device is not None:
+            check_device(device)
         loaded = HookedModel.from_pretrained(model, device=device, dtype=getattr(torch, dtype), **which)
         check_tokens(loaded, torch.zeros(length, dtype=torch.long), "length")
         _console().print(_sizes(loaded), _sites(loaded, length), sep="\n")
@@ -324,17 +327,22 @@ def block_tokens(n_layers: int, n_heads: int, over: str, prompts: int, length: i
 
 
 def _recorded(model: HookedModel, sites: Sequence[tuple[str, int]], length: int) -> int:
-    """Bytes that the recorded runs of one pair take: a pair is recorded as a sweep does it, and they are counted."""
+    """Bytes that the recorded runs of one pair take. Two short pairs are recorded as a sweep does it, and counted; residuals,
+    keys, values and z grow with the length by as much for every token."""
     import torch
 
     from mechkit.hooks import record
 
-    tokens = torch.zeros(1, length, dtype=torch.long, device=model.device)
-    with torch.no_grad():
-        base, source = record(model, tokens), record(model, tokens, sites, blocks=False)
-    kept = [*base.resid, *source.resid, *source.sites.values()]
-    kept += [part for layer in base.cache.layers for part in (layer.keys, layer.values) if part is not None]
-    return sum(part.nbytes for part in kept)
+    def counted(n: int) -> int:
+        tokens = torch.zeros(1, n, dtype=torch.long, device=model.device)
+        with torch.no_grad():
+            base, source = record(model, tokens), record(model, tokens, sites, blocks=False)
+        kept = [*base.resid, *source.resid, *source.sites.values()]
+        kept += [part for layer in base.cache.layers for part in (layer.keys, layer.values) if part is not None]
+        return sum(part.nbytes for part in kept)
+
+    two, one = counted(2), counted(1)
+    return one + (length - 1) * (two - one)
 
 
 # -- techniques --------------------------------------------------------------------------------------------------------

@@ -142,7 +142,8 @@ def fingerprint(name: str | Path, revision: str | None = None) -> str | None:
     folder = Path(source)
     if folder.is_dir():
         files = [folder / arguments["gguf_file"]] if "gguf_file" in arguments else sorted(folder.iterdir())
-        facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
+        stats = [(file.name, file.stat()) for file in files if file.is_file()]
+        facts = [(name, at.st_size, at.st_mtime_ns, at.st_ctime_ns, at.st_ino) for name, at in stats]
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
     cached = try_to_load_from_cache(source, "config.json", revision=revision)
     return Path(cached).parent.name if isinstance(cached, str) else None

@@ -70,6 +70,8 @@ class InProcess(_Opens):
 
     def __init__(self, device: str | None = None, *, loaded: Mapping[str, HookedModel] | None = None) -> None:
         self.device, self.loaded = device, dict(loaded or {})
+        if device is not None:
+            check_device(device)
         self._worker: Worker | None = None
 
     def open(self, settings: Settings) -> None:
@@ -87,6 +89,18 @@ class InProcess(_Opens):
     def result(self, handle: Any) -> Outcome:
         assert self._worker is not None
         return self._worker.run(handle)
+
+
+def check_device(device: str) -> None:
+    """`ValueError` unless models can be put there."""
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device: expected one such as 'cpu' or 'cuda:0', got {device!r}") from error
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device: expected one of the {torch.cuda.device_count()} GPUs of this machine, got {device!r}"
+        )
 
 
 class Processes(_Opens):
@@ -111,6 +125,8 @@ class Processes(_Opens):
         self.devices = list(devices)
         if isinstance(devices, str) or not self.devices:
             raise ValueError(f"devices: expected a list such as ['cuda:0'], or a number of processes, got {devices!r}")
+        for device in self.devices:
+            check_device(device)
         self.n_workers = len(self.devices)
         self._pools: list[concurrent.futures.ProcessPoolExecutor] = []
         self._of: dict[concurrent.futures.Future[Outcome], int] = {}

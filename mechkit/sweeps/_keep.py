@@ -157,7 +157,7 @@ def finished(store: Store, job: Job, plan: Plan, *, mend: bool = True) -> set[in
     """The shards whose chunks are all there, and as they were written. Damaged ones are set aside (`mend`), to be run again."""
     layout = layout_of(store, job.id, mend=mend)
     done: dict[int, dict[str, Any]] = {}
-    for name in store.files.names(f"shards/{job.id}"):
+    for name in shard_names(store, job.id):
         path = f"shards/{job.id}/{name}"
         try:
             record = shard_record(store, job.id, path, plan)
@@ -173,6 +173,11 @@ def finished(store: Store, job: Job, plan: Plan, *, mend: bool = True) -> set[in
     if mend and layout is not None:
         _mend_arrays(store, job, layout, next(iter(done.values()))["labels"] if done else None)
     return set(done)
+
+
+def shard_names(store: Store, job: str) -> list[str]:
+    """The files of its shards' records; what else lies there (a file manager's notes) is let lie."""
+    return [name for name in store.files.names(f"shards/{job}") if name.removesuffix(".json").isdigit()]
 
 
 def _check_chunk(store: Store, file: str, sha: str, layout: Layout, mend: bool) -> None:
@@ -291,7 +296,7 @@ class Stored:
             return None
         plan = Plan.from_json(record["plan"])
         shards = {}
-        for name in store.files.names(f"shards/{job.id}"):
+        for name in shard_names(store, job.id):
             try:
                 found = shard_record(store, job.id, f"shards/{job.id}/{name}", plan)
             except DamagedError:

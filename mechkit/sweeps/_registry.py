@@ -9,12 +9,19 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import inspect
 import json
+import os
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from types import CodeType
 from typing import Any, Literal
+
+import numpy as np
 
 from mechkit import attribution, circuits, metrics, tasks
 from mechkit.circuits import FaithfulnessCurve
@@ -25,7 +32,7 @@ from mechkit.result import Result
 # What the runner gives, and what no file can hold: a study cannot set these.
 OURS = {
     *("model", "pairs", "prompts", "metric", "budget", "progress", "replay"),
-    *("checkpoint", "source_cache", "reference", "lens", "scores"),
+    *("checkpoint", "source_cache", "lens", "scores"),
 }
 AS_NAMES = {"site": str, "ablation": str}  # arguments that also take objects; a study gives the name
 
@@ -117,9 +124,40 @@ def from_code(name: str) -> Callable[..., Any]:
             found = getattr(found, part)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"expected an importable function, got {name!r}: {error}") from error
-    if not callable(found):
-        raise ValueError(f"expected a function, got {name!r}, which is a {type(found).__name__}")
+    if not inspect.isfunction(found):
+        raise ValueError(f"expected a function, made with `def`, got {name!r}, which is a {type(found).__name__}")
+    _refuse_changed(found, name)
     return found
+
+
+def source_of(function: Callable[..., Any]) -> bytes:
+    """The file in which a function stands; nothing if it is in none."""
+    source = inspect.getsourcefile(inspect.unwrap(function))
+    return b"" if source is None or not Path(source).is_file() else Path(source).read_bytes()
+
+
+def _refuse_changed(function: Callable[..., Any], name: str) -> None:
+    """A file that was edited after it was imported is not what runs: its hash would stand for other code."""
+    function = inspect.unwrap(function)
+    module, source = inspect.getmodule(function), source_of(function)
+    if module is None or not source:
+        return
+    written = _functions(source, function.__code__.co_filename)
+    for key, one in vars(module).items():
+        mine = inspect.isfunction(one) and one.__module__ == module.__name__ and one.__code__.co_name == key
+        if mine and key in written and one.__code__ != written[key]:
+            raise ValueError(
+                f"{name!r}: its file was changed after it was imported ({key} is another); start Python anew"
+            )
+
+
+@functools.lru_cache(maxsize=16)
+def _functions(source: bytes, filename: str) -> dict[str, CodeType]:
+    """The code of a file's functions, by name."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # those of the file were shown when it was imported
+        compiled = compile(source, filename, "exec", dont_inherit=True)
+    return {one.co_name: one for one in compiled.co_consts if isinstance(one, CodeType)}
 
 
 def technique(name: str) -> Technique:
@@ -127,7 +165,8 @@ def technique(name: str) -> Technique:
     if is_code(name):
         function = from_code(name)
         parameters = inspect.signature(function).parameters
-        works_on: Literal["pairs", "nothing"] = "pairs" if "pairs" in parameters else "nothing"
+        takes = [what for what in ("pairs", "prompts") if what in parameters]
+        works_on: Literal["pairs", "prompts", "nothing"] = takes[0] if takes else "nothing"  # type: ignore[assignment]
         return Technique(function, works_on, "metric" in parameters)
     return _named(TECHNIQUES, name, "technique")
 
@@ -154,31 +193,43 @@ def arguments(function: Callable[..., Any], given: Mapping[str, Any]) -> dict[st
     Raises:
         BadArguments: with every argument that is unknown, missing or of the wrong type.
     """
-    from pydantic import ConfigDict, ValidationError, create_model
+    from pydantic import ValidationError
 
-    parameters = _settable(function)
+    parameters, model = _settable(function), _checker(function)
     problems = {
         name: f"unknown; {function.__name__} takes {', '.join(parameters) or 'no arguments here'}"
         for name in given
         if name not in parameters
     }
-    fields: dict[str, Any] = {}
-    for name, parameter in parameters.items():
-        default = ... if parameter.default is parameter.empty else parameter.default
-        fields[f"{name}_"] = (_hint(function, name, parameter), default)  # `_`: pydantic keeps some names for itself
-    model = create_model("Arguments", __config__=ConfigDict(strict=True, arbitrary_types_allowed=True), **fields)
     known = {name: plain(value) for name, value in given.items() if name in parameters}
     try:
         model(**{f"{name}_": value for name, value in known.items()})
     except ValidationError as error:
         for one in error.errors():
             name = str(one["loc"][0]).removesuffix("_")
-            got = "" if one["type"] == "missing" else f", got {json.dumps(known.get(name))}"
+            got = "" if one["type"] == "missing" else f", got {json.dumps(known.get(name), default=str)}"
             problems.setdefault(name, f"{one['msg'][0].lower()}{one['msg'][1:]}{got}")
+    for name, value in known.items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError):
+            problems.setdefault(name, f"expected what JSON can hold, got {value!r}")
     if problems:
         raise BadArguments(problems)
     defaults = {name: plain(p.default) for name, p in parameters.items() if p.default is not p.empty}
     return {**defaults, **known}
+
+
+@functools.lru_cache(maxsize=256)
+def _checker(function: Callable[..., Any]) -> Any:
+    """A pydantic model of what may be given."""
+    from pydantic import ConfigDict, create_model
+
+    fields: dict[str, Any] = {}
+    for name, parameter in _settable(function).items():
+        default = ... if parameter.default is parameter.empty else parameter.default
+        fields[f"{name}_"] = (_hint(function, name, parameter), default)  # `_`: pydantic keeps some names for itself
+    return create_model("Arguments", __config__=ConfigDict(strict=True, arbitrary_types_allowed=True), **fields)
 
 
 class BadArguments(ValueError):
@@ -194,7 +245,9 @@ def _settable(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     return {
         name: parameter
         for name, parameter in inspect.signature(source).parameters.items()
-        if name not in OURS and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+        if name not in OURS
+        and "Prompts" not in str(parameter.annotation)
+        and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
     }
 
 
@@ -218,4 +271,8 @@ def plain(value: Any) -> Any:
         return {str(key): plain(one) for key, one in value.items()}
     if isinstance(value, list | tuple | range):
         return [plain(one) for one in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, np.generic):
+        return value.item()
     return value

@@ -22,7 +22,7 @@ from mechkit.sweeps._spec import Job, ModelSpec
 from mechkit.sweeps._store import DamagedError, Store, StoreError
 from mechkit.sweeps._worker import Failed, Finished, Planned, PlanTask, Settings, ShardTask, Task
 
-BEAT_EVERY = 5.0  # seconds
+BEAT_EVERY, BEAT_LEAST = 5.0, 0.5  # seconds between two signs of life, at most and at least
 WAIT = 1.0
 
 
@@ -145,7 +145,7 @@ class _Loop:
         self.total, self.done = 0, 0
         self.flying: dict[Any, tuple[int, Task]] = {}
         self.loaded: dict[int, ModelSpec | None] = dict.fromkeys(range(executor.n_workers))
-        self.ended = threading.Event()
+        self.ended, self.news = threading.Event(), threading.Event()
 
     def go(self) -> None:
         heart = threading.Thread(target=self._beat, daemon=True)  # a shard in this process may take long
@@ -154,6 +154,7 @@ class _Loop:
             self._work()
         finally:
             self.ended.set()
+            self.news.set()
             heart.join()
 
     def _work(self) -> None:
@@ -163,6 +164,7 @@ class _Loop:
                 if worker not in busy and (task := self.queue.take(self.loaded[worker])) is not None:
                     self.loaded[worker] = task.model
                     self.flying[self.executor.submit(worker, task)] = (worker, task)
+                    self.news.set()
             self._show()
             for handle in self.executor.wait(list(self.flying), WAIT):
                 self._settle(handle)
@@ -233,8 +235,10 @@ class _Loop:
             shards = [task for _, task in self._at() if isinstance(task, ShardTask)]
             with contextlib.suppress(StoreError):  # whoever computes will meet it too
                 self.store.beat([[str(one.job), one.job.id, one.shard] for one in shards], self.executor.n_workers)
-            if self.ended.wait(BEAT_EVERY):
+            if self.ended.wait(BEAT_LEAST):
                 return
+            self.news.wait(BEAT_EVERY)
+            self.news.clear()
 
 
 # -- the manifest ------------------------------------------------------------------------------------------------------

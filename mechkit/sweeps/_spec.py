@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import re
 import tomllib
 from collections import Counter
@@ -188,7 +189,8 @@ class Problems:
         self.found: list[tuple[Key, str]] = []
 
     def add(self, key: Key, message: str) -> None:
-        self.found.append((key, message))
+        if (key, message) not in self.found:  # each value of a grid would say it again
+            self.found.append((key, message))
 
     def raise_any(self) -> None:
         if self.found:
@@ -209,7 +211,7 @@ def read_toml(path: Path, *, allow_code: bool) -> Statement:
         ValueError: everything that is wrong with it, with lines.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: expected a study file in TOML, could not read it: {error}") from error
     try:
@@ -318,12 +320,13 @@ def _entries(kind: type[_Entry], what: str, parts: Mapping[str, Any], problems: 
         if twice := [name for name in grid if name in entry]:
             problems.add((*key, "grid"), f"expected {twice[0]!r} either in the entry or in its grid, got it in both")
             continue
+        several = math.prod(len(values) for values in grid.values()) > 1
         for combination in itertools.product(*grid.values()):
             chosen = dict(zip(grid, combination, strict=True))
             found = _validated(kind, {**entry, **chosen}, key, problems)
             if found is None:
                 break  # said once
-            if chosen and len(list(itertools.product(*grid.values()))) > 1:
+            if several:
                 base = found.label or found.name
                 found.label = " ".join([base, *(f"{name}={_word(value)}" for name, value in chosen.items())])
             yield key, found
@@ -449,7 +452,8 @@ def _jobs(
                 problems.add((*key, "tasks"), f"{call.name} looks at the model alone; leave tasks out")
             for_tasks = [((), "", None)]
         elif not for_tasks and not problems.found:
-            problems.add(key, f"{call.name} needs a task; there is no [[task]]")
+            why = "its own `tasks` names none" if entry.tasks is not None else "there is no [[task]]"
+            problems.add(key, f"{call.name} needs a task; {why}")
         for (_, model_label, model), (_, task_label, task) in itertools.product(mine, for_tasks):
             if (
                 task is not None
@@ -473,17 +477,20 @@ def _jobs(
 
 
 def _distinct(techniques: Sequence[tuple[Key, _TechniqueEntry, str, Call, Call | None]]) -> list[str]:
-    """Labels of techniques: where two would be called the same, the arguments in which they differ are added."""
+    """Labels of techniques: where two would be called the same, what they differ in is added."""
+
+    def said(call: Call, metric: Call | None) -> dict[str, Any]:
+        of_metric = {f"metric.{name}": value for name, value in metric.arguments.items()} if metric else {}
+        return {"name": call.name, "metric": metric.name if metric else None, **of_metric, **call.arguments}
+
+    alike: dict[str, list[dict[str, Any]]] = {}
+    for _, _, label, call, metric in techniques:
+        alike.setdefault(label, []).append(said(call, metric))
     labels = []
     for _, _, label, call, metric in techniques:
-        others = [(c, m) for _, _, other, c, m in techniques if other == label]
-        said = {"metric": metric.name if metric else None, **call.arguments}
-        differ = [
-            name
-            for name in said
-            if len({canonical(({"metric": m.name if m else None, **c.arguments}).get(name)) for c, m in others}) > 1
-        ]
-        labels.append(" ".join([label, *(f"{name}={_word(said[name])}" for name in differ)]))
+        mine, others = said(call, metric), alike[label]
+        differ = [name for name in mine if len(others) > 1 and len({canonical(one.get(name)) for one in others}) > 1]
+        labels.append(" ".join([label, *(f"{name}={_word(mine[name])}" for name in differ)]))
     return labels
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mechkit.sweeps._keep import errors, finished
+from mechkit.sweeps._keep import errors, finished, shard_names
 from mechkit.sweeps._plan import Plan
 from mechkit.sweeps._run import told
 from mechkit.sweeps._spec import Job
@@ -111,7 +111,7 @@ def _job(store: Store, job: Job, planned: bool, busy: bool, troubled: bool, veri
     seconds = 0.0
     if plan is not None:
         good = finished(store, job, plan, mend=False) if verify else None
-        for name in store.files.names(f"shards/{job.id}"):
+        for name in shard_names(store, job.id):
             shard = store.good(f"shards/{job.id}/{name}")
             if shard is not None and (good is None or shard["shard"] in good):
                 done.add(shard["shard"])
@@ -119,7 +119,8 @@ def _job(store: Store, job: Job, planned: bool, busy: bool, troubled: bool, veri
     told = errors(store, job.id, done) if troubled else []
     n = None if plan is None else plan.n_shards
     state = "waiting"
-    if n is not None and len(done) == n:
+    stale = any(one["shard"] is None for one in told)  # planned once, and not any more
+    if n is not None and len(done) == n and not stale:
         state, told = "done", []
     elif busy:
         state = "running"

@@ -122,7 +122,10 @@ class Files:
         from fsspec.implementations.local import LocalFileSystem
 
         self.url = url
-        self.fs, self.root = fsspec.core.url_to_fs(url)
+        try:
+            self.fs, self.root = fsspec.core.url_to_fs(url)
+        except (ImportError, ValueError) as error:
+            raise StoreError(f"store {url}: {error}") from error
         self.local = isinstance(self.fs, LocalFileSystem)
 
     def path(self, name: str) -> str:
@@ -137,6 +140,8 @@ class Files:
             return bytes(self.fs.cat_file(self.path(name)))
         except (FileNotFoundError, NotADirectoryError):
             return None
+        except IsADirectoryError:
+            return b""  # torn, for whoever reads it
 
     def write(self, name: str, data: bytes) -> None:
         """In one step: readers see the old file or the new one."""

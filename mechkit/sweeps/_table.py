@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,7 @@ import numpy as np
 from mechkit.circuits import EdgeScores
 from mechkit.result import Result
 from mechkit.sweeps._keep import Stored
+from mechkit.sweeps._registry import plain
 from mechkit.sweeps._spec import Job
 from mechkit.sweeps._store import DamagedError, Store
 
@@ -39,6 +42,7 @@ class Table:
 
     def __init__(self, store: Store, jobs: Sequence[Job], *, partial: bool = False) -> None:
         self.store, self.partial = store, partial
+        jobs = _told_apart(jobs)
         there = set(store.files.names("shards"))
         opened = {job.id: Stored.open(store, job) if job.id in there else None for job in jobs}
         self._stored = {key: one for key, one in opened.items() if one is not None and (partial or one.complete)}
@@ -72,7 +76,8 @@ class Table:
             fitting = [job for job in jobs if fits(job, key, value)]
             if not fitting:
                 there = sorted({str(fact) for job in jobs for fact in facts(job).get(key, ())})
-                raise ValueError(f"{key}: expected one of {', '.join(there) or 'no such key'}, got {value!r}")
+                keys = "a key among " + ", ".join(sorted({known for job in jobs for known in facts(job)}))
+                raise ValueError(f"{key}: expected {'one of ' + ', '.join(there) if there else keys}, got {value!r}")
             jobs = fitting
         chosen = object.__new__(Table)
         chosen.store, chosen.partial, chosen.jobs, chosen.missing = self.store, self.partial, tuple(jobs), ()
@@ -141,7 +146,7 @@ class Table:
         are read, and checked, when they are used."""
         import xarray as xr
 
-        return xr.DataTree.from_dict({_node(job): _dataset(self._stored[job.id]) for job in self.jobs})
+        return xr.DataTree.from_dict({path: _dataset(self._stored[job.id]) for path, job in _nodes(self.jobs).items()})
 
     @property
     def _dims(self) -> dict[str, bool]:
@@ -208,6 +213,15 @@ def _joined(parts: list[pyarrow.Table]) -> pyarrow.Table:
     return pa.concat_tables(parts).unify_dictionaries().combine_chunks()
 
 
+def _told_apart(jobs: Sequence[Job]) -> list[Job]:
+    """Several statements over one store may call two jobs the same: these get their ids as well."""
+    counts = Counter(job.labels for job in jobs)
+    return [
+        job if counts[job.labels] == 1 else replace(job, labels=(*job.labels[:2], f"{job.labels[2]} {job.id[:6]}"))
+        for job in jobs
+    ]
+
+
 def counted(n: int, what: str) -> str:
     return f"{n} {what}{'' if n == 1 else 's'}"
 
@@ -224,16 +238,19 @@ def facts(job: Job) -> dict[str, tuple[Any, ...]]:
         "dtype": (job.model.dtype,),
         "revision": (job.model.revision,),
     }
-    for call in (job.task, job.technique):
+    calls = {"technique": job.technique, "task": job.task, "metric": job.metric}
+    for what, call in calls.items():
         for name, value in call.arguments.items() if call else ():
-            found[name] = (*found.get(name, ()), value)
+            found[f"{what}.{name}"] = (value,)
+            if what != "metric" and name not in ("model", "task", "technique", "metric", "job", "dtype", "revision"):
+                found[name] = (value,)  # a task's, where both have one: `seed` is what the prompts are drawn with
     return found
 
 
 def fits(job: Job, key: str, value: Any) -> bool:
     """Whether a job is among those that `key=value` selects."""
-    several = isinstance(value, list | tuple | set) and key in ("model", "task", "technique", "job")
-    return any(option in facts(job).get(key, ()) for option in (value if several else [value]))
+    value, there = plain(value), facts(job).get(key, ())
+    return value in there or (isinstance(value, list) and any(option in there for option in value))
 
 
 def _rows(stored: Stored, schema: pyarrow.Schema, dims: Mapping[str, bool], baselines: Sequence[str]) -> pyarrow.Table:
@@ -306,6 +323,8 @@ class _replacing:
         self.partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
 
     def __enter__(self) -> str:
+        if self.path.is_dir() or not self.path.absolute().parent.is_dir():
+            raise ValueError(f"path: expected a file in a folder that exists, got {str(self.path)!r}")
         return str(self.partial)
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
@@ -318,8 +337,14 @@ class _replacing:
 # -- xarray ------------------------------------------------------------------------------------------------------------
 
 
-def _node(job: Job) -> str:
-    return "/" + "/".join(label.replace("/", "∕") for label in job.labels if label)
+def _nodes(jobs: Sequence[Job]) -> dict[str, Job]:
+    """Each job's place in a tree of three levels."""
+    nodes: dict[str, Job] = {}
+    for job in jobs:
+        model, task, technique = (label.replace("/", "∕") for label in job.labels)
+        path = f"/{model}/{task or 'no task'}/{technique}"
+        nodes[path if path not in nodes else f"{path} {job.id}"] = job
+    return nodes
 
 
 def _dataset(stored: Stored) -> xarray.Dataset:

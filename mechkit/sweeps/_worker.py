@@ -16,14 +16,13 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from mechkit.circuits import EdgeScores
 from mechkit.hooks import Budget, HookedModel, fingerprint, out_of_memory
-from mechkit.metrics import as_metric
+from mechkit.metrics import Metric, as_metric
 from mechkit.prompts import PromptPairs, Prompts
 from mechkit.result import Result
 from mechkit.sweeps import _registry as registry
@@ -132,7 +131,7 @@ class Worker:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         self._model = (spec, self._load(spec))
-        self._weights = self._model[1].weights_hash
+        self._weights = weights_digest(self._model[1])
         self._config = config_hash(self._model[1])
         self._budget = self.settings.budget
         return self._model[1]
@@ -141,6 +140,11 @@ class Worker:
         dtype = getattr(torch, spec.dtype)
         if spec.name in self.at_hand:
             found = self.at_hand[spec.name]
+            if spec.arguments or (spec.revision is not None and spec.revision != found.revision):
+                raise ValueError(
+                    f"loaded: expected {spec.name!r} as it is stated (revision {spec.revision!r}, arguments "
+                    f"{dict(spec.arguments)}), got a model of revision {found.revision!r}; leave it out of loaded"
+                )
         elif registry.is_code(spec.name):
             found = registry.from_code(spec.name)(**spec.arguments)
         else:
@@ -214,7 +218,7 @@ class Worker:
             prompts, model = self.prompts(job), self.model(job.model)
             metric = self._metric(job, prompts)
             plan = make_plan(job, model, prompts, metric, budget=self._bytes(model), rows=self.settings.rows)
-            plan = replace(plan, key=hashlib.sha256(canonical([job.stated(), key])).hexdigest()[:16])
+            plan = replace(plan, key=hashlib.sha256(canonical([job.stated(), key, plan.to_json()])).hexdigest()[:16])
             self.store.put(
                 f"jobs/{job.id}.json",
                 {
@@ -239,12 +243,14 @@ class Worker:
         name = f"jobs/{job.id}.json"
         try:
             record = self.store.get(name)
-            if record is not None and (record["job"] != job.id or record["stated"] != job.stated()):
+            if record is not None and (
+                record["job"] != job.id or canonical(record["stated"]) != canonical(job.stated())
+            ):
                 raise DamagedError(f"{name} is another job's")
         except DamagedError as error:
             self.store.set_aside(name, str(error))
             record = None
-        if record is None:
+        if record is None and any(self.store.files.exists(f"{place}/{job.id}") for place in ("shards", "data")):
             self._forget(job, f"job {job.id} ({job}) had values but no record of their key")
         return record
 
@@ -298,6 +304,11 @@ class Worker:
             "torch": torch.__version__,
             "budget": self._bytes(model),
         }
+        now = self.store.good(f"jobs/{job.id}.json")
+        if now is None or now["plan"]["key"] != plan.key:
+            raise ValueError(
+                "store: the job was planned anew while this shard was computed, with another key; the shard is dropped"
+            )
         save(self.store, job, plan, shard, found, {**facts, "seconds": time.perf_counter() - begin})
         return Finished(time.perf_counter() - begin)
 
@@ -323,7 +334,10 @@ class Worker:
             prompts = whole[list(plan.order[start:stop])]
             if row.works_on != "nothing":
                 given["pairs" if row.works_on == "pairs" else "prompts"] = prompts
-            if job.metric is not None:
+            if job.metric is not None and registry.is_code(job.metric.name):  # it may look at all of its prompts
+                found = self._metric(job, whole)
+                given["metric"] = found[plan.order[start:stop]] if isinstance(found, Metric) else found
+            elif job.metric is not None:
                 given["metric"] = self._metric(job, prompts)
             if given.get("mode") in ("mean", "pos_mean"):
                 given["reference"] = whole
@@ -365,9 +379,23 @@ def code_hash(job: Job) -> str | None:
     names = [call.name for call in (job.model, job.task, job.technique, job.metric) if call is not None]
     digest = hashlib.sha256()
     for name in (names := [name for name in names if registry.is_code(name)]):
-        source = inspect.getsourcefile(inspect.unwrap(registry.from_code(name)))
-        digest.update(b"" if source is None else Path(source).read_bytes())
+        digest.update(registry.source_of(registry.from_code(name)))
     return digest.hexdigest()[:16] if names else None
+
+
+def weights_digest(model: HookedModel) -> str:
+    """Of every byte of every weight: the same on any device, with any number of threads (`weights_hash` sees less)."""
+    parameters = list(model.bridge.original_model.named_parameters())
+    if any(p.device.type == "meta" for _, p in parameters):  # put away by accelerate
+        return model.weights_hash
+    digest, seen = hashlib.sha256(), set()
+    for name, p in parameters:
+        if (p.data_ptr(), p.shape) in seen:  # tied, or the same under another name
+            continue
+        seen.add((p.data_ptr(), p.shape))
+        digest.update(f"{name}{tuple(p.shape)}{p.dtype}".encode())
+        digest.update(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 def config_hash(model: HookedModel) -> str:

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mechkit._version import __version__
 from mechkit.hooks import find_model
 from mechkit.sweeps import _registry as registry
 from mechkit.sweeps._executors import Executor, InProcess
@@ -144,8 +145,8 @@ class Study:
             ValueError: those that are not, all together.
         """
         problems = Problems(f"study {self.name!r}")
-        models = {job.model.stated()["name"]: job.model for job in self.jobs}
-        for i, (name, model) in enumerate(models.items()):
+        models = {(job.model.name, job.model.revision): job.model for job in self.jobs}
+        for i, ((name, _), model) in enumerate(models.items()):
             if name in loaded or registry.is_code(name):
                 continue
             try:
@@ -183,6 +184,11 @@ class Study:
         if code and not self._may_run_code:
             raise ValueError(
                 f"store: its jobs name code, {code[0]!r}, which would be run; open it with allow_code=True if you trust it"
+            )
+        if others := sorted({job.mechkit for job in jobs} - {__version__}):
+            raise ValueError(
+                f"store: it holds jobs of mechkit {', '.join(others)}, this is {__version__}; state the study again to compute "
+                "them anew, or look at their results"
             )
         self.store.damage.clear()
         settings = Settings(self.store.url, self.budget, self.shard)
