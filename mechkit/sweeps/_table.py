@@ -76,6 +76,8 @@ class Table:
             fitting = [job for job in jobs if fits(job, key, value)]
             if not fitting:
                 there = sorted({str(fact) for job in jobs for fact in facts(job).get(key, ())})
+                if not jobs:
+                    raise ValueError(f"{key}: expected finished jobs to choose among, there are none yet")
                 keys = "a key among " + ", ".join(sorted({known for job in jobs for known in facts(job)}))
                 raise ValueError(f"{key}: expected {'one of ' + ', '.join(there) if there else keys}, got {value!r}")
             jobs = fitting
