@@ -29,7 +29,7 @@ import study_helpers as helpers
 
 import mechkit as mk
 from mechkit.sweeps import StoreError, _run
-from mechkit.sweeps._spec import canonical
+from mechkit.sweeps._job import canonical
 from mechkit.sweeps._store import Store, sha256
 
 STATED: dict[str, Any] = {

@@ -483,7 +483,7 @@ def test_another_mechkit_reuses_nothing(tmp_path, monkeypatch):
     calls = spied(monkeypatch, tmp_path / "log")
     old = study(tmp_path / "store")
     old.jobs = tuple(replace(job, mechkit="0.0.0") for job in old.jobs)
-    with pytest.raises(ValueError, match="jobs of mechkit 0.0.0"):
+    with pytest.raises(ValueError, match=r"jobs of mechkit 0\.0\.0"):
         old.run(progress=False)
     with monkeypatch.context() as then:
         then.setattr("mechkit.sweeps.study.__version__", "0.0.0")

@@ -13,8 +13,8 @@ import torch
 
 from mechkit.circuits import EdgeScores, Graph
 from mechkit.result import Cost, Label, Result
+from mechkit.sweeps._job import Job
 from mechkit.sweeps._plan import Plan, Shard
-from mechkit.sweeps._spec import Job
 from mechkit.sweeps._store import DamagedError, Layout, Store, chunk_name, sha256
 
 # Of one shard's prompts alone: the job's are the record's.

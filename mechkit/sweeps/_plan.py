@@ -23,7 +23,7 @@ from mechkit.metrics import Metric
 from mechkit.prompts import PromptPairs, Prompts
 from mechkit.result import Label
 from mechkit.sweeps import _registry as registry
-from mechkit.sweeps._spec import Job
+from mechkit.sweeps._job import Job
 
 ROWS_CPU, ROWS_GPU = 4096, 2**18
 FEWEST = 4  # prompts that a shard has before its cells are cut: their base runs are shared by all cells

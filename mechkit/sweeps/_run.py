@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mechkit.sweeps._executors import Executor, WorkerLostError
-from mechkit.sweeps._spec import Job, ModelSpec
+from mechkit.sweeps._job import Job, ModelSpec
 from mechkit.sweeps._store import DamagedError, Store, StoreError
 from mechkit.sweeps._worker import Failed, Finished, Planned, PlanTask, Settings, ShardTask, Task
 

@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import math
@@ -17,20 +16,18 @@ import re
 import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mechkit._version import __version__
 from mechkit.attribution._cells import check_dims
 from mechkit.hooks import get_site
 from mechkit.sweeps import _registry as registry
+from mechkit.sweeps._job import Call, Job, ModelSpec, canonical
+from mechkit.sweeps._problems import Key, Problems, line_of
 
-Key = tuple[str | int, ...]
-DTYPES = ("float64", "float32", "bfloat16", "float16")
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
@@ -74,95 +71,6 @@ class _Settings(BaseModel):
 
 
 @dataclass(frozen=True)
-class Call:
-    """A function by name, and its arguments as JSON values."""
-
-    name: str
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-
-    def stated(self) -> dict[str, Any]:
-        return {"name": self.name, "arguments": dict(self.arguments)}
-
-    @classmethod
-    def of(cls, stated: Mapping[str, Any] | None) -> Call | None:
-        return None if stated is None else cls(stated["name"], stated["arguments"])
-
-    def __hash__(self) -> int:
-        return hash(canonical(self.stated()))
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """Which model. How it is put on devices, and whether its own code may run, is no part of what is stated."""
-
-    name: str
-    revision: str | None = None
-    dtype: str = "float32"
-    arguments: Mapping[str, Any] = field(default_factory=dict)  # of a model that is code
-    device_map: str | None = None
-    trust_remote_code: bool = False
-
-    def stated(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "revision": self.revision,
-            "dtype": self.dtype,
-            "arguments": dict(self.arguments),
-        }
-
-    def __hash__(self) -> int:
-        return hash(canonical(self.stated()))
-
-
-@dataclass(frozen=True)
-class Job:
-    """One technique on one task on one model.
-
-    Attributes:
-        model, task, technique, metric: What is run; no task where the model alone is looked at.
-        labels: How model, task and technique are called in tables.
-    """
-
-    model: ModelSpec
-    task: Call | None
-    technique: Call
-    metric: Call | None
-    labels: tuple[str, str, str]
-    mechkit: str = __version__
-
-    def stated(self) -> dict[str, Any]:
-        """All that decides the numbers, as far as it is known before the model is loaded."""
-        return {
-            "model": self.model.stated(),
-            "task": None if self.task is None else self.task.stated(),
-            "technique": self.technique.stated(),
-            "metric": None if self.metric is None else self.metric.stated(),
-            "mechkit": self.mechkit,
-        }
-
-    @cached_property
-    def id(self) -> str:
-        return hashlib.sha256(canonical(self.stated())).hexdigest()[:16]
-
-    @classmethod
-    def of(cls, stated: Mapping[str, Any], labels: Sequence[str], **how: Any) -> Job:
-        """The inverse of `stated`; `how` are a model's device map and the like."""
-        technique = Call.of(stated["technique"])
-        assert technique is not None
-        return cls(
-            ModelSpec(**stated["model"], **how),
-            Call.of(stated["task"]),
-            technique,
-            Call.of(stated["metric"]),
-            (labels[0], labels[1], labels[2]),
-            stated["mechkit"],
-        )
-
-    def __str__(self) -> str:
-        return " · ".join(label for label in self.labels if label)
-
-
-@dataclass(frozen=True)
 class Statement:
     """A checked study: its settings and its jobs."""
 
@@ -174,34 +82,7 @@ class Statement:
     jobs: tuple[Job, ...]
 
 
-def canonical(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
-
-
 # -- reading and checking ----------------------------------------------------------------------------------------------
-
-
-class Problems:
-    """What is wrong with a study, told together."""
-
-    def __init__(self, where: str, text: str | None = None, *, allow_code: bool = True) -> None:
-        self.where, self.text, self.allow_code = where, text, allow_code
-        self.found: list[tuple[Key, str]] = []
-
-    def add(self, key: Key, message: str) -> None:
-        if (key, message) not in self.found:  # each value of a grid would say it again
-            self.found.append((key, message))
-
-    def raise_any(self) -> None:
-        if self.found:
-            lines = "\n".join(f"  {self._place(key)}: {message}" for key, message in self.found)
-            count = "1 problem" if len(self.found) == 1 else f"{len(self.found)} problems"
-            raise ValueError(f"{self.where}: {count}; nothing was run\n{lines}")
-
-    def _place(self, key: Key) -> str:
-        name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in key).removeprefix(".")
-        line = None if self.text is None else line_of(self.text, key)
-        return name if line is None else f"line {line}, {name}"
 
 
 def read_toml(path: Path, *, allow_code: bool) -> Statement:
@@ -502,29 +383,3 @@ def _chosen(entries: Sequence[Any], names: list[str] | None, key: Key, problems:
         if name not in known and not any(call.name == name for _, _, call in entries):
             problems.add(key, f"expected labels or names among {', '.join(known) or 'none'}, got {name!r}")
     return [entry for entry in entries if entry[1] in names or entry[2].name in names]
-
-
-# -- lines -------------------------------------------------------------------------------------------------------------
-
-
-def line_of(text: str, key: Key) -> int | None:
-    """The line of a TOML file on which a key stands (`("technique", 1, "site")`), or its table; `None` if it is nowhere."""
-    lines = text.splitlines()
-    first, last = 0, len(lines)
-    rest = list(key)
-    if len(rest) >= 2 and isinstance(rest[1], int):
-        heads = [i for i, line in enumerate(lines) if re.match(rf"\s*\[\[\s*{re.escape(str(rest[0]))}\s*\]\]", line)]
-        if rest[1] >= len(heads):
-            return None
-        first = heads[rest[1]]
-        last = next((i for i in range(first + 1, len(lines)) if re.match(r"\s*\[\[", lines[i])), len(lines))
-        rest = rest[2:]
-    names = [str(part) for part in rest if not isinstance(part, int)]
-    for name in names[::-1]:
-        for i in range(first, last):
-            if re.match(
-                rf"""\s*(?:grid\.|\w+\.)?["']?{re.escape(name)}["']?\s*[.=]|.*[{{,]\s*{re.escape(name)}\s*=|\s*\[+\s*{re.escape(name)}\s*\]""",
-                lines[i],
-            ):
-                return i + 1
-    return first + 1 if first or not names else None

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mechkit.sweeps._job import Job
 from mechkit.sweeps._keep import errors, finished, shard_names
 from mechkit.sweeps._plan import Plan
 from mechkit.sweeps._run import told
-from mechkit.sweeps._spec import Job
 from mechkit.sweeps._store import Store
 
 

@@ -42,7 +42,7 @@ import numpy as np
 
 from mechkit._version import __version__
 from mechkit.result import Label
-from mechkit.sweeps._spec import canonical
+from mechkit.sweeps._job import canonical
 
 if TYPE_CHECKING:
     import zarr

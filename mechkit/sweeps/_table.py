@@ -13,9 +13,9 @@ import numpy as np
 
 from mechkit.circuits import EdgeScores
 from mechkit.result import Result
+from mechkit.sweeps._job import Job
 from mechkit.sweeps._keep import Stored
 from mechkit.sweeps._registry import plain
-from mechkit.sweeps._spec import Job
 from mechkit.sweeps._store import DamagedError, Store
 
 if TYPE_CHECKING:

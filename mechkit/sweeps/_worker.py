@@ -26,9 +26,9 @@ from mechkit.metrics import Metric, as_metric
 from mechkit.prompts import PromptPairs, Prompts
 from mechkit.result import Result
 from mechkit.sweeps import _registry as registry
+from mechkit.sweeps._job import Job, ModelSpec, canonical
 from mechkit.sweeps._keep import finished, save
 from mechkit.sweeps._plan import Plan, Shard, make_plan, shard_arguments
-from mechkit.sweeps._spec import Job, ModelSpec, canonical
 from mechkit.sweeps._store import DamagedError, Store, StoreError
 
 LEAST_BUDGET = 2**20
