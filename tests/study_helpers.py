@@ -6,6 +6,7 @@ import contextlib
 import functools
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -222,6 +223,7 @@ def forkserver() -> Any:
 def run_in_process(store: str, stated: dict[str, Any], log: str) -> None:
     """Runs a study of activation patching, and counts its calls in a file. The first line is the process's own."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what was begun in the background ignores it
     row = registry.TECHNIQUES["activation_patching"]
     registry.TECHNIQUES["activation_patching"] = replace(row, function=counted(row.function, log))
     study = mk.Study(**stated, store=store)

@@ -56,8 +56,9 @@ class Study:
         ValueError: everything that is wrong with it, each with its key, before anything is run.
 
     Example:
+        >>> model = HookedModel.from_pretrained("smollm2-135m")
         >>> study = Study(["smollm2-135m"], ["ioi"], ["activation_patching", "ablation"], store="out/study")
-        >>> study.run()
+        >>> study.run(InProcess(loaded={"smollm2-135m": model}))  # or study.run(), which loads it
         >>> study.results().result(technique="ablation").mean("prompt").top(3)
     """
 
