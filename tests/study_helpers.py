@@ -34,8 +34,13 @@ def _model(family: str, scale: float) -> mk.HookedModel:
 
 
 def tiny_llama() -> mk.HookedModel:
-    """Four layers of four heads, random weights, float64. One model a process: it is not built again."""
+    """Four layers of four heads, random weights, float64. One model a process, which no test may change."""
     return _model("llama", 1.0)
+
+
+def fresh_llama() -> mk.HookedModel:
+    """The same, built anew, for a test that changes it."""
+    return _model.__wrapped__("llama", 1.0)
 
 
 def tiny_gpt2() -> mk.HookedModel:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from study_helpers import one_thread
+from study_helpers import fresh_llama, one_thread, tiny_llama
 
 import mechkit as mk
 from mechkit.sweeps import InProcess
@@ -69,9 +69,7 @@ def test_code_that_was_edited_after_its_import_is_refused(tmp_path, monkeypatch)
 
 def test_every_byte_of_the_weights_counts(tmp_path):
     """Two rows of the embedding change places: sums and most samples stay."""
-    from study_helpers import tiny_llama
-
-    model = tiny_llama()
+    model = fresh_llama()
     model.name = "mine"
     one = study(tmp_path / "store", models=[{"name": "mine", "dtype": "float64"}])
     executor = InProcess(loaded={"mine": model})
@@ -84,8 +82,6 @@ def test_every_byte_of_the_weights_counts(tmp_path):
 
 
 def test_a_loaded_model_is_the_one_that_is_stated(tmp_path):
-    from study_helpers import tiny_llama
-
     models = [{"name": "mine", "revision": "step1", "dtype": "float64"}]
     report = study(tmp_path / "store", models=models).run(InProcess(loaded={"mine": tiny_llama()}), progress=False)
     assert "expected 'mine' as it is stated (revision 'step1'" in "".join(report.failed.values())

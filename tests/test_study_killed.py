@@ -12,6 +12,7 @@ import pytest
 import study_helpers as helpers
 
 import mechkit as mk
+from mechkit.sweeps._worker import weights_digest
 
 STATED: dict[str, Any] = {
     "models": [{"name": "study_helpers:tiny_llama", "dtype": "float64", "label": "llama"}],
@@ -31,6 +32,8 @@ def undisturbed(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
     study = mk.Study(**STATED, store=folder / "store")
     with helpers.one_thread():
+        shared, fresh = (weights_digest(model) for model in (helpers.tiny_llama(), helpers.fresh_llama()))
+        assert shared == fresh  # or a test has changed it, and the processes below have another
         report = study.run(progress=False)
     assert not report.failed
     assert report.computed > 20
