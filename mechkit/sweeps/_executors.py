@@ -1,8 +1,7 @@
 """Where shards are computed: in this process, in a process a device, or on Ray.
 
 An executor owns workers, numbered from 0, each of which does one task at a time. It does not choose tasks (`_run.py` hands
-them out) and
-it does not schedule: processes are concurrent.futures', actors are Ray's.
+them out) and it does not schedule: processes are concurrent.futures', actors are Ray's.
 """
 
 from __future__ import annotations

@@ -48,9 +48,9 @@ class Study:
         retries: How often a shard is tried again that raised an error.
 
     Any entry may have a `label`, and a `grid`: `{"name": "ioi", "grid": {"seed": [0, 1, 2]}}` is three tasks. A name may also
-        be code,
-    `"package.module:function"`: of a model, a function that returns a `HookedModel`; of a task, one of the model that returns
-    `PromptPairs`; of a technique, one of `(model, pairs, metric, ...)` that returns a `Result`; of a metric, one of the pairs.
+    be code, `"package.module:function"`: of a model, a function that returns a `HookedModel`; of a task, one of the model that
+    returns `PromptPairs`; of a technique, one of `(model, pairs, metric, ...)` that returns a `Result`; of a metric, one of
+    the pairs.
 
     Raises:
         ValueError: everything that is wrong with it, each with its key, before anything is run.
