@@ -140,7 +140,7 @@ def check(
     problems.raise_any()
     store = checked.store
     if folder is not None and "://" not in store:
-        store = str(folder / Path(store).expanduser())
+        store = str((folder / Path(store).expanduser()).resolve())
     return Statement(checked.name, store, budget, checked.shard, checked.retries, tuple(jobs))
 
 
