@@ -42,4 +42,5 @@ def test_overhead(bench, tmp_path, smollm2, monkeypatch):
     args = bench.stated(["overhead", "--prompts", "1", "--repeats", "1"])
     figures = bench.overhead(args, tmp_path)
     assert [row["difference"] for row in figures["rows"]] == [0.0]
+    assert [row["block_tokens"] for row in figures["rows"]] == [1.0]  # one shard
     assert figures["median_ratio"] == figures["rows"][0]["ratio"] > 0

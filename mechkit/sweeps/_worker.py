@@ -15,6 +15,7 @@ import json
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -125,11 +126,10 @@ class Worker:
         """The model, loaded unless it was the last."""
         if self._model is not None and self._model[0] == spec:
             return self._model[1]
-        self._model = None  # one at a time
-        self._prompts.clear()
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        if self._model is not None:  # one at a time
+            self._model = None
+            self._prompts.clear()
+            _give_back_memory()
         self._model = (spec, self._load(spec))
         self._weights = weights_digest(self._model[1])
         self._config = config_hash(self._model[1])
@@ -353,12 +353,16 @@ class Worker:
                 if not known or "budget" not in given or given["budget"] <= LEAST_BUDGET:
                     raise
             given["budget"] = self._budget = max(LEAST_BUDGET, given["budget"] // 2)
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            _give_back_memory()
         if not isinstance(found, Result | EdgeScores):
             raise ValueError(f"technique: expected {job.technique.name!r} to give a Result, got {type(found).__name__}")
         return found
+
+
+def _give_back_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _taken(function: Callable[..., Any], ours: bool, **arguments: Any) -> dict[str, Any]:
@@ -388,14 +392,18 @@ def weights_digest(model: HookedModel) -> str:
     parameters = list(model.bridge.original_model.named_parameters())
     if any(p.device.type == "meta" for _, p in parameters):  # put away by accelerate
         return model.weights_hash
-    digest, seen = hashlib.sha256(), set()
-    for name, p in parameters:
-        if (p.data_ptr(), p.shape) in seen:  # tied, or the same under another name
-            continue
-        seen.add((p.data_ptr(), p.shape))
-        digest.update(f"{name}{tuple(p.shape)}{p.dtype}".encode())
-        digest.update(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
+    different: dict[Any, tuple[str, torch.Tensor]] = {}
+    for name, p in parameters:  # tied ones, or the same under another name, once
+        different.setdefault((p.data_ptr(), p.shape), (name, p.detach()))
+
+    def digest(named: tuple[str, torch.Tensor]) -> bytes:
+        name, weight = named
+        found = hashlib.sha256(f"{name}{tuple(weight.shape)}{weight.dtype}".encode())
+        found.update(weight.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        return found.digest()
+
+    with ThreadPoolExecutor() as pool:  # hashing lets other threads run
+        return hashlib.sha256(b"".join(pool.map(digest, different.values()))).hexdigest()[:16]
 
 
 def config_hash(model: HookedModel) -> str:
