@@ -120,11 +120,10 @@ def fails_once(model: mk.HookedModel, pairs: mk.PromptPairs, metric: Any, log: s
     return _numbers(pairs)
 
 
-def sleeps(model: mk.HookedModel, pairs: mk.PromptPairs, metric: Any, seconds: float, log: str = "") -> mk.Result:
-    """Says that it has begun, and takes its time."""
-    if log:
-        note(log)
-    time.sleep(seconds)
+def waits(model: mk.HookedModel, pairs: mk.PromptPairs, metric: Any, log: str, gate: str, free: int = 0) -> mk.Result:
+    """Says that it has begun, and waits until the file `gate` is there; the first `free` calls do not."""
+    if note(log) > free:
+        wait_for(Path(gate).exists, 120)
     return _numbers(pairs)
 
 

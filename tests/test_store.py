@@ -296,6 +296,20 @@ def test_what_is_set_aside_is_kept(copy):
     assert aside.read_bytes() == torn_bytes
 
 
+def test_what_was_half_written_is_swept_away_and_nothing_else_is(copy):
+    half = [f"{name}.{'0123456789abcdef' * 2}.partial" for name in (CHUNK, RECORD, GROUP, "data/zarr", "manifest.json")]
+    mine = ["notes.partial", "data/table.parquet.1234.partial", f"{'0' * 32}.partial"]
+    for name in (*half, *mine):
+        copy.at(name).write_bytes(b"PAR")
+    report = study(copy.store).run(progress=False)
+    assert (report.computed, report.kept, report.damage) == (0, ALL, [])
+    assert [copy.at(name).exists() for name in half] == [False] * len(half)
+    for name in mine:
+        assert copy.at(name).read_bytes() == b"PAR"
+        copy.at(name).unlink()
+    copy.assert_whole()
+
+
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 
@@ -441,13 +455,14 @@ def test_a_file_that_may_not_grow(tmp_path, copy):
 # -- two at once -------------------------------------------------------------------------------------------------------
 
 
-def _sleeper(folder: Path) -> dict[str, Any]:
-    slow = {"name": "study_helpers:sleeps", "seconds": 1.5, "log": str(folder / "log"), "label": "slow"}
+def _waiter(folder: Path) -> dict[str, Any]:
+    """A study of one shard, which is at work until there is a file `gate`."""
+    slow = {"name": "study_helpers:waits", "gate": str(folder / "gate"), "log": str(folder / "log"), "label": "slow"}
     return {**STATED, "tasks": ["study_helpers:tiny_pairs"], "techniques": [slow]}
 
 
 def test_two_runs_at_once(tmp_path):
-    stated, store, log = _sleeper(tmp_path), tmp_path / "store", tmp_path / "log"
+    stated, store, log = _waiter(tmp_path), tmp_path / "store", tmp_path / "log"
     process = helpers.forkserver().Process(
         target=helpers.run_in_process, args=(str(store), stated, str(tmp_path / "first"))
     )
@@ -458,6 +473,7 @@ def test_two_runs_at_once(tmp_path):
         study(store, **stated).run(progress=False)
     assert helpers.files(store, but=("run.json",)) == before
     assert study(store, **stated).status().at_work
+    (tmp_path / "gate").touch()
     process.join()
     assert process.exitcode == 0
     assert helpers.lines(log) == 1
@@ -466,7 +482,7 @@ def test_two_runs_at_once(tmp_path):
 
 
 def test_the_lock_of_a_run_that_was_killed_is_free(tmp_path):
-    stated, store, log = _sleeper(tmp_path), tmp_path / "store", tmp_path / "log"
+    stated, store, log = _waiter(tmp_path), tmp_path / "store", tmp_path / "log"
     process = helpers.forkserver().Process(
         target=helpers.run_in_process, args=(str(store), stated, str(tmp_path / "first"))
     )
@@ -474,6 +490,7 @@ def test_the_lock_of_a_run_that_was_killed_is_free(tmp_path):
     helpers.wait_for(lambda: helpers.lines(log) == 1)
     os.kill(process.pid, signal.SIGKILL)
     process.join()
+    (tmp_path / "gate").touch()
     assert json.loads((store / "run.json").read_text())["pid"] == process.pid
     assert not study(store, **stated).status().at_work
     assert study(store, **stated).run(progress=False).computed == 1

@@ -112,6 +112,7 @@ def run(
     begin = time.perf_counter()
     report = RunReport()
     with store.locked():
+        store.files.sweep()
         write_manifest(store, known or jobs, name)
         executor.open(settings)
         try:

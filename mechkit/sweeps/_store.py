@@ -29,6 +29,7 @@ import logging
 import math
 import os
 import posixpath
+import re
 import socket
 import time
 import uuid
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 BEAT = 60.0  # seconds after which a runner that says nothing counts as gone, where no lock can be asked
+HALF = re.compile(r"\.[0-9a-f]{32}\.partial$")  # a file that is renamed when it is whole, by `write` below or by zarr
 CRC = 4  # bytes of crc32c at the end of a chunk
 log = logging.getLogger("mechkit.sweeps")
 
@@ -189,6 +191,15 @@ class Files:
     def remove(self, name: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             self.fs.rm_file(self.path(name))
+
+    def sweep(self) -> None:
+        """Takes away the files that processes left half written when they were killed. Object stores have none."""
+        if not self.local:
+            return
+        for folder, _, names in os.walk(self.root):
+            for name in filter(HALF.search, names):
+                with contextlib.suppress(OSError):  # it does no harm
+                    os.unlink(os.path.join(folder, name))
 
 
 class Store:
