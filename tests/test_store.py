@@ -298,8 +298,10 @@ def test_what_is_set_aside_is_kept(copy):
 
 def test_what_was_half_written_is_swept_away_and_nothing_else_is(copy):
     half = [f"{name}.{'0123456789abcdef' * 2}.partial" for name in (CHUNK, RECORD, GROUP, "data/zarr", "manifest.json")]
-    mine = ["notes.partial", "data/table.parquet.1234.partial", f"{'0' * 32}.partial"]
+    others = ["", "data/", "mine.zarr/", "data/mine.zarr/c/"]  # another store's, or whatever the user has there
+    mine = ["notes.partial", "data/table.parquet.1234.partial", *(f"{name}0.{'0' * 32}.partial" for name in others)]
     for name in (*half, *mine):
+        copy.at(name).parent.mkdir(parents=True, exist_ok=True)
         copy.at(name).write_bytes(b"PAR")
     report = study(copy.store).run(progress=False)
     assert (report.computed, report.kept, report.damage) == (0, ALL, [])
@@ -318,6 +320,7 @@ def test_what_was_half_written_is_swept_away_and_nothing_else_is(copy):
 )
 def test_a_store_of_another_schema_is_refused_and_not_touched(copy, change):
     change(copy.at("manifest.json"))
+    copy.at(f"{RECORD}.{'0' * 32}.partial").touch()
     before = helpers.files(copy.store, but=("lock",))
     for use in (lambda: study(copy.store).run(progress=False), lambda: mk.Study.open(copy.store, allow_code=True)):
         with pytest.raises((StoreError, ValueError), match=r"expected schema 1, got .* Nothing was touched"):
@@ -468,6 +471,8 @@ def test_two_runs_at_once(tmp_path):
     )
     process.start()
     helpers.wait_for(lambda: helpers.lines(log) == 1)
+    half = store / f"manifest.json.{'0' * 32}.partial"
+    half.touch()  # as if the other were writing
     before = helpers.files(store, but=("run.json",))
     with pytest.raises(StoreError, match=rf"another run \(process {process.pid} on .*\) is at work on it"):
         study(store, **stated).run(progress=False)
@@ -479,6 +484,7 @@ def test_two_runs_at_once(tmp_path):
     assert helpers.lines(log) == 1
     report = study(store, **stated).run(progress=False)
     assert (report.computed, report.kept, report.damage) == (0, 1, [])
+    assert not half.exists()
 
 
 def test_the_lock_of_a_run_that_was_killed_is_free(tmp_path):

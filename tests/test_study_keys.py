@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import shutil
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -85,6 +87,52 @@ def test_a_loaded_model_is_the_one_that_is_stated(tmp_path):
     models = [{"name": "mine", "revision": "step1", "dtype": "float64"}]
     report = study(tmp_path / "store", models=models).run(InProcess(loaded={"mine": tiny_llama()}), progress=False)
     assert "expected 'mine' as it is stated (revision 'step1'" in "".join(report.failed.values())
+
+
+def test_a_model_that_could_not_be_hashed_is_not_gone_on_with(tmp_path, monkeypatch):
+    """Its shards would have been kept under the hash of the model before it."""
+    from mechkit.sweeps import _worker
+
+    (job,) = study(tmp_path / "store").jobs
+    worker = _worker.Worker(_worker.Settings(str(tmp_path / "store")))
+    digest = _worker.weights_digest
+    monkeypatch.setattr(_worker, "weights_digest", lambda _: 1 / 0)
+    for _ in range(2):
+        assert "ZeroDivisionError" in str(worker.run(_worker.PlanTask(job.model, (job,))))
+    monkeypatch.setattr(_worker, "weights_digest", digest)
+    assert worker.model(job.model) is tiny_llama()
+    assert worker._weights == digest(tiny_llama())
+
+
+def test_memory_of_a_model_that_failed_to_load_is_given_back(tmp_path, monkeypatch):
+    from mechkit.sweeps import _worker
+
+    class Half:
+        """As a model of which a part is loaded: in a cycle, which only the collector takes away."""
+
+        def __init__(self) -> None:
+            self.me = self
+            halves.append(weakref.ref(self))
+
+    halves: list[weakref.ref] = []
+
+    def load(self, spec):
+        left.append(sum(half() is not None for half in halves))
+        Half()
+        raise MemoryError
+
+    left: list[int] = []
+    monkeypatch.setattr(_worker.Worker, "_load", load)
+    worker = _worker.Worker(_worker.Settings(str(tmp_path / "store")))
+    (job,) = study(tmp_path / "store").jobs
+    gc.disable()
+    try:
+        for _ in range(3):
+            with pytest.raises(MemoryError):
+                worker.model(job.model)
+    finally:
+        gc.enable()
+    assert left == [0, 0, 0]
 
 
 def test_prompts_that_differ_from_call_to_call_are_refused(tmp_path):

@@ -112,8 +112,8 @@ def run(
     begin = time.perf_counter()
     report = RunReport()
     with store.locked():
-        store.files.sweep()
         write_manifest(store, known or jobs, name)
+        store.sweep()
         executor.open(settings)
         try:
             _Loop(jobs, store, executor, retries, report, watch).go()

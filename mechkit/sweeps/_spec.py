@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import re
 import tomllib
 from collections import Counter
@@ -140,7 +141,7 @@ def check(
     problems.raise_any()
     store = checked.store
     if folder is not None and "://" not in store:
-        store = str((folder / Path(store).expanduser()).resolve())
+        store = os.path.realpath(folder / Path(store).expanduser())
     return Statement(checked.name, store, budget, checked.shard, checked.retries, tuple(jobs))
 
 

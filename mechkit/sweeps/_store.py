@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 BEAT = 60.0  # seconds after which a runner that says nothing counts as gone, where no lock can be asked
+JOB = re.compile("[0-9a-f]{16}")  # a job's id
 HALF = re.compile(r"\.[0-9a-f]{32}\.partial$")  # a file that is renamed when it is whole, by `write` below or by zarr
 CRC = 4  # bytes of crc32c at the end of a chunk
 log = logging.getLogger("mechkit.sweeps")
@@ -192,15 +193,6 @@ class Files:
         with contextlib.suppress(FileNotFoundError):
             self.fs.rm_file(self.path(name))
 
-    def sweep(self) -> None:
-        """Takes away the files that processes left half written when they were killed. Object stores have none."""
-        if not self.local:
-            return
-        for folder, _, names in os.walk(self.root):
-            for name in filter(HALF.search, names):
-                with contextlib.suppress(OSError):  # it does no harm
-                    os.unlink(os.path.join(folder, name))
-
 
 class Store:
     """A study's folder."""
@@ -266,6 +258,22 @@ class Store:
         """Takes away what is out of date, if it is there."""
         with self._said(name):
             self.files.remove(name)
+
+    def sweep(self) -> None:
+        """Takes away the files of ours that processes left half written when they were killed. Object stores have none."""
+        if not self.files.local:
+            return
+        for folder, folders, names in os.walk(self.files.root):
+            inside = os.path.relpath(folder, self.files.root)
+            if inside == ".":  # a user may keep other things beside ours
+                folders[:] = {"jobs", "layout", "shards", "failed", "data"}.intersection(folders)
+                names = [name for name in names if name.startswith(("manifest.json.", "run.json."))]
+            elif inside == "data":
+                folders[:] = [name for name in folders if JOB.fullmatch(name)]
+                names = [name for name in names if name.startswith("zarr.")]
+            for name in filter(HALF.search, names):
+                with contextlib.suppress(OSError):  # it does no harm
+                    os.unlink(os.path.join(folder, name))
 
     @contextlib.contextmanager
     def _said(self, name: str) -> Iterator[None]:

@@ -106,6 +106,7 @@ class Worker:
         self.store = Store(settings.store)
         self.at_hand = dict(loaded or {})
         self._model: tuple[ModelSpec, HookedModel] | None = None
+        self._used = False
         self._weights = self._config = ""  # their hashes, of when it was loaded
         self._prompts: dict[bytes, PromptPairs | Prompts] = {}
         self._plans: dict[str, Plan] = {}
@@ -126,15 +127,17 @@ class Worker:
         """The model, loaded unless it was the last."""
         if self._model is not None and self._model[0] == spec:
             return self._model[1]
-        if self._model is not None:  # one at a time
+        if self._used:  # one at a time; one whose loading failed has left something too
             self._model = None
             self._prompts.clear()
             _give_back_memory()
-        self._model = (spec, self._load(spec))
-        self._weights = weights_digest(self._model[1])
-        self._config = config_hash(self._model[1])
+        self._used = True
+        model = self._load(spec)
+        self._weights = weights_digest(model)
+        self._config = config_hash(model)
         self._budget = self.settings.budget
-        return self._model[1]
+        self._model = (spec, model)
+        return model
 
     def _load(self, spec: ModelSpec) -> HookedModel:
         dtype = getattr(torch, spec.dtype)
@@ -394,7 +397,7 @@ def weights_digest(model: HookedModel) -> str:
         return model.weights_hash
     different: dict[Any, tuple[str, torch.Tensor]] = {}
     for name, p in parameters:  # tied ones, or the same under another name, once
-        different.setdefault((p.data_ptr(), p.shape), (name, p.detach()))
+        different.setdefault((p.data_ptr(), p.shape, p.stride(), p.dtype), (name, p.detach()))
 
     def digest(named: tuple[str, torch.Tensor]) -> bytes:
         name, weight = named
@@ -402,7 +405,7 @@ def weights_digest(model: HookedModel) -> str:
         found.update(weight.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return found.digest()
 
-    with ThreadPoolExecutor() as pool:  # hashing lets other threads run
+    with ThreadPoolExecutor(4) as pool:  # hashing lets other threads run; few, since each may hold a copy of a weight
         return hashlib.sha256(b"".join(pool.map(digest, different.values()))).hexdigest()[:16]
 
 
