@@ -106,7 +106,7 @@ class Worker:
         self.store = Store(settings.store)
         self.at_hand = dict(loaded or {})
         self._model: tuple[ModelSpec, HookedModel] | None = None
-        self._used = False
+        self._used = False  # whether a model has been loaded, or tried to be
         self._weights = self._config = ""  # their hashes, of when it was loaded
         self._prompts: dict[bytes, PromptPairs | Prompts] = {}
         self._plans: dict[str, Plan] = {}
