@@ -54,8 +54,9 @@ def start(store: Path, log: Path) -> Any:
 def stopped(process: Any, by: signal.Signals, status: int) -> bool:
     """Sends a signal. Whether it ended the process, with this status; one that ended by itself meanwhile was not stopped."""
     alive = process.is_alive()
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(process.pid, by) if alive else None
+    if alive:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, by)
     process.join()
     assert process.exitcode in ((0, status) if alive else (0,))
     return bool(process.exitcode == status)

@@ -19,7 +19,7 @@ from typing import Any, Protocol, Self
 import torch
 
 from mechkit.hooks import HookedModel
-from mechkit.sweeps._store import StoreError
+from mechkit.sweeps._files import StoreError
 from mechkit.sweeps._worker import Failed, Finished, Planned, Settings, Task, Worker
 
 Outcome = Planned | Finished | Failed

@@ -18,8 +18,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mechkit.sweeps._executors import Executor, WorkerLostError
+from mechkit.sweeps._files import StoreError
 from mechkit.sweeps._job import Job, ModelSpec
-from mechkit.sweeps._store import DamagedError, Store, StoreError
+from mechkit.sweeps._store import DamagedError, Store
 from mechkit.sweeps._worker import Failed, Finished, Planned, PlanTask, Settings, ShardTask, Task
 
 BEAT_EVERY, BEAT_LEAST = 5.0, 0.5  # seconds between two signs of life, at most and at least

@@ -32,7 +32,6 @@ import posixpath
 import re
 import socket
 import time
-import uuid
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,6 +42,7 @@ import numpy as np
 
 from mechkit._version import __version__
 from mechkit.result import Label
+from mechkit.sweeps._files import HALF_WRITTEN, Files, StoreError
 from mechkit.sweeps._job import canonical
 
 if TYPE_CHECKING:
@@ -51,13 +51,8 @@ if TYPE_CHECKING:
 SCHEMA = 1
 BEAT = 60.0  # seconds after which a runner that says nothing counts as gone, where no lock can be asked
 JOB = re.compile("[0-9a-f]{16}")  # a job's id
-HALF = re.compile(r"\.[0-9a-f]{32}\.partial$")  # a file that is renamed when it is whole, by `write` below or by zarr
 CRC = 4  # bytes of crc32c at the end of a chunk
 log = logging.getLogger("mechkit.sweeps")
-
-
-class StoreError(Exception):
-    """The store cannot be used: no space, no permission, another run at work on it, another schema. A study stops at it."""
 
 
 class DamagedError(Exception):
@@ -115,83 +110,6 @@ class Layout:
                 "baselines": {name: tuple(dims) for name, dims in stated["baselines"].items()},
             }
         )
-
-
-class Files:
-    """Bytes by name, in a folder or under a prefix: whatever fsspec opens."""
-
-    def __init__(self, url: str) -> None:
-        import fsspec
-        from fsspec.implementations.local import LocalFileSystem
-
-        self.url = url
-        try:
-            self.fs, self.root = fsspec.core.url_to_fs(url)
-        except (ImportError, ValueError) as error:
-            raise StoreError(f"store {url}: {error}") from error
-        self.local = isinstance(self.fs, LocalFileSystem)
-
-    def path(self, name: str) -> str:
-        return posixpath.join(self.root, name)
-
-    def read(self, name: str) -> bytes | None:
-        """`None` where there is no such file."""
-        try:
-            if self.local:
-                with open(self.path(name), "rb") as file:
-                    return file.read()
-            return bytes(self.fs.cat_file(self.path(name)))
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except IsADirectoryError:
-            return b""  # torn, for whoever reads it
-
-    def write(self, name: str, data: bytes) -> None:
-        """In one step: readers see the old file or the new one."""
-        path = self.path(name)
-        if not self.local:
-            self.fs.pipe_file(path, data)
-            return
-        os.makedirs(posixpath.dirname(path), exist_ok=True)
-        partial = f"{path}.{uuid.uuid4().hex}.partial"
-        try:
-            with open(partial, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(partial)
-            raise
-
-    def names(self, folder: str) -> list[str]:
-        """Names in a folder, sorted; none if there is no such folder."""
-        try:
-            if self.local:
-                found = os.listdir(self.path(folder))
-            else:
-                self.fs.invalidate_cache()
-                found = [
-                    posixpath.basename(str(path).rstrip("/")) for path in self.fs.ls(self.path(folder), detail=False)
-                ]
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-        return sorted(name for name in found if name and not name.endswith(".partial"))
-
-    def exists(self, name: str) -> bool:
-        return bool(self.fs.exists(self.path(name)))
-
-    def move(self, name: str, to: str) -> None:
-        if self.local:
-            os.makedirs(posixpath.dirname(self.path(to)), exist_ok=True)
-            os.replace(self.path(name), self.path(to))
-        else:
-            self.fs.mv(self.path(name), self.path(to), recursive=True)
-
-    def remove(self, name: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            self.fs.rm_file(self.path(name))
 
 
 class Store:
@@ -271,7 +189,7 @@ class Store:
             elif inside == "data":
                 folders[:] = [name for name in folders if JOB.fullmatch(name)]
                 names = [name for name in names if name.startswith("zarr.")]
-            for name in filter(HALF.search, names):
+            for name in filter(HALF_WRITTEN.search, names):
                 with contextlib.suppress(OSError):  # it does no harm
                     os.unlink(os.path.join(folder, name))
 

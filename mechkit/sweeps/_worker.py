@@ -27,10 +27,11 @@ from mechkit.metrics import Metric, as_metric
 from mechkit.prompts import PromptPairs, Prompts
 from mechkit.result import Result
 from mechkit.sweeps import _registry as registry
+from mechkit.sweeps._files import StoreError
 from mechkit.sweeps._job import Job, ModelSpec, canonical
 from mechkit.sweeps._keep import finished, save
 from mechkit.sweeps._plan import Plan, Shard, make_plan, shard_arguments
-from mechkit.sweeps._store import DamagedError, Store, StoreError
+from mechkit.sweeps._store import DamagedError, Store
 
 LEAST_BUDGET = 2**20
 

@@ -19,12 +19,13 @@ from mechkit._version import __version__
 from mechkit.hooks import find_model
 from mechkit.sweeps import _registry as registry
 from mechkit.sweeps._executors import Executor, InProcess
+from mechkit.sweeps._files import StoreError
 from mechkit.sweeps._job import Job
 from mechkit.sweeps._problems import Problems
 from mechkit.sweeps._run import RunReport, check_schema, read_manifest, run, watching
 from mechkit.sweeps._spec import Statement, check, read_toml
 from mechkit.sweeps._status import Status, status
-from mechkit.sweeps._store import Store, StoreError
+from mechkit.sweeps._store import Store
 from mechkit.sweeps._table import Table, counted, fits
 from mechkit.sweeps._worker import Settings
 
