@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mechkit.attribution._cells import Grid, make_grid, split_prompts, to_result
-from mechkit.hooks import Budget, HookedModel, check_can_run, record, sweep
+from mechkit.hooks import Budget, HookedModel, check_can_run, one_at_a_time, record, sweep
 from mechkit.metrics import CallableMetric, Metric, as_metric
 from mechkit.prompts import PromptPairs, Prompts
 from mechkit.result import Result
@@ -28,6 +28,7 @@ from mechkit.result import Result
 MODES = ("zero", "mean", "pos_mean", "resample")
 
 
+@one_at_a_time
 def ablation(
     model: HookedModel,
     prompts: PromptPairs | Prompts,

@@ -18,12 +18,13 @@ from typing import Literal
 from torch import Tensor
 
 from mechkit.attribution._cells import Grid, make_grid, to_result
-from mechkit.hooks import ActivationCache, HookedModel, sweep
+from mechkit.hooks import ActivationCache, HookedModel, one_at_a_time, sweep
 from mechkit.metrics import CallableMetric, Metric, as_metric
 from mechkit.prompts import PromptPairs, Prompts
 from mechkit.result import Result
 
 
+@one_at_a_time
 def activation_patching(
     model: HookedModel,
     pairs: PromptPairs,

@@ -29,7 +29,7 @@ from mechkit.attribution._cells import Chosen
 from mechkit.attribution._nodes import AnyMetric, Chunk, Key, Study, check_one_site, hook_name, make_study
 from mechkit.attribution.attribution_patching import check_reached, tapped
 from mechkit.attribution.integrated_gradients import runs_of, unedited
-from mechkit.hooks import SITES, HookedModel, frozen_parameters, get_site, has_final_norm
+from mechkit.hooks import SITES, HookedModel, frozen_parameters, get_site, has_final_norm, one_at_a_time
 from mechkit.prompts import PromptPairs
 from mechkit.result import Result
 
@@ -37,6 +37,7 @@ from mechkit.result import Result
 Effect = Callable[[Tensor], Tensor]
 
 
+@one_at_a_time
 def atp_star(
     model: HookedModel,
     pairs: PromptPairs,

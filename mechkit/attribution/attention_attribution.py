@@ -38,7 +38,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mechkit.attribution._cells import position_labels, provenance_of, split_prompts
-from mechkit.hooks import Budget, HookedModel, check_can_run, check_metric, wide_dtype, widen
+from mechkit.hooks import Budget, HookedModel, check_can_run, check_metric, one_at_a_time, wide_dtype, widen
 from mechkit.metrics import CallableMetric, Metric, as_metric, one_a_prompt
 from mechkit.prompts import PromptPairs, Prompts
 from mechkit.result import Result
@@ -49,6 +49,7 @@ Heads = Literal["mean", "max"]
 _STEPS = 2**30  # flow is found in whole steps of 2^-30, the finest that 32 bits hold
 
 
+@one_at_a_time
 def attention_rollout(
     model: HookedModel,
     prompts: Prompts | PromptPairs,
@@ -95,6 +96,7 @@ def attention_rollout(
     return _attributed(rule, model, prompts, position, over, budget, progress, residual=residual, heads=heads)
 
 
+@one_at_a_time
 def attention_flow(
     model: HookedModel,
     prompts: Prompts | PromptPairs,
@@ -130,6 +132,7 @@ def attention_flow(
     return _attributed(rule, model, prompts, position, over, budget, progress, residual=residual, heads=heads)
 
 
+@one_at_a_time
 def attention_relevance(
     model: HookedModel,
     prompts: Prompts | PromptPairs,

@@ -20,13 +20,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mechkit.attribution._cells import choose_indices, position_labels, provenance_of, split_prompts
-from mechkit.hooks import Budget, HookedModel, check_can_run, record, widen
+from mechkit.hooks import Budget, HookedModel, check_can_run, one_at_a_time, record, widen
 from mechkit.prompts import PromptPairs, Prompts
 from mechkit.result import Result
 
 _MASKED = -1e8  # masks are -1e9, the dtype's lowest number or minus infinity; half precision has its own limit
 
 
+@one_at_a_time
 @torch.no_grad()
 def attention_patterns(
     model: HookedModel,

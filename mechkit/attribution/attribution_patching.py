@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mechkit.attribution._cells import Chosen
 from mechkit.attribution._nodes import AnyMetric, Chunk, Key, Study, hook_name, make_study
-from mechkit.hooks import HookedModel, frozen_parameters
+from mechkit.hooks import HookedModel, frozen_parameters, one_at_a_time
 from mechkit.prompts import PromptPairs
 from mechkit.result import Result
 
@@ -51,6 +51,7 @@ def attribution_patching(
 def attribution_patching(
     model: HookedModel, pairs: PromptPairs, metric: AnyMetric, site: Mapping[str, str], **options: Unpack[Options]
 ) -> dict[str, Result]: ...
+@one_at_a_time
 def attribution_patching(
     model: HookedModel,
     pairs: PromptPairs,

@@ -16,7 +16,7 @@ from torch import Tensor
 from mechkit._drawn import Drawn
 from mechkit.attribution._cells import make_grid, position_labels
 from mechkit.attribution._nodes import TECHNIQUE, AnyMetric
-from mechkit.hooks import HookedModel, sweep
+from mechkit.hooks import HookedModel, one_at_a_time, sweep
 from mechkit.metrics import as_metric
 from mechkit.prompts import PromptPairs
 from mechkit.result import Cost, Label, Result
@@ -163,6 +163,7 @@ def compare(approx: Result, exact: Result, *, k: int = 10) -> Comparison:
     )
 
 
+@one_at_a_time
 def verify(
     approx: Result,
     model: HookedModel,

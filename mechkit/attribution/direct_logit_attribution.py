@@ -27,7 +27,7 @@ from torch import Tensor
 from mechkit.attribution._cells import choose_indices, choose_positions, position_labels, split_prompts
 from mechkit.attribution._reading import Direction, as_direction, to_result
 from mechkit.attribution._stream import StreamRun, labels, needed
-from mechkit.hooks import Budget, HookedModel, check_can_run, wide_dtype
+from mechkit.hooks import Budget, HookedModel, check_can_run, one_at_a_time, wide_dtype
 from mechkit.prompts import PromptPairs, Prompts
 from mechkit.result import Result
 
@@ -35,6 +35,7 @@ OVER = ("component", "cumulative", "layer head", "layer head src", "layer head p
 CAUTION = "direct effect only: later components may remove it (see dla_erasure_check)"
 
 
+@one_at_a_time
 def direct_logit_attribution(
     model: HookedModel,
     prompts: PromptPairs | Prompts,

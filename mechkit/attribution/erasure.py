@@ -25,7 +25,7 @@ from mechkit._drawn import Drawn
 from mechkit.attribution._cells import split_prompts
 from mechkit.attribution._reading import Direction, as_direction, to_result
 from mechkit.attribution._stream import StreamRun, labels, needed
-from mechkit.hooks import SITES, Budget, HookedModel, attached_hooks, check_can_run
+from mechkit.hooks import SITES, Budget, HookedModel, attached_hooks, check_can_run, one_at_a_time
 from mechkit.metrics import Metric
 from mechkit.prompts import PromptPairs, Prompts
 from mechkit.result import Result
@@ -73,6 +73,7 @@ class Erasure(Drawn):
         )
 
 
+@one_at_a_time
 def dla_erasure_check(
     model: HookedModel,
     prompts: PromptPairs | Prompts,

@@ -40,7 +40,7 @@ from mechkit.attribution._head_weights import (
     through_ov,
     weights_result,
 )
-from mechkit.hooks import HookedModel, widen
+from mechkit.hooks import HookedModel, one_at_a_time, widen
 from mechkit.result import Result
 
 Tokens = str | int | Sequence[str | int] | Tensor | None
@@ -90,6 +90,7 @@ class OVSVD(Drawn):
     directions: tuple[OVDirection, ...]
 
 
+@one_at_a_time
 @torch.no_grad()
 def ov_circuit(
     model: HookedModel, layer: int, head: int, source_tokens: Tokens = None, output_tokens: Tokens = None
@@ -126,6 +127,7 @@ def ov_circuit(
     return weights_result(values, coords, model, "ov_circuit", "logits at scale 1", layer=layer, head=head)
 
 
+@one_at_a_time
 @torch.no_grad()
 def qk_circuit(
     model: HookedModel, layer: int, head: int, dest_tokens: Tokens = None, source_tokens: Tokens = None
@@ -158,6 +160,7 @@ def qk_circuit(
     return weights_result(values, coords, model, "qk_circuit", "attention score", layer=layer, head=head)
 
 
+@one_at_a_time
 @torch.no_grad()
 def ov_svd(model: HookedModel, layer: int, head: int, k: int = 10, top: int = 10) -> OVSVD:
     """The directions that a head reads and writes: singular vectors of its OV matrix, with the tokens that they stand for.

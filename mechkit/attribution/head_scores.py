@@ -42,7 +42,7 @@ from mechkit.attribution._head_weights import (
     weight_of,
     weights_result,
 )
-from mechkit.hooks import Budget, HookedModel, check_can_run, post_norm, record, widen
+from mechkit.hooks import Budget, HookedModel, check_can_run, one_at_a_time, post_norm, record, widen
 from mechkit.prompts import PromptPairs, Prompts
 from mechkit.result import Result
 
@@ -52,6 +52,7 @@ KINDS = (*PATTERN_KINDS, "copying", "name_mover_copy")
 TOP = 5  # of the logits, as in Wang et al.
 
 
+@one_at_a_time
 def head_scores(
     model: HookedModel,
     kind: Kind = "induction",
@@ -155,6 +156,7 @@ def head_scores(
     )
 
 
+@one_at_a_time
 @torch.no_grad()
 def composition_scores(model: HookedModel, kind: Literal["Q", "K", "V"] = "K") -> Result:
     """How much of what each later head reads lies in what each earlier head writes: `‖A B‖ / (‖A‖ ‖B‖)`, Frobenius norms.

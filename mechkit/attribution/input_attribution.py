@@ -44,7 +44,7 @@ from mechkit.attribution._nodes import AnyMetric, Chunk, Key, Study, hook_name, 
 from mechkit.attribution._paths import Rule, along_activation, batches, metric_with, quadrature
 from mechkit.attribution.attribution_patching import check_reached, tapped
 from mechkit.attribution.integrated_gradients import unedited
-from mechkit.hooks import HookedModel, frozen_parameters, get_site
+from mechkit.hooks import HookedModel, frozen_parameters, get_site, one_at_a_time
 from mechkit.metrics import Metric, as_metric
 from mechkit.prompts import PromptPairs, Prompts
 from mechkit.result import Cost, Result
@@ -53,6 +53,7 @@ _INPUT: Key = ("resid_pre", 0)  # what the first block reads
 _CUTS = ("resid_pre", "resid_mid", "resid_post")  # everything that a later layer gets flows through these
 
 
+@one_at_a_time
 def gradient_x_input(
     model: HookedModel, prompts: PromptPairs | Prompts, metric: AnyMetric, *, budget: int | None = None
 ) -> Result:
@@ -95,6 +96,7 @@ def gradient_x_input(
     return _result(study, passes=1, technique="gradient x input")
 
 
+@one_at_a_time
 @torch.inference_mode(False)
 def token_integrated_gradients(
     model: HookedModel,
@@ -151,6 +153,7 @@ def token_integrated_gradients(
     return _result(study, passes=len(points), technique="token integrated gradients", **asked, **end)
 
 
+@one_at_a_time
 @torch.inference_mode(False)
 def neuron_attribution(
     model: HookedModel,

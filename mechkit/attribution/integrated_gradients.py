@@ -25,11 +25,12 @@ from mechkit.attribution._cells import Chosen
 from mechkit.attribution._nodes import AnyMetric, Chunk, Key, Study, check_one_site, hook_name, make_study
 from mechkit.attribution._paths import Rule, along_activation, batches, metric_with, quadrature
 from mechkit.attribution.attribution_patching import check_reached, tapped
-from mechkit.hooks import SITES, HookedModel, frozen_parameters
+from mechkit.hooks import SITES, HookedModel, frozen_parameters, one_at_a_time
 from mechkit.prompts import PromptPairs
 from mechkit.result import Result
 
 
+@one_at_a_time
 @torch.inference_mode(False)
 def integrated_gradients(
     model: HookedModel,

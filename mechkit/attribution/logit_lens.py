@@ -29,7 +29,7 @@ from torch import Tensor
 from mechkit._drawn import Drawn
 from mechkit.attribution._cells import Axes, make_axes, provenance_of, split_prompts
 from mechkit.attribution._readout import Chunk, Logits, Reader, read_cells
-from mechkit.hooks import HookedModel, widen
+from mechkit.hooks import HookedModel, one_at_a_time, widen
 from mechkit.prompts import PromptPairs, Prompts
 from mechkit.result import Cost, Result
 
@@ -49,6 +49,7 @@ UNITS = {
 OF_TOKENS = ("logit", "log_prob", "prob", "rank")
 
 
+@one_at_a_time
 def logit_lens(
     model: HookedModel,
     prompts: Prompts | PromptPairs,
@@ -161,6 +162,7 @@ class TopTokens(Drawn):
         return f"TopTokens({sizes}; {self.probs.provenance.get('technique', '')})"
 
 
+@one_at_a_time
 def top_tokens(
     model: HookedModel,
     prompts: Prompts | PromptPairs,

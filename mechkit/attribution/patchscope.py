@@ -30,6 +30,7 @@ from mechkit.hooks import (
     check_final_norm,
     check_tokens,
     get_site,
+    one_at_a_time,
     record,
     widen,
 )
@@ -41,6 +42,7 @@ IDENTITY = "cat -> cat; 1135 -> 1135; hello -> hello; ? ->"
 Position = int | str
 
 
+@one_at_a_time
 def patchscope(
     model: HookedModel,
     prompts: Prompts | PromptPairs,

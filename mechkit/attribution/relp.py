@@ -30,13 +30,23 @@ from torch import Tensor
 from mechkit.attribution._cells import Chosen
 from mechkit.attribution._nodes import AnyMetric, check_one_site, make_study
 from mechkit.attribution.attribution_patching import first_order
-from mechkit.hooks import SITES, FrozenNorm, HookedModel, attached_hooks, check_final_norm, frozen_parameters, get_site
+from mechkit.hooks import (
+    SITES,
+    FrozenNorm,
+    HookedModel,
+    attached_hooks,
+    check_final_norm,
+    frozen_parameters,
+    get_site,
+    one_at_a_time,
+)
 from mechkit.prompts import PromptPairs
 from mechkit.result import Result
 
 _NORMS = ("ln1", "ln2", "ln1_post", "ln2_post")
 
 
+@one_at_a_time
 def relp(
     model: HookedModel,
     pairs: PromptPairs,

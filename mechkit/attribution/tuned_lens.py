@@ -29,7 +29,7 @@ from mechkit._drawn import Drawn
 from mechkit._safetensors import read, write
 from mechkit.attribution._cells import choose_indices, provenance_of, split_prompts
 from mechkit.attribution._tuned_fit import Settings, fit_translators
-from mechkit.hooks import HookedModel, check_can_run, check_final_norm
+from mechkit.hooks import HookedModel, check_can_run, check_final_norm, one_at_a_time
 from mechkit.prompts import PromptPairs, Prompts
 
 _FORMAT = 1
@@ -64,6 +64,7 @@ class TunedLens(Drawn):
         object.__setattr__(self, "provenance", MappingProxyType(dict(self.provenance)))
 
     @classmethod
+    @one_at_a_time
     def fit(
         cls,
         model: HookedModel,

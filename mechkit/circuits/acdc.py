@@ -27,7 +27,7 @@ from mechkit.circuits._evaluation import Ablation, Constants, Evaluator, provena
 from mechkit.circuits._provenance import circuit_provenance, merged
 from mechkit.circuits.circuit import Circuit
 from mechkit.circuits.graph import Edge
-from mechkit.hooks import HookedModel
+from mechkit.hooks import HookedModel, one_at_a_time
 from mechkit.metrics import as_metric, kl_divergence
 from mechkit.prompts import PromptPairs
 from mechkit.result import Cost
@@ -37,6 +37,7 @@ _MEMORY = 0.9  # of a batch, by the next one
 _STAKE = 0.25  # batch size, as a share of the edges that go for each one that stays
 
 
+@one_at_a_time
 @torch.no_grad()
 def acdc(
     model: HookedModel,

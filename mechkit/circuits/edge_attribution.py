@@ -35,7 +35,7 @@ from mechkit.circuits._study import both_runs, chosen_positions, edge_study, whe
 from mechkit.circuits._writings import HookPairs, Writings
 from mechkit.circuits.edge_scores import EdgeScores
 from mechkit.circuits.graph import Graph
-from mechkit.hooks import SITES, HookedModel, Parts, frozen_parameters
+from mechkit.hooks import SITES, HookedModel, Parts, frozen_parameters, one_at_a_time
 from mechkit.hooks._parts import CHECKED
 from mechkit.prompts import PromptPairs
 from mechkit.result import Cost
@@ -45,6 +45,7 @@ Path = Literal["input", "activation"]
 _COVERED = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.1}
 
 
+@one_at_a_time
 @torch.inference_mode(False)
 def edge_attribution(
     model: HookedModel,

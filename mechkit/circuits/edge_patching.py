@@ -33,7 +33,7 @@ from mechkit.circuits._study import both_runs, chosen_positions, edge_study, whe
 from mechkit.circuits.circuit import Circuit
 from mechkit.circuits.edge_scores import EdgeScores, ScoredEdge
 from mechkit.circuits.graph import Edge, Graph, Reader, Writer
-from mechkit.hooks import Cell, Derived, Edit, HookedModel, Parts, Run, sweep
+from mechkit.hooks import Cell, Derived, Edit, HookedModel, Parts, Run, one_at_a_time, sweep
 from mechkit.hooks._precision import TOLERANCE
 from mechkit.prompts import PromptPairs
 from mechkit.result import Cost
@@ -43,6 +43,7 @@ SAVE_EVERY = 30.0  # seconds
 ROWS = 4096  # edges times prompts that are swept together
 
 
+@one_at_a_time
 @torch.no_grad()
 def edge_patching(
     model: HookedModel,

@@ -30,7 +30,7 @@ from mechkit.attribution._nodes import AnyMetric
 from mechkit.circuits._evaluation import Ablation, Constants, Evaluator, provenance_of_ablation
 from mechkit.circuits._provenance import circuit_provenance, merged, prompt_hashes
 from mechkit.circuits.circuit import Circuit
-from mechkit.hooks import HookedModel
+from mechkit.hooks import HookedModel, one_at_a_time
 from mechkit.metrics import Metric, as_metric
 from mechkit.prompts import PromptPairs
 from mechkit.result import Cost, Result
@@ -140,6 +140,7 @@ class CircuitReport(Drawn):
         return "; ".join(lines) + ")"
 
 
+@one_at_a_time
 @torch.no_grad()
 def evaluate_circuit(
     circuit: Circuit,

@@ -23,7 +23,7 @@ from mechkit.circuits.areas import FRACTIONS, cmd, cpr
 from mechkit.circuits.circuit import Circuit
 from mechkit.circuits.edge_scores import EdgeScores
 from mechkit.circuits.evaluation import of_prompts, run_circuits, seen_prompts, split
-from mechkit.hooks import HookedModel
+from mechkit.hooks import HookedModel, one_at_a_time
 from mechkit.prompts import PromptPairs
 from mechkit.result import Result
 
@@ -102,6 +102,7 @@ class FaithfulnessCurve(Drawn):
         return f"FaithfulnessCurve({areas}{points})"
 
 
+@one_at_a_time
 @torch.no_grad()
 def faithfulness_curve(
     scores: EdgeScores | Scorer,

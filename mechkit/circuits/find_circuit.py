@@ -20,7 +20,7 @@ from mechkit.circuits.edge_attribution import edge_attribution
 from mechkit.circuits.edge_patching import edge_patching
 from mechkit.circuits.edge_scores import EdgeScores
 from mechkit.circuits.evaluation import CircuitReport, evaluate_circuit, of_prompts, split
-from mechkit.hooks import HookedModel, check_metric
+from mechkit.hooks import HookedModel, check_metric, one_at_a_time
 from mechkit.metrics import Metric
 from mechkit.prompts import PromptPairs
 
@@ -50,6 +50,7 @@ class FoundCircuit(Drawn):
         return self.estimates.correlation(self.verified)
 
 
+@one_at_a_time
 def find_circuit(
     model: HookedModel,
     pairs: PromptPairs,

@@ -50,7 +50,7 @@ from mechkit.circuits.circuit import Circuit
 from mechkit.circuits.edge_scores import EdgeScores
 from mechkit.circuits.evaluation import Ratio, ratio, run_circuits, split
 from mechkit.circuits.graph import Graph
-from mechkit.hooks import HookedModel, frozen_parameters
+from mechkit.hooks import HookedModel, frozen_parameters, one_at_a_time
 from mechkit.metrics import Metric, kl_divergence
 from mechkit.prompts import PromptPairs
 from mechkit.result import Cost, Result
@@ -117,6 +117,7 @@ class LearnedMask(Drawn):
         return f"LearnedMask({size}, faithfulness {self.faithfulness} on {where} prompts)"
 
 
+@one_at_a_time
 def learn_mask(
     model: HookedModel,
     pairs: PromptPairs,

@@ -38,7 +38,7 @@ from mechkit.circuits._provenance import circuit_provenance
 from mechkit.circuits._runs import Written
 from mechkit.circuits.circuit import Circuit
 from mechkit.circuits.graph import Graph, Writer
-from mechkit.hooks import HookedModel, frozen_parameters
+from mechkit.hooks import HookedModel, frozen_parameters, one_at_a_time
 from mechkit.metrics import Metric, kl_divergence
 from mechkit.prompts import PromptPairs
 from mechkit.result import Cost, Result
@@ -65,6 +65,7 @@ class OptimalConstants(Constants, Drawn):
         return self.losses.sel(ablation="optimal")
 
 
+@one_at_a_time
 def optimal_ablation(
     model: HookedModel,
     pairs: PromptPairs,

@@ -29,13 +29,14 @@ from mechkit.circuits._provenance import circuit_provenance
 from mechkit.circuits._reads import Changes, stream
 from mechkit.circuits._study import chosen_positions, edge_study, where_it_counts
 from mechkit.circuits.graph import Graph, Reader, Writer
-from mechkit.hooks import Cell, Derived, Edit, HookedModel, Parts, Run, sweep
+from mechkit.hooks import Cell, Derived, Edit, HookedModel, Parts, Run, one_at_a_time, sweep
 from mechkit.prompts import PromptPairs
 from mechkit.result import Cost, Result
 
 KEY = "path"  # the key of the values that are written
 
 
+@one_at_a_time
 @torch.no_grad()
 def path_patching(
     model: HookedModel,

@@ -19,6 +19,8 @@ from mechkit.hooks._gradients import frozen_parameters as frozen_parameters
 from mechkit.hooks._gradients import metric_values as metric_values
 from mechkit.hooks._load import find_model as find_model
 from mechkit.hooks._load import fingerprint as fingerprint
+from mechkit.hooks._lock import ModelLock as ModelLock
+from mechkit.hooks._lock import one_at_a_time as one_at_a_time
 from mechkit.hooks._memory import Budget as Budget
 from mechkit.hooks._memory import out_of_memory as out_of_memory
 from mechkit.hooks._model import HookedModel as HookedModel

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from mechkit.hooks._anatomy import has_final_norm, unembeds_final_stream
 from mechkit.hooks._hooking import HookFunction, Hooks
+from mechkit.hooks._lock import lock_of
 from mechkit.hooks._memory import out_of_memory
 from mechkit.hooks._precision import TOLERANCE, widen
 from mechkit.hooks._replay import CannotReplayError, Replayer, Run, record
@@ -38,15 +39,16 @@ if TYPE_CHECKING:
 @contextmanager
 def frozen_parameters(model: HookedModel) -> Iterator[None]:
     """No parameter gets a gradient inside; whatever happens, each one's `requires_grad` is what it was afterwards."""
-    parameters = [p for p in model.bridge.original_model.parameters() if p.requires_grad]
-    for parameter in parameters:
-        parameter.requires_grad_(False)
-    try:
-        with torch.inference_mode(False), torch.enable_grad():
-            yield
-    finally:
+    with lock_of(model.bridge).held("takes gradients in it"):
+        parameters = [p for p in model.bridge.original_model.parameters() if p.requires_grad]
         for parameter in parameters:
-            parameter.requires_grad_(True)
+            parameter.requires_grad_(False)
+        try:
+            with torch.inference_mode(False), torch.enable_grad():
+                yield
+        finally:
+            for parameter in parameters:
+                parameter.requires_grad_(True)
 
 
 @contextmanager

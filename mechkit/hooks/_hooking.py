@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from mechkit.hooks._lock import lock_of
 from mechkit.hooks._sites import SITES, parse_hook_name
 
 HookFunction = Callable[..., Tensor | None]  # fn(activation, hook=hook_point) -> new activation, or None to leave it
@@ -40,19 +41,27 @@ def hook_points(bridge: Any) -> dict[str, Any]:
 
 
 class Hooks:
-    """A set of attached hooks; a context manager that removes them on the way out, exception or not."""
+    """A set of attached hooks; a context manager that removes them on the way out, exception or not.
+
+    It holds the model's lock meanwhile: in another thread's forward passes these hooks would fire too.
+    """
 
     def __init__(self, bridge: Any) -> None:
         self._bridge = bridge
         self._removers: list[Callable[[], None]] = []
+        self._held = lock_of(bridge).held("has hooks on it")
 
     def __enter__(self) -> Self:
+        self._held.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.remove()
+        try:
+            self.remove()
+        finally:
+            self._held.__exit__(None, None, None)
 
     def remove(self) -> None:
         """Takes off everything that was attached through this object."""

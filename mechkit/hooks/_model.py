@@ -17,6 +17,7 @@ from mechkit.hooks import _load
 from mechkit.hooks._cache import ActivationCache
 from mechkit.hooks._devices import input_device, weights_at_hand
 from mechkit.hooks._hooking import HookFunction, Hooks, hook_points
+from mechkit.hooks._lock import ModelLock, lock_of, one_at_a_time
 from mechkit.hooks._sites import SITES, parse_hook_name
 from mechkit.hooks._text import Input, Text
 from mechkit.hooks._validate import ValidationReport, check_logits, validate
@@ -48,11 +49,12 @@ class HookedModel(Weights, Text):
         self._widths: dict[str, int] = {}
         self._probe = probe  # the untouched Hugging Face model's logits on `probe_tokens`, if there was one
         self._fingerprint: tuple[Any, str] | None = None
-        with torch.no_grad():  # TransformerLens attaches some hooks of its own in the first forward pass
-            bridge(torch.zeros(1, 1, dtype=torch.long, device=self.device))
-        self._attached_at_rest = self._attached()
-        if probe is not None:
-            check_logits(self, probe)
+        with self.lock.held("loads it"):
+            with torch.no_grad():  # TransformerLens attaches some hooks of its own in the first forward pass
+                bridge(torch.zeros(1, 1, dtype=torch.long, device=self.device))
+            self._attached_at_rest = self._attached()
+            if probe is not None:
+                check_logits(self, probe)
 
     # -- making one ----------------------------------------------------------------------------------------------------
 
@@ -112,19 +114,29 @@ class HookedModel(Weights, Text):
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
+    @property
+    def lock(self) -> ModelLock:
+        """The model runs one call at a time: this lock is held by whichever thread runs it or has hooks on it. Others wait,
+        `lock.timeout` seconds for one that does nothing. `with model.lock:` keeps others out for several calls."""
+        return lock_of(self.bridge)
+
+    @one_at_a_time
     def eval(self) -> Self:
         self.bridge.original_model.eval()
         return self
 
+    @one_at_a_time
     def train(self, mode: bool = True) -> Self:
         self.bridge.original_model.train(mode)
         return self
 
+    @one_at_a_time
     def to(self, device: str | torch.device) -> Self:
         self.bridge.to(device)
         return self
 
     @property
+    @one_at_a_time
     def weights_hash(self) -> str:
         """A short fingerprint of all weights (sums and samples of every tensor).
 
@@ -151,23 +163,24 @@ class HookedModel(Weights, Text):
         )
 
     @property
+    @one_at_a_time
     def has_hooks(self) -> bool:
         """Whether anybody's hooks, or replaced `forward` methods, are on the model that were not there at the start."""
         at_rest = self._attached_at_rest
         return any(count > at_rest.get(where, 0) for where, count in self._attached().items())
 
-    def _attached(self) -> dict[tuple[int, str], int]:
+    def _attached(self) -> dict[tuple[str, str], int]:
         """How many hooks there are on each module, without those that the two libraries put on for their own ends."""
         points = {id(point) for point in self._known_names().values()}
-        found: dict[tuple[int, str], int] = {}
-        for module in self.bridge.modules():
+        found: dict[tuple[str, str], int] = {}
+        for name, module in self.bridge.named_modules():  # by name: a copy of the model has other objects
             for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"):
                 for fn in module.__dict__[kind].values():
                     theirs = str(getattr(fn, "__module__", "")).startswith(("transformers.", "transformer_lens."))
                     if id(module) in points or not theirs:
-                        found[id(module), kind] = found.get((id(module), kind), 0) + 1
+                        found[name, kind] = found.get((name, kind), 0) + 1
             if "forward" in module.__dict__:
-                found[id(module), f"forward {id(module.__dict__['forward'])}"] = 1
+                found[name, f"forward {_code_of(module.__dict__['forward'])}"] = 1
         return found
 
     # -- running -------------------------------------------------------------------------------------------------------
@@ -175,6 +188,7 @@ class HookedModel(Weights, Text):
     def __call__(self, input: Input, **kwargs: Any) -> Any:
         return self.forward(input, **kwargs)
 
+    @one_at_a_time
     def forward(
         self,
         input: Input,
@@ -291,7 +305,8 @@ class HookedModel(Weights, Text):
                             attached.attach(name, fn, "bwd")
             handle = self.bridge.register_forward_hook(lambda *_: ran.append(True))
             try:
-                yield self
+                with self.lock.held("is in the body of its `with model.hooks(...)`", idle=True):
+                    yield self
             finally:
                 handle.remove()
         if ran and silent:
@@ -300,11 +315,13 @@ class HookedModel(Weights, Text):
                 f"forward pass. Its sites are {', '.join(self.sites)}"
             )
 
+    @one_at_a_time
     def run_with_hooks(self, input: Input, fwd_hooks: HookList = (), bwd_hooks: HookList = (), **kwargs: Any) -> Any:
         """One forward pass with hooks; keyword arguments as for `forward`."""
         with self.hooks(fwd_hooks, bwd_hooks):
             return self.forward(input, **kwargs)
 
+    @one_at_a_time
     def run_with_cache(
         self,
         input: Input,
@@ -355,10 +372,17 @@ class HookedModel(Weights, Text):
         site, _ = parse_hook_name(name)
         return (site is not None and site.name != "result") or name.endswith(_ALSO_CACHED)
 
+    @one_at_a_time
     def validate(self) -> ValidationReport:
         """Checks that this model computes what the Hugging Face model computes, that its heads sum to its attention output
         in every layer, and that padding changes nothing. Raises `ValueError` naming what failed, by how much and where."""
         return validate(self, self._probe)
+
+
+def _code_of(fn: Any) -> int:
+    """What tells one replaced method from another, also in a copy of the model."""
+    fn = getattr(fn, "func", fn)  # accelerate's are partial
+    return id(getattr(fn, "__code__", fn))
 
 
 def _sampled(p: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from torch import Tensor
 from mechkit.hooks._devices import to_device
 from mechkit.hooks._edits import EditGroup, EditPlan, Rows, ValueLookup, write
 from mechkit.hooks._hooking import Hooks
+from mechkit.hooks._lock import one_at_a_time
 from mechkit.hooks._plain import PlainBlocks
 from mechkit.hooks._sites import SITES
 
@@ -63,6 +64,7 @@ class Run:
         return self.tokens.shape[1]
 
 
+@one_at_a_time
 def record(
     model: HookedModel, tokens: Int[Tensor, "prompt pos"], sites: Sequence[tuple[str, int]] = (), blocks: bool = True
 ) -> Run:

@@ -29,6 +29,7 @@ from mechkit.hooks._checks import check_sweep
 from mechkit.hooks._chunk import Chunk, Derived, State, Values, call_metric, first_differences, whole_forward
 from mechkit.hooks._edits import NEVER, Cell, EditPlan, Rows, rows_by_start
 from mechkit.hooks._hooking import Hooks
+from mechkit.hooks._lock import one_at_a_time
 from mechkit.hooks._memory import Budget, out_of_memory
 from mechkit.hooks._nonfinite import first_nonfinite, told, where_it_began
 from mechkit.hooks._precision import widen
@@ -61,6 +62,7 @@ class Answers:
     replay: str
 
 
+@one_at_a_time
 @torch.no_grad()
 def sweep(
     model: HookedModel,

@@ -10,6 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from mechkit.hooks._facts import Facts
+from mechkit.hooks._lock import one_at_a_time
 
 Input = str | Sequence[str] | Tensor
 
@@ -17,6 +18,7 @@ Input = str | Sequence[str] | Tensor
 class Text(Facts):
     """The part of `HookedModel` that turns text into token ids and back, and continues text."""
 
+    @one_at_a_time
     def to_tokens(self, text: str | Sequence[str], prepend_bos: bool | None = None) -> Int[Tensor, "batch pos"]:
         """Token ids. `prepend_bos=None` is the model's default (in TransformerLens nearly always yes). Several texts of
         different lengths are padded on the right."""
@@ -25,6 +27,7 @@ class Text(Facts):
             text = list(text)
         return self.bridge.to_tokens(text, prepend_bos=prepend_bos, padding_side="right", truncate=False)
 
+    @one_at_a_time
     def to_str_tokens(self, text: str | Tensor, prepend_bos: bool | None = None) -> list[str]:
         """Each token as text; without a tokenizer, its id."""
         if self.tokenizer is None and isinstance(text, Tensor):
@@ -90,6 +93,7 @@ class Text(Facts):
         allowed = 1 if pad == self.tokenizer.bos_token_id else 0
         return (leading > allowed).nonzero().flatten().tolist()
 
+    @one_at_a_time
     def generate(self, input: Input, max_new_tokens: int = 10, *, do_sample: bool = False, **kwargs: Any) -> Any:
         """Continues the input, greedily by default; run it inside `hooks()` to intervene. Keyword arguments are
         TransformerBridge.generate's. Returns text for text, token ids for token ids."""

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechkit.hooks._facts import Facts
+from mechkit.hooks._lock import one_at_a_time
 
 
 class Weights(Facts):
@@ -83,6 +84,7 @@ class Weights(Facts):
 
     # -- reading logits off the residual stream ------------------------------------------------------------------------
 
+    @one_at_a_time
     def unembed(
         self, resid: Float[Tensor, "... d_model"], tokens: Int[Tensor, "token"] | None = None
     ) -> Float[Tensor, "... token"]:
