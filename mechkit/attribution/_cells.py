@@ -99,19 +99,21 @@ def make_axes(
             f"positions: an index from the end is another position in prompts of lengths "
             f"{sorted(prompts.by_length())}; expected indices from 0, or over='layer position' with a named one such as 'END'"
         )
-    model.hook_names((found.name, 0) if found.in_block else found.name)  # raises if this architecture lacks the site
+    model.check_site(found.name)  # raises if this architecture lacks the site
     longest = int(prompts.lengths.max())
     sizes: dict[str, tuple[Sequence[Any] | None, int]] = {
-        "layer": (layers, model.n_layers),
         "head": (heads, model.n_heads_at(found.name)),
         "pos": (positions, longest),
-        "neuron": (neurons, model.width_of(found.name) if "neuron" in dims else 0),
     }
     index: dict[str, Sequence[Any]] = {}
     for dim in ("layer", *(d for d in dims if d != "layer")):
         if dim == "position":
             index[dim] = choose_positions(named, positions)
-        elif dim in dims or (dim == "layer" and found.in_block):
+        elif dim == "layer" and found.in_block:
+            index[dim] = choose_layers(model, found, layers)
+        elif dim == "neuron":
+            index[dim] = choose_indices(dim, neurons, common_width(model, found, index.get("layer", [0])))
+        elif dim in dims:
             index[dim] = choose_indices(dim, *sizes[dim])
     if "layer" not in dims and found.in_block:
         raise ValueError(f"over: site {found.name!r} is in every layer; expected 'layer' among the dims, got {over!r}")
@@ -229,6 +231,26 @@ def choose_indices(dim: str, chosen: Sequence[Any] | None, size: int) -> list[in
     if not indices or len(set(indices)) != len(indices):
         raise ValueError(f"{dim}: expected at least one index, each once; got {chosen}")
     return indices
+
+
+def choose_layers(model: HookedModel, site: Site, chosen: Sequence[int] | None) -> list[int]:
+    """The layers that a user chose, each of which must have the site; all that have it for `None`."""
+    if chosen is None:
+        return list(model.layers_with(site.name))
+    layers = choose_indices("layer", chosen, model.n_layers)
+    model.check_site(site.name, layers)
+    return layers
+
+
+def common_width(model: HookedModel, site: Site, layers: Sequence[int]) -> int:
+    """How many neurons (entries of the last axis) a site has, the same in all the layers; else `ValueError`."""
+    widths = {layer: model.width_of(site.name, layer) for layer in layers}
+    if len(set(widths.values())) > 1:
+        raise ValueError(
+            f"over: 'neuron' needs layers of one width; {site.name!r} has "
+            f"{', '.join(f'{width} entries in layer {layer}' for layer, width in widths.items())}. Choose with layers=[…]"
+        )
+    return next(iter(widths.values()))
 
 
 def choose_positions(named: Mapping[str, torch.Tensor], chosen: Sequence[Any] | None) -> list[str]:

@@ -136,13 +136,10 @@ class Graph:
         """A model's graph.
 
         Raises:
-            ValueError: the model lacks queries, keys, values or heads' outputs (a state-space model, say).
+            ValueError: some layer lacks queries, keys, values or heads' outputs (state-space models, hybrids, latent attention).
         """
-        if missing := [site for site in ("q", "k", "v", "z") if not model.has_site(site)]:
-            raise ValueError(
-                f"model: expected attention with {', '.join(missing)} in every layer; {model.name} ({model.cfg.architecture}) "
-                "has none, so that its edges are not known"
-            )
+        partly = [site for site in ("resid_mid", "mlp_out") if model.has_site(site)]
+        model.check_every_layer(["q", "k", "v", "z", *partly], "a graph of edges")
         return cls(
             model.n_layers,
             model.n_heads,

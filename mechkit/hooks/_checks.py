@@ -111,7 +111,7 @@ def check_group(state: State, group: EditGroup) -> None:
     model.hook_names((site.name, group.layer) if site.in_block else site.name)
     if group.head is not None and group.head.max() >= (heads := model.n_heads_at(site.name)):
         raise ValueError(f"head: site {site.name!r} has {heads} heads, got index {group.head.max()}")
-    if group.neuron is not None and group.neuron.max() >= (width := model.width_of(site.name)):
+    if group.neuron is not None and group.neuron.max() >= (width := model.width_of(site.name, group.layer)):
         raise ValueError(
             f"neuron: the last axis of site {site.name!r} has {width} entries, got index {group.neuron.max()}"
         )
@@ -126,7 +126,7 @@ def check_group(state: State, group: EditGroup) -> None:
     value = state.constants.get(group.value, {}).get((site.name, group.layer))
     if value is None:
         raise ValueError(f"values: there is none under {group.value!r} for {(site.name, group.layer)}")
-    full = [n, *(model.site_size(site.name, dim, longest) for dim in site.dims)]
+    full = [n, *(model.site_size(site.name, dim, longest, group.layer) for dim in site.dims)]
     if group.variant is not None:
         if value.ndim != len(full) + 1 or group.variant.max() >= len(value):
             raise ValueError(

@@ -8,12 +8,18 @@ import torch
 
 from mechkit.hooks._devices import input_device
 
+Sizes = dict[tuple[str, int], tuple[int, ...]]  # (site, layer) -> sizes of the activation's axes after the batch
+
 
 class Facts:
-    """The part of `HookedModel` that everything else asks for sizes. `bridge` is the TransformerBridge, `name` the model's."""
+    """The part of `HookedModel` that everything else asks for sizes. `bridge` is the TransformerBridge, `name` the model's.
+
+    What TransformerLens's config says is not always so in less usual architectures: what a forward pass showed comes first.
+    """
 
     bridge: Any
     name: str
+    _sizes: Sizes
 
     @property
     def cfg(self) -> Any:
@@ -22,7 +28,7 @@ class Facts:
 
     @property
     def n_layers(self) -> int:
-        return int(self.cfg.n_layers)
+        return len(self.bridge.blocks)
 
     @property
     def n_heads(self) -> int:
@@ -30,12 +36,9 @@ class Facts:
 
     @property
     def n_kv_heads(self) -> int:
-        """Key-value heads: fewer than `n_heads` in GQA models, 1 in MQA models. (TransformerLens's config has no such
-        number for Falcon, so the projection itself is asked.)"""
-        if self.cfg.n_key_value_heads:
-            return int(self.cfg.n_key_value_heads)
-        attention = getattr(self.bridge.blocks[0], "attn", None)
-        return self.n_heads if attention is None else int(attention.k.weight.numel() // (self.d_model * self.d_head))
+        """Key-value heads: fewer than `n_heads` in GQA models, 1 in MQA models."""
+        found = self._measured("k", 1) or self._measured("v", 1)
+        return found or int(self.cfg.n_key_value_heads or self.n_heads)
 
     @property
     def d_model(self) -> int:
@@ -43,7 +46,12 @@ class Facts:
 
     @property
     def d_head(self) -> int:
-        return int(self.cfg.d_head)
+        """Entries of a head's `z` (its queries and keys may be wider in latent attention)."""
+        return self._measured("z", 2) or int(self.cfg.d_head)
+
+    def _measured(self, site: str, axis: int) -> int | None:
+        """The size of a site's axis (counted without the batch) in the first layer that has it."""
+        return next((sizes[axis] for (name, _), sizes in self._sizes.items() if name == site), None)
 
     @property
     def d_mlp(self) -> int:

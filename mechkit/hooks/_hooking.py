@@ -75,12 +75,16 @@ class Hooks:
         """
         site, layer = parse_hook_name(name)
         point = hook_points(self._bridge)[name]
-        step = _Step(_checked(name, fn), point, direction)
+        checked = _checked(name, fn)
+        if site is not None and site.name == "z" and (width := _width_of_values(self._bridge.blocks[layer].attn)):
+            checked = _by_head(checked, width)
+        step = _Step(checked, point, direction)
         if site is not None and site.name == "result":
             self._removers.append(_ResultSeam.of(self._bridge.blocks[layer].attn).add(step))
         elif site is not None and site.name in ("pattern", "attn_scores") and self._is_delegated(layer):
             module = self._bridge.blocks[layer].attn.original_component
-            self._removers.append(_SoftmaxSeam.of(module).add(step, before=site.name == "attn_scores"))
+            seam = _SoftmaxSeam.of(module, int(self._bridge.cfg.n_heads))
+            self._removers.append(seam.add(step, before=site.name == "attn_scores"))
         elif site is not None and site.name == "resid_mid" and direction == "bwd":
             self._attach_to_point(SITES["attn_out"].hook_name(layer), step.fn, "bwd")
         else:
@@ -175,8 +179,8 @@ class _SoftmaxSeam:
 
     _KEY = "_mechkit_softmax_seam"
 
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
+    def __init__(self, module: nn.Module, n_heads: int) -> None:
+        self._module, self.n_heads = module, n_heads
         self.before: list[_Step] = []
         self.after: list[_Step] = []
         self._inner = module.__dict__.get("forward")
@@ -189,9 +193,9 @@ class _SoftmaxSeam:
         module.__dict__["forward"] = forward
 
     @classmethod
-    def of(cls, module: nn.Module) -> _SoftmaxSeam:
+    def of(cls, module: nn.Module, n_heads: int) -> _SoftmaxSeam:
         if cls._KEY not in module.__dict__:
-            module.__dict__[cls._KEY] = cls(module)
+            module.__dict__[cls._KEY] = cls(module, n_heads)
         seam: _SoftmaxSeam = module.__dict__[cls._KEY]
         return seam
 
@@ -220,15 +224,32 @@ class _InterceptSoftmax(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func not in self._SOFTMAXES:
-            return func(*args, **kwargs)
-        scores = args[0]
+        if func not in self._SOFTMAXES or not args or args[0].ndim not in (3, 4):
+            return func(*args, **kwargs)  # a router's softmax over experts has two axes
+        shape, by_head = args[0].shape, args[0]
+        if len(shape) == 3:  # [batch * head, dest, src] in XGLM
+            by_head = by_head.unflatten(0, (-1, self._seam.n_heads))
         for step in self._seam.before:
-            scores = step.apply(scores)
-        pattern = func(scores, *args[1:], **kwargs)
+            by_head = step.apply(by_head)
+        by_head = func(by_head.reshape(shape), *args[1:], **kwargs).reshape(by_head.shape)
         for step in self._seam.after:
-            pattern = step.apply(pattern)
-        return pattern
+            by_head = step.apply(by_head)
+        return by_head.reshape(shape)
+
+
+def _width_of_values(attention: Any) -> int | None:
+    """How wide a head's values are in multi-head latent attention, where TransformerLens cuts `z` into heads of another width."""
+    return getattr(getattr(attention, "original_component", None), "v_head_dim", None)
+
+
+def _by_head(fn: HookFunction, width: int) -> HookFunction:
+    """`fn` on `z` cut into heads of `width` entries, whatever it is cut into where it comes from."""
+
+    def call(activation: Tensor, hook: Any) -> Tensor | None:
+        returned = fn(activation.reshape(*activation.shape[:2], -1, width), hook=hook)
+        return None if returned is None else returned.reshape(activation.shape)
+
+    return call
 
 
 def _checked(name: str, fn: HookFunction) -> HookFunction:

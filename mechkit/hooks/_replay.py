@@ -27,6 +27,7 @@ from mechkit.hooks._devices import to_device
 from mechkit.hooks._edits import EditGroup, EditPlan, Rows, ValueLookup, write
 from mechkit.hooks._hooking import Hooks
 from mechkit.hooks._lock import one_at_a_time
+from mechkit.hooks._memory import out_of_memory
 from mechkit.hooks._plain import PlainBlocks
 from mechkit.hooks._sites import SITES
 
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from mechkit.hooks._model import HookedModel
 
 
-class CannotReplayError(Exception):
+class CannotReplayError(ValueError):
     """This architecture's blocks cannot be called by themselves; the message says why."""
 
 
@@ -44,12 +45,13 @@ class Run:
 
     Attributes:
         tokens: `[prompt pos]`.
-        resid: The input of each block, and the final residual stream, each `[prompt pos d_model]`. A run recorded for its
-            sites alone has only the last, and a model without a final norm has none of that.
+        resid: The input of each block, and the last one's output, each `[prompt pos d_model]`. A run recorded for its sites
+            alone has only the last.
         last_logits: The model's own logits at the last position, `[prompt d_vocab]`.
         sites: The activations that were asked for, by `(site, layer)`.
         calls: The other arguments of each block's call.
         cache: Keys and values.
+        refused: Why none were kept, if they could not be.
     """
 
     tokens: Int[Tensor, "prompt pos"]
@@ -58,6 +60,7 @@ class Run:
     sites: dict[tuple[str, int], Tensor]
     calls: list[dict[str, Any]]
     cache: Any
+    refused: str | None = None
 
     @property
     def length(self) -> int:
@@ -68,22 +71,55 @@ class Run:
 def record(
     model: HookedModel, tokens: Int[Tensor, "prompt pos"], sites: Sequence[tuple[str, int]] = (), blocks: bool = True
 ) -> Run:
-    """Runs the model once and keeps what `Run` says; `blocks=False` keeps the sites and the final residual alone."""
-    from transformers import DynamicCache
+    """Runs the model once and keeps what `Run` says; `blocks=False` keeps the sites and the final residual alone.
 
+    Where keys and values cannot be kept (layers of another kind, a cache of their own) the model is run without keeping any.
+    """
+    if not blocks:
+        return _record(model, tokens, sites, blocks=False)
+    refused = _keeps_other_state(model)
+    if refused is None:
+        from transformers import DynamicCache
+
+        try:  # the cache is made without the config: else sliding layers keep only their window
+            return _record(model, tokens, sites, cache=DynamicCache())
+        except Exception as error:
+            if isinstance(error, RuntimeError) and out_of_memory(error):
+                raise
+            refused = f"its layers do not run with a plain cache of keys and values ({_first_line(error)})"
+    return replace(_record(model, tokens, sites), refused=refused)
+
+
+def _keeps_other_state(model: HookedModel) -> str | None:
+    """Why a model keeps more, or other things, from token to token than each layer's keys and values, as far as it says so."""
+    kinds = getattr(model.bridge.original_model.config.get_text_config(), "layer_types", None) or ()
+    if other := sorted({kind for kind in kinds if not str(kind).endswith("attention") or "linear" in str(kind)}):
+        return f"some of its layers are no attention over keys and values ({', '.join(map(str, other))})"
+    if getattr(model.bridge.original_model, "_is_stateful", False):
+        return "some of its layers carry a recurrent state along the positions"
+    return None
+
+
+def _record(
+    model: HookedModel,
+    tokens: Int[Tensor, "prompt pos"],
+    sites: Sequence[tuple[str, int]],
+    cache: Any = None,
+    blocks: bool = True,
+) -> Run:
     resid: list[Tensor] = []
+    final: list[Tensor] = []
     kept: dict[tuple[str, int], Tensor] = {}
     calls: list[dict[str, Any]] = []
-    cache = DynamicCache() if blocks else None  # made without the config: else sliding layers keep only their window
     handles = []
 
     def keep_call(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        named = _named_arguments(module, args, kwargs)
-        resid.append(named.pop("hidden_states").clone())
+        hidden, named = _named_arguments(module, args, kwargs)
+        resid.append(hidden.clone())
         calls.append(named)
 
-    def keep_final(module: Any, args: tuple[Any, ...]) -> None:
-        resid.append(args[0].clone())
+    def keep_final(module: Any, args: tuple[Any, ...], output: Any) -> None:
+        final[:] = [_stream(output).clone()]
 
     def last_position(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (args[0][:, -1:], *args[1:])  # so that one position is unembedded, not all
@@ -99,25 +135,38 @@ def record(
             if blocks:
                 for block in model.bridge.blocks:
                     handles.append(block.register_forward_pre_hook(keep_call, with_kwargs=True))
-            if getattr(model.bridge, "ln_final", None) is not None:
-                handles.append(model.bridge.ln_final.register_forward_pre_hook(keep_final))
+            handles.append(model.bridge.blocks[-1].register_forward_hook(keep_final))
             handles.append(model.bridge.unembed.register_forward_pre_hook(last_position))
-            logits = model.bridge(tokens, **({"past_key_values": cache} if blocks else {}))
+            logits = model.bridge(tokens, **({} if cache is None else {"past_key_values": cache}))
         finally:
             for handle in handles:
                 handle.remove()
-    return Run(tokens, resid, logits[:, -1], kept, calls, cache)
+    return Run(tokens, [*resid, *final], logits[:, -1], kept, calls, cache)
 
 
-def _named_arguments(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """A block's arguments by name, so that each can be cut to a suffix by what it is."""
+def _named_arguments(
+    block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Float[Tensor, "prompt pos d_model"], dict[str, Any]]:
+    """A block's input, which comes first whatever it is called, and its other arguments by name, so that each can be cut to a
+    suffix by what it is."""
     forward = inspect.unwrap(type(block.original_component).forward)
     names = [name for name in inspect.signature(forward).parameters if name != "self"]
     if len(args) > len(names):
         raise CannotReplayError(
             f"{type(block.original_component).__name__} is called with arguments that have no names"
         )
-    return dict(zip(names, args, strict=False)) | kwargs
+    named = dict(zip(names, args, strict=False)) | kwargs
+    return named.pop(names[0] if names[0] in named else "hidden_states"), named
+
+
+def _stream(output: Any) -> Float[Tensor, "prompt pos d_model"]:
+    """The residual stream in what a block returns, which may be more."""
+    stream: Tensor = output[0] if isinstance(output, tuple | list) else output
+    return stream
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 class PrefixCache:
@@ -171,7 +220,10 @@ class Replayer:
     def __init__(self, model: HookedModel, run: Run, plain: PlainBlocks | None) -> None:
         self.model, self.run, self.plain = model, run, plain
         self.block_tokens = 0
-        if len(run.calls) != model.n_layers or any(layer.keys is None for layer in run.cache.layers):
+        if run.refused is not None:
+            raise CannotReplayError(run.refused)
+        kept = run.cache.layers
+        if {len(run.calls), len(kept)} != {model.n_layers} or any(layer.keys is None for layer in kept):
             raise CannotReplayError("its layers do not run once each, or keep no keys and values")
 
     def replay(self, plan: EditPlan, rows: Rows, lookup: ValueLookup, read_last: bool) -> Tensor:
@@ -315,7 +367,7 @@ class Replayer:
             output = self.model.bridge.blocks[layer](hidden, **arguments)
         else:
             output = self.plain(layer, hidden, arguments)
-        return output[0] if isinstance(output, tuple) else output
+        return _stream(output)
 
     def _suffix(self, name: str, value: Any, start: int, n_rows: int) -> Any:
         """A block's argument for positions ≥ start and any batch. Prompts in a run have equal length and no padding, so
@@ -331,7 +383,9 @@ class Replayer:
             n_heads = value.shape[0] // n_prompts
             return value[:n_heads].repeat(n_rows, 1, 1)
         if value.ndim == 4 and value.shape[-2] == length:  # a mask [prompt or 1, head or 1, destination, source]
-            return value[:1, :, start:]
+            return value[:1, :, start:].expand(n_rows, -1, -1, -1)  # XGLM asks for as many masks as rows
+        if name == "position_bias" and value.shape[1] == 1:  # [head, 1, source]: MPT counts its columns from the end
+            return value
         if name in ("position_ids", "position_embeddings") and value.shape[1] == length:
             return value[:1, start:]
         raise CannotReplayError(f"its blocks take an argument {name!r} {list(value.shape)} of unknown meaning")

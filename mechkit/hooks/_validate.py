@@ -64,7 +64,7 @@ def _check_heads(model: HookedModel, tokens: Tensor) -> float | None:
     if not model.has_site("result"):
         return None
     worst = 0.0
-    for layer in range(model.n_layers):
+    for layer in model.layers_with("result"):
         name = f"blocks.{layer}.attn.o.hook_out"
         _, cache = model.run_with_cache(tokens, [("result", layer), name])
         total = cache["result", layer].sum(-2) + model.b_O[layer]
