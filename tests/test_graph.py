@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import functools
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +12,7 @@ import reference_circuits as reference
 import torch
 from families import FAMILIES
 from test_exact import make_model
+from transformers import MambaConfig, MambaForCausalLM
 
 import mechkit as mk
 from mechkit.circuits.graph import Edge, Graph, Reader, Writer
@@ -179,10 +179,9 @@ def test_edges_of_other_graphs_have_no_place():
 
 
 def test_models_without_attention_have_no_graph():
-    """A stand-in for a state-space model."""
-    config = types.SimpleNamespace(architecture="MambaForCausalLM")
-    model: Any = types.SimpleNamespace(has_site=lambda site: site == "resid_pre", name="mamba", cfg=config)
-    with pytest.raises(ValueError, match="model: expected attention with q, k, v, z in every layer; mamba"):
+    config = MambaConfig(vocab_size=61, hidden_size=16, num_hidden_layers=2, state_size=4, intermediate_size=32)
+    model = mk.HookedModel.from_hf(MambaForCausalLM(config).eval(), name="mamba")
+    with pytest.raises(ValueError, match=r"'q' does not exist in mamba .* shows no attention in it"):
         Graph.of(model)
 
 
