@@ -62,6 +62,7 @@ from mechkit.metrics import accuracy as accuracy
 from mechkit.metrics import kl_divergence as kl_divergence
 from mechkit.metrics import log_prob as log_prob
 from mechkit.metrics import logit_diff as logit_diff
+from mechkit.metrics import metric_factory as metric_factory
 from mechkit.metrics import prob_diff as prob_diff
 from mechkit.prompts import PromptPairs as PromptPairs
 from mechkit.prompts import Prompts as Prompts

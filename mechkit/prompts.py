@@ -78,7 +78,8 @@ class Prompts:
         return len(self.tokens)
 
     def __getitem__(self, index: Sequence[int]) -> Prompts:
-        """A subset, in the given order."""
+        """A subset, in the given order: see `chosen_prompts`."""
+        index = chosen_prompts(index, len(self))
         return Prompts(
             tuple(self.tokens[i] for i in index),
             None if self.str_tokens is None else tuple(self.str_tokens[i] for i in index),
@@ -98,10 +99,11 @@ class Prompts:
 
     def hash(self) -> str:
         """A short hash of all token ids, for provenance."""
-        digest = hashlib.sha256()
-        for row in self.tokens:
-            digest.update(len(row).to_bytes(4, "little") + row.to(torch.int64).numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return _hash(self.tokens)
+
+    def hashes(self) -> tuple[str, ...]:
+        """A short hash of each prompt's token ids, by which it is known again."""
+        return tuple(_hash([row]) for row in self.tokens)
 
 
 @dataclass(frozen=True, eq=False)
@@ -232,13 +234,14 @@ class PromptPairs:
         return len(self.clean)
 
     def __getitem__(self, index: Sequence[int]) -> PromptPairs:
-        """A subset of the pairs, in the given order."""
+        """A subset of the pairs, in the given order: see `chosen_prompts`."""
+        index = chosen_prompts(index, len(self))
         return PromptPairs(
             self.clean[index],
             self.corrupted[index],
             tuple(self.right[i] for i in index),
             tuple(self.wrong[i] for i in index),
-            {name: values[list(index)] for name, values in self.positions.items()},
+            {name: values[index] for name, values in self.positions.items()},
             self.task,
         )
 
@@ -253,6 +256,40 @@ class PromptPairs:
         return torch.tensor(
             [_first_difference(a, b) for a, b in zip(self.clean.tokens, self.corrupted.tokens, strict=True)]
         )
+
+
+def chosen_prompts(index: Any, n: int) -> list[int]:
+    """Which of `n` prompts an index stands for, in its order; prompts, pairs and metrics are all indexed by it.
+
+    Args:
+        index: Numbers (negative ones count from the end), a mask of `n` booleans, or a slice.
+
+    Raises:
+        TypeError: it is none of these.
+        ValueError: a number out of range, a mask of another length, nothing chosen.
+    """
+    if isinstance(index, slice):
+        index = range(n)[index]
+    given = index.tolist() if hasattr(index, "tolist") else index
+    if not isinstance(given, Iterable) or isinstance(given, str):
+        raise TypeError(f"index: expected several prompts, such as [{given!r}], got {given!r}")
+    chosen = list(given)
+    if chosen and all(isinstance(i, bool) for i in chosen):
+        if len(chosen) != n:
+            raise ValueError(f"index: expected a mask of {n} booleans, one for each prompt; got {len(chosen)}")
+        chosen = [i for i, is_in in enumerate(chosen) if is_in]
+    if odd := [i for i in chosen if isinstance(i, bool) or not hasattr(i, "__index__")]:
+        raise TypeError(f"index: expected whole numbers, or a mask of {n} booleans; got {odd[0]!r} among them")
+    if not chosen or any(not -n <= i < n for i in chosen):
+        raise ValueError(f"index: expected prompts in 0..{n - 1}, at least one prompt; got {chosen}")
+    return [i.__index__() % n for i in chosen]
+
+
+def _hash(rows: Iterable[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(len(row).to_bytes(4, "little") + row.to("cpu", torch.int64).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _begins_with_padding(model: Tokenizes, row: Tensor) -> bool:

@@ -541,6 +541,6 @@ def test_metrics_that_are_refused():
         relevance(lambda logits: logits[:, -1, 0])
     with pytest.raises(ValueError, match=r"expected one value a prompt, a tensor of shape \[1\], got shape \[\]"):
         relevance(lambda logits: logits.mean(), pairs[[0]])
-    with pytest.raises(ValueError, match="metric: expected a Metric or a callable"):
+    with pytest.raises(TypeError, match="metric: expected a Metric such as"):
         relevance(3.0)
     assert not model.has_hooks

@@ -439,7 +439,7 @@ def test_refuses_tokens_and_metrics_that_do_not_fit(llama):
         mk.activation_patching(llama, strange, mk.logit_diff(strange), progress=False)
     with pytest.raises(ValueError, match="expected PromptPairs"):
         mk.activation_patching(llama, pairs.clean, whole_vocabulary(pairs), progress=False)
-    with pytest.raises(ValueError, match="metric: expected a Metric or a callable"):
+    with pytest.raises(TypeError, match="metric: expected a Metric such as"):
         mk.activation_patching(llama, pairs, "logit_diff", progress=False)
 
 

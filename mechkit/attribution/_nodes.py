@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Unpack
 
@@ -14,11 +14,11 @@ from mechkit.attribution._cells import Axes, Chosen, make_axes, provenance_of, s
 from mechkit.hooks import SITES, Budget, GradientRuns, HookedModel, check_can_run, check_metric, metric_values
 from mechkit.hooks._nonfinite import where_it_began
 from mechkit.hooks._precision import wide_dtype
-from mechkit.metrics import CallableMetric, Metric, as_metric
+from mechkit.metrics import AnyMetric as AnyMetric
+from mechkit.metrics import CallableMetric, Metric, metric_for
 from mechkit.prompts import PromptPairs, Prompts
 from mechkit.result import Cost, Result
 
-AnyMetric = Metric | CallableMetric | Callable[[Tensor], Tensor]
 Key = tuple[str, int]  # site, layer
 TECHNIQUE = "attribution patching"
 
@@ -158,7 +158,8 @@ class Chunk:
         """The metric of rows, in the graph. `row` says which of the chunk's prompts each row is; all of them by default."""
         row = self.everyone if row is None else row
         reference = None if self.reference is None else self.reference[row]
-        return metric_values(self.runs, self.study.metric, final, self.ids[row.cpu()], row, reference)
+        n, ids = len(self.study.base), self.ids[row.cpu()]
+        return metric_values(self.runs, self.study.metric, final, ids, row, reference, n_prompts=n)
 
     @torch.no_grad()
     def keep_unedited(self, finals: Mapping[str, Tensor]) -> None:
@@ -269,7 +270,7 @@ def make_study(
                 f"site: {one.site.name!r} is given twice; expected each site once, with layers=[...] to choose layers"
             )
         axes[one.site.name] = one
-    metric = as_metric(metric)
+    metric = metric_for(metric, pairs)
     check_study(model, metric, {runs[0]: base, runs[1]: source})
     return Study(
         model,
@@ -298,7 +299,7 @@ def make_single_study(
     """The same for methods that look at one run: the clean prompts of pairs."""
     base, named, task = split_prompts(prompts)
     axes = make_axes(model, base, named, site, over, **chosen)
-    metric = as_metric(metric)
+    metric = metric_for(metric, prompts)
     check_study(model, metric, {"clean": base})
     room = Budget.of(model, budget)
     return Study(model, base, None, "clean", None, named, metric, {axes.site.name: axes}, room, {"task": task})

@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,14 +19,14 @@ from torch import Tensor
 
 from mechkit.attribution._cells import provenance_of
 from mechkit.hooks import FrozenNorm, HookedModel, check_metric, widen
-from mechkit.metrics import CallableMetric, Metric
-from mechkit.prompts import Prompts
+from mechkit.metrics import CallableMetric, Metric, makes_metrics, metric_for
+from mechkit.prompts import PromptPairs, Prompts
 from mechkit.result import Cost, Result
 
 # Largest error that rounding explains, of logits put together anew or of a sum of terms, relative to the logits' size.
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 
-Direction = Metric | str | int | Sequence[str | int] | Tensor
+Direction = Metric | Callable[[PromptPairs], Metric] | str | int | Sequence[str | int] | Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,14 +46,18 @@ class Reading:
     scale: float
 
 
-def as_direction(model: HookedModel, direction: Direction, prompts: Prompts) -> Metric | Tensor:
+def as_direction(model: HookedModel, direction: Direction, pairs: PromptPairs | Prompts) -> Metric | Tensor:
     """A metric, or a direction `[prompt d_model]` in the space that the unembedding reads (after the final norm).
 
     Raises:
         ValueError: it is none of these, or does not fit the prompts.
     """
+    prompts = pairs.clean if isinstance(pairs, PromptPairs) else pairs
     n = len(prompts)
+    if not isinstance(direction, Tensor) and makes_metrics(direction):
+        direction = metric_for(direction, pairs)  # type: ignore[arg-type, assignment]
     if isinstance(direction, Metric):
+        direction.check(pairs)
         check_metric(model, prompts, direction, ("clean",))
         return direction
     if isinstance(direction, Tensor) and direction.is_floating_point():

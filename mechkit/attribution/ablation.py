@@ -13,7 +13,7 @@ https://arxiv.org/abs/2309.16042 (how the choice changes the answer).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mechkit.attribution._cells import Grid, make_grid, split_prompts, to_result
 from mechkit.hooks import Budget, HookedModel, check_can_run, one_at_a_time, record, sweep
-from mechkit.metrics import CallableMetric, Metric, as_metric
+from mechkit.metrics import AnyMetric, metric_for
 from mechkit.prompts import PromptPairs, Prompts
 from mechkit.result import Result
 
@@ -32,7 +32,7 @@ MODES = ("zero", "mean", "pos_mean", "resample")
 def ablation(
     model: HookedModel,
     prompts: PromptPairs | Prompts,
-    metric: Metric | CallableMetric | Callable[[Tensor], Tensor],
+    metric: AnyMetric,
     site: str = "z",
     over: str = "layer head",
     *,
@@ -72,7 +72,7 @@ def ablation(
     """
     if mode not in MODES:
         raise ValueError(f"mode: expected one of {', '.join(MODES)}; got {mode!r}")
-    metric = as_metric(metric)
+    metric = metric_for(metric, prompts)
     base, named, task = split_prompts(prompts)
     others = base if reference is None else split_prompts(reference)[0]
     value = "source" if mode == "resample" else mode

@@ -12,14 +12,12 @@ Heimersheim and Nanda 2024, https://arxiv.org/abs/2404.15255 (denoising and nois
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
-
-from torch import Tensor
 
 from mechkit.attribution._cells import Grid, make_grid, to_result
 from mechkit.hooks import ActivationCache, HookedModel, one_at_a_time, sweep
-from mechkit.metrics import CallableMetric, Metric, as_metric
+from mechkit.metrics import AnyMetric, metric_for
 from mechkit.prompts import PromptPairs, Prompts
 from mechkit.result import Result
 
@@ -28,7 +26,7 @@ from mechkit.result import Result
 def activation_patching(
     model: HookedModel,
     pairs: PromptPairs,
-    metric: Metric | CallableMetric | Callable[[Tensor], Tensor],
+    metric: AnyMetric,
     site: str = "z",
     over: str = "layer head",
     *,
@@ -47,7 +45,9 @@ def activation_patching(
     Args:
         model: In evaluation mode.
         pairs: Clean and corrupted prompts.
-        metric: e.g. `logit_diff(pairs)`; or any callable on logits `[batch pos d_vocab]` that returns `[batch]`.
+        metric: e.g. `logit_diff(pairs)`, made of these very pairs; the function that makes it, `logit_diff` itself (see
+            `metric_factory`); or any callable on logits `[batch pos d_vocab]` that returns `[batch]`, for prompts of one length:
+            it is given all prompts together and in their order, whatever is run at once.
         site: `"z"`, `"resid_pre"`, `"mlp_out"`, … (see `mechkit.hooks.SITES`), or a full hook name of one.
         over: The dims of the result: `"layer"`, `"layer pos"`, `"layer position"` (named positions, so that prompts of
             different wording average), `"layer head"`, `"layer pos head"`, `"layer neuron"`, … A dim that is not named is
@@ -77,7 +77,7 @@ def activation_patching(
         raise ValueError(f"direction: expected 'denoise' or 'noise', got {direction!r}")
     if not isinstance(pairs, PromptPairs):
         raise ValueError(f"pairs: expected PromptPairs, got {type(pairs).__name__}")
-    metric = as_metric(metric)
+    metric = metric_for(metric, pairs)
     denoise = direction == "denoise"
     base, source = (pairs.corrupted, pairs.clean) if denoise else (pairs.clean, pairs.corrupted)
     grid = make_grid(

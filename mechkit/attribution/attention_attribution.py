@@ -38,8 +38,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mechkit.attribution._cells import position_labels, provenance_of, split_prompts
-from mechkit.hooks import Budget, HookedModel, check_can_run, check_metric, one_at_a_time, wide_dtype, widen
-from mechkit.metrics import CallableMetric, Metric, as_metric, one_a_prompt
+from mechkit.hooks import Budget, HookedModel, call_metric, check_can_run, check_metric, one_at_a_time, read_metric, wide_dtype, widen
+from mechkit.metrics import AnyMetric, CallableMetric, Metric, metric_for
 from mechkit.prompts import PromptPairs, Prompts
 from mechkit.result import Result
 
@@ -136,7 +136,7 @@ def attention_flow(
 def attention_relevance(
     model: HookedModel,
     prompts: Prompts | PromptPairs,
-    metric: Metric | CallableMetric | Callable[[Tensor], Tensor],
+    metric: AnyMetric,
     *,
     position: str | int | None = None,
     over: Over = "pos",
@@ -169,7 +169,7 @@ def attention_relevance(
     Example:
         >>> attention_relevance(model, pairs, logit_diff(pairs)).mean("prompt").top(3)
     """
-    metric = as_metric(metric)
+    metric = metric_for(metric, prompts)
     where = _reading_position(model, split_prompts(prompts)[0], metric, position)
 
     def matrices(model: HookedModel, tokens: Tensor, ids: list[int]) -> Matrices:
@@ -328,15 +328,14 @@ def _weighted_patterns(
 
 def _read(metric: Metric | CallableMetric, logits: Tensor, ids: list[int]) -> Float[Tensor, "prompt"]:
     """The metric of each prompt of a batch, ready for a gradient."""
+    prompt = torch.tensor(ids)
     if isinstance(metric, CallableMetric):
-        value = metric.fn(logits)
+        value = call_metric(metric, lambda rows: logits[rows.to(logits.device)], prompt, len(ids))
     else:
-        prompt = torch.tensor(ids)
         rows = logits[torch.arange(len(ids), device=logits.device), metric.positions[prompt].to(logits.device)]
         if metric.tokens is not None:
             rows = rows[:, metric.tokens.to(logits.device)]
-        value = metric.read(rows, prompt.to(logits.device), None)
-    value = one_a_prompt(metric, value, len(ids))
+        value = read_metric(metric, rows, prompt)
     if not bool(value.isfinite().all()):
         raise ValueError(f"metric {metric.name!r}: expected finite values, got {value.tolist()}")
     if not value.requires_grad:

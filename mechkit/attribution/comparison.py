@@ -15,9 +15,9 @@ from torch import Tensor
 
 from mechkit._drawn import Drawn
 from mechkit.attribution._cells import make_grid, position_labels
-from mechkit.attribution._nodes import TECHNIQUE, AnyMetric
+from mechkit.attribution._nodes import TECHNIQUE
 from mechkit.hooks import HookedModel, one_at_a_time, sweep
-from mechkit.metrics import as_metric
+from mechkit.metrics import AnyMetric, metric_for
 from mechkit.prompts import PromptPairs
 from mechkit.result import Cost, Label, Result
 
@@ -190,7 +190,7 @@ def verify(
     Raises:
         ValueError: the approximation is of another model, other prompts or another metric, or has no cells to verify.
     """
-    metric = as_metric(metric)
+    metric = metric_for(metric, pairs)
     base, source = (pairs.clean, pairs.corrupted) if approx.base == "clean" else (pairs.corrupted, pairs.clean)
     origin = approx.provenance
     expected = {"weights_hash": model.weights_hash, "tokens_hash": pairs.clean.hash(), "technique": TECHNIQUE}

@@ -53,9 +53,9 @@ def direct_logit_attribution(
     Args:
         model: In evaluation mode.
         prompts: The prompts to run: the clean ones of pairs.
-        metric: One that is linear in the logits (`mk.logit_diff(pairs)`), a token (text or id) or one token for each prompt
-            whose logit is meant, or a direction `[d_model]` or `[prompt d_model]` after the final norm (as a column of `W_U`
-            is). Tokens and directions are read at each prompt's last position.
+        metric: One that is linear in the logits (`mk.logit_diff(pairs)`, or `mk.logit_diff` itself), a token (text or id) or one
+            token for each prompt whose logit is meant, or a direction `[d_model]` or `[prompt d_model]` after the final norm (as
+            a column of `W_U` is). Tokens and directions are read at each prompt's last position.
         over: What to split into:
             `"component"`: embedding, positional embedding where there is one, each layer's attention and MLP, and what the
             biases after the last layer add; these sum to the metric.
@@ -81,7 +81,7 @@ def direct_logit_attribution(
         raise ValueError(f"over: expected one of {', '.join(map(repr, OVER))}; got {over!r}")
     base, named, task = split_prompts(prompts)
     check_can_run(model, {"prompt": base})
-    direction = as_direction(model, metric, base)
+    direction = as_direction(model, metric, prompts)
     index = _chosen(model, base, named, over, layers, heads, neurons, positions)
     coords = {dim: tuple(labels) for dim, labels in index.items()}
     if over in ("component", "cumulative"):

@@ -112,7 +112,7 @@ def dla_erasure_check(
         raise ValueError(f"mode: expected 'zero' or 'mean', got {mode!r}")
     base, _, task = split_prompts(prompts)
     check_can_run(model, {"prompt": base})
-    direction = as_direction(model, metric, base)
+    direction = as_direction(model, metric, prompts)
     groups = base.by_length()
     if mode == "mean" and min(len(ids) for ids in groups.values()) < 2:
         raise ValueError("mode: 'mean' needs at least 2 prompts of each length; use 'zero', or prompts of one length")

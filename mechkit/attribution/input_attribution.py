@@ -45,7 +45,7 @@ from mechkit.attribution._paths import Rule, along_activation, batches, metric_w
 from mechkit.attribution.attribution_patching import check_reached, tapped
 from mechkit.attribution.integrated_gradients import unedited
 from mechkit.hooks import HookedModel, frozen_parameters, get_site, one_at_a_time
-from mechkit.metrics import Metric, as_metric
+from mechkit.metrics import Metric, metric_for
 from mechkit.prompts import PromptPairs, Prompts
 from mechkit.result import Cost, Result
 
@@ -80,7 +80,7 @@ def gradient_x_input(
     Example:
         >>> gradient_x_input(model, pairs, logit_diff(pairs)).mean("prompt").top(3)
     """
-    reader = as_metric(metric)
+    reader = metric_for(metric, prompts)
     if isinstance(reader, Metric) and reader.reference is not None:
         raise ValueError(
             f"metric: expected one of a single run, such as mk.logit_diff; {reader.name!r} compares with the "

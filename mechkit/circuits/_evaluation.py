@@ -25,10 +25,10 @@ from torch import Tensor
 from mechkit.attribution._nodes import AnyMetric, check_study
 from mechkit.circuits._runs import CircuitRuns, Written
 from mechkit.circuits.graph import Graph
-from mechkit.hooks import Budget, HookedModel, Parts, Run, record, wide_dtype, widen
+from mechkit.hooks import Budget, HookedModel, Parts, Run, call_metric, read_metric, record, wide_dtype, widen
 from mechkit.hooks._memory import out_of_memory
 from mechkit.hooks._nonfinite import where_it_began
-from mechkit.metrics import CallableMetric, Metric, as_metric, one_a_prompt
+from mechkit.metrics import CallableMetric, Metric, metric_for
 from mechkit.prompts import PromptPairs
 
 Ablation = Literal["resample", "zero", "mean", "position-mean"]
@@ -85,10 +85,17 @@ class Chunk:
         metric, model = self.owner.metric, self.owner.model
         if isinstance(metric, Metric):
             reference = None if self.reference is None else self.reference[prompt]
-            return metric.read(self.logits(final, prompt), self.ids.to(final.device)[prompt], reference)
-        whole = torch.cat([self.runs.run.resid[-1][prompt, : self.runs.start], final], 1)
-        n = len(self.ids)
-        return torch.cat([one_a_prompt(metric, metric.fn(widen(model.unembed(one))), n) for one in whole.split(n)])
+            return read_metric(metric, self.logits(final, prompt), self.ids.to(final.device)[prompt], reference)
+        clean, start = self.runs.run.resid[-1], self.runs.start
+
+        def logits_of(rows: Tensor) -> Tensor:
+            rows = rows.to(final.device)
+            return model.unembed(torch.cat([clean[prompt[rows], :start], final[rows]], 1))
+
+        def others() -> Tensor:
+            return model.unembed(clean[self.ids.argsort().to(clean.device)])
+
+        return call_metric(metric, logits_of, self.ids[prompt.cpu()], len(self.ids), others)
 
 
 class Evaluator:
@@ -114,7 +121,7 @@ class Evaluator:
                 f"ablation: expected one of {', '.join(map(repr, ABLATIONS))} or Constants, got {ablation!r}"
             )
         self.model, self.pairs, self.ablation = model, pairs, ablation
-        self.metric: Metric | CallableMetric = as_metric(metric)
+        self.metric: Metric | CallableMetric = metric_for(metric, pairs)
         check_study(model, self.metric, {"clean": pairs.clean, "corrupted": pairs.corrupted})
         self.graph, self.parts, self.budget = Graph.of(model), Parts(model), Budget.of(model, budget)
         if isinstance(ablation, Constants) and ablation.graph != self.graph:
@@ -295,7 +302,8 @@ class Evaluator:
     def _value_of_run(self, chunk: Chunk, run: str, final: Tensor, everyone: Tensor, corrupted: Run) -> Tensor:
         if isinstance(self.metric, Metric) or run != "corrupted":
             return chunk.value(final, everyone)
-        return self.metric.fn(widen(self.model.unembed(corrupted.resid[-1])))
+        logits = self.model.unembed(corrupted.resid[-1])
+        return call_metric(self.metric, lambda rows: logits[rows.to(logits.device)], chunk.ids, len(chunk.ids))
 
 
 def provenance_of_ablation(ablation: Ablation | Constants) -> Any:

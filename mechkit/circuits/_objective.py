@@ -4,7 +4,7 @@ that fit the budget, and turns of prompts."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -12,33 +12,29 @@ from torch import Tensor
 
 from mechkit.circuits._evaluation import Chunk, Evaluator
 from mechkit.circuits._runs import CircuitRuns
-from mechkit.hooks import Budget
+from mechkit.hooks import Budget, HookedModel, check_metric, check_parts, metric_of_some
 from mechkit.hooks._memory import out_of_memory
-from mechkit.metrics import Metric, kl_divergence
+from mechkit.metrics import AnyMetric, CallableMetric, Metric, kl_divergence, metric_for
 from mechkit.prompts import PromptPairs
 
 ObjectiveName = Literal["kl", "metric"]
 
 
 def metric_maker(
-    pairs: PromptPairs, metric: Metric | Callable[[PromptPairs], Metric] | None, objective: ObjectiveName
-) -> Callable[[list[int]], Metric]:
-    """The metric of some of the pairs."""
+    model: HookedModel, pairs: PromptPairs, metric: AnyMetric | None, objective: ObjectiveName
+) -> Callable[[list[int]], Metric | CallableMetric]:
+    """What gives the metric of some of the pairs."""
     if not isinstance(pairs, PromptPairs):
         raise ValueError(f"pairs: expected PromptPairs, whose two runs are compared; got {type(pairs).__name__}")
     if objective not in ("kl", "metric"):
         raise ValueError(f"objective: expected 'kl' or 'metric', got {objective!r}")
     if metric is None and objective == "metric":
         raise ValueError("metric: expected one, such as mk.logit_diff, since objective='metric' trains on it; got None")
-    maker: Any = kl_divergence if metric is None else metric
-    whole = maker(pairs) if callable(maker) else maker
-    if not isinstance(whole, Metric):
-        raise ValueError(
-            f"metric: expected a Metric, or what makes one of pairs, such as mk.logit_diff; got {metric!r}"
-        )
-    if whole.n_prompts != len(pairs):
-        raise ValueError(f"metric: it was made for {whole.n_prompts} prompts, but there are {len(pairs)}")
-    return lambda ids: whole[ids]
+    whole = metric_for(kl_divergence if metric is None else metric, pairs)
+    check_metric(model, pairs.clean, whole, ("clean", "corrupted"))
+    if isinstance(whole, CallableMetric):  # minibatches see a part of the prompts
+        check_parts(model, pairs, whole)
+    return lambda ids: metric_of_some(model, pairs, whole, ids)
 
 
 class Objective:

@@ -13,7 +13,7 @@ from torch import Tensor
 from mechkit.attribution._cells import choose_indices, choose_positions
 from mechkit.attribution._nodes import AnyMetric, Study, check_study
 from mechkit.hooks import Budget, HookedModel, check_final_norm
-from mechkit.metrics import as_metric
+from mechkit.metrics import metric_for
 from mechkit.prompts import PromptPairs, Prompts
 
 
@@ -29,7 +29,7 @@ def edge_study(
     check_final_norm(model, "a circuit of edges")
     runs = ("corrupted", "clean") if direction == "denoise" else ("clean", "corrupted")
     base, source = (getattr(pairs, run) for run in runs)
-    metric = as_metric(metric)
+    metric = metric_for(metric, pairs)
     check_study(model, metric, {runs[0]: base, runs[1]: source})
     provenance = {"task": pairs.task, "direction": direction, **provenance}
     room = Budget.of(model, budget)

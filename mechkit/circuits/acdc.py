@@ -28,7 +28,7 @@ from mechkit.circuits._provenance import circuit_provenance, merged
 from mechkit.circuits.circuit import Circuit
 from mechkit.circuits.graph import Edge
 from mechkit.hooks import HookedModel, one_at_a_time
-from mechkit.metrics import as_metric, kl_divergence
+from mechkit.metrics import kl_divergence, metric_for
 from mechkit.prompts import PromptPairs
 from mechkit.result import Cost
 
@@ -79,7 +79,7 @@ def acdc(
         raise ValueError(f"pairs: expected PromptPairs, whose two runs are compared; got {type(pairs).__name__}")
     if start is not None:
         start.check(model)
-    measured = kl_divergence(pairs) if metric is None else as_metric(metric)
+    measured = kl_divergence(pairs) if metric is None else metric_for(metric, pairs)
     search = _Search(Evaluator(model, pairs, measured, ablation, budget), threshold, metric is None, start)
     with tqdm(total=int(search.members.sum()), disable=not progress, unit="edge", delay=2) as bar:
         for group in search.groups():

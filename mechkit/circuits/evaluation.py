@@ -31,7 +31,6 @@ from mechkit.circuits._evaluation import Ablation, Constants, Evaluator, provena
 from mechkit.circuits._provenance import circuit_provenance, merged, prompt_hashes
 from mechkit.circuits.circuit import Circuit
 from mechkit.hooks import HookedModel, one_at_a_time
-from mechkit.metrics import Metric, as_metric
 from mechkit.prompts import PromptPairs
 from mechkit.result import Cost, Result
 
@@ -320,13 +319,3 @@ def split(n: int, held_out: float, seed: int) -> tuple[list[int], list[int]]:
         raise ValueError(f"held_out: {held_out} of {n} pairs leaves one part empty; give more pairs, or another share")
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
     return sorted(order[n_out:]), sorted(order[:n_out])
-
-
-def of_prompts(metric: AnyMetric, ids: Sequence[int]) -> Metric:
-    """A metric for some of its prompts."""
-    measured = as_metric(metric)
-    if not isinstance(measured, Metric):
-        raise ValueError(
-            f"metric: {measured.name!r} is a callable on all prompts, which cannot be split; use one of mechkit's metrics"
-        )
-    return measured[ids]

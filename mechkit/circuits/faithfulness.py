@@ -22,8 +22,9 @@ from mechkit.circuits._evaluation import Ablation, Constants, Evaluator
 from mechkit.circuits.areas import FRACTIONS, cmd, cpr
 from mechkit.circuits.circuit import Circuit
 from mechkit.circuits.edge_scores import EdgeScores
-from mechkit.circuits.evaluation import of_prompts, run_circuits, seen_prompts, split
-from mechkit.hooks import HookedModel, one_at_a_time
+from mechkit.circuits.evaluation import run_circuits, seen_prompts, split
+from mechkit.hooks import HookedModel, metric_of_some, one_at_a_time
+from mechkit.metrics import metric_for
 from mechkit.prompts import PromptPairs
 from mechkit.result import Result
 
@@ -141,7 +142,8 @@ def faithfulness_curve(
     if isinstance(scores, EdgeScores) or not callable(scores):
         return _curve(scores, model, pairs, metric, fractions, method, by, ablation, random, seed, budget, progress)
     train, test = split(len(pairs), held_out, seed)
-    parts = [(pairs[ids], of_prompts(metric, ids)) for ids in (train, test)]
+    measured = metric_for(metric, pairs)
+    parts = [(pairs[ids], metric_of_some(model, pairs, measured, ids)) for ids in (train, test)]
     with torch.enable_grad():
         found = scores(model, *parts[0])
     seen, unseen = (

@@ -19,9 +19,9 @@ from mechkit.circuits.circuit import Circuit
 from mechkit.circuits.edge_attribution import edge_attribution
 from mechkit.circuits.edge_patching import edge_patching
 from mechkit.circuits.edge_scores import EdgeScores
-from mechkit.circuits.evaluation import CircuitReport, evaluate_circuit, of_prompts, split
-from mechkit.hooks import HookedModel, check_metric, one_at_a_time
-from mechkit.metrics import Metric
+from mechkit.circuits.evaluation import CircuitReport, evaluate_circuit, split
+from mechkit.hooks import HookedModel, check_metric, metric_of_some, one_at_a_time
+from mechkit.metrics import AnyMetric, metric_for
 from mechkit.prompts import PromptPairs
 
 
@@ -54,7 +54,7 @@ class FoundCircuit(Drawn):
 def find_circuit(
     model: HookedModel,
     pairs: PromptPairs,
-    metric: Metric,
+    metric: AnyMetric,
     *,
     n_edges: int,
     candidates: int | None = None,
@@ -72,7 +72,7 @@ def find_circuit(
 
     Args:
         model, pairs: As for `activation_patching`; at least 4 pairs.
-        metric: One of mechkit's, made for these pairs.
+        metric: As there. A callable's value for a prompt must depend on that prompt's logits alone, since parts are run.
         n_edges: How many edges to choose; pruning may leave fewer.
         candidates: How many of the best estimates to verify exactly; default four times `n_edges`.
         steps: Of the estimates' path.
@@ -89,13 +89,10 @@ def find_circuit(
         raise ValueError(f"n_edges: expected a whole number of 1 or more, got {n_edges!r}")
     if not isinstance(pairs, PromptPairs):
         raise ValueError(f"pairs: expected PromptPairs, whose two runs are compared; got {type(pairs).__name__}")
-    if not isinstance(metric, Metric):
-        raise ValueError(
-            f"metric: expected one of mechkit's, made for these pairs, such as mk.logit_diff(pairs); got {metric!r}"
-        )
+    metric = metric_for(metric, pairs)
     check_metric(model, pairs.clean, metric, ("clean", "corrupted"))
     train, _ = split(len(pairs), held_out, seed)
-    seen, measured = pairs[train], of_prompts(metric, train)
+    seen, measured = pairs[train], metric_of_some(model, pairs, metric, train)
     estimates = edge_attribution(model, seen, measured, steps=steps, direction="noise", budget=budget)
     n_candidates = 4 * n_edges if candidates is None else candidates
     if not n_edges <= n_candidates:

@@ -33,7 +33,6 @@ https://arxiv.org/abs/2104.03514. Edges: Bhaskar et al. 2024 (edge pruning), htt
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -51,7 +50,7 @@ from mechkit.circuits.edge_scores import EdgeScores
 from mechkit.circuits.evaluation import Ratio, ratio, run_circuits, split
 from mechkit.circuits.graph import Graph
 from mechkit.hooks import HookedModel, frozen_parameters, one_at_a_time
-from mechkit.metrics import Metric, kl_divergence
+from mechkit.metrics import AnyMetric, kl_divergence
 from mechkit.prompts import PromptPairs
 from mechkit.result import Cost, Result
 
@@ -121,7 +120,7 @@ class LearnedMask(Drawn):
 def learn_mask(
     model: HookedModel,
     pairs: PromptPairs,
-    metric: Metric | Callable[[PromptPairs], Metric] | None = None,
+    metric: AnyMetric | None = None,
     *,
     over: Literal["edge", "node"] = "edge",
     objective: ObjectiveName = "kl",
@@ -142,8 +141,9 @@ def learn_mask(
     Args:
         model: In evaluation mode. Its parameters get no gradients.
         pairs: Clean prompts, and corrupted ones for the ablated values.
-        metric: What to report faithfulness in, and what to train on if `objective` is `"metric"`: a metric of these pairs, or a
-            function that makes one, such as `mk.logit_diff`. Default: the KL divergence.
+        metric: What to report faithfulness in, and what to train on if `objective` is `"metric"`: a metric of these pairs, the
+            function that makes one (`mk.logit_diff`), or a callable on logits whose value for a prompt depends on that prompt's
+            logits alone. Default: the KL divergence.
         over: One gate for each edge, or one for each writer (the embedding, heads, MLPs), shared by all edges out of it.
         objective: `"kl"`, KL(clean || circuit) over the whole vocabulary at each prompt's last position; or `"metric"`, the
             squared distance of the metric from the clean run's.
@@ -168,7 +168,7 @@ def learn_mask(
             objective (there is nothing to learn); what `evaluate_circuit` refuses.
     """
     settings = Settings(over, objective, penalty, target, steps, batch, lr, temperature, held_out, seed)
-    metric_of = metric_maker(pairs, metric, objective)
+    metric_of = metric_maker(model, pairs, metric, objective)
     train, test = split(len(pairs), held_out, seed) if held_out else (list(range(len(pairs))), [])
     found_on, report = pairs[train], metric_of(train)
     trained_on = kl_divergence(found_on) if objective == "kl" else report

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,7 +39,7 @@ from mechkit.circuits._runs import Written
 from mechkit.circuits.circuit import Circuit
 from mechkit.circuits.graph import Graph, Writer
 from mechkit.hooks import HookedModel, frozen_parameters, one_at_a_time
-from mechkit.metrics import Metric, kl_divergence
+from mechkit.metrics import AnyMetric, kl_divergence
 from mechkit.prompts import PromptPairs
 from mechkit.result import Cost, Result
 
@@ -69,7 +69,7 @@ class OptimalConstants(Constants, Drawn):
 def optimal_ablation(
     model: HookedModel,
     pairs: PromptPairs,
-    metric: Metric | Callable[[PromptPairs], Metric] | None = None,
+    metric: AnyMetric | None = None,
     *,
     circuit: Circuit | None = None,
     writers: Sequence[Writer | str] | None = None,
@@ -86,7 +86,7 @@ def optimal_ablation(
     Args:
         model: In evaluation mode. Its parameters get no gradients.
         pairs: Clean prompts, which are run; the corrupted ones serve for the mean that it starts from.
-        metric: For `objective="metric"`: a metric of these pairs, or a function that makes one, such as `mk.logit_diff`.
+        metric: For `objective="metric"`: as for `learn_mask`.
         circuit: Ablate all edges outside of it at once. Default: each component by itself, all its edges.
         writers: Components to ablate, such as `["a9.h6", "m0"]`, each by itself. Default: all.
         objective: `"kl"`, KL(clean || ablated) in nats over the whole vocabulary at each prompt's last position; or `"metric"`,
@@ -110,7 +110,7 @@ def optimal_ablation(
             raise ValueError(f"{name}: expected {'a positive number' if name == 'lr' else '1 or more'}, got {value!r}")
     if circuit is not None and writers is not None:
         raise ValueError("writers: expected None with a circuit, which says what is ablated; give one of the two")
-    report = metric_maker(pairs, metric, objective)(list(range(len(pairs))))
+    report = metric_maker(model, pairs, metric, objective)(list(range(len(pairs))))
     if circuit is not None:
         circuit.check(model)
     with frozen_parameters(model):

@@ -8,7 +8,6 @@ from mechkit.hooks._anatomy import post_norm as post_norm
 from mechkit.hooks._cache import ActivationCache as ActivationCache
 from mechkit.hooks._checks import check_can_run as check_can_run
 from mechkit.hooks._checks import check_final_norm as check_final_norm
-from mechkit.hooks._checks import check_metric as check_metric
 from mechkit.hooks._checks import check_tokens as check_tokens
 from mechkit.hooks._chunk import Derived as Derived
 from mechkit.hooks._edits import Cell as Cell
@@ -21,6 +20,11 @@ from mechkit.hooks._load import find_model as find_model
 from mechkit.hooks._load import fingerprint as fingerprint
 from mechkit.hooks._lock import ModelLock as ModelLock
 from mechkit.hooks._lock import one_at_a_time as one_at_a_time
+from mechkit.hooks._measure import call_metric as call_metric
+from mechkit.hooks._measure import check_metric as check_metric
+from mechkit.hooks._measure import check_parts as check_parts
+from mechkit.hooks._measure import metric_of_some as metric_of_some
+from mechkit.hooks._measure import read_metric as read_metric
 from mechkit.hooks._memory import Budget as Budget
 from mechkit.hooks._memory import out_of_memory as out_of_memory
 from mechkit.hooks._model import HookedModel as HookedModel

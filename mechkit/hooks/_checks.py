@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from mechkit.hooks._anatomy import has_final_norm
 from mechkit.hooks._edits import SOURCE, EditGroup
-from mechkit.metrics import CallableMetric, Metric
+from mechkit.hooks._measure import check_metric
 from mechkit.prompts import Prompts
 
 if TYPE_CHECKING:
@@ -65,43 +64,6 @@ def check_final_norm(model: HookedModel, what: str) -> None:
         raise ValueError(
             f"model: {what} needs a final norm between residual stream and unembedding; {model.name} "
             f"({model.cfg.architecture}) has none"
-        )
-
-
-def check_metric(model: HookedModel, prompts: Prompts, metric: Metric | CallableMetric, runs: Collection[str]) -> None:
-    """Raises `ValueError` unless the metric was made for these prompts and this vocabulary, and what it compares with is run.
-    A callable, which knows of none of these, needs prompts of one length.
-
-    Args:
-        runs: Which of `"clean"` and `"corrupted"` are run.
-    """
-    if isinstance(metric, CallableMetric):
-        if len(prompts.by_length()) > 1:
-            raise ValueError(
-                f"metric: a plain callable needs prompts of one length, got lengths {sorted(prompts.by_length())}. Use one of "
-                "mechkit's metrics, which know where each prompt ends, or pass prompts of one length"
-            )
-        return
-    n, lengths = len(prompts), prompts.lengths
-    if metric.n_prompts != n:
-        raise ValueError(f"metric: it was made for {metric.n_prompts} prompts, but there are {n}")
-    if metric.lengths is not None and not torch.equal(metric.lengths, lengths):
-        raise ValueError(
-            f"metric: it was made for prompts of other lengths ({metric.lengths.tolist()}) than these ({lengths.tolist()}); make "
-            "it from the pairs that are given here"
-        )
-    if not bool(((metric.positions >= 0) & (metric.positions < lengths)).all()):
-        raise ValueError(
-            f"metric: expected positions within the prompts (lengths {lengths.tolist()}), got {metric.positions.tolist()}"
-        )
-    if metric.tokens is not None and int(metric.tokens.max()) >= model.d_vocab:
-        raise ValueError(
-            f"metric: expected answer tokens in 0..{model.d_vocab - 1} (the model's vocabulary), got "
-            f"{int(metric.tokens.max())}"
-        )
-    if metric.reference is not None and metric.reference not in runs:
-        raise ValueError(
-            f"metric: {metric.name!r} compares with the {metric.reference} run, but only {' and '.join(runs)} is run here"
         )
 
 

@@ -16,11 +16,12 @@ from mechkit.hooks._cache import ActivationCache
 from mechkit.hooks._devices import to_device
 from mechkit.hooks._edits import EditPlan, Rows
 from mechkit.hooks._hooking import Hooks
+from mechkit.hooks._measure import call_metric, read_metric
 from mechkit.hooks._memory import Budget
 from mechkit.hooks._precision import wide_dtype, widen
 from mechkit.hooks._replay import Run, attach_edit
 from mechkit.hooks._sites import SITES
-from mechkit.metrics import CallableMetric, Metric, one_a_prompt
+from mechkit.metrics import CallableMetric, Metric
 from mechkit.prompts import Prompts
 
 if TYPE_CHECKING:
@@ -143,7 +144,13 @@ class Chunk:
         reference = None
         if metric.reference is not None:
             reference = self.reference_logits[to_device(prompt, logits.device)]
-        return metric.read(widen(logits), to_device(self.ids[prompt], logits.device), reference)
+        return read_metric(metric, logits, to_device(self.ids[prompt], logits.device), reference)
+
+    def call(self, logits_of: Callable[[Tensor], Tensor], prompt: np.ndarray) -> Tensor:
+        """A callable metric of rows, from `logits_of` some of them."""
+        metric = self.state.metric
+        assert isinstance(metric, CallableMetric)
+        return call_metric(metric, logits_of, torch.from_numpy(self.ids[prompt]), len(self.state.base)).detach()
 
     @cached_property
     def reference_logits(self) -> Tensor:
@@ -165,7 +172,8 @@ class Chunk:
         """The metric of an unedited run, `[prompt]`."""
         if isinstance(self.state.metric, Metric):
             return self.read(self.logits_of(run), np.arange(len(self.ids))).cpu()
-        return call_metric(self.state.metric, widen(self.all_logits(run)), len(self.ids)).cpu()
+        logits = self.all_logits(run)
+        return self.call(lambda rows: logits[rows.to(logits.device)], np.arange(len(self.ids))).cpu()
 
     def all_logits(self, run: Run) -> Tensor:
         return self.state.model.unembed(run.resid[-1]) if self.state.unembeds else self.state.model.bridge(run.tokens)
@@ -180,11 +188,6 @@ class Chunk:
     def chosen_tokens(self, logits: Tensor) -> Tensor:
         tokens = self.state.read_tokens
         return logits if tokens is None else logits[:, tokens.to(logits.device)]
-
-
-def call_metric(metric: CallableMetric, logits: Tensor, n_prompts: int) -> Tensor:
-    """What a callable makes of all prompts' logits, on their device."""
-    return one_a_prompt(metric, metric.fn(logits), n_prompts).detach()
 
 
 def first_differences(state: State, ids: np.ndarray) -> np.ndarray:

@@ -27,10 +27,11 @@ from torch import Tensor
 from mechkit.hooks._anatomy import has_final_norm, unembeds_final_stream
 from mechkit.hooks._hooking import HookFunction, Hooks
 from mechkit.hooks._lock import lock_of
+from mechkit.hooks._measure import call_metric, read_metric
 from mechkit.hooks._memory import out_of_memory
 from mechkit.hooks._precision import TOLERANCE, widen
 from mechkit.hooks._replay import CannotReplayError, Replayer, Run, record
-from mechkit.metrics import CallableMetric, Metric, one_a_prompt
+from mechkit.metrics import CallableMetric, Metric
 
 if TYPE_CHECKING:
     from mechkit.hooks._model import HookedModel
@@ -346,25 +347,30 @@ def metric_values(
     ids: Int[Tensor, "row"],
     prompt: Int[Tensor, "row"],
     reference: Float[Tensor, "row token"] | None = None,
+    *,
+    n_prompts: int,
 ) -> Float[Tensor, "row"]:
     """The metric of each row, in the graph.
 
     Args:
         runs: What computed `final`.
-        metric: What to read. A callable gets all rows' logits at once.
+        metric: What to read. A callable gets the logits of all prompts at once.
         final: From `runs.forward`.
         ids: Which of the metric's prompts each row is.
         prompt: Which of the runs' base prompts each row is.
         reference: The logits of the unedited run that the metric compares with, where it does.
+        n_prompts: How many prompts the metric has in all.
 
     Raises:
         ValueError: the metric does not give one value a row, or none that has a gradient.
     """
     if isinstance(metric, Metric):
-        value = metric.read(runs.logits(final, metric.positions[ids], metric.tokens), ids.to(final.device), reference)
+        value = read_metric(metric, runs.logits(final, metric.positions[ids], metric.tokens), ids, reference)
     else:
-        value = metric.fn(runs.all_logits(final, prompt))
-    value = one_a_prompt(metric, value, len(ids))
+        here = final.device
+        value = call_metric(
+            metric, lambda rows: runs.all_logits(final[rows.to(here)], prompt[rows.to(here)]), ids, n_prompts
+        )
     if torch.is_grad_enabled() and final.requires_grad and not value.requires_grad:
         raise ValueError(
             f"metric {metric.name!r}: no gradient path from the logits to its value (a step function such as accuracy, or "

@@ -26,16 +26,16 @@ from tqdm.auto import tqdm
 from mechkit.hooks._anatomy import unembeds_final_stream
 from mechkit.hooks._cache import ActivationCache
 from mechkit.hooks._checks import check_sweep
-from mechkit.hooks._chunk import Chunk, Derived, State, Values, call_metric, first_differences, whole_forward
+from mechkit.hooks._chunk import Chunk, Derived, State, Values, first_differences, whole_forward
+from mechkit.hooks._devices import to_device
 from mechkit.hooks._edits import NEVER, Cell, EditPlan, Rows, rows_by_start
 from mechkit.hooks._hooking import Hooks
 from mechkit.hooks._lock import one_at_a_time
 from mechkit.hooks._memory import Budget, out_of_memory
 from mechkit.hooks._nonfinite import first_nonfinite, told, where_it_began
-from mechkit.hooks._precision import widen
 from mechkit.hooks._proof import proved_replayer
 from mechkit.hooks._replay import Replayer, attach_edit, record
-from mechkit.metrics import CallableMetric, Metric
+from mechkit.metrics import AnyMetric, Metric, as_metric
 from mechkit.prompts import Prompts
 from mechkit.result import Cost
 
@@ -68,7 +68,7 @@ def sweep(
     model: HookedModel,
     base: Prompts,
     cells: Sequence[Cell],
-    metric: Metric | CallableMetric,
+    metric: AnyMetric,
     *,
     source: Prompts | None = None,
     source_sites: ActivationCache | None = None,
@@ -86,7 +86,7 @@ def sweep(
         model: In evaluation mode.
         base: The prompts that are edited.
         cells: The edits of each cell.
-        metric: What to read.
+        metric: What to read: made for these prompts, or a callable on all of them together.
         source: Prompts whose activations `"source"` edits take; each as long as its base prompt.
         source_sites: The source run's activations, if they are at hand; they must be of exactly these prompts.
         values: `{key: {(site, layer): value}}` for edits with other keys; each value broadcastable to the activation
@@ -103,7 +103,8 @@ def sweep(
     plan = EditPlan(cells, model.n_layers)
     runs = {base_is: "base", source_is: "source"} if source is not None else {base_is: "base"}
     room = Budget.of(model, budget)
-    state = State(model, base, source, source_sites, values or {}, derived or {}, plan, metric, runs, room, replay)
+    measured = as_metric(metric)
+    state = State(model, base, source, source_sites, values or {}, derived or {}, plan, measured, runs, room, replay)
     check_sweep(state)
     bar = tqdm(total=len(cells) * len(base), disable=None if progress else True, unit="row", leave=False, delay=2)
     with bar:
@@ -237,13 +238,15 @@ def _answer_batch(chunk: Chunk, replayer: Replayer | None, rows: Rows) -> Tensor
             logits = state.model.unembed(resid, state.read_tokens)
         return chunk.read(logits, rows.prompt)
     if replayer is None:
-        cells = whole_forward(chunk, rows).split(len(chunk.ids))
-        return torch.cat([call_metric(metric, widen(logits), len(logits)) for logits in cells])
-    answers = []
-    for suffix in replayer.replay(state.plan, rows, chunk.lookup, False).split(len(chunk.ids)):
-        resid = torch.cat([chunk.run.resid[-1][:, : rows.start], suffix], 1)
-        answers.append(call_metric(metric, widen(state.model.unembed(resid)), len(suffix)))
-    return torch.cat(answers)
+        logits = whole_forward(chunk, rows)
+        return chunk.call(lambda some: logits[some.to(logits.device)], rows.prompt)
+    suffix = replayer.replay(state.plan, rows, chunk.lookup, False)
+
+    def logits_of(some: Tensor) -> Tensor:
+        before = chunk.run.resid[-1][to_device(rows.prompt[some.numpy()], suffix.device), : rows.start]
+        return state.model.unembed(torch.cat([before, suffix[some.to(suffix.device)]], 1))
+
+    return chunk.call(logits_of, rows.prompt)
 
 
 # -- refusing NaN ------------------------------------------------------------------------------------------------------
