@@ -210,7 +210,10 @@ def test_wrong_input(llama, pairs, exact):
         (lambda: mk.evaluate_circuit(full, llama, pairs.clean, metric), "pairs: expected PromptPairs"),
         (lambda: mk.faithfulness_curve(exact, llama, pairs, metric, fractions=(0.5, 0.1)), "fractions: expected"),
         (lambda: mk.faithfulness_curve(mk.edge_attribution, llama, pairs, metric, held_out=0), "held_out: expected"),
-        (lambda: mk.faithfulness_curve(mk.edge_attribution, llama, pairs, lambda x: x[:, -1, 5]), "cannot be split"),
+        (
+            lambda: mk.faithfulness_curve(mk.edge_attribution, llama, pairs, lambda x: x[:, -1, 5]),
+            "prompts of one length",
+        ),
         (lambda: mk.find_circuit(llama, pairs, metric, n_edges=10, candidates=5), "candidates: expected at least"),
     ]
     for call, message in refused:

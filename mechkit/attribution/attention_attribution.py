@@ -38,7 +38,18 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mechkit.attribution._cells import position_labels, provenance_of, split_prompts
-from mechkit.hooks import Budget, HookedModel, call_metric, check_can_run, check_metric, one_at_a_time, read_metric, wide_dtype, widen
+from mechkit.hooks import (
+    Budget,
+    HookedModel,
+    call_metric,
+    check_can_run,
+    check_metric,
+    logits_at_hand,
+    one_at_a_time,
+    read_metric,
+    wide_dtype,
+    widen,
+)
 from mechkit.metrics import AnyMetric, CallableMetric, Metric, metric_for
 from mechkit.prompts import PromptPairs, Prompts
 from mechkit.result import Result
@@ -330,7 +341,7 @@ def _read(metric: Metric | CallableMetric, logits: Tensor, ids: list[int]) -> Fl
     """The metric of each prompt of a batch, ready for a gradient."""
     prompt = torch.tensor(ids)
     if isinstance(metric, CallableMetric):
-        value = call_metric(metric, lambda rows: logits[rows.to(logits.device)], prompt, len(ids))
+        value = call_metric(metric, logits_at_hand(logits), np.array(ids), len(ids))
     else:
         rows = logits[torch.arange(len(ids), device=logits.device), metric.positions[prompt].to(logits.device)]
         if metric.tokens is not None:

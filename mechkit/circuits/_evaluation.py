@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -25,7 +26,18 @@ from torch import Tensor
 from mechkit.attribution._nodes import AnyMetric, check_study
 from mechkit.circuits._runs import CircuitRuns, Written
 from mechkit.circuits.graph import Graph
-from mechkit.hooks import Budget, HookedModel, Parts, Run, call_metric, read_metric, record, wide_dtype, widen
+from mechkit.hooks import (
+    Budget,
+    HookedModel,
+    Parts,
+    Run,
+    call_metric,
+    logits_at_hand,
+    read_metric,
+    record,
+    wide_dtype,
+    widen,
+)
 from mechkit.hooks._memory import out_of_memory
 from mechkit.hooks._nonfinite import where_it_began
 from mechkit.metrics import CallableMetric, Metric, metric_for
@@ -88,14 +100,13 @@ class Chunk:
             return read_metric(metric, self.logits(final, prompt), self.ids.to(final.device)[prompt], reference)
         clean, start = self.runs.run.resid[-1], self.runs.start
 
-        def logits_of(rows: Tensor) -> Tensor:
-            rows = rows.to(final.device)
+        def logits_of(rows: np.ndarray) -> Tensor:
             return model.unembed(torch.cat([clean[prompt[rows], :start], final[rows]], 1))
 
         def others() -> Tensor:
             return model.unembed(clean[self.ids.argsort().to(clean.device)])
 
-        return call_metric(metric, logits_of, self.ids[prompt.cpu()], len(self.ids), others)
+        return call_metric(metric, logits_of, self.ids[prompt.cpu()].numpy(), len(self.ids), others)
 
 
 class Evaluator:
@@ -303,7 +314,7 @@ class Evaluator:
         if isinstance(self.metric, Metric) or run != "corrupted":
             return chunk.value(final, everyone)
         logits = self.model.unembed(corrupted.resid[-1])
-        return call_metric(self.metric, lambda rows: logits[rows.to(logits.device)], chunk.ids, len(chunk.ids))
+        return call_metric(self.metric, logits_at_hand(logits), chunk.ids.numpy(), len(chunk.ids))
 
 
 def provenance_of_ablation(ablation: Ablation | Constants) -> Any:

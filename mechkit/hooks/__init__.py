@@ -23,6 +23,7 @@ from mechkit.hooks._lock import one_at_a_time as one_at_a_time
 from mechkit.hooks._measure import call_metric as call_metric
 from mechkit.hooks._measure import check_metric as check_metric
 from mechkit.hooks._measure import check_parts as check_parts
+from mechkit.hooks._measure import logits_at_hand as logits_at_hand
 from mechkit.hooks._measure import metric_of_some as metric_of_some
 from mechkit.hooks._measure import read_metric as read_metric
 from mechkit.hooks._memory import Budget as Budget

@@ -16,7 +16,7 @@ from mechkit.hooks._cache import ActivationCache
 from mechkit.hooks._devices import to_device
 from mechkit.hooks._edits import EditPlan, Rows
 from mechkit.hooks._hooking import Hooks
-from mechkit.hooks._measure import call_metric, read_metric
+from mechkit.hooks._measure import call_metric, logits_at_hand, read_metric
 from mechkit.hooks._memory import Budget
 from mechkit.hooks._precision import wide_dtype, widen
 from mechkit.hooks._replay import Run, attach_edit
@@ -146,11 +146,11 @@ class Chunk:
             reference = self.reference_logits[to_device(prompt, logits.device)]
         return read_metric(metric, logits, to_device(self.ids[prompt], logits.device), reference)
 
-    def call(self, logits_of: Callable[[Tensor], Tensor], prompt: np.ndarray) -> Tensor:
+    def call(self, logits_of: Callable[[np.ndarray], Tensor], prompt: np.ndarray) -> Tensor:
         """A callable metric of rows, from `logits_of` some of them."""
         metric = self.state.metric
         assert isinstance(metric, CallableMetric)
-        return call_metric(metric, logits_of, torch.from_numpy(self.ids[prompt]), len(self.state.base)).detach()
+        return call_metric(metric, logits_of, self.ids[prompt], len(self.state.base)).detach()
 
     @cached_property
     def reference_logits(self) -> Tensor:
@@ -172,8 +172,7 @@ class Chunk:
         """The metric of an unedited run, `[prompt]`."""
         if isinstance(self.state.metric, Metric):
             return self.read(self.logits_of(run), np.arange(len(self.ids))).cpu()
-        logits = self.all_logits(run)
-        return self.call(lambda rows: logits[rows.to(logits.device)], np.arange(len(self.ids))).cpu()
+        return self.call(logits_at_hand(self.all_logits(run)), np.arange(len(self.ids))).cpu()
 
     def all_logits(self, run: Run) -> Tensor:
         return self.state.model.unembed(run.resid[-1]) if self.state.unembeds else self.state.model.bridge(run.tokens)

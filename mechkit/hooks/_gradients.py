@@ -20,11 +20,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechkit.hooks._anatomy import has_final_norm, unembeds_final_stream
+from mechkit.hooks._devices import to_device
 from mechkit.hooks._hooking import HookFunction, Hooks
 from mechkit.hooks._lock import lock_of
 from mechkit.hooks._measure import call_metric, read_metric
@@ -367,10 +369,12 @@ def metric_values(
     if isinstance(metric, Metric):
         value = read_metric(metric, runs.logits(final, metric.positions[ids], metric.tokens), ids, reference)
     else:
-        here = final.device
-        value = call_metric(
-            metric, lambda rows: runs.all_logits(final[rows.to(here)], prompt[rows.to(here)]), ids, n_prompts
-        )
+
+        def logits_of(rows: np.ndarray) -> Tensor:
+            some = to_device(rows, final.device)
+            return runs.all_logits(final[some], prompt[some])
+
+        value = call_metric(metric, logits_of, ids.numpy(), n_prompts)
     if torch.is_grad_enabled() and final.requires_grad and not value.requires_grad:
         raise ValueError(
             f"metric {metric.name!r}: no gradient path from the logits to its value (a step function such as accuracy, or "

@@ -13,10 +13,12 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechkit.hooks._devices import to_device
 from mechkit.hooks._memory import Budget
 from mechkit.hooks._precision import widen
 from mechkit.metrics import CallableMetric, Metric, one_a_prompt
@@ -77,8 +79,8 @@ def read_metric(
 
 def call_metric(
     metric: CallableMetric,
-    logits_of: Callable[[Int[Tensor, "some"]], Float[Tensor, "some pos d_vocab"]],
-    ids: Int[Tensor, "row"],
+    logits_of: Callable[[np.ndarray], Float[Tensor, "some pos d_vocab"]],
+    ids: Int[np.ndarray, "row"],
     n_prompts: int,
     others: Callable[[], Float[Tensor, "prompt pos d_vocab"]] | None = None,
 ) -> Float[Tensor, "row"]:
@@ -86,7 +88,7 @@ def call_metric(
 
     Args:
         metric: The function.
-        logits_of: The logits of some of the rows, in the order that is asked for.
+        logits_of: The logits of some of the rows (indices), in the order that is asked for.
         ids: Which of all prompts each row is. The k-th rows of all prompts are a set.
         n_prompts: How many prompts there are in all.
         others: The logits of all prompts, in their order, for what a set lacks; without it, no set may lack any.
@@ -94,25 +96,32 @@ def call_metric(
     Raises:
         ValueError: the function does not give one value a prompt.
     """
-    ids = ids.cpu()
     order, values = _sets(ids), []
     for rows in order:
-        logits, prompts = widen(logits_of(rows)), ids[rows]
-        if len(rows) < n_prompts:
+        logits = widen(logits_of(rows))
+        lacking = len(rows) < n_prompts
+        if lacking:
             assert others is not None, "a callable sees all prompts of a set together"
-            logits = widen(others()).index_copy(0, prompts.to(logits.device), logits)
+            logits = widen(others()).index_copy(0, to_device(ids[rows], logits.device), logits)
         value = one_a_prompt(metric, metric.fn(logits), n_prompts)
-        values.append(value if len(rows) == n_prompts else value[prompts.to(value.device)])
+        values.append(value[to_device(ids[rows], value.device)] if lacking else value)
     found = torch.cat(values)
-    return found[torch.cat(order).argsort().to(found.device)]
+    return found[to_device(np.concatenate(order).argsort(), found.device)]
 
 
-def _sets(ids: Int[Tensor, "row"]) -> list[Int[Tensor, "some"]]:
+def _sets(ids: Int[np.ndarray, "row"]) -> list[np.ndarray]:
     """Rows that belong together: the first row of every prompt, the second, and so on; each set in the prompts' order."""
-    order = ids.argsort(stable=True)
+    order = ids.argsort(kind="stable")
     by_prompt = ids[order]
-    times = torch.arange(len(ids)) - torch.searchsorted(by_prompt, by_prompt)  # how often the prompt came before
-    return [order[times == k] for k in range(int(times.max()) + 1)]
+    times = np.arange(len(ids)) - np.searchsorted(by_prompt, by_prompt)  # how often the prompt came before
+    return [order[times == k] for k in range(times.max() + 1)]
+
+
+def logits_at_hand(
+    logits: Float[Tensor, "row pos d_vocab"],
+) -> Callable[[np.ndarray], Float[Tensor, "some pos d_vocab"]]:
+    """Logits that are at hand, for `call_metric`."""
+    return lambda rows: logits[to_device(rows, logits.device)]
 
 
 @torch.inference_mode(False)
@@ -136,9 +145,7 @@ def metric_of_some(
     check_takes_prompts_apart(metric, clean)
 
     def some(logits: Tensor) -> Tensor:
-        return call_metric(
-            metric, lambda rows: logits[rows.to(logits.device)], torch.tensor(ids), len(pairs), lambda: clean
-        )
+        return call_metric(metric, logits_at_hand(logits), np.array(ids), len(pairs), lambda: clean)
 
     return CallableMetric(some, metric.name, metric.unit)
 

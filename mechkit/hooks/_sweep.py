@@ -31,6 +31,7 @@ from mechkit.hooks._devices import to_device
 from mechkit.hooks._edits import NEVER, Cell, EditPlan, Rows, rows_by_start
 from mechkit.hooks._hooking import Hooks
 from mechkit.hooks._lock import one_at_a_time
+from mechkit.hooks._measure import logits_at_hand
 from mechkit.hooks._memory import Budget, out_of_memory
 from mechkit.hooks._nonfinite import first_nonfinite, told, where_it_began
 from mechkit.hooks._proof import proved_replayer
@@ -238,13 +239,12 @@ def _answer_batch(chunk: Chunk, replayer: Replayer | None, rows: Rows) -> Tensor
             logits = state.model.unembed(resid, state.read_tokens)
         return chunk.read(logits, rows.prompt)
     if replayer is None:
-        logits = whole_forward(chunk, rows)
-        return chunk.call(lambda some: logits[some.to(logits.device)], rows.prompt)
+        return chunk.call(logits_at_hand(whole_forward(chunk, rows)), rows.prompt)
     suffix = replayer.replay(state.plan, rows, chunk.lookup, False)
 
-    def logits_of(some: Tensor) -> Tensor:
-        before = chunk.run.resid[-1][to_device(rows.prompt[some.numpy()], suffix.device), : rows.start]
-        return state.model.unembed(torch.cat([before, suffix[some.to(suffix.device)]], 1))
+    def logits_of(some: np.ndarray) -> Tensor:
+        before = chunk.run.resid[-1][to_device(rows.prompt[some], suffix.device), : rows.start]
+        return state.model.unembed(torch.cat([before, suffix[to_device(some, suffix.device)]], 1))
 
     return chunk.call(logits_of, rows.prompt)
 
