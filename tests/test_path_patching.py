@@ -37,9 +37,11 @@ def test_one_receiver_is_one_edge(family):
                 if writer.head is None:
                     continue
                 w = graph.writer_index[writer.name]
-                expected = sign * exact.per_prompt[w, r] if graph.exists[w, r] else torch.zeros(len(pairs))
                 found = paths.sel(layer=writer.layer, head=writer.head).values
-                assert torch.allclose(found, expected.to(found), atol=1e-9), (writer.name, receiver)
+                if not graph.exists[w, r]:  # no path: no number either
+                    assert found.isnan().all(), (writer.name, receiver)
+                    continue
+                assert torch.allclose(found, sign * exact.per_prompt[w, r], atol=1e-9), (writer.name, receiver)
 
 
 def naive_to_logits(
@@ -122,7 +124,7 @@ def test_positions_are_patched_one_at_a_time():
     for pos in (0, 3, 6):
         alone = mk.path_patching(model, pairs, metric, receivers=["m3"], positions=[pos], progress=False)
         at = by_position.values[:, :, pos]
-        assert torch.allclose(alone.values, at, atol=1e-12)
+        assert torch.allclose(alone.values, at, atol=1e-12, equal_nan=True)
     assert torch.allclose(
         by_position.effect().values[:, :, 0], torch.zeros(1, dtype=torch.float64), atol=1e-12
     )  # alike
@@ -142,12 +144,26 @@ def test_senders_by_name_and_mlps():
     assert float((named.sel(sender="input").effect().values).abs().max()) > 1e-3
 
 
+def test_there_is_no_number_where_there_is_no_path():
+    model, pairs = model_of("gptj"), make_pairs()
+    metric = whole_vocabulary(pairs)
+    with pytest.raises(ValueError, match=r"no path leads from a1.h2 to m1"):  # parallel blocks
+        mk.path_patching(model, pairs, metric, senders=["a1.h2"], receivers=["m1"], progress=False)
+    several = mk.path_patching(model, pairs, metric, senders=["m1"], receivers=["m1", "m2"], progress=False)
+    alone = mk.path_patching(model, pairs, metric, senders=["m1"], receivers=["m2"], progress=False)
+    assert torch.equal(several.values, alone.values)
+    assert float(several.effect().values.abs().max()) > 1e-3
+    grid = mk.path_patching(model, pairs, metric, senders="layer", receivers=["m2"], freeze="heads", progress=False)
+    assert grid.values.isnan().all(1).tolist() == [False, False, True, True]
+    assert [cell.effect != 0 for cell in grid.mean("prompt").top(4)] == [True, True]
+
+
 def test_small_budgets_and_leftover_hooks():
     model, pairs = model_of("gptj"), make_pairs()
     metric = whole_vocabulary(pairs)
     large = mk.path_patching(model, pairs, metric, receivers=["m3"], freeze="heads", progress=False)
     small = mk.path_patching(model, pairs, metric, receivers=["m3"], freeze="heads", budget=2**16, progress=False)
-    assert torch.allclose(large.values, small.values, atol=1e-10)
+    assert torch.allclose(large.values, small.values, atol=1e-10, equal_nan=True)
     assert not model.has_hooks
 
 
@@ -164,6 +180,26 @@ def test_small_budgets_and_leftover_hooks():
         ({"freeze": "mlps"}, "freeze: expected 'all' or 'heads'"),
         ({"direction": "up"}, "direction: expected"),
         ({"positions": ["S2"]}, "positions: expected names among END"),
+        (
+            {"senders": ["m3"], "receivers": ["m1"]},
+            "senders: .* m1 can read, got m3: no path leads from m3 to m1, which reads",
+        ),
+        (
+            {"senders": ["m0", "a1.h2"], "receivers": ["a1.h0<q>", "a1.h1<v>"]},
+            "no path leads from a1.h2 to a1.h0<q>, a1.h1<v>",
+        ),
+        (
+            {"senders": "layer head pos", "receivers": ["a0.h1<k>"]},
+            "no path leads from a0.h0 to a0.h1<k>.* may be input;",
+        ),
+        (
+            {"senders": ["logits"], "receivers": ["m1"]},
+            "senders: .* got 'logits', which reads: no path leads from logits to m1",
+        ),
+        (
+            {"senders": ["m0"], "receivers": ["input"]},
+            "receivers: .* got 'input', which writes: no path leads from m0 to input",
+        ),
     ],
 )
 def test_refusals(arguments, message):

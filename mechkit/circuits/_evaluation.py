@@ -31,6 +31,7 @@ from mechkit.hooks import (
     HookedModel,
     Parts,
     Run,
+    agree_before_difference,
     call_metric,
     logits_at_hand,
     read_metric,
@@ -143,6 +144,7 @@ class Evaluator:
         self.values = {run: torch.full((len(pairs),), torch.nan, dtype=wide) for run in runs}
         self.block_tokens = 0
         self._checked: set[bool] = set()
+        self._looks_ahead = False  # whether some pair's runs were found to differ before their tokens do
         self._means: dict[int, Written] | None = None
         self._kept: list[Chunk] = []
 
@@ -223,8 +225,8 @@ class Evaluator:
         return floats * torch.empty((), dtype=model.dtype).element_size()
 
     def _start(self, ids: Sequence[int], length: int) -> int:
-        """The first position to run: that of the first difference, where the corrupted run is what is put in."""
-        if self.ablation != "resample":
+        """The first position to run: that of the first difference, where the corrupted run is put in and the two agree until then."""
+        if self.ablation != "resample" or self._looks_ahead:
             return 0
         start = min(int(self.pairs.first_difference[i]) for i in ids)
         read = int(self.metric.positions[list(ids)].min()) if isinstance(self.metric, Metric) else length - 1
@@ -242,6 +244,10 @@ class Evaluator:
         self.block_tokens += corrupted.numel() * self.model.n_layers
         ablated = self._ablated(other, clean.shape[1], start)
         runs = CircuitRuns(self.model, self.graph, self.parts, clean, ablated, start)
+        if start and not bool(agree_before_difference(clean, corrupted, runs.run.resid[-1], other.resid[-1]).all()):
+            self._looks_ahead = True
+            self.block_tokens += runs.replayer.block_tokens
+            return self._record(ids)
         owner: Evaluator = weakref.proxy(self)  # no cycle: the recorded runs go when the evaluator goes
         chunk = Chunk(owner, torch.tensor(ids), runs, None)
         if bool(start) not in self._checked:

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechkit.circuits.graph import Graph, Reader, Writer
-from mechkit.hooks import Parts, Run
+from mechkit.hooks import Parts, Run, agree_before_difference
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +51,11 @@ class Changes:
     def _z(self, run: Run, layer: int) -> Float[Tensor, "prompt pos head d_head"]:
         z = run.sites["z", layer]
         return z.reshape(*z.shape[:2], self.parts.model.n_heads, -1)
+
+
+def runs_agree(base: Run, source: Run) -> Bool[Tensor, "prompt"]:
+    """For each pair of prompts, whether its two runs are the same as long as the tokens are: not so if a model looks ahead."""
+    return agree_before_difference(base.tokens, source.tokens, base.resid[-1], source.resid[-1])
 
 
 def stream(graph: Graph, run: Run, reader: Reader) -> Float[Tensor, "prompt pos d_model"]:

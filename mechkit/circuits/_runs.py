@@ -7,8 +7,8 @@ value if it is not. Many circuits a batch.
    from, one matrix product for all readers of a layer (`gates` may be numbers between 0 and 1, and have gradients).
 3. Queries, keys and values are computed from their own inputs, each head from its own; the model's attention makes z of them
    (`Replayer.attend`); so on to the final stream.
-4. Positions before the first difference of the two prompts are not run (resample ablation): clean and ablated run are the same
-   there. Layers below the first missing edge are not run either, where the caller says so.
+4. Positions before the first difference of the two prompts are not run (resample ablation), where clean and ablated run are the
+   same there, which is looked at. Layers below the first missing edge are not run either, where the caller says so.
 
 All edges give the clean run, and none the ablated one: `CircuitRuns.check` holds both against the model in every call.
 """

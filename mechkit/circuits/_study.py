@@ -13,6 +13,7 @@ from torch import Tensor
 from mechkit.attribution._cells import choose_indices, choose_positions
 from mechkit.attribution._nodes import AnyMetric, Study, check_study
 from mechkit.hooks import Budget, HookedModel, check_final_norm
+from mechkit.hooks._causality import same_so_far
 from mechkit.metrics import metric_for
 from mechkit.prompts import PromptPairs, Prompts
 
@@ -63,10 +64,12 @@ def where_it_counts(
     base: Int[Tensor, "prompt pos"],
     source: Int[Tensor, "prompt pos"],
     ids: Int[Tensor, "prompt"] | np.ndarray,
+    agree: Bool[Tensor, "prompt"],
 ) -> Bool[Tensor, "prompt pos"]:
-    """At which positions of some prompts (`ids`) a writer's change counts: at the chosen ones (`chosen_positions`), and never
-    before base and source differ."""
-    moved = (base != source).cumsum(1) > 0
+    """At which positions of some prompts (`ids`) a writer's change counts: at the chosen ones (`chosen_positions`), and not
+    before base and source differ, where the two runs `agree` as long as the tokens do: not so if a model looks ahead."""
+    moved = ~same_so_far(base, source)
+    moved = moved | (moved.any(1) & ~agree)[:, None]
     if positions is None:
         return moved
     at, chosen = torch.arange(base.shape[1], device=base.device), torch.zeros_like(moved)

@@ -6,8 +6,8 @@
 3. Pull each of these back through its weights and the norm in front of them, at the residual stream that this very reader reads.
 4. An edge's score is the change of its writer times the gradient of its reader, summed over positions.
 
-No copies of the stream are made for the readers: step 3 replaces them. Positions before the first difference are not run, and
-parameters have no gradients (see `mechkit.hooks._gradients`).
+No copies of the stream are made for the readers: step 3 replaces them. Positions before the first difference are not run where
+the two runs agree there, and parameters have no gradients (see `mechkit.hooks._gradients`).
 
 EAP: Syed, Rager and Conmy 2023, https://arxiv.org/abs/2310.10348. EAP-IG: Hanna, Pezzelle and Belinkov 2024,
 https://arxiv.org/abs/2403.17806; for activations, Marks et al. 2024, https://arxiv.org/abs/2403.19647. With the rules of RelP:
@@ -35,7 +35,7 @@ from mechkit.circuits._study import both_runs, chosen_positions, edge_study, whe
 from mechkit.circuits._writings import HookPairs, Writings
 from mechkit.circuits.edge_scores import EdgeScores
 from mechkit.circuits.graph import Graph
-from mechkit.hooks import SITES, HookedModel, Parts, frozen_parameters, one_at_a_time
+from mechkit.hooks import SITES, HookedModel, Parts, agree_before_difference, frozen_parameters, one_at_a_time
 from mechkit.hooks._parts import CHECKED
 from mechkit.prompts import PromptPairs
 from mechkit.result import Cost
@@ -147,10 +147,14 @@ class _Scores:
         else:
             into += part.sum(-1, keepdim=True) / len(self.study.base)
 
-    def counts(self, chunk: Chunk) -> Bool[Tensor, "prompt pos"]:
-        """At which positions, from the chunk's start on, a change of a writer counts: not before the prompts differ."""
-        base, source = (chunk.tokens[str(run)] for run in (self.study.base_is, self.study.source_is))
-        return where_it_counts(self.study, self.positions, base, source, chunk.ids)[:, chunk.runs.start :]
+    def counts(
+        self, chunk: Chunk, base: Float[Tensor, "prompt suffix d_model"], source: Float[Tensor, "prompt suffix d_model"]
+    ) -> Bool[Tensor, "prompt suffix"]:
+        """At which positions, from the chunk's start on, a change of a writer counts: not before the prompts differ, where the
+        two runs agree as long (`base` and `source` are what they ended in)."""
+        tokens, others = (chunk.tokens[str(run)] for run in (self.study.base_is, self.study.source_is))
+        agree = agree_before_difference(tokens, others, base, source)
+        return where_it_counts(self.study, self.positions, tokens, others, chunk.ids, agree)[:, chunk.runs.start :]
 
     def result(self, **provenance: Any) -> EdgeScores:
         study = self.study
@@ -189,7 +193,6 @@ class _Work:
     def __init__(self, chunk: Chunk, parts: Parts, graph: Graph, scores: _Scores, relp: bool) -> None:
         self.chunk, self.parts, self.graph, self.scores, self.relp = chunk, parts, graph, scores, relp
         self.model: HookedModel = chunk.study.model
-        self.counts = scores.counts(chunk)
 
     @torch.no_grad()
     def keep_runs(self, every_hidden: bool, check: bool) -> None:
@@ -209,13 +212,13 @@ class _Work:
         tokens = torch.cat([chunk.tokens[study.base_is], chunk.tokens[study.source_is]])
         _, final = chunk.runs.forward(tokens, chunk.everyone.repeat(2), hooks)
         if not chunk.runs.proved(final[[0, n]]):
-            self.counts = self.scores.counts(chunk)
             self.keep_runs(every_hidden, check)
             return
         for layer in range(self.model.n_layers if check else 0):
             self.parts.check_attention(layer, first)
         self.base, self.source = both.rows(slice(0, n)), both.rows(slice(n, None))
         self.final_change = final[n:] - final[:n]
+        self.counts = self.scores.counts(chunk, final[:n], final[n:])
         chunk.keep_unedited({study.base_is: final[:n], study.source_is: final[n:]})
 
     def along_input(self, points: list[float], weights: list[float]) -> Float[Tensor, "prompt"]:

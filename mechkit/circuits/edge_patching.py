@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 
 from mechkit.attribution._nodes import AnyMetric, Study
 from mechkit.circuits._provenance import circuit_provenance, merged
-from mechkit.circuits._reads import Changes, stream
+from mechkit.circuits._reads import Changes, runs_agree, stream
 from mechkit.circuits._study import both_runs, chosen_positions, edge_study, where_it_counts
 from mechkit.circuits.circuit import Circuit
 from mechkit.circuits.edge_scores import EdgeScores, ScoredEdge
@@ -200,6 +200,9 @@ class _Work:
         assert answers.source is not None
         study.values[study.base_is], study.values[str(study.source_is)] = answers.base, answers.source
         effects = answers.values - answers.base
+        assert study.source is not None
+        alike = [torch.equal(a, b) for a, b in zip(study.base.tokens, study.source.tokens, strict=True)]
+        effects[:, alike] = 0  # whole passes of other batches round differently
         effects = effects if study.base_is == "corrupted" else -effects
         effects = effects if self.per_prompt else effects.mean(1, keepdim=True)
         where = torch.tensor([self.graph.index(edge) for edge in edges])
@@ -268,7 +271,7 @@ class _Values:
     def make(self, base: Run, source: Run, ids: np.ndarray, site: str, layer: int) -> Tensor:
         """`[variant prompt pos …]`."""
         work = self.work
-        counts = where_it_counts(work.study, work.positions, base.tokens, source.tokens, ids)
+        counts = where_it_counts(work.study, work.positions, base.tokens, source.tokens, ids, runs_agree(base, source))
         changes = Changes(work.parts, base, source, counts)
         if site == "resid_post":
             asked = self.asked[site, layer]

@@ -20,13 +20,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechkit.attribution._cells import choose_positions, position_labels
 from mechkit.attribution._nodes import AnyMetric, Study
 from mechkit.circuits._provenance import circuit_provenance
-from mechkit.circuits._reads import Changes, stream
+from mechkit.circuits._reads import Changes, runs_agree, stream
 from mechkit.circuits._study import chosen_positions, edge_study, where_it_counts
 from mechkit.circuits.graph import Graph, Reader, Writer
 from mechkit.hooks import Cell, Derived, Edit, HookedModel, Parts, Run, one_at_a_time, sweep
@@ -68,19 +68,23 @@ def path_patching(
         progress: Whether to show a progress bar.
 
     Returns:
-        A `Result`, the metric of each patched run: dims as in `senders` (`"sender"` for names), then the prompt. A sender that
-        no receiver comes after has the base run's metric; a prompt that lacks a position of `"pos"` has NaN there.
+        A `Result`, the metric of each patched run: dims as in `senders` (`"sender"` for names), then the prompt. Of several
+        receivers a sender's change reaches those that read after it. NaN where there is no path: for the heads or MLPs of
+        `"layer head"` and `"layer"` that no receiver reads, and for a prompt that lacks a position of `"pos"`.
 
     Raises:
-        ValueError: an unknown sender or receiver; `"logits"` among other receivers (their effects would be overwritten); what
-            `activation_patching` refuses.
+        ValueError: an unknown sender or receiver; a sender by name that no receiver reads, or none of all senders that one does
+            (a later component, itself, a head of the same layer as the query); `"logits"` among other receivers (their effects
+            would be overwritten); what `activation_patching` refuses.
     """
     if freeze not in ("all", "heads"):
         raise ValueError(f"freeze: expected 'all' or 'heads', got {freeze!r}")
     study = edge_study(model, pairs, metric, direction, budget)
     graph, parts = Graph.of(model), Parts(model)
+    _refuse_ends(senders, receivers)
     reads = _receivers(graph, receivers)
     plan = _Plan.of(study, graph, senders, positions)
+    reached = _reached(graph, [writer for writer, _ in plan.cells], reads, by_name=not isinstance(senders, str))
     parts.check(study.base.tokens[0][None].to(model.device))
     values, cost, how = [], Cost(0, 0), "suffix"
     per_sender = int(study.base.lengths.sum()) * model.d_model * 4 * (2 + len(reads))
@@ -102,6 +106,7 @@ def path_patching(
         for i, (_, at) in enumerate(some):
             if "pos" in plan.coords and at is not None:  # a prompt without that position has no answer
                 answers.values[i, study.base.lengths <= int(at[0])] = torch.nan
+        answers.values[~reached[first : first + at_once]] = torch.nan
         values.append(answers.values)
         cost = Cost(
             cost.block_tokens + answers.cost.block_tokens, cost.naive_block_tokens + answers.cost.naive_block_tokens
@@ -133,6 +138,21 @@ def path_patching(
     )
 
 
+def _refuse_ends(senders: str | Sequence[Any], receivers: Sequence[Any]) -> None:
+    """`ValueError` for a path that begins where paths end, or ends where they begin."""
+    froms = [senders] if isinstance(senders, str) else list(senders)
+    into = [receivers] if isinstance(receivers, str) else list(receivers)
+    both = f"no path leads from {', '.join(map(str, froms))} to {', '.join(map(str, into))}"
+    if "logits" in froms:
+        raise ValueError(
+            f"senders: expected components that write into the residual stream, got 'logits', which reads: {both}"
+        )
+    if odd := [name for name in into if name in ("input", "embed")]:
+        raise ValueError(
+            f"receivers: expected components that read the residual stream, got {odd[0]!r}, which writes: {both}"
+        )
+
+
 def _receivers(graph: Graph, names: Sequence[str]) -> list[Reader]:
     if isinstance(names, str):
         raise ValueError(f"receivers: expected a list of names, got {names!r}; write receivers=[{names!r}]")
@@ -145,6 +165,24 @@ def _receivers(graph: Graph, names: Sequence[str]) -> list[Reader]:
             f"left of what the other receivers do; got {list(names)}"
         )
     return readers
+
+
+def _reached(
+    graph: Graph, senders: Sequence[Writer], receivers: Sequence[Reader], by_name: bool
+) -> Bool[Tensor, "sender"]:
+    """Which senders some receiver reads. `ValueError` for one that none does and that was named, or if none does at all."""
+    exists = graph.exists[:, [graph.reader_index[reader.name] for reader in receivers]].any(1)
+    reached = exists[[graph.writer_index[writer.name] for writer in senders]]
+    if bool(reached.all()) or (bool(reached.any()) and not by_name):
+        return reached
+    readers = ", ".join(reader.name for reader in receivers)
+    missed = list(dict.fromkeys(w.name for w, there in zip(senders, reached.tolist(), strict=True) if not there))
+    earlier = graph.writers[: int(exists.sum())]
+    raise ValueError(
+        f"senders: expected components that {readers} can read, got {', '.join(missed[:6])}{', …' if len(missed) > 6 else ''}: "
+        f"no path leads from {missed[0]} to {readers}, which {'reads' if len(receivers) == 1 else 'read'} before it writes. "
+        f"Senders may be {earlier[0].name}{f' to {earlier[-1].name}' if len(earlier) > 1 else ''}; later receivers see more"
+    )
 
 
 @dataclass(frozen=True)
@@ -249,8 +287,8 @@ class _Values:
     def _reaching(self, base: Run, source: Run, ids: np.ndarray) -> dict[tuple[int, str], Tensor]:
         """By how much each sender changes the stream in front of each block, and within it; at the end, the final one."""
         graph, parts = self.graph, self.parts
-        runs = base.tokens, source.tokens
-        counts = torch.stack([where_it_counts(self.study, at, *runs, ids) for _, at in self.cells])
+        about = base.tokens, source.tokens, ids, runs_agree(base, source)
+        counts = torch.stack([where_it_counts(self.study, at, *about) for _, at in self.cells])
         written = Changes(parts, base, source, counts).of([writer for writer, _ in self.cells])
         streams: dict[tuple[int, str], Tensor] = {}
         change = written * self._is(lambda w: w.layer < 0)

@@ -6,6 +6,7 @@ from mechkit.hooks._anatomy import has_final_norm as has_final_norm
 from mechkit.hooks._anatomy import into_post_norm as into_post_norm
 from mechkit.hooks._anatomy import post_norm as post_norm
 from mechkit.hooks._cache import ActivationCache as ActivationCache
+from mechkit.hooks._causality import agree_before_difference as agree_before_difference
 from mechkit.hooks._checks import check_can_run as check_can_run
 from mechkit.hooks._checks import check_final_norm as check_final_norm
 from mechkit.hooks._checks import check_tokens as check_tokens

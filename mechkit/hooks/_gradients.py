@@ -9,8 +9,9 @@ activation there has nothing to change, and its gradient is not needed. So:
    would be saved), equal beginnings once for all of them.
 3. The blocks run again on the positions from `start` on alone, with these keys and values as a prefix that is only read.
    Gradients flow back through these positions only.
-4. Each call proves itself on its longest prompts: suffixes of one pair must end where the pair's whole runs end. Where that
-   fails (encoders, state-space models, other people's hooks) whole forward passes are run, and `GradientRuns.how` says why.
+4. Each call proves itself on its longest prompts: suffixes of one pair must end where the pair's whole runs end. And in each set
+   of prompts the pair whose tokens differ first is run whole: its runs must agree until then. Where that fails (models that look
+   ahead, state-space models, other people's hooks) whole forward passes are run, and `GradientRuns.how` says why.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechkit.hooks._anatomy import has_final_norm, unembeds_final_stream
+from mechkit.hooks._causality import ROUNDING, agree_before_difference, same_so_far
 from mechkit.hooks._devices import to_device
 from mechkit.hooks._hooking import HookFunction, Hooks
 from mechkit.hooks._lock import lock_of
@@ -65,6 +67,9 @@ def attached_hooks(model: HookedModel, hooks: Sequence[tuple[str, HookFunction]]
 
 # Tokens that are run for nothing rather than in a pass of their own: a pass of so few takes as long as reading the weights.
 TOGETHER = 64
+
+
+LOOKS_AHEAD = "two runs differ before their first different token: not a causal model"
 
 
 class _Captured(Exception):
@@ -129,9 +134,11 @@ class GradientRuns:
     def _prepare(self, source: Tensor | None, prove: bool, defer: bool) -> str | None:
         """Records what the suffix needs, and proves it. Returns why that cannot be done, or `None`."""
         model = self.model
-        sample = self.base[:1] if source is None or not prove else torch.cat([self.base[:1], source[:1]])
+        sample, pair = self._sample(source, prove)
         try:
             run = self._record(sample)
+            if self.start and self._prefix_differs(sample, pair):
+                return LOOKS_AHEAD
             self._replayer = Replayer(model, run, None)
             if not prove:
                 return None
@@ -140,6 +147,7 @@ class GradientRuns:
             if defer:
                 self._unproved = True
                 return None
+            sample = sample[: 1 if source is None else 2]
             found = self.forward(sample, torch.zeros(len(sample), dtype=torch.long, device=sample.device))[1]
             return self._refuted(found)
         except (CannotReplayError, TypeError, AttributeError, IndexError, KeyError, RuntimeError) as error:
@@ -148,9 +156,30 @@ class GradientRuns:
             return f"blocks cannot be run by themselves: {error}"
         return None
 
+    def _sample(self, source: Tensor | None, prove: bool) -> tuple[Int[Tensor, "row pos"], slice]:
+        """The prompts that are run whole: the first pair, which is the proof, and the pair whose tokens differ first, which shows
+        whether a model looks ahead; and which rows the latter is."""
+        if source is None or (not prove and self.start == 0):
+            return self.base[:1], slice(0, 0)
+        first = int(same_so_far(self.base, source).sum(1).argmin())
+        rows = torch.cat([self.base[:1], source[:1]])
+        if first == 0:
+            return rows, slice(0, 2)
+        return torch.cat([rows, self.base[first : first + 1], source[first : first + 1]]), slice(2, 4)
+
+    def _prefix_differs(self, sample: Int[Tensor, "row pos"], pair: slice) -> bool:
+        """Whether positions before `start` are something else in whole runs than in the prefix, which may have been run by
+        itself, or something else in the source run of a pair than in its base run."""
+        assert self._prefix_final is not None
+        whole, prefix = self._sample_final[:1, : self.start], self._prefix_final[self._prefix_of[:1]]
+        if not float((whole - prefix).abs().max() / whole.abs().max()) <= ROUNDING[self.model.dtype]:
+            return True
+        tokens, finals = sample[pair], self._sample_final[pair]
+        return len(tokens) > 0 and not bool(agree_before_difference(tokens[:1], tokens[1:], finals[:1], finals[1:]))
+
     def _refuted(self, found: Float[Tensor, "row suffix d_model"]) -> str | None:
         """Why these final streams of the sample's suffixes are not those of its whole runs; `None` if they are."""
-        expected = self._sample_final[:, self.start :]
+        expected = self._sample_final[: len(found), self.start :]
         off = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
         if not off <= TOLERANCE[self.model.dtype]:
             return f"suffixes of runs differ from whole runs by {off:.1e} of the residual stream"
