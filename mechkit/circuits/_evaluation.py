@@ -225,7 +225,7 @@ class Evaluator:
         return floats * torch.empty((), dtype=model.dtype).element_size()
 
     def _start(self, ids: Sequence[int], length: int) -> int:
-        """The first position to run: that of the first difference, where the corrupted run is put in and the two agree until then."""
+        """The first position to run: that of the first difference, where the corrupted run is put in and agrees until then."""
         if self.ablation != "resample" or self._looks_ahead:
             return 0
         start = min(int(self.pairs.first_difference[i]) for i in ids)
