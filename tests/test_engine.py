@@ -35,8 +35,9 @@ def test_cost_counts_only_what_a_change_can_reach(llama):
     result = mk.activation_patching(llama, pairs, metric, site="z", progress=False)
     base_and_source = 2 * LENGTH * N_LAYERS
     rows = sum(llama.n_heads * 3 * (N_LAYERS - layer) for layer in range(N_LAYERS))
-    # The proof: rows that join at layers 0, 2 and 3, once replayed and once by whole forward passes.
-    proof = 3 * (4 + 2 + 1) + 3 * LENGTH * N_LAYERS
+    # The proof: an unedited whole pass; every block from position 4 on, plain and hooked; four rows that join at layers 0, 0, 2
+    # and 3, once replayed and once by whole passes.
+    proof = LENGTH * N_LAYERS + 2 * 3 * N_LAYERS + 3 * (4 + 4 + 2 + 1) + 4 * LENGTH * N_LAYERS
     assert result.cost.block_tokens == base_and_source + rows + proof
     assert result.cost.naive_block_tokens == N_LAYERS * llama.n_heads * LENGTH * N_LAYERS
 
@@ -52,7 +53,7 @@ def test_positions_before_the_first_difference_cost_nothing_and_equal_the_baseli
     last = mk.activation_patching(
         llama, pairs, whole_vocabulary(pairs), site="resid_pre", over="layer pos", positions=[0, 1], progress=False
     )
-    assert last.cost.block_tokens <= 2 * LENGTH * N_LAYERS + 3 * LENGTH * N_LAYERS  # two runs, and a proof at the most
+    assert last.cost.block_tokens == 3 * LENGTH * N_LAYERS  # two runs, and a whole pass of a row that changes nothing
 
 
 @pytest.mark.parametrize("budget", [1, 20_000, 10**9])

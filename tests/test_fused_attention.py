@@ -67,8 +67,10 @@ def test_one_that_is_wrong_is_refuted_and_not_used(calls, monkeypatch):
     expected = swept(model, pairs, replay=False)
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda q, k, v, **_: q * 0)
     used = []
-    blocks = _proof._blocks
-    monkeypatch.setattr(_proof, "_blocks", lambda model, plain: used.append(plain) or blocks(model, plain))
+    replayer = _proof._replayer
+    monkeypatch.setattr(
+        _proof, "_replayer", lambda chunk: used.append(chunk.state.proof.candidates[0].plain) or replayer(chunk)
+    )
     found = swept(model, pairs)
     assert used[:3] == ["sdpa", "eager", "eager"]  # tried, tried, and used
     assert float((found.values - expected.values).nan_to_num().abs().max()) <= 1e-10

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -15,18 +15,17 @@ from torch import Tensor
 from mechkit.hooks._cache import ActivationCache
 from mechkit.hooks._devices import to_device
 from mechkit.hooks._edits import EditPlan, Rows
-from mechkit.hooks._hooking import Hooks
 from mechkit.hooks._measure import call_metric, logits_at_hand, read_metric
 from mechkit.hooks._memory import Budget
-from mechkit.hooks._precision import wide_dtype, widen
-from mechkit.hooks._replay import Run, attach_edit
+from mechkit.hooks._plain import Attention
+from mechkit.hooks._precision import Rounding, wide_dtype, widen
+from mechkit.hooks._replay import Run, attached_edits, watched_streams
 from mechkit.hooks._sites import SITES
 from mechkit.metrics import CallableMetric, Metric
 from mechkit.prompts import Prompts
 
 if TYPE_CHECKING:
     from mechkit.hooks._model import HookedModel
-    from mechkit.hooks._proof import Proof
 
 Values = Mapping[str, Mapping[tuple[str, int], Tensor]]
 
@@ -46,6 +45,36 @@ class Derived:
     make: Callable[[Run, Run, np.ndarray, str, int], Tensor]
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """A kind of block that a replay may run where nothing is edited, and what counts as rounding in it.
+
+    Attributes:
+        plain: The attention of plain blocks; `None` for the bridge's own blocks.
+        rounding: How far a right replay may be off.
+    """
+
+    plain: Attention | None
+    rounding: Rounding
+
+
+@dataclass(eq=False)
+class Proof:
+    """What a sweep has found out about its replay so far (see `mechkit.hooks._proof`).
+
+    Attributes:
+        candidates: The kinds of block that have not been refuted, the fastest first.
+        proved: For each length of prompts the starts whose blocks were checked.
+        turn: How many checks there were: another prompt, start and row is taken each time.
+        block_tokens: (block, token) pairs that the checks computed.
+    """
+
+    candidates: list[Candidate] = field(default_factory=list)
+    proved: dict[int, set[int]] = field(default_factory=dict)
+    turn: int = 0
+    block_tokens: int = 0
+
+
 @dataclass(eq=False)
 class State:
     """A sweep under way: its questions, and the answers so far."""
@@ -61,10 +90,9 @@ class State:
     runs: Mapping[str, str]  # "clean" or "corrupted" -> which of "base" and "source" it is
     budget: Budget
     replay: bool
-    proofs: dict[tuple[bool, ...], Proof] = field(default_factory=dict)
+    proof: Proof = field(default_factory=Proof)
     block_tokens: int = 0
     fallback: str | None = None
-    unembeds: bool = True
     values: Tensor = field(init=False)
     base_metric: Tensor = field(init=False)
     source_metric: Tensor = field(init=False)
@@ -164,9 +192,11 @@ class Chunk:
         """The logits that the metric reads in an unedited run, `[prompt token]`."""
         metric, everyone = self.state.metric, np.arange(len(self.ids))
         assert isinstance(metric, Metric)
-        if self.state.unembeds:
+        if self.state.fallback is None:
             return self.state.model.unembed(self.at_positions(run.resid[-1], everyone, 0), self.state.read_tokens)
-        return self.chosen_tokens(self.at_positions(self.state.model.bridge(run.tokens), everyone, 0))
+        if self.state.reads_last:
+            return self.chosen_tokens(run.last_logits)
+        return self.chosen_tokens(self.at_positions(self.all_logits(run), everyone, 0))
 
     def baseline(self, run: Run) -> Tensor:
         """The metric of an unedited run, `[prompt]`."""
@@ -174,8 +204,12 @@ class Chunk:
             return self.read(self.logits_of(run), np.arange(len(self.ids))).cpu()
         return self.call(logits_at_hand(self.all_logits(run)), np.arange(len(self.ids))).cpu()
 
-    def all_logits(self, run: Run) -> Tensor:
-        return self.state.model.unembed(run.resid[-1]) if self.state.unembeds else self.state.model.bridge(run.tokens)
+    def all_logits(self, run: Run) -> Float[Tensor, "prompt pos d_vocab"]:
+        """The logits of an unedited run at every position; where nothing is replayed, by another whole pass."""
+        if self.state.fallback is None:
+            return self.state.model.unembed(run.resid[-1])
+        self.state.block_tokens += run.tokens.numel() * self.state.model.n_layers
+        return self.state.model.bridge(run.tokens)
 
     def at_positions(self, per_position: Tensor, prompt: np.ndarray, start: int) -> Tensor:
         """`[row pos …]` -> `[row …]` where the metric reads; `start` is the position of the first."""
@@ -199,10 +233,28 @@ def first_differences(state: State, ids: np.ndarray) -> np.ndarray:
 def whole_forward(chunk: Chunk, rows: Rows) -> Float[Tensor, "row pos d_vocab"]:
     """The logits of edited rows by whole forward passes: the slow way, which presumes nothing."""
     state = chunk.state
-    whole = Rows(rows.cell, rows.prompt, rows.prompt_id, 0)
-    with Hooks(state.model.bridge) as hooks:
-        for group in state.plan:
-            attach_edit(hooks, group, whole, chunk.lookup)
+    whole = replace(rows, start=0)
+    with attached_edits(state.model, tuple(state.plan), whole, chunk.lookup):
         logits = state.model.bridge(chunk.tokens[to_device(rows.prompt, chunk.tokens.device)])
     state.block_tokens += len(rows) * chunk.run.length * state.model.n_layers
     return logits
+
+
+def whole_streams(
+    chunk: Chunk, rows: Rows, read: Callable[[Tensor], Tensor], edited: bool = True
+) -> tuple[list[Float[Tensor, "row pos d_model"]], Float[Tensor, "row d_vocab"]]:
+    """The same, with what every block read and the final stream, and the logits only where `read` takes the final stream from."""
+    state, model = chunk.state, chunk.state.model
+    groups = tuple(state.plan) if edited else ()
+
+    def some_positions(module: object, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (read(args[0])[:, None], *args[1:])
+
+    with attached_edits(model, groups, replace(rows, start=0), chunk.lookup), watched_streams(model) as streams:
+        handle = model.bridge.unembed.register_forward_pre_hook(some_positions)
+        try:
+            logits = model.bridge(chunk.tokens[to_device(rows.prompt, chunk.tokens.device)])
+        finally:
+            handle.remove()
+    state.block_tokens += len(rows) * chunk.run.length * model.n_layers
+    return streams, logits[:, 0]

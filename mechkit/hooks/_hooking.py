@@ -7,7 +7,8 @@ TransformerLens's hook points are used as they are, but for three kinds of site:
   edit of the residual stream is one. For the same reason its gradient is taken where the attention's output is added to the
   stream: `resid_mid = resid_pre + attn_out`, so that the two gradients are one.
 - `result` (each head's own contribution to `attn_out`) is behind a flag in TransformerLens. Here it is computed from `z`
-  and `W_O` when somebody asks, and an edit is added to the attention's output as a difference.
+  and `W_O` when somebody asks, and an edit is added to the attention's output as a difference. Where the flag is on, the
+  attention is computed from the results themselves, and TransformerLens's own hook point serves.
 - `pattern` and `attn_scores` where TransformerLens leaves the attention to Hugging Face (GPT-J, GPT-Neo, OPT): there its
   hooks fire after the fact and edits are dropped. Here the softmax inside that attention is intercepted.
 
@@ -79,7 +80,7 @@ class Hooks:
         if site is not None and site.name == "z" and (width := _width_of_values(self._bridge.blocks[layer].attn)):
             checked = _by_head(checked, width)
         step = _Step(checked, point, direction)
-        if site is not None and site.name == "result":
+        if site is not None and site.name == "result" and not _exposes_results(self._bridge.blocks[layer].attn):
             self._removers.append(_ResultSeam.of(self._bridge.blocks[layer].attn).add(step))
         elif site is not None and site.name in ("pattern", "attn_scores") and self._is_delegated(layer):
             module = self._bridge.blocks[layer].attn.original_component
@@ -106,6 +107,13 @@ class Hooks:
         from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
 
         return type(self._bridge.blocks[layer].attn).forward is AttentionBridge.forward
+
+
+def _exposes_results(attention: Any) -> bool:
+    """Whether TransformerLens itself computes this attention head by head (`bridge.set_use_attn_result(True)`)."""
+    return bool(getattr(attention, "supports_attn_result", False)) and bool(
+        getattr(attention.config, "use_attn_result", False)
+    )
 
 
 class _Step:

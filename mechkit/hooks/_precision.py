@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
+from jaxtyping import Float
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # Largest difference that rounding explains between blocks run by themselves and whole forward passes: of logits relative to
 # their spread, of a residual stream relative to its largest entry.
@@ -18,3 +23,64 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 def widen(x: Tensor) -> Tensor:
     """Half precision as float32, in which metrics and everything read off logits or weights is computed at least."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How far apart rounding takes two ways to the same number.
+
+    Attributes:
+        of_block: Of one block's output, as a share of what it adds to the residual stream.
+        of_logits: Of a whole run's final stream, or of its logits' spread.
+        eps: The relative distance of neighbouring numbers.
+    """
+
+    of_block: float
+    of_logits: float
+    eps: float
+
+    @classmethod
+    def of(cls, dtype: torch.dtype) -> Rounding:
+        """What is allowed where everything is computed in `dtype`."""
+        return cls(TOLERANCE[dtype], TOLERANCE[dtype], torch.finfo(dtype).eps)
+
+    def off(
+        self,
+        found: Float[Tensor, "row pos d_model"],
+        expected: Float[Tensor, "row pos d_model"],
+        before: Float[Tensor, "row pos d_model"] | None = None,
+    ) -> float:
+        """How far two residual streams are apart at the worst position, as a share of what was added to `before` there.
+
+        A stream's own rounding (it may be much larger than what one block adds) is allowed beside that. Without `before` it is a
+        share of the stream.
+        """
+        found, expected = found.double(), expected.to(found.device).double()
+        added = expected if before is None else expected - before.to(found.device).double()
+        allowed = added.norm(dim=-1) + 2 * self.eps / self.of_block * expected.norm(dim=-1)
+        apart = (found - expected).norm(dim=-1)
+        return float((apart / allowed.clamp(min=torch.finfo(torch.float64).tiny)).max())
+
+    def off_logits(self, found: Float[Tensor, "... d_vocab"], expected: Float[Tensor, "... d_vocab"]) -> float:
+        """The largest difference of logits, as a share of their spread around each row's mean."""
+        found, expected = (x.double() - x.double().mean(-1, keepdim=True) for x in (found, expected.to(found.device)))
+        return float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
+
+
+class ObservedDtypes(TorchDispatchMode):
+    """Watches which floating types are computed in while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for one in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(one, Tensor) and one.dtype in TOLERANCE:
+                self._seen.add(one.dtype)
+        return out
+
+    def coarsest(self, default: torch.dtype) -> torch.dtype:
+        """The seen type whose numbers lie farthest apart; `default` if none was seen."""
+        return max({default, *self._seen}, key=lambda dtype: torch.finfo(dtype).eps)

@@ -1,86 +1,131 @@
-"""Trust, but verify: replayed rows are compared with whole forward passes before any of them is believed.
+"""Trust, but verify: what a replay rests on is checked against whole forward passes before any of its rows is believed.
 
-1. A few rows are chosen where a wrong assumption would show (`_sample`).
-2. Base and source run must end in the same residual stream wherever they have read the same tokens.
-3. The rows are replayed, with plain blocks first (fused attention, then eager) and then with the bridge's own, and run whole.
-   Their logits must agree to rounding; else whole forward passes are run for all rows, and the reason is reported.
+Nothing here compares the replay with itself, and every assumption is looked at where it would show:
+
+1. *The recording.* A whole pass of an unedited prompt, without a cache, must read in every block what was recorded
+   (streams that are shifted by a layer, a cache that changes what is computed).
+2. *The blocks.* Each block, given the recorded stream from a position on, must give what the next block read, at every position:
+   for every position that a row of the sweep starts at, and every block that its rows run through (masks, windows, prefixes,
+   position encodings, blocks without hook points). Where sites inside blocks are edited, the bridge's blocks are checked too.
+3. *The edits.* Whole passes of a few edited rows, which start early, in the middle and late, and join early and late. At the
+   positions before the start each block must read what it read in the unedited run (causality), and the replay must end where
+   the whole pass ends, at every position that it computes, and in the same logits. A row of each kind that is presumed to
+   change nothing is among them.
+4. *The two runs* must end in the same stream wherever they have read the same tokens.
+
+The first prompts of each length pay for all of this; other prompts of that length for one start of 2, another one each time,
+and for 4. Whole passes come before any replay, so that nothing that a replay leaves behind can be in both.
+
+Where something differs by more than rounding, other blocks are tried (fused attention, then eager, then the bridge's own), and
+then whole forward passes are run for all rows; the reason is reported.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mechkit.hooks._chunk import Chunk, first_differences, whole_forward
-from mechkit.hooks._edits import NEVER, Rows, rows_by_start
+from mechkit.hooks._anatomy import unembeds_final_stream
+from mechkit.hooks._chunk import Candidate, Chunk, first_differences, whole_streams
+from mechkit.hooks._devices import to_device
+from mechkit.hooks._edits import NEVER, Rows
 from mechkit.hooks._memory import out_of_memory
 from mechkit.hooks._plain import Attention, PlainBlocks, can_fuse
-from mechkit.hooks._precision import TOLERANCE
-from mechkit.hooks._replay import CannotReplayError, Replayer
+from mechkit.hooks._precision import ObservedDtypes, Rounding
+from mechkit.hooks._replay import CannotReplayError, Replayer, UnreachedEditError, why_not
+from mechkit.metrics import Metric
 
 if TYPE_CHECKING:
     from mechkit.hooks._model import HookedModel
 
+Mask = Bool[np.ndarray, "cell prompt"]
 
-def proved_replayer(chunk: Chunk, start: np.ndarray, absent: np.ndarray) -> Replayer | None:
-    """A replayer that was proved on a sample of these rows, or `None` where whole forward passes must be run."""
-    state, model = chunk.state, chunk.state.model
-    if not state.replay:
-        state.fallback = "asked for"
-    elif not state.unembeds:
-        state.fallback = "the logits are not the final norm and unembedding of the last block's output"
-    elif (state.plan.entry < 0).any():
-        state.fallback = "an edit before the first block"
-    elif model.has_hooks:
-        state.fallback = "other hooks are attached to the model"
-    else:
-        skips = bool((start == NEVER).any()), bool(((start > 0) & (start < NEVER)).any())
-        if skips not in state.proofs:
-            proof = _prove(chunk, start, absent)
-            if proof is None:
-                return Replayer(model, chunk.run, None)  # all prompts lack the cells' positions: there are no rows
-            state.proofs[skips] = proof
-        if state.proofs[skips].refuted is None:
-            return Replayer(model, chunk.run, _blocks(model, state.proofs[skips].plain))
-        state.fallback = state.proofs[skips].refuted
-    return None
+STREAM = ("resid_pre", "resid_post")  # sites that are written between blocks: no hook is needed
+_BROKEN = (CannotReplayError, UnreachedEditError, TypeError, AttributeError, IndexError, KeyError, RuntimeError)
 
 
-@dataclass(frozen=True)
-class Proof:
-    """What was found when replayed rows were compared with whole forward passes.
+def proved_replayer(chunk: Chunk, start: Int[np.ndarray, "cell prompt"], absent: Mask, unread: Any) -> Replayer | None:
+    """A replayer that was checked on these prompts, or `None` where whole forward passes must be run; `state.fallback` says why.
 
-    Attributes:
-        plain: The attention of the plain blocks that may be used where nothing is edited; `None` for the bridge's own blocks.
-        refuted: Why replaying is not possible; `None` if it is.
+    Args:
+        chunk: Prompts that were recorded.
+        start: The first position that changes, `[cell prompt]`; `NEVER` if none does.
+        absent: Whether the prompt lacks a position of the cell, `[cell prompt]`.
+        unread: The position of each prompt behind which nothing is read; `NEVER` where everything is.
     """
-
-    plain: Attention | None
-    refuted: str | None
-
-
-def _prove(chunk: Chunk, start: np.ndarray, absent: np.ndarray) -> Proof | None:
-    """Tries plain blocks first (with fused attention, then without), then the bridge's. `None` if there was nothing to try."""
-    moving, still = _sample(chunk, start, absent)
-    if moving is None and still is None:
+    state = chunk.state
+    if state.fallback is not None:
         return None
+    before = state.block_tokens
+    state.fallback = _refute(chunk, start, absent, unread)
+    state.proof.block_tokens += state.block_tokens - before
+    return None if state.fallback is not None else _replayer(chunk)
+
+
+def _refute(chunk: Chunk, start: Int[np.ndarray, "cell prompt"], absent: Mask, unread: Any) -> str | None:
+    """Why replaying these prompts is not possible with any kind of block; `None` if it is."""
+    state, proof = chunk.state, chunk.state.proof
+    if chunk.run.refused is not None:
+        return f"blocks cannot be replayed: {chunk.run.refused}"
     if not _equal_before_the_first_difference(chunk):
-        return Proof(plain=None, refuted="the two runs differ before their first different token: not a causal model")
-    model, refuted = chunk.state.model, None
-    fused: tuple[Attention, ...] = ("sdpa",) if can_fuse(model.bridge, chunk.run.calls) else ()
-    for plain in (*fused, "eager", None):
-        refuted = _refute(chunk, moving, still, _blocks(model, plain))
+        return "the two runs differ before their first different token: not a causal model"
+    if not unembeds_final_stream(state.model, chunk.run):
+        return "the logits are not the final norm and unembedding of the last block's output"
+    if absent.all():
+        return None  # there are no rows
+    first, new_length = not proof.proved, chunk.run.length not in proof.proved
+    if first:
+        proof.candidates = _candidates(chunk)
+    prompt, moving = proof.turn % len(chunk.ids), (start < NEVER) & ~absent
+    computed = moving & (start <= unread)
+    still = [(start == NEVER) & ~absent, moving & ~computed]
+    # Whole passes first: what a replay may leave behind must not be in both.
+    whole = [_Whole(chunk, rows) for rows in _sample(chunk, start, moving, still, few=not first)] if new_length else []
+    if new_length and (refuted := _refute_recording(chunk, whole, prompt)) is not None:
+        return refuted
+    starts, refuted = _starts_to_check(chunk, start, computed), None
+    while proof.candidates:
+        refuted = _refute_candidate(chunk, whole, starts, prompt, start, computed)
         if refuted is None:
-            return Proof(plain, None)
-    return Proof(None, refuted)
+            break
+        proof.candidates.pop(0)
+    proof.proved.setdefault(chunk.run.length, set()).update(starts)
+    proof.turn += 1
+    return refuted
 
 
-def _blocks(model: HookedModel, plain: Attention | None) -> PlainBlocks | None:
-    return None if plain is None else PlainBlocks(model.bridge, plain)
+def _candidates(chunk: Chunk) -> list[Candidate]:
+    """The kinds of block that may serve, the fastest first, and what counts as rounding in them."""
+    model = chunk.state.model
+    exact = Rounding.of(model.dtype)
+    kinds: tuple[Attention | None, ...] = (
+        ("sdpa", "eager", None) if can_fuse(model.bridge, chunk.run.calls) else ("eager", None)
+    )
+    candidates = [Candidate(kind, exact) for kind in kinds]
+    coarse = Rounding.of(_coarsest(chunk))
+    return candidates if coarse == exact else [*candidates, Candidate(None, coarse)]
+
+
+def _coarsest(chunk: Chunk) -> torch.dtype:
+    """The coarsest floating type that a block computes in: some of a float64 model's norms and rotations are float32 inside."""
+    with ObservedDtypes() as seen:
+        first = to_device(np.zeros(1, np.int64), chunk.tokens.device)
+        for layer in {0, chunk.state.model.n_layers - 1}:
+            try:
+                Replayer(chunk.state.model, chunk.run, None).unedited(layer, first, 0, hooked=True)
+            except _BROKEN as error:
+                _cannot(error)
+    return seen.coarsest(chunk.state.model.dtype)
+
+
+def _replayer(chunk: Chunk) -> Replayer:
+    model, plain = chunk.state.model, chunk.state.proof.candidates[0].plain
+    return Replayer(model, chunk.run, None if plain is None else PlainBlocks(model.bridge, plain))
 
 
 def _equal_before_the_first_difference(chunk: Chunk) -> bool:
@@ -90,54 +135,197 @@ def _equal_before_the_first_difference(chunk: Chunk) -> bool:
     base, source = chunk.run.resid[-1], chunk.source.resid[-1]
     positions = torch.arange(chunk.run.length, device=base.device)
     shared = positions < torch.from_numpy(first_differences(chunk.state, chunk.ids)).to(base.device)[:, None]
-    largest = (base - source).abs().amax(-1)[shared].max() if bool(shared.any()) else torch.zeros(())
-    return not float(largest) > TOLERANCE[chunk.state.model.dtype] * float(base.abs().max())
+    largest = (base - source.to(base.device)).abs().amax(-1)[shared].max() if bool(shared.any()) else torch.zeros(())
+    return not float(largest) > Rounding.of(chunk.state.model.dtype).of_logits * float(base.abs().max())
 
 
-def _refute(chunk: Chunk, moving: Rows | None, still: Rows | None, plain: PlainBlocks | None) -> str | None:
-    """Why replaying does not give the logits of the sampled rows' whole forward passes; `None` if it does."""
-    state, model = chunk.state, chunk.state.model
+def _refute_recording(chunk: Chunk, whole: Sequence[_Whole], prompt: int) -> str | None:
+    """Why what was recorded is not what whole passes without a cache compute, edited ones before their edits; `None` if it is."""
+    refuted = next((found for one in whole if (found := one.refute_prefix())), None)
+    if refuted is None and any(one.changes_nothing for one in whole):
+        return None  # that row's streams were compared at every position
+    at = np.array([prompt])
+    unedited = _Whole(chunk, Rows(np.zeros(1, np.int64), at, chunk.ids[at], chunk.run.length), edited=False)
+    if (why := unedited.refute_prefix()) is not None:
+        return f"what was recorded is not what a whole pass computes: {why}"
+    return None if refuted is None else f"an edit changes what comes before it ({refuted}): not a causal model"
+
+
+def _refute_candidate(
+    chunk: Chunk,
+    whole: Sequence[_Whole],
+    starts: Sequence[int],
+    prompt: int,
+    start: Int[np.ndarray, "cell prompt"],
+    computed: Mask,
+) -> str | None:
+    """Why the first candidate does not compute what whole passes compute; `None` if it does."""
+    state, replayer = chunk.state, None
     try:
-        replayer = Replayer(model, chunk.run, plain)
-        pairs = []
-        if moving is not None:
-            resid = replayer.replay(state.plan, moving, chunk.lookup, state.reads_last)
-            pairs.append((model.unembed(resid[:, -1]), whole_forward(chunk, moving)[:, -1]))
-        if still is not None:
-            pairs.append((chunk.run.last_logits[still.prompt], whole_forward(chunk, still)[:, -1]))
-    except (CannotReplayError, TypeError, AttributeError, IndexError, KeyError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and out_of_memory(error):
-            raise
-        return f"blocks cannot be replayed: {error}"
-    state.block_tokens += replayer.block_tokens
-    for replayed, expected in pairs:
-        difference = _difference(replayed, expected)
-        if difference > TOLERANCE[model.dtype]:
-            return f"replayed rows differ from whole forward passes by {difference:.1e} of the logits' spread"
+        replayer = _replayer(chunk)
+        refuted = _refute_blocks(chunk, replayer, starts, prompt, start, computed)
+        return refuted or next((found for one in whole if (found := one.refute(replayer))), None)
+    except _BROKEN as error:
+        return _cannot(error)
+    finally:
+        state.block_tokens += 0 if replayer is None else replayer.block_tokens
+
+
+def _cannot(error: Exception) -> str:
+    if isinstance(error, RuntimeError) and out_of_memory(error):
+        raise error
+    return f"blocks cannot be replayed: {why_not(error)}"
+
+
+# -- blocks, one by one ------------------------------------------------------------------------------------------------
+
+
+def _starts_to_check(chunk: Chunk, start: Int[np.ndarray, "cell prompt"], computed: Mask) -> list[int]:
+    """The starts that were not checked on prompts of this length; if all were, one of them again, on this recording."""
+    proof, used = chunk.state.proof, np.unique(start[computed]).tolist()
+    fresh = [at for at in used if at not in proof.proved.get(chunk.run.length, ())]
+    return fresh or used[proof.turn % max(1, len(used)) :][:1]
+
+
+def _refute_blocks(
+    chunk: Chunk,
+    replayer: Replayer,
+    starts: Sequence[int],
+    prompt: int,
+    start: Int[np.ndarray, "cell prompt"],
+    computed: Mask,
+) -> str | None:
+    """Why blocks that run by themselves do not give what was recorded behind them; `None` if they do."""
+    plan, n_layers = chunk.state.plan, chunk.state.model.n_layers
+    hooked = {layer for layer, groups in plan.groups.items() if any(g.site.name not in STREAM for g in groups)}
+    for turn, begin in enumerate(starts):
+        first = int(plan.entry[((start == begin) & computed).any(1)].min())
+        for layer in range(first, n_layers):
+            # Blocks in which something is edited run with their hook points: checked too, with many starts at one of them.
+            both = replayer.plain is not None and layer in hooked and layer % len(starts) == turn
+            for kind in (False, True) if both else (False,):
+                if (refuted := _refute_block(chunk, replayer, layer, prompt, begin, kind)) is not None:
+                    return refuted
     return None
 
 
-def _difference(found: Tensor, expected: Tensor) -> float:
-    """The largest difference of logits `[row d_vocab]`, as a share of their spread around each row's mean."""
-    found, expected = (x.double() - x.double().mean(-1, keepdim=True) for x in (found, expected.to(found.device)))
-    return float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
-
-
-def _sample(chunk: Chunk, start: np.ndarray, absent: np.ndarray) -> tuple[Rows | None, Rows | None]:
-    """A few rows where a wrong assumption would show: of the rows that skip the most positions with the most blocks still
-    to come, the first, a middle and the last to join, as one batch; and one row that is presumed to change nothing."""
-    plan, moving, still = chunk.state.plan, None, None
-    candidates = np.argwhere((start < NEVER) & ~absent)
-    if len(candidates):
-        entry, began = plan.entry[candidates[:, 0]], start[candidates[:, 0], candidates[:, 1]]
-        deepest = began[np.lexsort((-began, entry))[0]]
-        together = next(
-            rows for rows in rows_by_start(plan, chunk.ids, start, (start == deepest) & ~absent) if len(rows)
+def _refute_block(chunk: Chunk, replayer: Replayer, layer: int, prompt: int, start: int, hooked: bool) -> str | None:
+    at, resid = to_device(np.array([prompt]), chunk.tokens.device), chunk.run.resid
+    rounding = chunk.state.proof.candidates[0].rounding
+    found = replayer.unedited(layer, at, start, hooked)
+    read, expected = (resid[i][prompt, start:][None] for i in (layer, layer + 1))
+    if not (off := rounding.off(found, expected, read)) <= rounding.of_block:
+        return (
+            f"block {layer}, run by itself from position {start} on, differs from the whole pass by {off:.1e} of what it adds to "
+            f"the residual stream{_advice(chunk.state.model)}"
         )
-        n = len(together)
-        moving = together[np.unique([0, n // 2, n - 1])]
-    unmoved = np.argwhere((start == NEVER) & ~absent)
-    if len(unmoved):
-        cell, prompt = unmoved[np.argmin(plan.entry[unmoved[:, 0]])]
-        still = Rows(np.array([cell]), np.array([prompt]), chunk.ids[[prompt]], 0)
-    return moving, still
+    return None
+
+
+def _advice(model: HookedModel) -> str:
+    implementation = getattr(model.bridge.original_model.config, "_attn_implementation", "eager")
+    if implementation in ("eager", None):
+        return ""
+    return f'; set_attn_implementation("eager") on the Hugging Face model (it is {implementation!r}) makes it replay'
+
+
+# -- edited rows, as a whole -------------------------------------------------------------------------------------------
+
+
+class _Whole:
+    """Whole forward passes of some rows that start at the same position, and what was computed in them.
+
+    Attributes:
+        rows: The rows; `rows.start` is the prompts' length where they are presumed to change nothing.
+        streams: What each block read, and the final stream, `[row pos d_model]` each.
+        logits: Where the metric reads (at the last position, for a callable), `[row d_vocab]`.
+    """
+
+    def __init__(self, chunk: Chunk, rows: Rows, edited: bool = True) -> None:
+        self.chunk, self.rows = chunk, rows
+        metric = chunk.state.metric
+        last = np.full(len(rows), chunk.run.length - 1)
+        self._where = metric.positions.numpy()[rows.prompt_id] if isinstance(metric, Metric) else last
+        self.streams, self.logits = whole_streams(chunk, rows, self.read, edited)
+
+    def read(self, per_position: Float[Tensor, "row pos *rest"]) -> Float[Tensor, "row *rest"]:
+        """What stands where the metric reads; the last of `per_position` is the prompts' last position."""
+        offset = self.chunk.run.length - per_position.shape[1]
+        at = to_device(np.maximum(self._where - offset, 0), per_position.device)
+        return per_position[torch.arange(len(at), device=at.device), at]
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether no position of these rows is presumed to change."""
+        return self.rows.start >= self.chunk.run.length
+
+    def refute_prefix(self) -> str | None:
+        """Why the positions before the start are not those of the recorded run; `None` if they are."""
+        run, start, prompt = self.chunk.run, self.rows.start, self.rows.prompt
+        rounding, recorded = self.chunk.state.proof.candidates[-1].rounding, None
+        if start == 0:
+            return None
+        if len(self.streams) != len(run.resid):
+            return f"{len(run.resid)} residual streams where a whole pass has {len(self.streams)}"
+        for layer, found in enumerate(self.streams):
+            before, recorded = recorded, run.resid[layer][prompt, :start]
+            if not (off := rounding.off(found[:, :start], recorded, before)) <= rounding.of_block:
+                return (
+                    f"what block {layer} reads at positions before {start} differs by {off:.1e} of what was added there"
+                )
+        if self.changes_nothing:
+            off = rounding.off_logits(self.chunk.state.model.unembed(self.read(run.resid[-1][prompt])), self.logits)
+            if not off <= rounding.of_logits:
+                return f"the logits are not its last residual stream's, unembedded (off by {off:.1e} of their spread)"
+        return None
+
+    def refute(self, replayer: Replayer) -> str | None:
+        """Why a replay does not end where the whole passes do; `None` if it does."""
+        state, model, rows = self.chunk.state, self.chunk.state.model, self.rows
+        if self.changes_nothing:
+            return None  # there is nothing to replay
+        rounding = state.proof.candidates[0].rounding
+        found = replayer.replay(state.plan, rows, self.chunk.lookup, state.reads_last)
+        differences = {"the residual stream": rounding.off(found, self.streams[-1][:, -found.shape[1] :])}
+        if not isinstance(state.metric, Metric) or rows.start <= self._where.min():
+            differences["the logits' spread"] = rounding.off_logits(model.unembed(self.read(found)), self.logits)
+        for what, off in differences.items():
+            if not off <= rounding.of_logits:
+                return f"replayed rows differ from whole forward passes by {off:.1e} of {what}{_advice(model)}"
+        return None
+
+
+def _sample(
+    chunk: Chunk, start: Int[np.ndarray, "cell prompt"], moving: Mask, still: Sequence[Mask], few: bool
+) -> list[Rows]:
+    """A few rows where a wrong assumption would show, those that start at the same position together.
+
+    The earliest, a middle and the latest start; of the earliest, the rows that join first and last; and a row of each kind that
+    is presumed to change nothing (no position changes, or only such as are not read). With `few` two of them.
+    """
+    plan, turn = chunk.state.plan, chunk.state.proof.turn
+    chosen: list[tuple[int, int]] = []
+
+    def choose(wanted: Mask, share: float) -> None:
+        """One of the wanted rows: of those in order of the block where they join, the one at this share of the way."""
+        cell, prompt = np.nonzero(wanted)
+        if len(cell):
+            entry = np.unique(plan.entry[cell])
+            of_entry = np.flatnonzero(plan.entry[cell] == entry[round(share * (len(entry) - 1))])
+            one = of_entry[(5 * turn + 3 * len(chosen)) % len(of_entry)]  # not always the same head and prompt
+            chosen.append((int(cell[one]), int(prompt[one])))
+
+    if len(used := np.unique(start[moving])):
+        early, middle, late = (moving & (start == used[i]) for i in (0, len(used) // 2, -1))
+        kinds = [(late, 0.0), (middle, 0.5), (early, 1.0)]
+        for wanted, share in [(early, 0.0), *([kinds[turn % 3]] if few else kinds)]:
+            choose(wanted, share)
+    for wanted in () if few and chosen else still:
+        choose(wanted, 0.0)
+    # An order in which rows join: the replay wants them sorted.
+    at = {row: min(int(start[row]), chunk.run.length) for row in sorted(chosen, key=lambda row: plan.entry[row[0]])}
+    found = []
+    for begin in sorted(set(at.values())):
+        cell, prompt = (np.array(column) for column in zip(*(row for row in at if at[row] == begin), strict=True))
+        found.append(Rows(cell, prompt, chunk.ids[prompt], begin))
+    return found

@@ -14,7 +14,8 @@ on a sample of cells, and where it does not hold whole forward passes are run in
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,16 @@ if TYPE_CHECKING:
 
 class CannotReplayError(ValueError):
     """This architecture's blocks cannot be called by themselves; the message says why."""
+
+
+def why_not(error: Exception) -> str:
+    """What an error of a block that was called by itself means to a user: another library's words would not help."""
+    ours = isinstance(error, CannotReplayError | UnreachedEditError)
+    return str(error) if ours else f"its blocks do not run by themselves ({type(error).__name__})"
+
+
+class UnreachedEditError(ValueError):
+    """A run did not compute a site that is edited in it, so that nothing was changed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,19 +118,13 @@ def _record(
     cache: Any = None,
     blocks: bool = True,
 ) -> Run:
-    resid: list[Tensor] = []
-    final: list[Tensor] = []
     kept: dict[tuple[str, int], Tensor] = {}
     calls: list[dict[str, Any]] = []
     handles = []
 
     def keep_call(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden, named = _named_arguments(module, args, kwargs)
-        resid.append(hidden.clone())
+        _, named = _named_arguments(module, args, kwargs)
         calls.append(named)
-
-    def keep_final(module: Any, args: tuple[Any, ...], output: Any) -> None:
-        final[:] = [_stream(output).clone()]
 
     def last_position(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (args[0][:, -1:], *args[1:])  # so that one position is unembedded, not all
@@ -135,13 +140,41 @@ def _record(
             if blocks:
                 for block in model.bridge.blocks:
                     handles.append(block.register_forward_pre_hook(keep_call, with_kwargs=True))
-            handles.append(model.bridge.blocks[-1].register_forward_hook(keep_final))
             handles.append(model.bridge.unembed.register_forward_pre_hook(last_position))
-            logits = model.bridge(tokens, **({} if cache is None else {"past_key_values": cache}))
+            with watched_streams(model, blocks) as resid:
+                logits = model.bridge(tokens, **({} if cache is None else {"past_key_values": cache}))
         finally:
             for handle in handles:
                 handle.remove()
-    return Run(tokens, [*resid, *final], logits[:, -1], kept, calls, cache)
+    return Run(tokens, resid, logits[:, -1], kept, calls, cache)
+
+
+@contextmanager
+def watched_streams(model: HookedModel, blocks: bool = True) -> Iterator[list[Float[Tensor, "row pos d_model"]]]:
+    """A list that, once a forward pass has run inside, holds what each block read (with `blocks`) and the final residual stream.
+
+    The final stream is what the last block gives: a final norm may be called before the blocks too, or there may be none.
+    """
+    streams: list[Tensor] = []
+    final: list[Tensor] = []
+
+    def keep_input(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        streams.append(_named_arguments(module, args, kwargs)[0].clone())
+
+    def keep_final(module: Any, args: tuple[Any, ...], output: Any) -> None:
+        final[:] = [_stream(output).clone()]
+
+    handles = []
+    try:
+        if blocks:
+            for block in model.bridge.blocks:
+                handles.append(block.register_forward_pre_hook(keep_input, with_kwargs=True))
+        handles.append(model.bridge.blocks[-1].register_forward_hook(keep_final))
+        yield streams
+        streams += final
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _named_arguments(
@@ -273,6 +306,19 @@ class Replayer:
         """One whole block, with the bridge's hook points, for rows `[row pos d_model]` that begin at position `start`."""
         return self._call(layer, hidden, self._prefix(layer, prompt, start), start, hooked=True)
 
+    def unedited(self, layer: int, prompt: Int[Tensor, "row"], start: int, hooked: bool = False) -> Tensor:
+        """What a block makes of the recorded run, from position `start` on: where all is well, what the next block read.
+
+        Args:
+            layer: The block.
+            prompt: Prompts of the run.
+            start: The first position that is run.
+            hooked: Whether the bridge's block is run rather than the plain one.
+        """
+        at = prompt.to(self.run.resid[layer].device)
+        hidden = self.run.resid[layer][at, start:]
+        return self._call(layer, hidden, self._prefix(layer, at, start), start, hooked)
+
     def attend(
         self,
         layer: int,
@@ -325,9 +371,7 @@ class Replayer:
             parts.append(run_part(layer, hidden[:n_plain], prompt[:n_plain], rows.start))
         if n_plain < len(hidden):
             edited = rows[n_plain:]
-            with Hooks(self.model.bridge) as hooks:
-                for group in groups:
-                    attach_edit(hooks, group, edited, lookup)
+            with attached_edits(self.model, groups, edited, lookup):
                 cache = self._prefix(layer, prompt[n_plain:], rows.start)
                 output = self._call(layer, hidden[n_plain:], cache, rows.start, hooked=True)
             parts.append(output[:, -1:] if last else output)
@@ -391,10 +435,51 @@ class Replayer:
         raise CannotReplayError(f"its blocks take an argument {name!r} {list(value.shape)} of unknown meaning")
 
 
-def attach_edit(hooks: Hooks, group: EditGroup, rows: Rows, lookup: ValueLookup) -> None:
-    """Writes an edit group whenever the model computes its site."""
+@contextmanager
+def attached_edits(model: HookedModel, groups: Sequence[EditGroup], rows: Rows, lookup: ValueLookup) -> Iterator[None]:
+    """Edit groups, written inside whenever the model computes their sites.
+
+    Raises:
+        UnreachedEditError: what ran inside did not compute one of the sites, so that its edit was not made.
+    """
+    unreached = {(group.site.name, group.layer) for group in groups}
+    with Hooks(model.bridge) as hooks:
+        for group in groups:
+            attach_edit(hooks, group, rows, lookup, unreached.discard)
+        yield
+    if unreached:
+        site, layer = min(unreached)
+        raise UnreachedEditError(
+            f"site: {site!r} of layer {layer} is edited, but {model.name} ({model.cfg.architecture}) does not compute it in a "
+            f"forward pass as it is set up now, so that the edit would change nothing.{_how_to_reach(model, site)}"
+        )
+
+
+def _how_to_reach(model: HookedModel, site: str) -> str:
+    """What keeps a model from computing a site, if that is known."""
+    implementation = getattr(model.bridge.original_model.config, "_attn_implementation", "eager")
+    if site in ("pattern", "attn_scores") and implementation not in ("eager", None):
+        return (
+            f" Its attention implementation is {implementation!r}, which never writes a pattern down: call "
+            'set_attn_implementation("eager") on the Hugging Face model'
+        )
+    if site == "result" and getattr(model.cfg, "use_attn_result", False):
+        return " The bridge's flag use_attn_result is on: call model.bridge.set_use_attn_result(False)"
+    return ""
+
+
+def attach_edit(
+    hooks: Hooks,
+    group: EditGroup,
+    rows: Rows,
+    lookup: ValueLookup,
+    reached: Callable[[tuple[str, int]], None] | None = None,
+) -> None:
+    """Writes an edit group whenever the model computes its site, and reports the site to `reached` then."""
 
     def edit(activation: Tensor, hook: Any) -> Tensor:
+        if reached is not None:
+            reached((group.site.name, group.layer))
         write(group, rows, activation, lookup)
         return activation
 

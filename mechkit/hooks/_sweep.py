@@ -5,8 +5,8 @@ For each group of prompts of equal length, in chunks that fit the budget:
 1. Run the base prompts and record them (`Run`); run the source prompts and keep the sites that will be written.
 2. Find where each (cell, prompt) row starts to differ. Rows that differ nowhere, or only to the right of what the metric
    reads, have the base run's value and are not computed.
-3. Prove the replay on a sample: a few rows, chosen where a wrong assumption would show, are also answered by whole forward
-   passes. Every sweep proves anew: a proof that is remembered goes stale when somebody patches the model.
+3. Prove the replay (`mechkit.hooks._proof`): unedited blocks from every start that is used, and a few edited rows, against whole
+   forward passes. Every sweep proves anew: a proof that is remembered goes stale when somebody patches the model.
 4. Replay the rest in batches of rows that start at the same position, sorted by block. A batch that does not fit the
    device is halved, and so is the budget. Nothing in between waits for the device: the answers are copied once a chunk.
 """
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mechkit.hooks._anatomy import unembeds_final_stream
+from mechkit.hooks._anatomy import has_final_norm
 from mechkit.hooks._cache import ActivationCache
 from mechkit.hooks._checks import check_sweep
 from mechkit.hooks._chunk import Chunk, Derived, State, Values, first_differences, whole_forward
@@ -35,7 +35,7 @@ from mechkit.hooks._measure import logits_at_hand
 from mechkit.hooks._memory import Budget, out_of_memory
 from mechkit.hooks._nonfinite import first_nonfinite, told, where_it_began
 from mechkit.hooks._proof import proved_replayer
-from mechkit.hooks._replay import Replayer, attach_edit, record
+from mechkit.hooks._replay import Replayer, attach_edit, record, why_not
 from mechkit.metrics import AnyMetric, Metric, as_metric
 from mechkit.prompts import Prompts
 from mechkit.result import Cost
@@ -54,6 +54,7 @@ class Answers:
         source: The metric of the unedited source run, if there was one.
         cost: Block-tokens computed, and what one whole forward pass a cell would have taken.
         replay: How the rows were computed: `"suffix"`, or `"full: …"` with the reason for falling back.
+        proof: How many of the block-tokens went into checking the replay against whole forward passes.
     """
 
     values: Float[Tensor, "cell prompt"]
@@ -61,6 +62,7 @@ class Answers:
     source: Float[Tensor, "prompt"] | None
     cost: Cost
     replay: str
+    proof: int = 0
 
 
 @one_at_a_time
@@ -130,6 +132,7 @@ def sweep(
         None if source is None else state.source_metric,
         Cost(state.block_tokens, len(cells) * int(base.lengths.sum()) * model.n_layers),
         "suffix" if state.fallback is None else f"full: {state.fallback}",
+        state.proof.block_tokens,
     )
 
 
@@ -137,18 +140,16 @@ def sweep(
 
 
 def _sweep_chunk(state: State, ids: Sequence[int], bar: tqdm) -> None:
-    chunk = _run_chunk(state, np.array(ids))
+    chunk, start, absent, replayer = _recorded(state, np.array(ids))
     length = chunk.run.length
-    start, absent = state.plan.starts(chunk.ids, length, first_differences(state, chunk.ids), state.derived)
-    replayer = proved_replayer(chunk, start, absent)
+    _read_baselines(chunk)
     if replayer is None:
         start = np.zeros_like(start)  # whole forward passes: nothing is skipped, no position is presumed unaffected
     if state.whole_set:
         # A callable needs all prompts of a cell together.
         start = np.broadcast_to(start.min(1, keepdims=True), start.shape)
         absent = absent | absent.any(1, keepdims=True)
-    unread = NEVER if not isinstance(state.metric, Metric) else state.metric.positions.numpy()[chunk.ids]
-    unchanged = (start == NEVER) | (start > unread)
+    unchanged = (start == NEVER) | (start > _unread(chunk))
     answer = torch.where(torch.from_numpy(unchanged), state.base_metric[ids], torch.nan)
     done, found = [], []
     for rows in rows_by_start(state.plan, chunk.ids, start, ~unchanged & ~absent):
@@ -166,14 +167,62 @@ def _sweep_chunk(state: State, ids: Sequence[int], bar: tqdm) -> None:
         state.block_tokens += replayer.block_tokens
 
 
-def _run_chunk(state: State, ids: np.ndarray) -> Chunk:
+def _recorded(state: State, ids: np.ndarray) -> tuple[Chunk, np.ndarray, np.ndarray, Replayer | None]:
+    """Prompts that were recorded; where each row begins to differ, and which rows there are not; and a proved replayer.
+
+    Where there is none, the prompts are run as the rows will be: whole, and without a cache.
+    """
+    if state.fallback is None:
+        state.fallback = _cannot_replay(state)
+    chunk = None if state.fallback is not None else _run_chunk(state, ids)
+    if chunk is not None:
+        start, absent = state.plan.starts(
+            chunk.ids, chunk.run.length, first_differences(state, chunk.ids), state.derived
+        )
+        replayer = proved_replayer(chunk, start, absent, _unread(chunk))
+        if replayer is not None:
+            return chunk, start, absent, replayer
+    recorded_whole = chunk is not None and chunk.run.refused is not None
+    whole = chunk if recorded_whole else _run_chunk(state, ids, blocks=False)
+    assert whole is not None  # an error would have been raised
+    start, absent = state.plan.starts(whole.ids, whole.run.length, np.zeros(len(ids), np.int64))
+    return whole, start, absent, None
+
+
+def _cannot_replay(state: State) -> str | None:
+    """What rules a replay out before anything is run."""
+    if not state.replay:
+        return "asked for"
+    if (state.plan.entry < 0).any():
+        return "an edit before the first block"
+    if state.model.has_hooks:
+        return "other hooks are attached to the model"
+    if not has_final_norm(state.model):
+        return "the model has no final norm in front of its unembedding"
+    return None
+
+
+def _unread(chunk: Chunk) -> Any:
+    """The position behind which nothing is read, of each prompt."""
+    metric = chunk.state.metric
+    return metric.positions.numpy()[chunk.ids] if isinstance(metric, Metric) else NEVER
+
+
+def _run_chunk(state: State, ids: np.ndarray, blocks: bool = True) -> Chunk | None:
+    """Runs prompts and keeps what rows need; `None`, with the reason in `state.fallback`, where `blocks` cannot be recorded."""
     model = state.model
 
     def tokens(prompts: Prompts) -> Tensor:
         return torch.stack([prompts.tokens[i] for i in ids]).to(model.device)
 
     derived = sorted({site for one in state.derived.values() for site in one.sites})
-    run = record(model, tokens(state.base), derived)
+    try:
+        run = record(model, tokens(state.base), derived, blocks=blocks)
+    except Exception as error:
+        if not blocks or (isinstance(error, RuntimeError) and out_of_memory(error)):
+            raise
+        state.fallback = f"its run cannot be recorded: {why_not(error)}"
+        return None
     state.block_tokens += run.tokens.numel() * model.n_layers
     source = None
     if state.source is not None:
@@ -185,8 +234,13 @@ def _run_chunk(state: State, ids: np.ndarray) -> Chunk:
         state.block_tokens += run.tokens.numel() * model.n_layers
     chunk = Chunk(state, ids, run, source)
     chunk.make_derived()
-    state.unembeds = unembeds_final_stream(model, run)
-    for name, one, into in (("base", run, state.base_metric), ("source", source, state.source_metric)):
+    return chunk
+
+
+def _read_baselines(chunk: Chunk) -> None:
+    """The metric of the unedited runs, which must be finite."""
+    state, ids = chunk.state, chunk.ids
+    for name, one, into in (("base", chunk.run, state.base_metric), ("source", chunk.source, state.source_metric)):
         if one is None:
             continue
         into[ids] = chunk.baseline(one).to(into.dtype)
@@ -194,9 +248,8 @@ def _run_chunk(state: State, ids: np.ndarray) -> Chunk:
             at = int(bad[0])
             raise ValueError(
                 f"{name} run: expected a finite metric, got {into[ids[at]].item()} for prompt {ids[at]}; "
-                f"{where_it_began(model, one.tokens[at])}"
+                f"{where_it_began(state.model, one.tokens[at])}"
             )
-    return chunk
 
 
 def _batches(state: State, rows: Rows, length: int, whole: bool, bar: tqdm) -> Iterator[Rows]:
