@@ -1,6 +1,7 @@
 """Resampling over prompts, for all cells at once: the bootstrap of a ratio of sums, and the sign-flip test of a mean.
 
-Percentile bootstrap, Efron and Tibshirani (1993), chapter 13; sign-flip permutation test, Good (2005), section 3.2.
+Percentile bootstrap, Efron and Tibshirani (1993), chapter 13; studentized (bootstrap-t), chapter 12; sign-flip permutation test,
+Good (2005), section 3.2. How often the intervals cover: `benchmarks/coverage.py`.
 """
 
 from collections.abc import Iterator
@@ -8,6 +9,10 @@ from collections.abc import Iterator
 import numpy as np
 
 _CHUNK = 2**22  # numbers held at once: 32 MiB of float64
+FEW = 30  # prompts, below which an interval covers less often than it should
+SKEWED = 1.5  # skewness of the prompts' residuals from which it does so with more of them
+_STUDENTS = 5  # prompts from which resamples of a single prompt are rare
+_LEAST = 0.2  # a resample's standard error is taken to be at least this share of the sample's
 
 
 def bootstrap(
@@ -33,6 +38,15 @@ def bootstrap(
                 "resamples: too noisy to divide by; use effect().ci()"
             )
         ratio = np.divide(total, scale, out=np.full_like(total, np.nan), where=drawn & (scale != 0))
+        if method == "studentized":
+            n = weights @ here
+            error = _standard_errors(weights, numerator[:, cells], denominator[:, cells], ratio, n, scale)
+            least = _LEAST * error[0]  # a resample that lacks the rare prompts has hardly any
+            student = (ratio[1:] - ratio[0]) / np.where(error[0] > 0, np.maximum(error[1:], least), np.inf)
+            few = (n[0] < _STUDENTS) | (error[0] == 0)
+            ends = ratio[0] - np.nanquantile(student, quantiles, axis=0)[::-1] * error[0]
+            bounds[:, cells] = np.where(few, np.nanquantile(ratio[1:], quantiles, axis=0), ends)
+            continue
         quantile = np.nanquantile if np.isnan(ratio).any() else np.quantile
         bounds[:, cells] = quantile(ratio[1:], quantiles, axis=0)
         if method == "basic":
@@ -40,8 +54,48 @@ def bootstrap(
     return bounds
 
 
+def _standard_errors(
+    weights: np.ndarray,
+    numerator: np.ndarray,
+    denominator: np.ndarray,
+    ratio: np.ndarray,
+    n: np.ndarray,
+    scale: np.ndarray,
+) -> np.ndarray:
+    """The standard error `[resample cell]` of each resample's ratio, from the residuals `numerator - ratio denominator` (the
+    delta method); 0 where they are 0 to rounding."""
+    exists = ~np.isnan(numerator)
+    a, b = np.where(exists, numerator, 0), np.where(exists, denominator, 0)
+    squares, products, scales = weights @ (a * a), weights @ (a * b), weights @ (b * b)
+    explained = ratio * ratio * scales
+    residual = squares - 2 * ratio * products + explained
+    residual[~(residual > 1e-12 * (squares + explained))] = 0
+    with np.errstate(divide="ignore", invalid="ignore"):
+        error: np.ndarray = np.sqrt(residual * n / (n - 1)) / np.abs(scale)
+    return np.where(np.isfinite(error), error, 0)
+
+
+def caution(numerator: np.ndarray, denominator: np.ndarray) -> str:
+    """Why an interval of sum(numerator) / sum(denominator) over these prompts may cover too seldom; empty if nothing is known.
+
+    Residuals `numerator - ratio denominator` that are skewed come from a few prompts: sets of prompts that lack them look alike.
+    """
+    n, reasons = len(numerator), []
+    if n < FEW:
+        reasons.append(f"{n} prompts are few (expected {FEW} or more)")
+    with np.errstate(divide="ignore", invalid="ignore"):
+        residual = numerator - numerator.sum() / denominator.sum() * denominator
+        skewness = float((residual**3).mean() / (residual**2).mean() ** 1.5)
+    if n >= 3 and abs(skewness) > SKEWED:
+        parts = np.sort(np.abs(residual))[::-1]
+        carry = int(np.searchsorted(np.cumsum(parts), parts.sum() / 2)) + 1
+        reasons.append(f"{carry} of {n} prompts carry half of the deviations (skewness {skewness:+.1f})")
+    return " and ".join(reasons)
+
+
 def sign_flip_test(effects: np.ndarray, n_resamples: int, rng: np.random.Generator) -> np.ndarray:
-    """p-value `[cell]` of effects `[prompt cell]`; a prompt that lacks the cell adds 0 to every sum."""
+    """p-value `[cell]` of effects `[prompt cell]`, under the null hypothesis that each prompt's effect is as likely as its
+    opposite; a prompt that lacks the cell adds 0 to every sum."""
     n_prompts, n_cells = effects.shape
     exact = 2**n_prompts <= n_resamples + 1
     if exact:

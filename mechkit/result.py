@@ -305,7 +305,7 @@ class Result(Drawn):
         *,
         n_resamples: int = 1000,
         seed: int = 0,
-        method: Literal["percentile", "basic"] = "percentile",
+        method: Literal["percentile", "basic", "studentized"] = "percentile",
         normalized: bool = False,
     ) -> Interval:
         """Bootstrap interval of the mean over prompts.
@@ -317,7 +317,10 @@ class Result(Drawn):
             level: probability that the interval should cover.
             n_resamples: how many sets of prompts are drawn.
             seed: of the draw; the same seed gives the same interval.
-            method: `'percentile'`, or `'basic'` (the percentile interval reflected about the mean).
+            method: `'percentile'`; `'basic'` (the percentile interval reflected about the mean); or `'studentized'` (each
+                resample in units of its own standard error), which is wider and covers more often where prompts are few
+                or a few of them carry the mean. None covers as often as `level` below some 30 prompts, or where the mean
+                hangs on rare prompts (`benchmarks/coverage.py`).
             normalized: give the interval of `mean("prompt").normalized()` instead: a ratio of means.
 
         Returns:
@@ -328,9 +331,9 @@ class Result(Drawn):
                 between clean and corrupted changes its sign too often among the resamples.
         """
         self._check_prompts("ci")
-        if not 0 < level < 1 or n_resamples < 1 or method not in ("percentile", "basic"):
+        if not 0 < level < 1 or n_resamples < 1 or method not in ("percentile", "basic", "studentized"):
             raise ValueError(
-                "ci: expected 0 < level < 1, n_resamples >= 1 and method 'percentile' or 'basic', "
+                "ci: expected 0 < level < 1, n_resamples >= 1 and method 'percentile', 'basic' or 'studentized', "
                 f"got {level!r}, {n_resamples!r} and {method!r}"
             )
         numerator, denominator, unit = self.values, torch.ones_like(self.values), self.unit
@@ -346,8 +349,10 @@ class Result(Drawn):
         return Interval(low, high, level)
 
     def p_values(self, n_resamples: int = 9999, *, seed: int = 0, fdr: bool = True) -> "Result":
-        """Two-sided sign-flip permutation test, for each cell, that its mean effect over prompts is 0.
+        """Two-sided sign-flip permutation test, for each cell, that prompts' effects are symmetric about 0.
 
+        The null hypothesis is that each prompt's effect is as likely as its opposite. That is "the mean effect is 0" for
+        symmetric effects alone: of skewed effects whose mean is 0, 6 to 14 % have p < .05 (`benchmarks/coverage.py`).
         Exact (all sign flips) when there are no more than `n_resamples + 1` of them, at random otherwise. With n
         prompts no p-value is below 2 / 2^n. Without baselines the values themselves are tested against 0. A small
         effect that is the same in every prompt is significant: look at `ci` for its size.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import heapq
 from functools import lru_cache
 
+import numpy as np
 import torch
 from jaxtyping import Bool
 from torch import Tensor
@@ -34,7 +35,7 @@ def top(graph: Graph, keys: Tensor, limit: int, lowest: float) -> list[tuple[int
 
 def greedy(graph: Graph, keys: Tensor, limit: int, lowest: float) -> list[tuple[int, int]]:
     """The best edges that can be reached from the logits, in the order in which they are taken."""
-    inputs = [readers.nonzero().flatten().tolist() for readers in _inputs(graph)]
+    inputs = _input_lists(graph)
     n_candidates = (keys >= lowest).sum(0).tolist()
     order = keys.nan_to_num(nan=-torch.inf).sort(dim=0, descending=True, stable=True)
     ranked, writers = order.values.T.tolist(), order.indices.T.tolist()  # by reader: its edges, best first
@@ -69,19 +70,35 @@ def _inputs(graph: Graph) -> Bool[Tensor, "writer reader"]:
     return inputs
 
 
+@lru_cache(maxsize=8)
+def _input_lists(graph: Graph) -> list[list[int]]:
+    """For each component its inputs."""
+    return [readers.nonzero().flatten().tolist() for readers in _inputs(graph)]
+
+
+@lru_cache(maxsize=8)
+def _pairs(graph: Graph) -> tuple[np.ndarray, np.ndarray]:
+    """The same as two columns: a component, and one of its inputs."""
+    component, reader = _inputs(graph).nonzero().unbind(1)
+    return component.numpy(), reader.numpy()
+
+
 def alive(graph: Graph, members: Tensor) -> Tensor:
     """The edges that lie on a path from the embedding to the logits."""
-    inputs = _inputs(graph)
-    fed = torch.zeros(len(graph.writers), dtype=torch.bool)
-    useful = torch.zeros(len(graph.readers), dtype=torch.bool)
+    component, reader = _pairs(graph)
+    edges = members.cpu().numpy()
+    fed, useful = np.zeros(edges.shape[0], dtype=bool), np.zeros(edges.shape[1], dtype=bool)
     fed[0] = useful[-1] = True
-    for _ in graph.writers:  # a path is no longer than that; nearly all are found in a few rounds
-        more_fed = fed | (inputs & members[fed].any(0)).any(1)
-        more_useful = useful | inputs[members[:, useful].any(1)].any(0)
-        if torch.equal(more_fed, fed) and torch.equal(more_useful, useful):
-            break
-        fed, useful = more_fed, more_useful
-    return members & fed[:, None] & useful
+    fresh_fed, fresh_useful = fed.copy(), useful.copy()
+    while fresh_fed.any() or fresh_useful.any():  # only what was found last can lead to more
+        more_fed, more_useful = np.zeros_like(fed), np.zeros_like(useful)
+        more_fed[component[np.any(edges[fresh_fed], axis=0)[reader]]] = True
+        more_useful[reader[np.any(edges[:, fresh_useful], axis=1)[component]]] = True
+        fresh_fed, fresh_useful = more_fed & ~fed, more_useful & ~useful
+        fed |= fresh_fed
+        useful |= fresh_useful
+    kept = fed[:, None] & useful
+    return members & torch.from_numpy(kept).to(members.device)
 
 
 def random_edges(graph: Graph, n_edges: int, generator: torch.Generator) -> Tensor:

@@ -28,7 +28,7 @@ from torch import Tensor
 from mechkit._drawn import Drawn
 from mechkit.circuits import _selection
 from mechkit.circuits._provenance import merged
-from mechkit.circuits.edge_scores import EdgeScores
+from mechkit.circuits.edge_scores import EdgeScores, completeness_warning
 from mechkit.circuits.graph import Edge, Graph, Reader, Writer
 from mechkit.hooks import HookedModel
 
@@ -428,7 +428,8 @@ class Circuit(Drawn):
 
     def __repr__(self) -> str:
         size = f"{self.n_edges:,} of {self.graph.n_edges:,} edges, {len(self.nodes)} nodes"
-        return f"Circuit({'; '.join(part for part in (size, self.model, self.task) if part)})"
+        parts = (size, self.model, self.task, completeness_warning(self.provenance))
+        return f"Circuit({'; '.join(part for part in parts if part)})"
 
 
 def _whole(number: Any) -> bool:

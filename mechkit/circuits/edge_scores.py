@@ -29,6 +29,7 @@ from mechkit.result import Cost, Interval, Result
 if TYPE_CHECKING:
     import pandas
 
+POOR = 0.1  # the completeness error from which estimates are called poor
 _KEY = "edge_scores"  # in the provenance of a saved file: the graph and the baselines
 
 
@@ -240,7 +241,7 @@ class EdgeScores(Drawn):
         *,
         n_resamples: int = 1000,
         seed: int = 0,
-        method: Literal["percentile", "basic"] = "percentile",
+        method: Literal["percentile", "basic", "studentized"] = "percentile",
     ) -> Interval:
         """Bootstrap interval of every edge's mean over prompts, as `Result.ci`.
 
@@ -351,4 +352,13 @@ class EdgeScores(Drawn):
         n_computed, n_edges = int((~values.isnan()).sum()), self.graph.n_edges
         edges = f"{n_computed:,} edges" if n_computed == n_edges else f"{n_computed:,} of {n_edges:,} edges"
         top = ", ".join(f"{e.name} {e.score:+.4g}" for e in self.top(3))
-        return f"EdgeScores({self.metric} [{self.unit}]; {edges}{f'; top {top}' if top else ''})"
+        error = completeness_warning(self.provenance)
+        return f"EdgeScores({self.metric} [{self.unit}]; {edges}{f'; top {top}' if top else ''}{f'; {error}' if error else ''})"
+
+
+def completeness_warning(provenance: Mapping[str, Any]) -> str:
+    """How far estimates are from adding up to what they explain, where that is so far that they mean little; else nothing."""
+    error = provenance.get("completeness_error")
+    if not isinstance(error, int | float) or error <= POOR:
+        return ""
+    return f"completeness error {error:.2f}: scores are far from adding up, try more steps or edge_patching"

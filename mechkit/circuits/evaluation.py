@@ -7,7 +7,7 @@ Notation: m is the metric's mean over prompts; M the model, C the circuit, ∅ t
 - *Completeness*: for sets K of the circuit's components, `F(C without K) - F(M without K)`: 0 if the model has nothing besides
   the circuit that steps in for K. To be without a component is to have all edges out of it ablated.
 - *Minimality*: for each component (or edge) v, `F(C without v) - F(C)`: 0 if v does nothing in the circuit.
-- *Random circuits* of as many edges: a faithfulness that they reach too means little.
+- *Random circuits* of as many edges: a faithfulness that they reach too means little. The circuit's rank is a p-value.
 - *Held out*: prompts that the circuit was not found on. Where its provenance says on which it was, the two are told apart.
 
 Wang et al. 2022, https://arxiv.org/abs/2211.00593 (faithfulness in the metric's unit, completeness, minimality); Miller et al.
@@ -16,6 +16,7 @@ Wang et al. 2022, https://arxiv.org/abs/2211.00593 (faithfulness in the metric's
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,6 +27,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mechkit._drawn import Drawn
+from mechkit._statistics import caution
 from mechkit.attribution._nodes import AnyMetric
 from mechkit.circuits._evaluation import Ablation, Constants, Evaluator, provenance_of_ablation
 from mechkit.circuits._provenance import circuit_provenance, merged, prompt_hashes
@@ -46,18 +48,33 @@ class Ratio:
 
     Attributes:
         value: The ratio.
-        low, high: 95 % bootstrap interval over prompts; NaN where there are too few prompts, or the gap between model and
-            empty circuit changes its sign among the resamples.
+        low, high: 95 % interval over prompts, by a studentized bootstrap (percentiles below 5 prompts); NaN where there are too
+            few prompts, or the gap between model and empty circuit changes its sign among the resamples.
         n_prompts: How many prompts it is of.
+        caution: Why the interval covers less often than 95 %: fewer than 30 prompts, or a few that carry most of the deviations
+            (usual for losses, such as log probabilities and divergences). Empty where neither is so. `benchmarks/coverage.py` has
+            how often.
     """
 
     value: float
     low: float
     high: float
     n_prompts: int
+    caution: str = ""
 
     def __str__(self) -> str:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+    def warn(self, stacklevel: int = 2) -> None:
+        """Warns (`UserWarning`) if there is reason for caution."""
+        warn_of_interval(self.caution, stacklevel + 1)
+
+
+def warn_of_interval(caution: str, stacklevel: int = 2) -> None:
+    """Warns that an interval covers too seldom, if there is a reason."""
+    if caution:
+        text = f"faithfulness: the 95 % interval covers less often than that: {caution}"
+        warnings.warn(text, UserWarning, stacklevel=stacklevel + 1)
 
 
 @dataclass(frozen=True)
@@ -90,7 +107,7 @@ class CircuitReport(Drawn):
             Its baselines: `"clean"`, the model, and `"corrupted"`, the empty circuit (in which everything is ablated).
         faithfulness: Over all prompts.
         found_on, held_out: Over the prompts that the circuit was found on, and over the others; `None` where there are none.
-        random: Faithfulness of random circuits of as many edges.
+        random: Faithfulness of random circuits of as many edges; `random_p` is the circuit's rank among them.
         completeness: Of the whole circuit's component sets, by how far they are from complete.
         minimality: Name of a component (or edge) -> by how much faithfulness changes without it, the largest change first.
         cost: Block-tokens; one of a circuit's counts up to twice a plain block's work.
@@ -113,6 +130,15 @@ class CircuitReport(Drawn):
         return float((circuit.baseline["clean"] - circuit.values).double().mean())
 
     @property
+    def random_p(self) -> float:
+        """How likely a random circuit of as many edges is as near to the model: the share, the circuit itself included, whose
+        faithfulness is at most as far from 1. With n random circuits it is never below 1 / (n + 1); NaN if none was run."""
+        if not self.random:
+            return float("nan")
+        off = abs(1 - self.faithfulness.value)
+        return (1 + sum(abs(1 - one) <= off for one in self.random)) / (1 + len(self.random))
+
+    @property
     def incompleteness(self) -> float:
         """The mean absolute difference over the sets; NaN if none was tried."""
         return float(torch.tensor([abs(c.difference) for c in self.completeness], dtype=torch.float64).mean())
@@ -126,11 +152,14 @@ class CircuitReport(Drawn):
     def __repr__(self) -> str:
         lines = [f"CircuitReport({self.circuit.n_edges:,} of {self.circuit.graph.n_edges:,} edges"]
         lines.append(f"faithfulness {self.faithfulness}, {self.gap:+.3f} {self.runs.unit} short of the model")
+        if self.faithfulness.caution:
+            lines.append(f"the interval covers less often than 95 %: {self.faithfulness.caution}")
         for name, ratio in (("prompts it was found on", self.found_on), ("held-out prompts", self.held_out)):
             if ratio is not None:
                 lines.append(f"{name}: {ratio}, n = {ratio.n_prompts}")
         if self.random:
-            lines.append(f"{len(self.random)} random circuits: {min(self.random):.3f} to {max(self.random):.3f}")
+            spread = f"{min(self.random):.3f} to {max(self.random):.3f}"
+            lines.append(f"{len(self.random)} random circuits: {spread}, p = {self.random_p:.2g}")
         if self.completeness:
             lines.append(f"incompleteness {self.incompleteness:.3f} over {len(self.completeness)} sets")
         if self.minimality:
@@ -148,7 +177,7 @@ def evaluate_circuit(
     metric: AnyMetric,
     *,
     ablation: Ablation | Constants = "resample",
-    random: int = 5,
+    random: int = 100,
     sets: int = 10,
     minimality: Literal["node", "edge"] | None = "node",
     seed: int = 0,
@@ -164,12 +193,16 @@ def evaluate_circuit(
         ablation: What a reader sees of a writer without an edge: `"resample"` (the corrupted run's value), `"zero"`, `"mean"`
             (over all corrupted prompts and positions), `"position-mean"` (at each position, over prompts of one length), or
             `Constants`, such as `optimal_ablation` gives.
-        random: How many random circuits of as many edges are run too.
+        random: How many random circuits of as many edges are run too: the circuit's rank among them is a p-value.
         sets: How many random sets of the circuit's components are left out for completeness.
         minimality: Leave out each component (`"node"`), each edge, or nothing.
         seed: Of the random circuits and sets.
         budget: Bytes of working memory; default half of what the device has free (1 GiB on a CPU).
         progress: Whether to show a progress bar.
+
+    Returns:
+        A `CircuitReport`. A `UserWarning` says why the faithfulness's interval covers less often than 95 %, where it does (see
+        `Ratio.caution`).
 
     Raises:
         ValueError: a circuit of another model; model and empty circuit have the same metric (there is nothing to be faithful to);
@@ -210,10 +243,12 @@ def evaluate_circuit(
         Completeness(names, faithful[f"circuit without set {i}"], faithful[f"model without set {i}"])
         for i, names in enumerate(left_out)
     ]
+    whole = ratio(alone)
+    whole.warn()
     return CircuitReport(
         circuit,
         result,
-        faithfulness=ratio(alone),
+        faithfulness=whole,
         found_on=ratio(alone.sel(prompt=found_on)) if found_on else None,
         held_out=ratio(alone.sel(prompt=held_out)) if held_out and found_on is not None else None,
         random=tuple(faithful[f"random {i}"] for i in range(random)),
@@ -271,11 +306,21 @@ def ratio(run: Result) -> Ratio:
     """Faithfulness of one run with its interval."""
     value = float(run.mean("prompt").normalized().values.double().sum())
     n = len(run.coords["prompt"])
+    why = interval_caution(run)
     try:
-        interval = run.ci(normalized=True)
+        interval = run.ci(normalized=True, method="studentized")
     except ValueError:  # one prompt, or a gap that changes its sign among the resamples
-        return Ratio(value, float("nan"), float("nan"), n)
-    return Ratio(value, float(interval.low.values.sum()), float(interval.high.values.sum()), n)
+        return Ratio(value, float("nan"), float("nan"), n, why)
+    return Ratio(value, float(interval.low.values.sum()), float(interval.high.values.sum()), n, why)
+
+
+def interval_caution(runs: Result) -> str:
+    """Why the intervals of runs' faithfulness cover too seldom; of several runs the first with a reason of its own."""
+    clean, empty = (runs.baseline[name].double().cpu().numpy() for name in ("clean", "corrupted"))
+    found = [
+        caution(values - empty, clean - empty) for values in runs.values.double().cpu().reshape(-1, len(clean)).numpy()
+    ]
+    return max(found, key=len)
 
 
 def _component_sets(circuit: Circuit, n: int, generator: torch.Generator) -> list[tuple[str, ...]]:

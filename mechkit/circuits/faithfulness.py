@@ -22,7 +22,13 @@ from mechkit.circuits._evaluation import Ablation, Constants, Evaluator
 from mechkit.circuits.areas import FRACTIONS, cmd, cpr
 from mechkit.circuits.circuit import Circuit
 from mechkit.circuits.edge_scores import EdgeScores
-from mechkit.circuits.evaluation import run_circuits, seen_prompts, split
+from mechkit.circuits.evaluation import (
+    interval_caution,
+    run_circuits,
+    seen_prompts,
+    split,
+    warn_of_interval,
+)
 from mechkit.hooks import HookedModel, metric_of_some, one_at_a_time
 from mechkit.metrics import metric_for
 from mechkit.prompts import PromptPairs
@@ -83,8 +89,10 @@ class FaithfulnessCurve(Drawn):
         return cmd(self.fractions, self.faithfulness)
 
     def ci(self, level: float = 0.95) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Bootstrap interval over prompts, low and high ends."""
-        interval = self.runs.ci(level, normalized=True)
+        """Studentized bootstrap interval over prompts, low and high ends. A `UserWarning` says why it covers less often than it
+        should, where it does (see `Ratio.caution`)."""
+        warn_of_interval(interval_caution(self.runs))
+        interval = self.runs.ci(level, normalized=True, method="studentized")
         return tuple(interval.low.values.tolist()), tuple(interval.high.values.tolist())
 
     @property
@@ -127,7 +135,8 @@ def faithfulness_curve(
         scores: Scores of all edges; or a function such as `edge_attribution` that makes them from `(model, pairs, metric)`. It is
             then given one part of the pairs, and the curve is of the other part (`found_on` has the first one's).
         model, pairs, metric, ablation, budget, progress: As for `evaluate_circuit`.
-        fractions: Shares of the graph's edges, ascending; default MIB's grid.
+        fractions: Shares of the graph's edges, ascending; default MIB's grid. In a small graph several may be as many edges: such
+            a size is run once, under the largest of these shares.
         method, by: As for `Circuit.from_scores`.
         random: How many random circuits at each size.
         held_out: Share of the pairs that a function of `scores` does not see.
@@ -175,11 +184,8 @@ def _curve(
     graph, fractions = scores.graph, [float(share) for share in fractions]
     if not fractions or any(not 0 < share <= 1 for share in fractions) or list(fractions) != sorted(set(fractions)):
         raise ValueError(f"fractions: expected ascending shares above 0 and at most 1, got {list(fractions)}")
-    sizes = [max(1, round(share * graph.n_edges)) for share in fractions]
-    if len(set(sizes)) != len(sizes):
-        raise ValueError(
-            f"fractions: expected shares that differ by at least one of {graph.n_edges} edges, got {fractions}"
-        )
+    shares = {max(1, round(share * graph.n_edges)): share for share in fractions}  # of equal sizes the largest share
+    sizes, fractions = list(shares), list(shares.values())
     prune = (
         ablation == "resample"
     )  # with other values a component that nothing feeds may write something else than its own

@@ -18,7 +18,7 @@ from mechkit.circuits.acdc import acdc
 from mechkit.circuits.circuit import Circuit
 from mechkit.circuits.edge_attribution import edge_attribution
 from mechkit.circuits.edge_patching import edge_patching
-from mechkit.circuits.edge_scores import EdgeScores
+from mechkit.circuits.edge_scores import EdgeScores, completeness_warning
 from mechkit.circuits.evaluation import CircuitReport, evaluate_circuit, split
 from mechkit.hooks import HookedModel, check_metric, metric_of_some, one_at_a_time
 from mechkit.metrics import AnyMetric, metric_for
@@ -42,7 +42,9 @@ class FoundCircuit(Drawn):
     report: CircuitReport
 
     def __repr__(self) -> str:
-        return f"FoundCircuit({self.report!r}; estimates against exact effects: r = {self.agreement:.3f})"
+        error = completeness_warning(self.estimates.provenance)
+        agreement = f"estimates against exact effects: r = {self.agreement:.3f}"
+        return f"FoundCircuit({self.report!r}; {agreement}{f', {error}' if error else ''})"
 
     @property
     def agreement(self) -> float:
@@ -64,7 +66,7 @@ def find_circuit(
     ablation: Ablation | Constants = "resample",
     held_out: float = 0.5,
     seed: int = 0,
-    random: int = 5,
+    random: int = 100,
     budget: int | None = None,
     progress: bool = True,
 ) -> FoundCircuit:

@@ -101,9 +101,19 @@ def _head_by_head(result: Result) -> Result:
     )
 
 
+RANDOM = 5  # random circuits of an evaluation that are drawn
+
+
 def _report(report: circuits.CircuitReport, options: dict[str, Any]) -> Figure:
     name = f"Faithfulness of {report.circuit.n_edges:,} edges, and without parts of them"
-    return bars(report.runs, **_with(options, normalized=True, title=name))
+    runs = report.runs
+    if len(report.random) > RANDOM:
+        nearest = sorted(range(len(report.random)), key=lambda i: abs(1 - report.random[i]))[:RANDOM]
+        shown = {f"random {i}" for i in nearest}
+        others = {f"random {i}" for i in range(len(report.random))}
+        runs = runs.sel(run=[run for run in runs.coords["run"] if run in shown or run not in others])
+        name += f"; of {len(report.random)} random circuits the {RANDOM} nearest to the model"
+    return bars(runs, **_with(options, normalized=True, title=name))
 
 
 def _erasure(found: attribution.Erasure, options: dict[str, Any]) -> Figure:
