@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from families import D_VOCAB, FAMILIES, N_LAYERS, build_hf
@@ -148,6 +150,98 @@ def test_gradients_equal_finite_differences(family):
             )
         expected = float(up - down) / (2 * step)
         assert float((found["g"] * change).sum()) == pytest.approx(expected, rel=0.02, abs=1e-3), name
+
+
+# Where each family's block first reads the stream between attention and MLP.
+MIDDLE = {
+    "gpt2": "ln_2",
+    "llama": "post_attention_layernorm",
+    "gemma2": "pre_feedforward_layernorm",
+    "opt": "final_layer_norm",
+    "bloom": "post_attention_layernorm",
+    "olmo2": "mlp",
+}
+
+
+@pytest.mark.parametrize("family", MIDDLE)
+def test_an_edit_of_the_gradient_at_resid_mid_acts_on_the_whole_stream(family):
+    """Against the Hugging Face model with a tensor hook of one's own; the block's input has all that comes back."""
+    plain = build_hf(family)
+    model, names = mk.HookedModel.from_hf(copy.deepcopy(plain)), []
+    blocks = next(m for m in plain.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == N_LAYERS)
+
+    def expected(factor: float) -> torch.Tensor:
+        kept: dict[str, torch.Tensor] = {}
+
+        def enter(_, args, kwargs):
+            kept["x"] = (args[0] if args else kwargs["hidden_states"]).detach().requires_grad_()
+            return (kept["x"], *args[1:]), {k: v for k, v in kwargs.items() if k != "hidden_states"}
+
+        def middle(_, args):
+            args[0].register_hook(lambda grad: grad * factor)
+
+        handles = [
+            blocks[1].register_forward_pre_hook(enter, with_kwargs=True),
+            blocks[1].get_submodule(MIDDLE[family]).register_forward_pre_hook(middle),
+        ]
+        loss = plain(TOKENS).logits[:, -1, 7].sum()
+        for handle in handles:
+            handle.remove()
+        return torch.autograd.grad(loss, kept["x"])[0]
+
+    def found(factor: float) -> torch.Tensor:
+        seen: list[torch.Tensor] = []
+
+        def scale(grad, hook):
+            names.append(hook.name)
+            return grad * factor
+
+        backward = [(("resid_mid", 1), scale), (("resid_pre", 1), lambda grad, hook: seen.append(grad.clone()))]
+        with model.hooks(bwd_hooks=backward):
+            model(TOKENS)[:, -1, 7].sum().backward()
+        return seen[0]
+
+    for factor in (1.0, 0.0, -2.0):
+        assert torch.allclose(found(factor), expected(factor), atol=1e-12), factor
+    assert float(expected(1.0).abs().max()) > 1e-3
+    assert set(names) == {"blocks.1.hook_resid_mid"}
+    assert not model.has_hooks
+
+
+def test_backward_functions_at_resid_mid_see_the_stream_after_all_edits_in_their_order():
+    model, seen, kept = make_model("llama"), [], []
+    mid, pre = ("resid_mid", 1), ("resid_pre", 1)
+    edit = (mid, lambda x, hook: x * torch.tensor(3.0, dtype=torch.float64))
+    twice_then_one_more = [(mid, lambda g, hook: g * 2), (mid, lambda g, hook: g + 1)]
+    with (
+        model.hooks(bwd_hooks=twice_then_one_more),
+        model.hooks([edit], [(pre, lambda g, hook: seen.append(g.clone()))]),
+    ):
+        model(TOKENS)[:, -1, 7].sum().backward()
+    with model.hooks([edit], [(mid, lambda g, hook: kept.append(g.clone()))]):
+        model(TOKENS)[:, -1, 7].sum().backward()
+    # From the gradient at resid_mid on, back through the block's first half alone.
+    start, middle = [], []
+    enter = (pre, lambda x, hook: start.append(x.detach().requires_grad_()) or start[0])
+    model.run_with_hooks(TOKENS, [enter, edit, (mid, lambda x, hook: middle.append(x))])
+    expected = torch.autograd.grad(middle[0], start[0], kept[0] * 2 + 1)[0]
+    assert torch.allclose(seen[0], expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("family", ["llama", "gptj"])
+def test_a_hook_has_the_name_that_it_was_attached_under(family):
+    model, names = make_model(family), {}
+    for direction in ("fwd", "bwd"):
+        for site in [name for name in model.sites if name != "embed"]:
+            (full,) = model.hook_names((site, 1))
+
+            def note(x, hook, key=(full, direction)):
+                names.setdefault(key, hook.name)
+
+            hooks = [(full, note)]
+            with model.hooks(*((hooks, ()) if direction == "fwd" else ((), hooks))):
+                model(TOKENS)[:, -1, 7].sum().backward()
+    assert {key[0]: name for key, name in names.items() if key[0] != name} == {}
 
 
 def test_edits_of_resid_mid_can_be_differentiated():

@@ -4,8 +4,8 @@ TransformerLens's hook points are used as they are, but for three kinds of site:
 
 - `resid_mid`: Hugging Face blocks keep a second reference to this tensor for the residual connection, and a tensor
   *returned* by a hook replaces only what the MLP reads. Here the new value is written into the tensor itself, so that an
-  edit of the residual stream is one. For the same reason its gradient is taken where the attention's output is added to the
-  stream: `resid_mid = resid_pre + attn_out`, so that the two gradients are one.
+  edit of the residual stream is one. For the same reason its gradient is the tensor's own, what comes back from the MLP and
+  along the residual connection together, and a new gradient replaces both.
 - `result` (each head's own contribution to `attn_out`) is behind a flag in TransformerLens. Here it is computed from `z`
   and `W_O` when somebody asks, and an edit is added to the attention's output as a difference. Where the flag is on, the
   attention is computed from the results themselves, and TransformerLens's own hook point serves.
@@ -18,6 +18,7 @@ Functions on one site run in the order in which they were attached, each on what
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from mechkit.hooks._lock import lock_of
-from mechkit.hooks._sites import SITES, parse_hook_name
+from mechkit.hooks._sites import parse_hook_name
 
 HookFunction = Callable[..., Tensor | None]  # fn(activation, hook=hook_point) -> new activation, or None to leave it
 Direction = Literal["fwd", "bwd"]
@@ -86,11 +87,10 @@ class Hooks:
             module = self._bridge.blocks[layer].attn.original_component
             seam = _SoftmaxSeam.of(module, int(self._bridge.cfg.n_heads))
             self._removers.append(seam.add(step, before=site.name == "attn_scores"))
-        elif site is not None and site.name == "resid_mid" and direction == "bwd":
-            self._attach_to_point(SITES["attn_out"].hook_name(layer), step.fn, "bwd")
+        elif site is not None and site.name == "resid_mid":
+            self._removers.append(_StreamSeam.of(point).add(_Step(step.fn, _named(point, name), direction)))
         else:
-            in_place = site is not None and site.name == "resid_mid"
-            self._attach_to_point(name, _writing_in_place(step.fn) if in_place else step.fn, direction)
+            self._attach_to_point(name, step.fn, direction)
 
     def _attach_to_point(self, name: str, fn: HookFunction, direction: Direction) -> None:
         point = hook_points(self._bridge)[name]
@@ -130,6 +130,43 @@ class _Step:
             activation = activation.clone()
             activation.register_hook(lambda gradient: self.fn(gradient, hook=self.point))
         return activation
+
+
+class _StreamSeam:
+    """The functions on one layer's `resid_mid`, a tensor to which the block keeps a second reference."""
+
+    _KEY = "_mechkit_stream_seam"
+
+    def __init__(self, point: nn.Module) -> None:
+        self._point = point
+        self._steps: list[_Step] = []
+        self._handle = point.register_forward_hook(lambda _, args, output: self._pass(output))
+
+    @classmethod
+    def of(cls, point: nn.Module) -> _StreamSeam:
+        if cls._KEY not in point.__dict__:
+            point.__dict__[cls._KEY] = cls(point)
+        seam: _StreamSeam = point.__dict__[cls._KEY]
+        return seam
+
+    def add(self, step: _Step) -> Callable[[], None]:
+        self._steps.append(step)
+
+        def remove() -> None:
+            self._steps.remove(step)
+            if not self._steps:
+                self._handle.remove()
+                self._point.__dict__.pop(self._KEY, None)
+
+        return remove
+
+    def _pass(self, stream: Tensor) -> None:
+        for step in self._steps:
+            if step.direction == "fwd":
+                _write_in_place(step, stream)
+        for step in self._steps:  # of the tensor as it goes on, after all edits
+            if step.direction == "bwd" and stream.requires_grad:
+                stream.register_hook(partial(step.fn, hook=step.point))
 
 
 class _ResultSeam:
@@ -279,14 +316,19 @@ def _checked(name: str, fn: HookFunction) -> HookFunction:
     return call
 
 
-def _writing_in_place(fn: HookFunction) -> HookFunction:
-    def call(activation: Tensor, hook: Any) -> None:
-        # Under autograd the function gets a copy: what it saves for its own backward pass must not be overwritten.
-        given = activation.clone() if torch.is_grad_enabled() and activation.requires_grad else activation
-        returned = fn(given, hook=hook)
-        if returned is not None and returned is not activation:
-            activation.copy_(returned)
-        elif returned is None and given is not activation and not torch.equal(given, activation):
-            activation.copy_(given)  # edited in place
+def _write_in_place(step: _Step, activation: Tensor) -> None:
+    """Calls a forward function, and writes what it returns into the activation itself."""
+    # Under autograd the function gets a copy: what it saves for its own backward pass must not be overwritten.
+    given = activation.clone() if torch.is_grad_enabled() and activation.requires_grad else activation
+    returned = step.fn(given, hook=step.point)
+    if returned is not None and returned is not activation:
+        activation.copy_(returned)
+    elif returned is None and given is not activation and not torch.equal(given, activation):
+        activation.copy_(given)  # edited in place
 
-    return call
+
+def _named(point: Any, name: str) -> Any:
+    """A hook point under one of its other names, as TransformerLens shows it to a hook."""
+    from transformer_lens.hook_points import _AliasedHookPoint
+
+    return _AliasedHookPoint(name, point)
