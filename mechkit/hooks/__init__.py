@@ -17,6 +17,7 @@ from mechkit.hooks._gradients import GradientRuns as GradientRuns
 from mechkit.hooks._gradients import attached_hooks as attached_hooks
 from mechkit.hooks._gradients import frozen_parameters as frozen_parameters
 from mechkit.hooks._gradients import metric_values as metric_values
+from mechkit.hooks._identity import beside_weights as beside_weights
 from mechkit.hooks._load import find_model as find_model
 from mechkit.hooks._load import fingerprint as fingerprint
 from mechkit.hooks._lock import ModelLock as ModelLock

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,8 +13,10 @@ from torch import Tensor
 
 from mechkit.hooks import _load
 from mechkit.hooks._cache import ActivationCache
-from mechkit.hooks._devices import input_device, weights_at_hand
+from mechkit.hooks._copy import deep_copy
+from mechkit.hooks._devices import input_device
 from mechkit.hooks._hooking import HookFunction, Hooks
+from mechkit.hooks._identity import Identity
 from mechkit.hooks._lock import ModelLock, lock_of, one_at_a_time
 from mechkit.hooks._quantized import check_plain_weights
 from mechkit.hooks._sites import parse_hook_name
@@ -47,7 +48,7 @@ class HookedModel(Surface, Weights, Text):
         self.name = name
         self.revision = revision
         self._probe = probe  # the untouched Hugging Face model's logits on `probe_tokens`, if there was one
-        self._fingerprint: tuple[Any, str] | None = None
+        self._identity = Identity()
         with self.lock.held("loads it"):
             with _load.refusing("its hooked model does not run", bridge.original_model):
                 # The first forward pass, in which TransformerLens attaches some hooks of its own
@@ -116,6 +117,12 @@ class HookedModel(Surface, Weights, Text):
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
+    @one_at_a_time
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        copied = memo[id(self)] = object.__new__(type(self))
+        copied.__dict__.update(deep_copy(self.bridge, self.__dict__, memo))
+        return copied
+
     @property
     def lock(self) -> ModelLock:
         """The model runs one call at a time: this lock is held by whichever thread runs it or has hooks on it. Others wait,
@@ -140,23 +147,10 @@ class HookedModel(Surface, Weights, Text):
     @property
     @one_at_a_time
     def weights_hash(self) -> str:
-        """A short fingerprint of all weights (sums and samples of every tensor).
-
-        It is kept until a weight changes. A change made behind autograd's back (`p.data[3] = 0`) is noticed only if it
-        touches one of 64 sampled entries of the tensor.
-        """
-        parameters = list(weights_at_hand(self.bridge.original_model))
-        with torch.no_grad():
-            state = tuple((p.data_ptr(), p._version, float(_sampled(values).sum())) for _, p, values in parameters)
-        if self._fingerprint is None or self._fingerprint[0] != state:
-            digest = hashlib.sha256()
-            for name, _, p in parameters:
-                flat, sample = p.detach().flatten(), _sampled(p)
-                sums = torch.stack([flat.sum(dtype=torch.float64), flat.abs().sum(dtype=torch.float64)]).cpu()
-                digest.update(f"{name}{tuple(p.shape)}{p.dtype}".encode())
-                digest.update(sample.numpy().tobytes() + sums.numpy().tobytes())
-            self._fingerprint = (state, digest.hexdigest()[:16])
-        return self._fingerprint[1]
+        """A short fingerprint of the model: its weights, and all else that decides its numbers (buffers, the settings of its
+        modules, its configuration). A change is noticed when this is read again; a change made behind autograd's back
+        (`p.data[3] = 0`) only if it touches one of 64 sampled entries of the tensor."""
+        return self._identity.of(self.bridge)
 
     def __repr__(self) -> str:
         return (
@@ -318,11 +312,6 @@ def _code_of(fn: Any) -> int:
     """What tells one replaced method from another, also in a copy of the model."""
     fn = getattr(fn, "func", fn)  # accelerate's are partial
     return id(getattr(fn, "__code__", fn))
-
-
-def _sampled(p: Tensor) -> Tensor:
-    flat = p.detach().flatten()
-    return flat[:: max(1, flat.numel() // 64)].double().cpu()
 
 
 def _take(activation: Tensor, positions: int | slice | Sequence[int] | None, axis: int) -> Tensor:

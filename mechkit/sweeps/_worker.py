@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from mechkit.circuits import EdgeScores
-from mechkit.hooks import Budget, HookedModel, fingerprint, out_of_memory
+from mechkit.hooks import Budget, HookedModel, beside_weights, fingerprint, out_of_memory
 from mechkit.metrics import Metric, as_metric
 from mechkit.prompts import PromptPairs, Prompts
 from mechkit.result import Result
@@ -392,7 +392,8 @@ def code_hash(job: Job) -> str | None:
 
 
 def weights_digest(model: HookedModel) -> str:
-    """Of every byte of every weight: the same on any device, with any number of threads (`weights_hash` sees less)."""
+    """Of every byte of every weight, and of all that decides a model's numbers beside them (`weights_hash` sees less of the
+    weights): the same on any device, with any number of threads."""
     parameters = list(model.bridge.original_model.named_parameters())
     if any(p.device.type == "meta" for _, p in parameters):  # put away by accelerate
         return model.weights_hash
@@ -407,7 +408,8 @@ def weights_digest(model: HookedModel) -> str:
         return found.digest()
 
     with ThreadPoolExecutor(4) as pool:  # hashing lets other threads run; few, since each may hold a copy of a weight
-        return hashlib.sha256(b"".join(pool.map(digest, different.values()))).hexdigest()[:16]
+        parts = [*pool.map(digest, different.values()), beside_weights(model.bridge).encode()]
+        return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
 def config_hash(model: HookedModel) -> str:

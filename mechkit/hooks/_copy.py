@@ -1,0 +1,41 @@
+"""Copying a wrapped model, so that the copy shares nothing with it.
+
+`copy.deepcopy` alone fails on what the last run left behind (TransformerLens keeps an attention pattern, with its graph), and
+where TransformerLens has replaced a module's `forward` by a function that remembers the module, the copy would run the original.
+"""
+
+from __future__ import annotations
+
+import copy
+from types import CellType, FunctionType
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def deep_copy(bridge: nn.Module, attributes: dict[str, Any], memo: dict[int, Any]) -> dict[str, Any]:
+    """A deep copy of a HookedModel's attributes, of which `bridge` is one."""
+    for module in bridge.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    copied = copy.deepcopy(attributes, memo)
+    for module in copied["bridge"].modules():
+        forward = module.__dict__.get("forward")
+        if isinstance(forward, FunctionType):
+            module.__dict__["forward"] = _rebound(forward, memo)
+    return copied
+
+
+def _rebound(fn: FunctionType, memo: dict[int, Any]) -> FunctionType:
+    """A function that remembers the copies of the objects that `fn` remembers."""
+
+    def copied(cell: CellType) -> CellType:
+        inner = cell.cell_contents
+        return CellType(_rebound(inner, memo) if isinstance(inner, FunctionType) else memo.get(id(inner), inner))
+
+    closure = None if fn.__closure__ is None else tuple(copied(cell) for cell in fn.__closure__)
+    again = FunctionType(fn.__code__, fn.__globals__, fn.__name__, fn.__defaults__, closure)
+    again.__dict__.update(fn.__dict__)
+    again.__kwdefaults__ = fn.__kwdefaults__
+    return again
