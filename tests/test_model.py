@@ -157,7 +157,6 @@ MIDDLE = {
     "gpt2": "ln_2",
     "llama": "post_attention_layernorm",
     "gemma2": "pre_feedforward_layernorm",
-    "opt": "final_layer_norm",
     "bloom": "post_attention_layernorm",
     "olmo2": "mlp",
 }
