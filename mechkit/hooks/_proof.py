@@ -7,7 +7,7 @@ Nothing here compares the replay with itself, and every assumption is looked at 
 2. *The blocks.* Each block, given the recorded stream from a position on, must give what the next block read, at every position:
    for every position that a row of the sweep starts at, and every block that its rows run through (masks, windows, prefixes,
    position encodings, blocks without hook points). Where sites inside blocks are edited, the bridge's blocks are checked too.
-3. *The edits.* Whole passes of a few edited rows, which start early, in the middle and late, and join early and late. At the
+3. *The edits.* Whole passes of a few edited rows of several prompts, which start and join early, in the middle and late. At the
    positions before the start each block must read what it read in the unedited run (causality), and the replay must end where
    the whole pass ends, at every position that it computes, and in the same logits. A row of each kind that is presumed to
    change nothing is among them.
@@ -81,7 +81,7 @@ def _refute(chunk: Chunk, start: Int[np.ndarray, "cell prompt"], absent: Mask, u
     first, new_length = not proof.proved, chunk.run.length not in proof.proved
     if first:
         proof.candidates = _candidates(chunk)
-    prompt, moving = proof.turn % len(chunk.ids), (start < NEVER) & ~absent
+    prompt, moving = (proof.turn + 1) % len(chunk.ids), (start < NEVER) & ~absent
     computed = moving & (start <= unread)
     still = [(start == NEVER) & ~absent, moving & ~computed]
     # Whole passes first: what a replay may leave behind must not be in both.
@@ -204,7 +204,8 @@ def _refute_blocks(
             # Blocks in which something is edited run with their hook points: checked too, with many starts at one of them.
             both = replayer.plain is not None and layer in hooked and layer % len(starts) == turn
             for kind in (False, True) if both else (False,):
-                if (refuted := _refute_block(chunk, replayer, layer, prompt, begin, kind)) is not None:
+                one = (prompt + turn) % len(chunk.ids)
+                if (refuted := _refute_block(chunk, replayer, layer, one, begin, kind)) is not None:
                     return refuted
     return None
 
@@ -300,11 +301,14 @@ def _sample(
 ) -> list[Rows]:
     """A few rows where a wrong assumption would show, those that start at the same position together.
 
-    The earliest, a middle and the latest start; of the earliest, the rows that join first and last; and a row of each kind that
-    is presumed to change nothing (no position changes, or only such as are not read). With `few` two of them.
+    Rows that start early and join early and late, one that starts and joins in the middle, and one that starts and joins late (an
+    edit of the last block at an early position would show nowhere); and a row of each kind that is presumed to change nothing (no
+    position changes, or only such as are not read). With `few` two of them.
     """
     plan, turn = chunk.state.plan, chunk.state.proof.turn
     chosen: list[tuple[int, int]] = []
+    taken = np.zeros(len(chunk.ids), np.int64)
+    taken[0] = 1
 
     def choose(wanted: Mask, share: float) -> None:
         """One of the wanted rows: of those in order of the block where they join, the one at this share of the way."""
@@ -312,12 +316,16 @@ def _sample(
         if len(cell):
             entry = np.unique(plan.entry[cell])
             of_entry = np.flatnonzero(plan.entry[cell] == entry[round(share * (len(entry) - 1))])
-            one = of_entry[(5 * turn + 3 * len(chosen)) % len(of_entry)]  # not always the same head and prompt
+            # Of the prompts that were taken least often (the first one would hide rows that are taken for the first prompt's),
+            # and not always the same head.
+            of_entry = of_entry[taken[prompt[of_entry]] == taken[prompt[of_entry]].min()]
+            one = of_entry[(5 * turn + 3 * len(chosen)) % len(of_entry)]
             chosen.append((int(cell[one]), int(prompt[one])))
+            taken[prompt[one]] += 1
 
     if len(used := np.unique(start[moving])):
         early, middle, late = (moving & (start == used[i]) for i in (0, len(used) // 2, -1))
-        kinds = [(late, 0.0), (middle, 0.5), (early, 1.0)]
+        kinds = [(middle, 0.5), (early, 0.67), (late, 1.0)]
         for wanted, share in [(early, 0.0), *([kinds[turn % 3]] if few else kinds)]:
             choose(wanted, share)
     for wanted in () if few and chosen else still:

@@ -140,6 +140,7 @@ def sweep(
 
 
 def _sweep_chunk(state: State, ids: Sequence[int], bar: tqdm) -> None:
+    attached = state.model._attached()
     chunk, start, absent, replayer = _recorded(state, np.array(ids))
     length = chunk.run.length
     _read_baselines(chunk)
@@ -161,10 +162,19 @@ def _sweep_chunk(state: State, ids: Sequence[int], bar: tqdm) -> None:
         answer[cell, prompt] = torch.cat(found).cpu().to(answer.dtype)
     answer[torch.from_numpy(absent)] = torch.nan
     bar.update(int(unchanged.sum()))
+    _refuse_leaks(state, attached)
     _refuse_nan(state, chunk, answer, absent)
     state.values[:, ids] = answer
     if replayer is not None:
         state.block_tokens += replayer.block_tokens
+
+
+def _refuse_leaks(state: State, attached: dict[tuple[int, str], int]) -> None:
+    """Raises where a run left a hook behind: what came after it may be wrong."""
+    if state.model._attached() != attached:
+        raise RuntimeError(
+            "a hook of an edit was left attached to the model: this is a defect of mechkit; no value was returned"
+        )
 
 
 def _recorded(state: State, ids: np.ndarray) -> tuple[Chunk, np.ndarray, np.ndarray, Replayer | None]:
@@ -179,7 +189,9 @@ def _recorded(state: State, ids: np.ndarray) -> tuple[Chunk, np.ndarray, np.ndar
         start, absent = state.plan.starts(
             chunk.ids, chunk.run.length, first_differences(state, chunk.ids), state.derived
         )
+        attached = state.model._attached()
         replayer = proved_replayer(chunk, start, absent, _unread(chunk))
+        _refuse_leaks(state, attached)
         if replayer is not None:
             return chunk, start, absent, replayer
     recorded_whole = chunk is not None and chunk.run.refused is not None
