@@ -382,6 +382,18 @@ def test_a_checkpoint_that_cannot_be_written_is_refused_at_once(tmp_path: Path, 
 # --- refusals
 
 
+def test_edges_by_whole_passes_are_the_same():
+    """Other people's hooks rule a replay out; what readers make of the streams is still computed from recorded ones."""
+    model, pairs = model_of("gpt2"), make_pairs(((7, 2), (7, 4)))
+    edges = ["input->m0", "a0.h1->a2.h0<q>", "m1->m3", "m2->logits"]
+    replayed = mk.edge_patching(model, pairs, whole_vocabulary(pairs), edges, progress=False)
+    with model.hooks([("mlp_out", lambda x, hook: None)]):
+        whole = mk.edge_patching(model, pairs, whole_vocabulary(pairs), edges, progress=False)
+    assert whole.provenance["replay"].startswith("full: other hooks")
+    assert torch.allclose(whole.per_prompt, replayed.per_prompt, atol=1e-10, equal_nan=True)
+    assert float(whole.values.nan_to_num().abs().max()) > 1e-3
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

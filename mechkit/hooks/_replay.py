@@ -80,14 +80,19 @@ class Run:
 
 @one_at_a_time
 def record(
-    model: HookedModel, tokens: Int[Tensor, "prompt pos"], sites: Sequence[tuple[str, int]] = (), blocks: bool = True
+    model: HookedModel,
+    tokens: Int[Tensor, "prompt pos"],
+    sites: Sequence[tuple[str, int]] = (),
+    blocks: bool = True,
+    cached: bool = True,
 ) -> Run:
-    """Runs the model once and keeps what `Run` says; `blocks=False` keeps the sites and the final residual alone.
+    """Runs the model once and keeps what `Run` says; `blocks=False` keeps the sites and the final residual alone, and
+    `cached=False` all but keys and values.
 
     Where keys and values cannot be kept (layers of another kind, a cache of their own) the model is run without keeping any.
     """
-    if not blocks:
-        return _record(model, tokens, sites, blocks=False)
+    if not blocks or not cached:
+        return _record(model, tokens, sites, blocks=blocks)
     refused = _keeps_other_state(model)
     if refused is None:
         from transformers import DynamicCache

@@ -229,7 +229,8 @@ def _run_chunk(state: State, ids: np.ndarray, blocks: bool = True) -> Chunk | No
 
     derived = sorted({site for one in state.derived.values() for site in one.sites})
     try:
-        run = record(model, tokens(state.base), derived, blocks=blocks)
+        # Derived values are made of streams in any case.
+        run = record(model, tokens(state.base), derived, blocks=blocks or bool(state.derived), cached=blocks)
     except Exception as error:
         if not blocks or (isinstance(error, RuntimeError) and out_of_memory(error)):
             raise
