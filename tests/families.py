@@ -64,9 +64,19 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 def build_hf(name: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> PreTrainedModel:
     """A tiny random Hugging Face model of the family `name`, in evaluation mode."""
-    model_type, arguments = FAMILIES[name]
+    return build_of(*FAMILIES[name], dtype=dtype, seed=seed)
+
+
+def build_of(
+    model_type: str,
+    arguments: dict[str, Any],
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    auto: Any = AutoModelForCausalLM,
+) -> PreTrainedModel:
+    """The same for any architecture of transformers."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **arguments), attn_implementation="eager")
+    model = auto.from_config(AutoConfig.for_model(model_type, **arguments), attn_implementation="eager")
     for parameter in model.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.35)

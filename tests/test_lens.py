@@ -320,25 +320,23 @@ def test_refusals_leave_no_hook():
 
 
 def test_a_model_whose_logits_are_something_else_is_refused():
-    """A hook that changes the logits stands for an architecture that does more after the unembedding."""
+    """A hook that mixes positions stands for an architecture whose logits are no function of the last block's output alone."""
     model, pairs = make_model("llama"), make_pairs()
-    handle = model.bridge.unembed.register_forward_hook(lambda module, args, logits: logits * 2 + 1)
-    with pytest.raises(ValueError, match="not the final norm and unembedding"):
+    handle = model.bridge.unembed.register_forward_hook(lambda module, args, logits: logits + torch.rand(logits.shape))
+    with pytest.raises(ValueError, match="is not a function of the last block's output alone"):
         logit_lens(model, pairs, progress=False)
     handle.remove()
     logit_lens(model, pairs, progress=False)
 
 
-def test_components_that_do_not_add_up_are_refused(monkeypatch):
-    """Granite scales an attention's output after its heads are summed, so that `result` is not what a head adds."""
-    arguments = FAMILIES["llama"][1] | {"residual_multiplier": 0.5, "logits_scaling": 2.0}
-    monkeypatch.setitem(FAMILIES, "granite", ("granite", arguments))
-    model, pairs = make_model("granite"), make_pairs()
-    whole = logit_lens(model, pairs, EVERY, progress=False)
-    close(whole.values[-1, :, :, 0], model(pairs.clean.tokens[0][None])[0].detach(), 1e-10)
-    logit_lens(model, pairs, site="attn_out", over="layer", progress=False)  # that is scaled already
-    with pytest.raises(ValueError, match="the heads of layer 0 do not sum"):
-        logit_lens(model, pairs, site="result", over="layer head", progress=False)
+def test_components_that_do_not_add_up_are_refused():
+    """A block that multiplies its MLP's output before adding it, unlike what TransformerLens knows of its architecture."""
+    model, pairs = make_model("llama"), make_pairs()
+    logit_lens(model, pairs, site="attn_out", over="layer", progress=False)
+    model.bridge.blocks[1].mlp.register_forward_hook(lambda module, args, written: 0.5 * written)
+    logit_lens(model, pairs, progress=False)
+    with pytest.raises(ValueError, match="block 1 does not add"):
+        logit_lens(model, pairs, site="attn_out", over="layer", progress=False)
 
 
 def test_grad_mode_is_left_alone():

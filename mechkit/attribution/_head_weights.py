@@ -15,11 +15,24 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechkit._version import __version__
-from mechkit.hooks import FrozenNorm, HookedModel, adds_positions, check_can_run, post_norm, record, widen
+from mechkit.hooks import (
+    FrozenNorm,
+    HookedModel,
+    adds_positions,
+    check_can_run,
+    head_bias,
+    head_weight,
+    post_norm,
+    record,
+    widen,
+    write_scale,
+)
+from mechkit.hooks import final_norm as frozen_final_norm
 from mechkit.result import Result
 
 CHUNK = 4096  # tokens embedded at once
 _PROBES = 16
+_WHICH: dict[str, Literal["q", "k", "v", "o"]] = {"Q": "q", "K": "k", "V": "v", "O": "o"}
 # How far an activation may be from what the weights say, relative to its largest entry. Some attention is float32 always.
 _TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
 
@@ -70,8 +83,7 @@ def embeddings(model: HookedModel, tokens: Int[Tensor, "token"]) -> Float[Tensor
 
 def final_norm(model: HookedModel, x: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_model"]:
     """The final norm's gain and centring, with scale 1 and without its bias."""
-    module = getattr(model.bridge, "ln_final", None)
-    return x if module is None else _linear(FrozenNorm(module, _like(model, model.d_model), "final norm"), x)
+    return _linear(frozen_final_norm(model, _like(model, model.d_model)), x)  # its form: see `check_linear_readout`
 
 
 def read(model: HookedModel, layer: int, x: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_model"]:
@@ -89,17 +101,20 @@ def through_ov(
 ) -> Float[Tensor, "row d_model"]:
     """What a head writes when it attends fully to `x` in the stream; of a norm behind the attention, gain and centring."""
     v = project(model, layer, x, "V")[:, head // (model.n_heads // model.n_kv_heads)]
-    return _behind(model, layer, widen(v) @ widen(weight_of(model, layer, "W_O")[head]))
+    scale = write_scale(model.bridge.blocks[layer])
+    return _behind(model, layer, scale * (widen(v) @ widen(weight_of(model, layer, "W_O")[head])))
 
 
 def _behind(model: HookedModel, layer: int, written: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
     norm = post_norm(model, layer)
-    return written if norm is None else _linear(FrozenNorm(norm, _like(model, model.d_model), "ln1_post"), written)
+    return (
+        written if norm is None else _linear(_frozen(model, norm, model.d_model, f"ln1_post of layer {layer}"), written)
+    )
 
 
 def block_norm(model: HookedModel, layer: int) -> FrozenNorm | None:
     module = getattr(model.bridge.blocks[layer], "ln1", None)
-    return None if module is None else FrozenNorm(module, _like(model, model.d_model), f"ln1 of layer {layer}")
+    return None if module is None else _frozen(model, module, model.d_model, f"ln1 of layer {layer}")
 
 
 def normed(norm: FrozenNorm | None, x: Tensor) -> Tensor:
@@ -114,7 +129,7 @@ def project(
     projected = einops.einsum(
         read(model, layer, x), weight_of(model, layer, f"W_{which}"), "row m, head m d -> row head d"
     )
-    bias = getattr(model.bridge.blocks[layer].attn, f"b_{which}", None)
+    bias = head_bias(model, layer, _WHICH[which])
     projected = projected if bias is None else projected + bias
     return _across(_qk_norm(model, layer, which), projected, lambda module, y: module(y))
 
@@ -162,23 +177,26 @@ def folded_weights(model: HookedModel, layers: Sequence[int]) -> Iterator[Folded
             weight = weight if norm is None else norm.pull_back(weight.mT, _one(weight)).mT
             weight = _across(_qk_norm(model, layer, which), weight.transpose(0, 1), _fold(model)).transpose(0, 1)
             folded[which] = weight if which == "Q" else weight.repeat_interleave(shared, 0)
-        written = _behind(model, layer, widen(weight_of(model, layer, "W_O")))
+        scale = write_scale(model.bridge.blocks[layer])
+        written = _behind(model, layer, scale * widen(weight_of(model, layer, "W_O")))
         yield FoldedWeights(W_Q=folded["Q"], W_K=folded["K"], W_V=folded["V"], W_O=written)
 
 
 def weight_of(model: HookedModel, layer: int, name: str) -> Tensor:
     """`W_Q`, `W_K`, `W_V` `[head d_model d_head]` or `W_O` `[head d_head d_model]` of one layer."""
-    weight = getattr(getattr(model.bridge.blocks[layer], "attn", None), name, None)
-    if weight is None or weight.ndim != 3:
-        raise ValueError(
-            f"model: expected attention with weights by head in layer {layer} of {model.name} ({model.cfg.architecture}), got no "
-            f"{name}: it has no circuits of this kind"
-        )
-    return weight.detach()
+    return head_weight(model, layer, _WHICH[name[-1]]).detach()
 
 
 def _fold(model: HookedModel) -> Callable[[Any, Tensor], Tensor]:
-    return lambda module, x: _linear(FrozenNorm(module, _like(model, x.shape[-1]), type(module).__name__), x)
+    return lambda module, x: _linear(_frozen(model, module, x.shape[-1], type(module).__name__), x)
+
+
+def _frozen(model: HookedModel, module: Any, width: int, name: str) -> FrozenNorm:
+    """A norm with its scale held fixed. Raises `ValueError` for one that is not of that form, as random vectors show."""
+    norm = FrozenNorm(module, _like(model, width), name)
+    noise = torch.randn(4, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    norm.scale((noise * torch.tensor([0.1, 1.0, 3.0, 30.0])[:, None]).to(_like(model, width)))
+    return norm
 
 
 @torch.no_grad()
@@ -214,8 +232,8 @@ def probe_attention(model: HookedModel, layers: Sequence[int]) -> dict[int, floa
         q, k, v = project(model, layer, x, "Q"), project(model, layer, x, "K"), project(model, layer, x, "V")
         z = kept["z", layer].reshape(_PROBES, model.n_heads, model.d_head)
         written = einops.einsum(z, weight_of(model, layer, "W_O"), "row head d, head d m -> row m")
-        bias, norm = getattr(model.bridge.blocks[layer].attn, "b_O", None), post_norm(model, layer)
-        written = written if bias is None else written + bias
+        bias, norm = head_bias(model, layer, "o"), post_norm(model, layer)
+        written = (written if bias is None else written + bias) * write_scale(model.bridge.blocks[layer])
         products = (widen(q) * widen(k).repeat_interleave(model.n_heads // model.n_kv_heads, 1)).sum(-1)
         scores = widen(kept["attn_scores", layer])
         scales[layer] = _scale(products, scores, _soft_cap(model, layer))

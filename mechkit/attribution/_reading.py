@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechkit.attribution._cells import provenance_of
-from mechkit.hooks import FrozenNorm, HookedModel, check_metric, widen
+from mechkit.hooks import HookedModel, check_metric, final_norm, widen
 from mechkit.metrics import CallableMetric, Metric, makes_metrics, metric_for
 from mechkit.prompts import PromptPairs, Prompts
 from mechkit.result import Cost, Result
@@ -132,7 +132,7 @@ def read_direction(
             that cannot be held fixed.
     """
     with torch.no_grad():
-        norm = FrozenNorm(model.bridge.ln_final, resid, "final norm")
+        norm = final_norm(model, resid)
         scale = norm.scale(resid)
         normed = norm.linear(resid, scale) + norm.bias
         if isinstance(direction, Tensor):
@@ -202,6 +202,6 @@ def _check_same(found: Tensor, logits: Tensor, size: float, dtype: torch.dtype) 
     off = float((found - logits).abs().max())
     if not off <= tolerance:
         raise ValueError(
-            f"model: its logits are not the unembedding of its final norm's output (they differ by {off:.1e}), so that they "
-            "cannot be attributed to what is written into the residual stream"
+            f"model: its logits are not the unembedding of its final norm's output (they differ by {off:.1e}): its head is more "
+            "than a norm and a matrix, so that they cannot be attributed to what is written into the residual stream"
         )

@@ -32,12 +32,15 @@ from mechkit.hooks import (
     FrozenNorm,
     HookedModel,
     check_can_run,
-    check_final_norm,
+    check_linear_readout,
+    check_readout,
+    final_norm,
     into_post_norm,
     post_norm,
     record,
     wide_dtype,
     widen,
+    write_scale,
 )
 from mechkit.hooks._nonfinite import where_it_began
 from mechkit.prompts import Prompts
@@ -78,7 +81,7 @@ class Chunk:
     @cached_property
     def norm(self) -> tuple[FrozenNorm, Tensor]:
         """The final norm and its scale at each row."""
-        norm = FrozenNorm(self.model.bridge.ln_final, self.final, "final norm")
+        norm = final_norm(self.model, self.final)
         return norm, norm.scale(self.final)
 
     @cached_property
@@ -204,7 +207,7 @@ class _Kept:
                     f"model: expected finite activations, got NaN or inf in {name} of prompt {members[at]}; "
                     f"{where_it_began(model, tokens[at])}"
                 )
-        _check_unembedding(model, run.resid[-1][:1, -1], run.last_logits[:1])
+        check_readout(model, run, "a lens")
 
     def logits(self, chunk: Chunk, part: slice, layer: int, head: int | None, lens: Translator | None) -> Logits:
         """A function that gives one cell's logits at a chunk's rows."""
@@ -276,19 +279,9 @@ def _check_model(model: HookedModel, prompts: Prompts, axes: Axes) -> None:
             f"{' '.join(axes.dims)!r}. A head's contribution is at site 'result'"
         )
     check_can_run(model, {"prompt": prompts})
-    check_final_norm(model, "a lens")
     if site in COMPONENTS:
+        check_linear_readout(model, f"a lens of {site!r}")
         _check_parts(model, prompts, axes)
-
-
-def _check_unembedding(model: HookedModel, final: Tensor, logits: Tensor) -> None:
-    """Whether the model's logits are the final norm and unembedding of the last block's output, and nothing more."""
-    _check_close(
-        model,
-        model.unembed(final),
-        logits,
-        "its logits are not the final norm and unembedding of its last residual stream",
-    )
 
 
 def _check_parts(model: HookedModel, prompts: Prompts, axes: Axes) -> None:
@@ -310,7 +303,8 @@ def _check_parts(model: HookedModel, prompts: Prompts, axes: Axes) -> None:
         stream = at["resid_post"] - at["resid_pre"]
         _check_close(model, outputs, stream, f"block {layer} does not add its attention's and its MLP's output")
         if "result" in at:
-            heads = at["result"].sum(0) + model.b_O[layer].to(stream.device)
+            scale = write_scale(model.bridge.blocks[layer])
+            heads = at["result"].sum(0) + model.b_O[layer].to(stream.device) * scale
             norm = post_norm(model, layer)
             heads = heads if norm is None else norm(heads[None])[0]
             _check_close(

@@ -19,10 +19,16 @@ from mechkit.hooks import (
     HookedModel,
     PostNorm,
     adds_positions,
-    check_final_norm,
+    check_linear_readout,
+    check_readout,
+    head_bias,
+    head_weight,
     into_post_norm,
+    mlp_bias,
+    mlp_weight,
     post_norm,
     record,
+    write_scale,
 )
 from mechkit.metrics import Metric
 from mechkit.prompts import Prompts
@@ -84,7 +90,7 @@ class StreamRun:
         also: Sequence[str] = (),
     ) -> None:
         self.model, self.error = model, 0.0
-        check_final_norm(model, "direct logit attribution")
+        check_linear_readout(model, "direct logit attribution")
         tokens = torch.stack([prompts.tokens[i] for i in ids]).to(model.device)
         which = torch.tensor(ids)
         positions = direction.positions if isinstance(direction, Metric) else prompts.lengths - 1
@@ -104,9 +110,10 @@ class StreamRun:
 
         names = dict.fromkeys([*embedding, *self.outputs, *also])
         with torch.no_grad(), model.hooks([(name, partial(keep, name=name)) for name in names]):
-            final = record(model, tokens, blocks=False).resid[-1][everyone, read_at]
-        self.final = final
-        self.reading = read_direction(model, final, direction, which)
+            recorded = record(model, tokens, blocks=False)
+        check_readout(model, recorded, "direct logit attribution")
+        self.final = recorded.resid[-1][everyone, read_at]
+        self.reading = read_direction(model, self.final, direction, which)
 
     def read_along(self, reading: Reading) -> None:
         """Reads this run along another run's direction: the value is then what its final stream gives there."""
@@ -143,14 +150,14 @@ class StreamRun:
         self, layer: int, index: Mapping[str, Sequence[Any]], named: Mapping[str, Tensor]
     ) -> Float[Tensor, "head *src prompt"]:
         """Each head's term in one layer, or that split by source position."""
-        attention = self.model.bridge.blocks[layer].attn
         direction, after = self.before_post_norm(layer, _HEADS.norm)
-        weight = attention.W_O.detach().to(direction.dtype)  # [head d_head d_model]
+        scale = write_scale(self.model.bridge.blocks[layer])
+        weight = head_weight(self.model, layer, "o").detach().to(direction.dtype) * scale  # [head d_head d_model]
         reads = einops.einsum(weight, direction, "head d_head d_model, prompt d_model -> prompt head d_head")
         z = self.kept[SITES["z"].hook_name(layer)].to(reads.dtype)
         z = z.reshape(reads.shape)
         terms = (z * reads).sum(-1)  # [prompt head]
-        self.check_parts(layer, _HEADS, terms, direction, getattr(attention, "b_O", None), after)
+        self.check_parts(layer, _HEADS, terms, direction * scale, head_bias(self.model, layer, "o"), after)
         if "src" not in index and "position" not in index:
             return terms[:, index["head"]].T
         pattern = self.kept[SITES["pattern"].hook_name(layer)].to(reads.dtype)
@@ -171,11 +178,12 @@ class StreamRun:
         self, layer: int, index: Mapping[str, Sequence[Any]], named: Mapping[str, Tensor]
     ) -> Float[Tensor, "neuron prompt"]:
         """Each neuron's term in one layer."""
-        mlp = self.model.bridge.blocks[layer].mlp
         direction, after = self.before_post_norm(layer, _NEURONS.norm)
+        weight, scale = mlp_weight(self.model, layer, "out"), write_scale(self.model.bridge.blocks[layer])
+        assert weight is not None  # looked at before anything is run
         activation = self.kept[SITES["mlp_post"].hook_name(layer)].to(direction.dtype).reshape(len(direction), -1)
-        terms = activation * (direction @ mlp.W_out.detach().to(direction.dtype).T)  # [prompt neuron]
-        self.check_parts(layer, _NEURONS, terms, direction, getattr(mlp, "b_out", None), after)
+        terms = scale * activation * (direction @ weight.detach().to(direction.dtype).T)  # [prompt neuron]
+        self.check_parts(layer, _NEURONS, terms, direction * scale, mlp_bias(self.model, layer), after)
         return terms[:, index["neuron"]].T
 
     def before_post_norm(self, layer: int, which: PostNorm) -> tuple[Tensor, Tensor]:
@@ -206,7 +214,7 @@ class StreamRun:
         """Refuses terms of all heads or neurons that, with the biases inside the block, do not sum to the block's output.
 
         Args:
-            direction: The reading's, in front of the norm on the output.
+            direction: The reading's, in front of the norm on the output, times the block's multiplier.
             bias: Of the attention or MLP, in front of that norm.
             after: What the norm's own bias adds to the metric.
         """

@@ -32,7 +32,16 @@ from tqdm.auto import tqdm
 
 from mechkit.attribution._readout import COPIES
 from mechkit.attribution.logit_lens import kl
-from mechkit.hooks import Budget, FrozenNorm, HookedModel, record, wide_dtype, widen
+from mechkit.hooks import (
+    Budget,
+    HookedModel,
+    check_readout,
+    final_norm,
+    is_linear_readout,
+    record,
+    wide_dtype,
+    widen,
+)
 from mechkit.prompts import Prompts
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0)  # relative to the mean eigenvalue of the covariance
@@ -153,6 +162,7 @@ def _collect(model: HookedModel, prompts: Prompts, layers: Sequence[int], skip: 
         for first in range(0, len(ids), fits):
             tokens = torch.stack([prompts.tokens[i] for i in ids[first : first + fits]]).to(model.device)
             run = record(model, tokens, sites, blocks=False)
+            check_readout(model, run, "a lens")
             end = run.resid[-1]
             resid.append(torch.stack([run.sites[site].to(end.device) for site in sites])[:, :, skip:].flatten(1, 2))
             final.append(end[:, skip:].flatten(0, 1))
@@ -172,7 +182,10 @@ def _fit_group(
     held = Positions(held.layers[:, order], held.final[order])
     quick = _quick(model, held, settings, room, generator)
     length = train.final.pow(2).mean(-1).sqrt().mean()  # the final stream's usual RMS
-    target = train.final / train.final.pow(2).mean(-1, keepdim=True).sqrt() * length
+    # Where the head norms what it reads, only the direction counts: positions with a huge stream should not decide everything.
+    target = train.final
+    if _is_scale_free(model, train.final[:8]):
+        target = target / target.pow(2).mean(-1, keepdim=True).sqrt() * length
     hidden = _least_seen(model, train.final) * length * model.d_model**0.5
     whitened = [_Whitened(resid, target) for resid in train.layers]
     start = [_closed_form(model, one, hidden, quick, i) for i, one in enumerate(whitened)]
@@ -226,8 +239,10 @@ class _Whitened:
 
 def _least_seen(model: HookedModel, like: Tensor) -> Float[Tensor, "d_model"]:
     """The unit vector in the residual stream whose effect on differences of logits is least, through the final norm."""
+    if not is_linear_readout(model):
+        return torch.linalg.eigh(_gram_of_gradients(model, like)).eigenvectors[:, 0].to(like)
     with torch.no_grad():
-        norm = FrozenNorm(model.bridge.ln_final, like[:1].to(model.dtype), "final norm")
+        norm = final_norm(model, like[:1].to(model.dtype))
         reads = norm.gain.to(like)[:, None] * model.W_U.detach().to(like)  # [d_model d_vocab]
         reads = reads - reads.mean(1, keepdim=True)
         gram = (reads @ reads.T).double()
@@ -235,6 +250,29 @@ def _least_seen(model: HookedModel, like: Tensor) -> Float[Tensor, "d_model"]:
             gram = gram - gram.mean(0)
             gram = gram - gram.mean(1, keepdim=True) + gram.trace() / len(gram)
         return torch.linalg.eigh(gram).eigenvectors[:, 0].to(like)
+
+
+def _gram_of_gradients(model: HookedModel, like: Tensor) -> Float[Tensor, "d_model d_model"]:
+    """What a head that is not a norm and a matrix reads: the second moments of gradients of random sums of its logits."""
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.randint(len(like), (4 * model.d_model,), generator=generator)
+    gram = torch.zeros(model.d_model, model.d_model, dtype=torch.float64, device=like.device)
+    for rows in chosen.split(max(1, 2**24 // model.d_vocab)):
+        with torch.enable_grad():
+            at = like[rows.to(like.device)].to(model.dtype).detach().requires_grad_()
+            logits = widen(model.unembed(at))
+            signs = torch.randn(logits.shape, generator=generator).to(logits)
+            (gradient,) = torch.autograd.grad((logits * (signs - signs.mean(1, keepdim=True))).sum(), at)
+        gram += gradient.double().T @ gradient.double()
+    return gram
+
+
+@torch.no_grad()
+def _is_scale_free(model: HookedModel, like: Float[Tensor, "row d_model"]) -> bool:
+    """Whether logits are the same where the final stream is twice as long, as they are behind a norm."""
+    at = like.to(model.dtype)
+    logits, doubled = widen(model.unembed(at)), widen(model.unembed(2 * at))
+    return float((doubled - logits).abs().max()) < 0.05 * float(logits.abs().max())
 
 
 @torch.no_grad()

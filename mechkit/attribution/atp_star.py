@@ -29,7 +29,13 @@ from mechkit.attribution._cells import Chosen
 from mechkit.attribution._nodes import AnyMetric, Chunk, Key, Study, check_one_site, hook_name, make_study
 from mechkit.attribution.attribution_patching import check_reached, tapped
 from mechkit.attribution.integrated_gradients import runs_of, unedited
-from mechkit.hooks import SITES, HookedModel, frozen_parameters, get_site, has_final_norm, one_at_a_time
+from mechkit.hooks import (
+    SITES,
+    HookedModel,
+    frozen_parameters,
+    get_site,
+    one_at_a_time,
+)
 from mechkit.prompts import PromptPairs
 from mechkit.result import Result
 
@@ -75,8 +81,6 @@ def atp_star(
             f"qk_fix: the softmax moves with a whole query or key, not with one entry of it; leave 'neuron' out of "
             f"over={over!r}, or use qk_fix=False"
         )
-    if grad_drop and not has_final_norm(model):
-        raise ValueError(f"grad_drop: {model.name} has no final norm in front of its unembedding; use grad_drop=False")
     if grad_drop and model.n_layers < 2:
         raise ValueError("grad_drop: expected a model of at least 2 layers, since a node's own layer is never dropped")
     if grad_drop and get_site(site).name in ("embed", "resid_pre", "resid_mid", "resid_post"):

@@ -27,7 +27,7 @@ from torch import Tensor
 from mechkit.attribution._cells import choose_indices, choose_positions, position_labels, split_prompts
 from mechkit.attribution._reading import Direction, as_direction, to_result
 from mechkit.attribution._stream import StreamRun, labels, needed
-from mechkit.hooks import Budget, HookedModel, check_can_run, one_at_a_time, wide_dtype
+from mechkit.hooks import Budget, HookedModel, check_can_run, mlp_weight, one_at_a_time, wide_dtype
 from mechkit.prompts import PromptPairs, Prompts
 from mechkit.result import Result
 
@@ -131,7 +131,7 @@ def _chosen(
     for name, chosen, wanted in (*given, ("positions", positions, {"src", "position"})):
         if chosen is not None and not wanted & set(dims):
             raise ValueError(f"{name}: given, but {' or '.join(sorted(wanted))} is not among the dims {over!r}")
-    if "neuron" in dims and getattr(getattr(model.bridge.blocks[0], "mlp", None), "W_out", None) is None:
+    if "neuron" in dims and mlp_weight(model, 0, "out") is None:
         raise ValueError(
             f"over: the MLPs of {model.name} ({model.cfg.architecture}) have no single output matrix whose rows are neurons, so "
             "they cannot be split into neurons; over='component' gives each MLP's total"

@@ -40,7 +40,12 @@ from mechkit.attribution._head_weights import (
     through_ov,
     weights_result,
 )
-from mechkit.hooks import HookedModel, one_at_a_time, widen
+from mechkit.hooks import (
+    HookedModel,
+    check_linear_readout,
+    one_at_a_time,
+    widen,
+)
 from mechkit.result import Result
 
 Tokens = str | int | Sequence[str | int] | Tensor | None
@@ -120,6 +125,7 @@ def ov_circuit(
     layer, head = _head(model, layer, head)
     sources, outputs = _token_pair(model, ("source_tokens", source_tokens), ("output_tokens", output_tokens))
     probe_attention(model, [layer])
+    check_linear_readout(model, "an OV circuit")
     weight = widen(model.W_U[:, outputs])
     written = [through_ov(model, layer, head, x) for x in embedded_chunks(model, sources)]
     values = torch.cat([final_norm(model, x) @ weight for x in written])
@@ -190,6 +196,7 @@ def ov_svd(model: HookedModel, layer: int, head: int, k: int = 10, top: int = 10
         if not 1 <= value <= most:
             raise ValueError(f"{name}: expected 1..{most}, got {value}")
     probe_attention(model, [layer])
+    check_linear_readout(model, "an OV circuit")
     weights = next(folded_weights(model, [layer]))
     q_read, r_read = torch.linalg.qr(weights.W_V[head].double())
     q_write, r_write = torch.linalg.qr(weights.W_O[head].mT.double())

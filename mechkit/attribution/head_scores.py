@@ -42,7 +42,18 @@ from mechkit.attribution._head_weights import (
     weight_of,
     weights_result,
 )
-from mechkit.hooks import Budget, HookedModel, check_can_run, one_at_a_time, post_norm, record, widen
+from mechkit.hooks import (
+    Budget,
+    HookedModel,
+    check_can_run,
+    check_linear_readout,
+    check_readout,
+    one_at_a_time,
+    post_norm,
+    record,
+    widen,
+    write_scale,
+)
 from mechkit.prompts import PromptPairs, Prompts
 from mechkit.result import Result
 
@@ -316,6 +327,7 @@ def _copying(
     model: HookedModel, layers: Sequence[int], heads: Sequence[int], progress: bool
 ) -> Float[Tensor, "layer head"]:
     """Eigenvalues of E V O U [vocabulary vocabulary] are those of O (U E) V [d_head d_head], and zeros."""
+    check_linear_readout(model, "a copying score from weights")
     probe_attention(model, layers)
     through = torch.zeros(model.d_model, model.d_model, dtype=widen(_scalar(model)).dtype, device=model.device)
     for tokens in torch.arange(model.d_vocab).split(CHUNK):
@@ -354,7 +366,7 @@ def _name_mover_copy(
             kept["stream"] = activation.clone()
 
         with model.hooks([(("resid_post", 0), keep)]):
-            record(model, tokens, blocks=False)
+            check_readout(model, record(model, tokens, blocks=False), "a copying score")
         everyone = torch.arange(len(ids), device=tokens.device)[:, None]
         if positions is None:
             at = torch.arange(tokens.shape[1], device=tokens.device).expand(len(ids), -1)
@@ -366,7 +378,9 @@ def _name_mover_copy(
                 continue
             v = project(model, layer, stream, "V")[:, [head // shared for head in heads]]
             W_O, norm = weight_of(model, layer, "W_O")[list(heads)], post_norm(model, layer)
-            written = sign * torch.einsum("rhd,hdm->hrm", v, W_O).flatten(0, 1)
+            written = (
+                sign * write_scale(model.bridge.blocks[layer]) * torch.einsum("rhd,hdm->hrm", v, W_O).flatten(0, 1)
+            )
             written = written if norm is None else norm(written)
             parts = zip(written.split(at_once), own.repeat(len(heads)).split(at_once), strict=True)
             among = torch.cat([_among_top(model.unembed(o), token) for o, token in parts])

@@ -27,7 +27,6 @@ from mechkit.hooks import (
     Budget,
     HookedModel,
     check_can_run,
-    check_final_norm,
     check_tokens,
     get_site,
     one_at_a_time,
@@ -175,7 +174,6 @@ def _target(model: HookedModel, target: str | Tensor | Sequence[int] | Prompts) 
 
 def _check_arguments(model: HookedModel, base: Prompts, goal: Tensor, k: int, max_new_tokens: int) -> None:
     check_can_run(model, {"prompt": base})
-    check_final_norm(model, "a patchscope")
     check_k(model, k)
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 0:
         raise ValueError(f"max_new_tokens: expected 0 or more, got {max_new_tokens!r}")

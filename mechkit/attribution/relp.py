@@ -35,9 +35,10 @@ from mechkit.hooks import (
     FrozenNorm,
     HookedModel,
     attached_hooks,
-    check_final_norm,
+    check_linear_readout,
     frozen_parameters,
     get_site,
+    mlp_weight,
     one_at_a_time,
 )
 from mechkit.prompts import PromptPairs
@@ -76,7 +77,6 @@ def relp(
             experts, for whose routing there is no rule; a norm that is neither a LayerNorm nor an RMSNorm.
     """
     check_one_site(site)
-    check_final_norm(model, "relevance propagation")
     if attention not in ("gradient", "frozen"):
         raise ValueError(f"attention: expected 'gradient' or 'frozen', got {attention!r}")
     if attention == "frozen" and get_site(site).name in ("q", "k", "attn_scores", "pattern"):
@@ -110,8 +110,10 @@ class _Carried(torch.autograd.Function):
 @contextmanager
 def relevance_rules(model: HookedModel, attention: str) -> Iterator[None]:
     """Inside, the model computes what it always does, and gradients flow back by the rules above."""
+    check_linear_readout(model, "relevance propagation")
     hooks: list[tuple[str, Callable[..., Tensor | None]]] = []
-    norms = [("ln_final", model.bridge.ln_final)]
+    final = getattr(model.bridge, "ln_final", None)
+    norms = [] if final is None else [("ln_final", final)]
     for layer, block in enumerate(model.bridge.blocks):
         norms += [
             (f"blocks.{layer}.{name}", norm) for name in _NORMS if (norm := getattr(block, name, None)) is not None
@@ -145,7 +147,7 @@ def _norm_rule(model: HookedModel, name: str, module: Any) -> list[tuple[str, Ca
 
 def _mlp_rule(model: HookedModel, layer: int) -> list[tuple[str, Callable[..., Tensor | None]]]:
     mlp = f"blocks.{layer}.mlp"
-    if not hasattr(model.bridge.blocks[layer].mlp, "W_out") or model.bridge.blocks[layer].mlp.W_out is None:
+    if mlp_weight(model, layer, "out") is None:
         raise ValueError(
             f"model: {model.name} ({model.cfg.architecture}) routes its MLPs among experts, for which relevance propagation has "
             "no rule here; use attribution_patching or integrated_gradients"

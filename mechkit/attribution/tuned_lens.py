@@ -29,7 +29,11 @@ from mechkit._drawn import Drawn
 from mechkit._safetensors import read, write
 from mechkit.attribution._cells import choose_indices, provenance_of, split_prompts
 from mechkit.attribution._tuned_fit import Settings, fit_translators
-from mechkit.hooks import HookedModel, check_can_run, check_final_norm, one_at_a_time
+from mechkit.hooks import (
+    HookedModel,
+    check_can_run,
+    one_at_a_time,
+)
 from mechkit.prompts import PromptPairs, Prompts
 
 _FORMAT = 1
@@ -107,11 +111,11 @@ class TunedLens(Drawn):
             progress: Show a progress bar when it takes long.
 
         Raises:
-            ValueError: fewer than two prompts, an argument out of range, training mode, a model with no final norm.
+            ValueError: fewer than two prompts, an argument out of range, training mode, a model whose logits are not a
+                function of its last block's output.
         """
         text, _, _ = split_prompts(prompts)
         check_can_run(model, {"prompt": text})
-        check_final_norm(model, "a lens")
         chosen = choose_indices("layers", range(model.n_layers - 1) if layers is None else layers, model.n_layers)
         if model.n_layers - 1 in chosen:
             raise ValueError(f"layers: the last layer, {model.n_layers - 1}, needs no translator; leave it out")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mechkit.attribution._cells import choose_indices, choose_positions
 from mechkit.attribution._nodes import AnyMetric, Study, check_study
-from mechkit.hooks import Budget, HookedModel, check_final_norm
+from mechkit.hooks import Budget, HookedModel
 from mechkit.hooks._causality import same_so_far
 from mechkit.metrics import metric_for
 from mechkit.prompts import PromptPairs, Prompts
@@ -27,7 +27,6 @@ def edge_study(
         raise ValueError(f"direction: expected 'denoise' or 'noise', got {direction!r}")
     if not isinstance(pairs, PromptPairs):
         raise ValueError(f"pairs: expected PromptPairs, whose two runs are compared; got {type(pairs).__name__}")
-    check_final_norm(model, "a circuit of edges")
     runs = ("corrupted", "clean") if direction == "denoise" else ("clean", "corrupted")
     base, source = (getattr(pairs, run) for run in runs)
     metric = metric_for(metric, pairs)

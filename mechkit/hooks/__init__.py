@@ -2,13 +2,11 @@
 
 from mechkit.hooks._anatomy import PostNorm as PostNorm
 from mechkit.hooks._anatomy import adds_positions as adds_positions
-from mechkit.hooks._anatomy import has_final_norm as has_final_norm
 from mechkit.hooks._anatomy import into_post_norm as into_post_norm
 from mechkit.hooks._anatomy import post_norm as post_norm
 from mechkit.hooks._cache import ActivationCache as ActivationCache
 from mechkit.hooks._causality import agree_before_difference as agree_before_difference
 from mechkit.hooks._checks import check_can_run as check_can_run
-from mechkit.hooks._checks import check_final_norm as check_final_norm
 from mechkit.hooks._checks import check_tokens as check_tokens
 from mechkit.hooks._chunk import Derived as Derived
 from mechkit.hooks._edits import Cell as Cell
@@ -35,6 +33,15 @@ from mechkit.hooks._norms import FrozenNorm as FrozenNorm
 from mechkit.hooks._parts import Parts as Parts
 from mechkit.hooks._precision import wide_dtype as wide_dtype
 from mechkit.hooks._precision import widen as widen
+from mechkit.hooks._projections import head_bias as head_bias
+from mechkit.hooks._projections import head_weight as head_weight
+from mechkit.hooks._projections import mlp_bias as mlp_bias
+from mechkit.hooks._projections import mlp_weight as mlp_weight
+from mechkit.hooks._projections import write_scale as write_scale
+from mechkit.hooks._readout import check_linear_readout as check_linear_readout
+from mechkit.hooks._readout import check_readout as check_readout
+from mechkit.hooks._readout import final_norm as final_norm
+from mechkit.hooks._readout import is_linear_readout as is_linear_readout
 from mechkit.hooks._replay import CannotReplayError as CannotReplayError
 from mechkit.hooks._replay import Replayer as Replayer
 from mechkit.hooks._replay import Run as Run

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from mechkit.hooks._anatomy import has_final_norm
 from mechkit.hooks._edits import SOURCE, EditGroup
 from mechkit.hooks._measure import check_metric
+from mechkit.hooks._projections import check_in_place
 from mechkit.prompts import Prompts
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def check_can_run(model: HookedModel, prompts: Mapping[str, Prompts] | None = No
     """
     if model.training:
         raise ValueError("model: expected evaluation mode, got training mode (dropout would be on). Call model.eval()")
+    check_in_place(model)
     for name, several in (prompts or {}).items():
         for i, tokens in enumerate(several.tokens):
             check_tokens(model, tokens, f"{name} {i}")
@@ -56,15 +57,6 @@ def check_tokens(model: HookedModel, tokens: Tensor, what: str) -> None:
     longest = getattr(model.cfg, "n_ctx", None)
     if longest is not None and model.cfg.positional_embedding_type == "standard" and len(tokens) > longest:
         raise ValueError(f"{what}: expected at most {longest} tokens, the model's learned positions; got {len(tokens)}")
-
-
-def check_final_norm(model: HookedModel, what: str) -> None:
-    """Raises `ValueError` for a model whose logits are not read off its residual stream through a final norm."""
-    if not has_final_norm(model):
-        raise ValueError(
-            f"model: {what} needs a final norm between residual stream and unembedding; {model.name} "
-            f"({model.cfg.architecture}) has none"
-        )
 
 
 def check_group(state: State, group: EditGroup) -> None:

@@ -19,6 +19,7 @@ from mechkit.hooks._measure import call_metric, logits_at_hand, read_metric
 from mechkit.hooks._memory import Budget
 from mechkit.hooks._plain import Attention
 from mechkit.hooks._precision import Rounding, wide_dtype, widen
+from mechkit.hooks._readout import head_device
 from mechkit.hooks._replay import Run, attached_edits, watched_streams
 from mechkit.hooks._sites import SITES
 from mechkit.metrics import CallableMetric, Metric
@@ -111,8 +112,8 @@ class State:
     def read_tokens(self) -> Tensor | None:
         """The tokens whose logits the metric reads, where the unembedding is; `None` reads all."""
         tokens = getattr(self.metric, "tokens", None)
-        device = self.model.bridge.unembed.original_component.weight.device
-        return tokens if tokens is None or device.type == "meta" else tokens.to(device)
+        device = head_device(self.model)
+        return tokens if tokens is None or device is None else tokens.to(device)
 
     @cached_property
     def reads_last(self) -> bool:

@@ -19,14 +19,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechkit.hooks._anatomy import has_final_norm, unembeds_final_stream
 from mechkit.hooks._causality import ROUNDING, agree_before_difference, same_so_far
 from mechkit.hooks._devices import to_device
 from mechkit.hooks._hooking import HookFunction, Hooks
@@ -34,6 +33,7 @@ from mechkit.hooks._lock import lock_of
 from mechkit.hooks._measure import call_metric, read_metric
 from mechkit.hooks._memory import out_of_memory
 from mechkit.hooks._precision import TOLERANCE, widen
+from mechkit.hooks._readout import check_logits_of_stream, unembeds_final_stream
 from mechkit.hooks._replay import CannotReplayError, Replayer, Run, record
 from mechkit.metrics import CallableMetric, Metric
 
@@ -109,10 +109,9 @@ class GradientRuns:
         """
         self.model, self.base, self.block_tokens = model, base, 0
         self.how = "suffix"
+        self._reads = False  # whether logits of whole runs were found to be those read off their final streams
         if whole is None and model.has_hooks:
             whole = "other hooks are attached to the model"
-        if whole is None and not has_final_norm(model):
-            whole = "the model has no final norm in front of its unembedding"
         length = base.shape[1]
         self.start = start if 3 * start >= length and whole is None else 0
         self._replayer: Replayer | None = None
@@ -143,7 +142,7 @@ class GradientRuns:
             if not prove:
                 return None
             if not unembeds_final_stream(model, run):
-                return "the logits are not the final norm and unembedding of the last block's output"
+                return "the logits are not a function of the last block's output"
             if defer:
                 self._unproved = True
                 return None
@@ -266,7 +265,7 @@ class GradientRuns:
             leaf: Whether gradients are to flow back to the first thing that is computed, for `torch.autograd.grad`.
 
         Returns:
-            That leaf (`None` without one), and the final residual stream (the logits, for a model without a final norm).
+            That leaf (`None` without one), and the final residual stream.
         """
         if self._replayer is None:
             return self._whole(tokens, hooks, hidden, layer, leaf)
@@ -332,6 +331,9 @@ class GradientRuns:
                 leaves.append(entering)
             return entering
 
+        def keep_final(module: object, args: object, output: Any) -> None:
+            kept.append(output[0] if isinstance(output, tuple | list) else output)
+
         at = "hook_embed" if hidden is None and self.model.has_site("embed") else f"blocks.{layer}.hook_resid_pre"
         handles = []
         with Hooks(self.model.bridge) as attached:
@@ -339,32 +341,27 @@ class GradientRuns:
                 attached.attach(at, enter)
             for name, fn in hooks:
                 attached.attach(name, fn)
-            if has_final_norm(self.model):
-                one = self.model.bridge.ln_final.register_forward_pre_hook(lambda module, args: kept.append(args[0]))
-                handles.append(one)
-                one = self.model.bridge.unembed.register_forward_pre_hook(
-                    lambda module, args: (args[0][:, -1:], *args[1:])
-                )
-                handles.append(one)  # what the model itself unembeds is not used
+            handles.append(self.model.bridge.blocks[-1].register_forward_hook(keep_final))
+            one = self.model.bridge.unembed.register_forward_pre_hook(lambda module, args: (args[0][:, -1:], *args[1:]))
+            handles.append(one)  # what the model itself unembeds is not used
             try:
                 logits = self.model.bridge(tokens)
             finally:
                 for handle in handles:
                     handle.remove()
-        return leaves[0] if leaves else None, kept[0] if kept else logits
+        if not self._reads:
+            check_logits_of_stream(self.model, kept[-1][:2, -1].detach(), logits[:2, -1].detach(), "a gradient")
+            self._reads = True
+        return leaves[0] if leaves else None, kept[-1]
 
     def logits(self, final: Tensor, positions: Int[Tensor, "row"], tokens: Int[Tensor, "token"] | None) -> Tensor:
         """The logits of chosen tokens where each row is read, `[row token]`, from what `forward` returned."""
         rows = torch.arange(len(final), device=final.device)
         at = final[rows, positions.to(final.device) - self.start]
-        if has_final_norm(self.model):
-            return widen(self.model.unembed(at, tokens))
-        return widen(at if tokens is None else at[:, tokens.to(at.device)])
+        return widen(self.model.unembed(at, tokens))
 
     def all_logits(self, final: Tensor, prompt: Int[Tensor, "row"]) -> Float[Tensor, "row pos d_vocab"]:
         """The logits at every position; those before `start` are the base run's."""
-        if not has_final_norm(self.model):
-            return widen(final)
         if self.start:
             assert self._prefix_final is not None
             final = torch.cat([self._prefix_final[self._prefix_of[prompt]], final], 1)

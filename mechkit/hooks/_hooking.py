@@ -7,8 +7,9 @@ TransformerLens's hook points are used as they are, but for three kinds of site:
   edit of the residual stream is one. For the same reason its gradient is the tensor's own, what comes back from the MLP and
   along the residual connection together, and a new gradient replaces both.
 - `result` (each head's own contribution to `attn_out`) is behind a flag in TransformerLens. Here it is computed from `z`
-  and `W_O` when somebody asks, and an edit is added to the attention's output as a difference. Where the flag is on, the
-  attention is computed from the results themselves, and TransformerLens's own hook point serves.
+  and the output projection's matrix when somebody asks, times the constant that the block multiplies its attention's output with
+  (Granite), and an edit is added to the attention's output as a difference. An adapter on the projection is part of its matrix.
+  Where the flag is on, the attention is computed from the results themselves, and TransformerLens's own hook point serves.
 - `pattern` and `attn_scores` where TransformerLens leaves the attention to Hugging Face (GPT-J, GPT-Neo, OPT): there its
   hooks fire after the fact and edits are dropped. Here the softmax inside that attention is intercepted.
 
@@ -28,10 +29,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from mechkit.hooks._lock import lock_of
+from mechkit.hooks._projections import output_weight, write_scale
 from mechkit.hooks._sites import parse_hook_name
 
 HookFunction = Callable[..., Tensor | None]  # fn(activation, hook=hook_point) -> new activation, or None to leave it
 Direction = Literal["fwd", "bwd"]
+# Where a bridge keeps why a layer's heads do not sum to what the layer's attention adds to the stream (`_heads.py`)
+NOT_HEADS = "_mechkit_not_heads"
 
 
 def hook_points(bridge: Any) -> dict[str, Any]:
@@ -82,7 +86,12 @@ class Hooks:
             checked = _by_head(checked, width)
         step = _Step(checked, point, direction)
         if site is not None and site.name == "result" and not _exposes_results(self._bridge.blocks[layer].attn):
-            self._removers.append(_ResultSeam.of(self._bridge.blocks[layer].attn).add(step))
+            if (why := self._bridge.__dict__.get(NOT_HEADS, {}).get(layer)) is not None:
+                raise ValueError(
+                    f"site: 'result' is what a head adds to the residual stream, but {why}; patch 'z' instead"
+                )
+            heads = _ResultSeam.of(self._bridge.blocks[layer], layer, int(self._bridge.cfg.n_heads))
+            self._removers.append(heads.add(step))
         elif site is not None and site.name in ("pattern", "attn_scores") and self._is_delegated(layer):
             module = self._bridge.blocks[layer].attn.original_component
             seam = _SoftmaxSeam.of(module, int(self._bridge.cfg.n_heads))
@@ -174,20 +183,23 @@ class _ResultSeam:
 
     _KEY = "_mechkit_result_seam"
 
-    def __init__(self, attention: Any) -> None:
-        self._attention = attention
+    def __init__(self, block: Any, layer: int | None, n_heads: int) -> None:
+        self._attention, self._scale = block.attn, write_scale(block)
+        self._weight = partial(output_weight, block, layer, n_heads)
+        self._n_heads = n_heads
         self._steps: list[_Step] = []
         self._z: list[Tensor] = []
-        projection = attention.o.original_component
+        output = block.attn.o
         self._handles = [
-            projection.register_forward_pre_hook(lambda _, args: self._z.append(args[0])),
-            attention.o.register_forward_hook(lambda _, args, output: self._output(output)),
+            output.original_component.register_forward_pre_hook(lambda _, args: self._z.append(args[0])),
+            output.register_forward_hook(lambda _, args, output: self._output(output)),
         ]
 
     @classmethod
-    def of(cls, attention: Any) -> _ResultSeam:
+    def of(cls, block: Any, layer: int | None, n_heads: int) -> _ResultSeam:
+        attention = block.attn
         if cls._KEY not in attention.__dict__:
-            attention.__dict__[cls._KEY] = cls(attention)
+            attention.__dict__[cls._KEY] = cls(block, layer, n_heads)
         seam: _ResultSeam = attention.__dict__[cls._KEY]
         return seam
 
@@ -204,8 +216,9 @@ class _ResultSeam:
         return remove
 
     def _output(self, attn_out: Tensor) -> Tensor | None:
-        weight = self._attention.W_O.to(attn_out.dtype)
-        z = einops.rearrange(self._z.pop(), "... (head d_head) -> ... head d_head", head=weight.shape[0])
+        z = self._z.pop()
+        weight = self._weight(z.shape[-1], attn_out).to(attn_out.dtype) * self._scale
+        z = einops.rearrange(z, "... (head d_head) -> ... head d_head", head=self._n_heads)
         self._z.clear()
         before = einops.einsum(z, weight, "... head d_head, head d_head d_model -> ... head d_model")
         after = given = before.clone()
@@ -216,7 +229,7 @@ class _ResultSeam:
         # Where something was written, comparing would make everybody wait for the device, for nothing.
         if not edited and not after.requires_grad and torch.equal(after, before):
             return None  # only looked at: leave the output bit for bit as it was
-        return attn_out + (after - before).sum(-2)
+        return attn_out + (after - before).sum(-2) / self._scale
 
 
 class _SoftmaxSeam:

@@ -100,6 +100,7 @@ def build_bridge(hf_model: Any, tokenizer: Any | None, name: str) -> Any:
         hf_model.config.architectures = [architecture]  # some configs lack it, and TransformerLens then refuses
     if hasattr(hf_model, "set_attn_implementation"):
         hf_model.set_attn_implementation("eager")
+    _give_head_a_weight(hf_model)
     with warnings.catch_warnings(), refusing(f"TransformerLens cannot hook {architecture}", hf_model):
         warnings.simplefilter("ignore")  # notes on optional aliases that this architecture lacks
         if tokenizer is None:  # boot_transformers would look for one on the hub
@@ -131,6 +132,16 @@ def _refusal(what: str, hf_model: Any, error: Exception) -> ValueError:
         f"model: {what} (model_type {kind!r}): {type(error).__name__}: {reason[:300]}. Other settings of this architecture may "
         "work; docs/models.md lists what does"
     )
+
+
+def _give_head_a_weight(hf_model: Any) -> None:
+    """TransformerLens looks at the `weight` of a head while it wraps a model, and fails where that is a `Sequential` of several.
+    Such a head gets one without content, which nobody reads."""
+    head, config = hf_model.get_output_embeddings(), hf_model.config.get_text_config()
+    if isinstance(head, torch.nn.Module) and not isinstance(getattr(head, "weight", None), Tensor):
+        head.__dict__["weight"] = torch.empty(
+            config.vocab_size, config.hidden_size, dtype=hf_model.dtype, device="meta"
+        )
 
 
 def probe_tokens(d_vocab: int) -> Tensor:

@@ -15,10 +15,13 @@ from mechkit.hooks import _load
 from mechkit.hooks._cache import ActivationCache
 from mechkit.hooks._copy import deep_copy
 from mechkit.hooks._devices import input_device
-from mechkit.hooks._hooking import HookFunction, Hooks
+from mechkit.hooks._heads import why_not_heads
+from mechkit.hooks._hooking import NOT_HEADS, HookFunction, Hooks
 from mechkit.hooks._identity import Identity
 from mechkit.hooks._lock import ModelLock, lock_of, one_at_a_time
+from mechkit.hooks._projections import in_place
 from mechkit.hooks._quantized import check_plain_weights
+from mechkit.hooks._readout import block_returns
 from mechkit.hooks._sites import parse_hook_name
 from mechkit.hooks._surface import Names, Surface, measure_sites
 from mechkit.hooks._text import Input, Text
@@ -49,10 +52,14 @@ class HookedModel(Surface, Weights, Text):
         self.revision = revision
         self._probe = probe  # the untouched Hugging Face model's logits on `probe_tokens`, if there was one
         self._identity = Identity()
+        self._readout: tuple[Any, bool] | None = None  # see _readout.py
         with self.lock.held("loads it"):
             with _load.refusing("its hooked model does not run", bridge.original_model):
                 # The first forward pass, in which TransformerLens attaches some hooks of its own
                 self._sizes = measure_sites(bridge, self.device)
+                self._block_returns = block_returns(bridge, self.device)
+            bridge.__dict__[NOT_HEADS] = why_not_heads(self)
+            self._in_place = in_place(bridge)
             self._attached_at_rest = self._attached()
             if probe is not None:
                 check_logits(self, probe)

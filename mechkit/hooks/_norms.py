@@ -4,8 +4,9 @@ LayerNorm, RMSNorm and their variants (Gemma's gain of 1 + w, norms without a bi
 
     y = scale(x) * gain * x + bias,    with x centred first in LayerNorm,
 
-where only `scale` depends on x. What a module's gain and bias are, and whether it centres, is *measured* from the module
-itself, so that no list of classes is needed, and whatever is not a norm of this form is refused.
+where only `scale` depends on x. What a module's gain and bias are, whether it centres, and whether it scales at all (an
+`Identity` in a norm's place does not), is *measured* from the module itself, so that no list of classes is needed, and whatever
+is not a norm of this form is refused.
 """
 
 from __future__ import annotations
@@ -26,15 +27,19 @@ class FrozenNorm:
     Attributes:
         gain, bias: `[d_model]`.
         centres: Whether the mean over `d_model` is subtracted first (LayerNorm) or not (RMSNorm).
+        normalizes: Whether the output has a length of its own; else `scale` is 1 everywhere (a norm that does nothing).
     """
 
     def __init__(self, module: Any, like: Float[Tensor, "... d_model"], name: str = "norm") -> None:
-        """Measures `module` (a bridge's norm, or any callable on `[... d_model]`) on vectors of the dtype and device of `like`.
+        """Measures `module` (a bridge's norm, or any callable on `[... d_model]`; `None` stands for no norm) on vectors of the
+        dtype and device of `like`.
 
         Raises:
             ValueError: it is not a norm of this form.
         """
         self._name = name
+        if module is None:
+            module = torch.nn.Identity()
         self._call = getattr(module, "original_component", None) or module  # without the bridge's hook points
         width, dtype, device = like.shape[-1], like.dtype, like.device
         with torch.no_grad():
@@ -44,7 +49,9 @@ class FrozenNorm:
             probe = torch.where(index % 2 == 0, 1.0, -1.0) * (1 + index / width)
             probe = (1000 * (probe - probe.mean())).to(like.dtype)
             rms = probe.double().pow(2).mean().sqrt()
-            self.gain = ((self._call(probe[None])[0] - self.bias).double() / probe.double() * rms).to(like.dtype)
+            once, twice = ((self._call(x[None])[0] - self.bias).double() for x in (probe, 2 * probe))
+            self.normalizes = bool((twice - once).abs().sum() <= (twice - 2 * once).abs().sum())
+            self.gain = (once / probe.double() * (rms if self.normalizes else 1.0)).to(like.dtype)
             of_constant = (self._call(torch.ones(1, width, dtype=dtype, device=device))[0] - self.bias).abs().mean()
         self.centres = bool(of_constant < 0.5 * self.gain.abs().mean())
 
@@ -57,7 +64,7 @@ class FrozenNorm:
                     f"{self._name}: expected finite activations, got NaN or inf; the weights may hold NaN, or the dtype overflow"
                 )
             shape = self._centred(x) * self.gain
-            scale = _along(y - self.bias, shape)
+            scale = _along(y - self.bias, shape) if self.normalizes else torch.ones_like(shape[..., :1])
             error = float((scale * shape + self.bias - y).abs().max() / y.abs().max().clamp(min=1e-30))
         if not error <= TOLERANCE[x.dtype]:
             raise ValueError(
@@ -69,7 +76,7 @@ class FrozenNorm:
     def live_scale(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... 1"]:
         """The same in the graph, so that gradients flow through the scale. The form is taken on trust: `scale` checks it."""
         shape = self._centred(x) * self.gain
-        return _along(self._call(x) - self.bias, shape)
+        return _along(self._call(x) - self.bias, shape) if self.normalizes else torch.ones_like(shape[..., :1])
 
     def linear(self, v: Float[Tensor, "... d_model"], scale: Float[Tensor, "... 1"]) -> Float[Tensor, "... d_model"]:
         """What `v`, as one term of the norm's input, adds to its output: `scale * gain * v`, without the bias."""

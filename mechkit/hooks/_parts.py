@@ -1,8 +1,9 @@
 """What a block is made of, as functions of the residual stream: who reads what, and who writes what.
 
 1. Queries, keys and values are linear in what the block's norm makes of the stream: `W_Q`, `W_K`, `W_V` by head.
-2. Heads write `z W_O`, one by one. Where a norm comes after the attention (Gemma 2 and 3, OLMo 2), its scale is that of the run
-   that `z` is from: the heads of one run then sum to what its attention wrote, exactly.
+2. Heads write `z W_O`, one by one, times the constant that a block may multiply its attention's output with (Granite). Where a
+   norm comes after the attention (Gemma 2 and 3, OLMo 2), its scale is that of the run that `z` is from: the heads of one run
+   then sum to what its attention wrote, exactly.
 3. The MLP is a function of the stream behind its norm. In parallel blocks it reads what the attention reads.
 
 Nothing is presumed: `check` holds every piece against a recorded run, and refuses a model of another form.
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from mechkit.hooks._anatomy import post_norm
 from mechkit.hooks._norms import TOLERANCE, FrozenNorm
+from mechkit.hooks._projections import Which, head_bias, head_weight, is_plain, write_scale
 from mechkit.hooks._replay import record
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ class Parts:
         self.parallel = not model.has_site("resid_mid")
         self.has_mlp = model.has_site("mlp_out")
         self._norms: dict[tuple[str, int], FrozenNorm] = {}
+        self._found: dict[tuple[int, str], Tensor] = {}
 
     def attention_input(self, layer: int, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
         """What queries, keys and values are made from: the stream behind the block's norm, if it has one."""
@@ -53,12 +56,11 @@ class Parts:
 
     def weight(self, layer: int, which: Projection) -> Float[Tensor, "head d_model d_head"]:
         """`W_Q`, `W_K` or `W_V`, without gradient; the last two by key-value head."""
-        weight: Tensor = getattr(self._attention(layer), f"W_{which.upper()}").detach()
-        return weight
+        return self._matrix(layer, which)
 
     def bias(self, layer: int, which: Projection) -> Float[Tensor, "head d_head"] | float:
         """`b_Q`, `b_K` or `b_V`; 0 where there is none."""
-        bias = getattr(self._attention(layer), f"b_{which.upper()}", None)
+        bias = head_bias(self.model, layer, which)
         return 0.0 if bias is None else bias.detach()
 
     def project(
@@ -77,12 +79,11 @@ class Parts:
 
     def heads(self, layer: int, z: Float[Tensor, "... head d_head"]) -> Float[Tensor, "... head d_model"]:
         """What each head writes into the stream, without the bias, which belongs to none of them."""
-        written = torch.einsum("...hd,hdm->...hm", z, self._attention(layer).W_O.detach())
+        written = torch.einsum("...hd,hdm->...hm", z, self._output(layer))
         norm = self._frozen("ln1_post", layer, written)
         if norm is None:
             return written
-        bias = getattr(self._attention(layer), "b_O", None)
-        together = written.sum(-2) if bias is None else written.sum(-2) + bias.detach()
+        together = written.sum(-2) + self._output_bias(layer, written)
         scale = norm.live_scale(together) if together.requires_grad else norm.scale(together)
         return norm.linear(written, scale[..., None, :])
 
@@ -104,6 +105,8 @@ class Parts:
         """What the MLP adds to the stream when it reads `x` in the stream."""
         block, flat = self.model.bridge.blocks[layer], x.reshape(-1, *x.shape[-2:])
         written = _call_mlp(block, self.mlp_input(layer, flat))
+        scale = write_scale(block)
+        written = written if scale == 1 else written * scale
         norm = post_norm(self.model, layer, "ln2_post")
         written = written if norm is None else norm(written)
         return written.reshape(x.shape)
@@ -182,10 +185,8 @@ class Parts:
 
     def written_by_bias(self, layer: int, z: Tensor) -> Tensor:
         """What attention adds beside its heads: its bias, and that of a norm behind it."""
-        attention = self._attention(layer)
-        bias = getattr(attention, "b_O", None)
-        added = z.new_zeros(self.model.d_model) if bias is None else bias.detach()
-        written = torch.einsum("...hd,hdm->...m", z, attention.W_O.detach()) + added
+        added = self._output_bias(layer, z)
+        written = torch.einsum("...hd,hdm->...m", z, self._output(layer)) + added
         norm = self._frozen("ln1_post", layer, written)
         return added if norm is None else norm.linear(added.expand_as(written), norm.scale(written)) + norm.bias
 
@@ -197,14 +198,23 @@ class Parts:
                 f"weights say (largest {float(expected.abs().max()):.1e}), so that its edges are not known"
             )
 
-    def _attention(self, layer: int) -> Any:
-        attention = self.model.bridge.blocks[layer].attn
-        if getattr(attention, "W_Q", None) is None or attention.W_Q.ndim != 3:
-            raise ValueError(
-                f"model: expected attention with weights by head in layer {layer} of {self.model.name} "
-                f"({self.model.cfg.architecture}), got none"
-            )
-        return attention
+    def _matrix(self, layer: int, which: Which) -> Float[Tensor, "head a b"]:
+        if (layer, which) in self._found:
+            return self._found[layer, which]
+        weight = head_weight(self.model, layer, which).detach()
+        if not is_plain(getattr(self.model.bridge.blocks[layer].attn, which).original_component):
+            self._found[layer, which] = weight  # it took a run of the module to find
+        return weight
+
+    def _output(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
+        """What heads write per unit of z: `W_O`, and the constant that the block multiplies its attention's output with."""
+        weight, scale = self._matrix(layer, "o"), write_scale(self.model.bridge.blocks[layer])
+        return weight if scale == 1 else weight * scale
+
+    def _output_bias(self, layer: int, like: Tensor) -> Float[Tensor, "d_model"]:
+        """The same for the attention's output bias; zeros where there is none."""
+        bias, scale = head_bias(self.model, layer, "o"), write_scale(self.model.bridge.blocks[layer])
+        return like.new_zeros(self.model.d_model) if bias is None else bias.detach() * scale
 
     def _normed(self, layer: int, names: tuple[str, ...], x: Tensor) -> Tensor:
         block = self.model.bridge.blocks[layer]

@@ -18,6 +18,8 @@ from typing import Any, Literal
 
 from torch import nn
 
+from mechkit.hooks._devices import input_device
+
 Attention = Literal["sdpa", "eager"]
 
 # Devices on which the fused attention is tried. On a CPU it was slower at a sweep's lengths: every head of SmolLM2, 4 prompts of
@@ -53,7 +55,7 @@ def _without_bridges(module: nn.Module, attention: Attention) -> nn.Module:
     plain._modules = {}
     for name in ("forward", "_old_forward"):
         if name in plain.__dict__:
-            plain.__dict__[name] = _rebound(plain.__dict__[name], module, plain)
+            plain.__dict__[name] = rebound(plain.__dict__[name], module, plain)
     if attention != "eager" and "config" in plain.__dict__:
         config: Any = copy.copy(plain.__dict__["config"])
         config._attn_implementation_internal = attention  # the setter would change nested configs, which are shared
@@ -64,7 +66,7 @@ def _without_bridges(module: nn.Module, attention: Attention) -> nn.Module:
     return plain
 
 
-def _rebound(forward: Any, module: nn.Module, plain: nn.Module) -> Any:
+def rebound(forward: Any, module: nn.Module, plain: nn.Module) -> Any:
     """A replaced `forward` of a module, as one of its copy: else the copy would run the module with its bridges.
 
     TransformerLens replaces Falcon's with a bound method; accelerate wraps those of modules that it moves in a `partial`.
@@ -82,9 +84,9 @@ def can_fuse(bridge: Any, calls: list[dict[str, Any]]) -> bool:
     It cannot cap scores (Gemma 2) nor give part of the attention to a sink (GPT-OSS); biases by distance (ALiBi) are left
     alone. Every layer must have been given its mask: without one, it would take the first key for the first query's own.
     """
-    if bridge.unembed.original_component.weight.device.type not in FUSED_ON:
-        return False
     model = bridge.original_model
+    if input_device(model).type not in FUSED_ON:
+        return False
     if not getattr(model, "_supports_sdpa", False) or getattr(model.config, "attn_logit_softcapping", None):
         return False
     if any(hasattr(module, "sinks") for module in model.modules()):

@@ -30,13 +30,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mechkit.hooks._anatomy import unembeds_final_stream
 from mechkit.hooks._chunk import Candidate, Chunk, first_differences, whole_streams
 from mechkit.hooks._devices import to_device
 from mechkit.hooks._edits import NEVER, Rows
 from mechkit.hooks._memory import out_of_memory
 from mechkit.hooks._plain import Attention, PlainBlocks, can_fuse
 from mechkit.hooks._precision import ObservedDtypes, Rounding
+from mechkit.hooks._readout import unembeds_final_stream
 from mechkit.hooks._replay import CannotReplayError, Replayer, UnreachedEditError, why_not
 from mechkit.metrics import Metric
 
@@ -75,7 +75,7 @@ def _refute(chunk: Chunk, start: Int[np.ndarray, "cell prompt"], absent: Mask, u
     if not _equal_before_the_first_difference(chunk):
         return "the two runs differ before their first different token: not a causal model"
     if not unembeds_final_stream(state.model, chunk.run):
-        return "the logits are not the final norm and unembedding of the last block's output"
+        return "the logits are not a function of the last block's output"
     if absent.all():
         return None  # there are no rows
     first, new_length = not proof.proved, chunk.run.length not in proof.proved

@@ -108,7 +108,8 @@ def record(
 
 def _keeps_other_state(model: HookedModel) -> str | None:
     """Why a model keeps more, or other things, from token to token than each layer's keys and values, as far as it says so."""
-    kinds = getattr(model.bridge.original_model.config.get_text_config(), "layer_types", None) or ()
+    config = getattr(model.bridge.original_model, "config", None)  # a model of TransformerLens's own has none
+    kinds = getattr(config and config.get_text_config(), "layer_types", None) or ()
     if other := sorted({kind for kind in kinds if not str(kind).endswith("attention") or "linear" in str(kind)}):
         return f"some of its layers are no attention over keys and values ({', '.join(map(str, other))})"
     if getattr(model.bridge.original_model, "_is_stateful", False):

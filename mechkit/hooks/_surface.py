@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mechkit.hooks._facts import Facts, Sizes
 from mechkit.hooks._hooking import Hooks, hook_points
+from mechkit.hooks._projections import is_plain
 from mechkit.hooks._sites import SITES, Site
 
 Names = str | tuple[str, int] | Sequence[str | tuple[str, int]] | Callable[[str], bool]
@@ -181,6 +182,9 @@ def _fits(site: Site, shape: tuple[int, ...], sizes: Mapping[str, int]) -> bool:
 
 def _splits_by_head(attention: Any, width: int, sizes: Mapping[str, int]) -> bool:
     """Whether the attention's output weight can be had by head."""
+    projection = getattr(getattr(attention, "o", None), "original_component", None)
+    if projection is not None and not is_plain(projection):
+        return True  # an adapter, say: whether it is linear is found when its heads are asked for (`_heads.py`)
     try:
         weight = attention.W_O
         shape = None if getattr(attention.o, "original_component", None) is None else tuple(weight.shape)

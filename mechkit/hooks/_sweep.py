@@ -23,7 +23,6 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mechkit.hooks._anatomy import has_final_norm
 from mechkit.hooks._cache import ActivationCache
 from mechkit.hooks._checks import check_sweep
 from mechkit.hooks._chunk import Chunk, Derived, State, Values, first_differences, whole_forward
@@ -209,8 +208,6 @@ def _cannot_replay(state: State) -> str | None:
         return "an edit before the first block"
     if state.model.has_hooks:
         return "other hooks are attached to the model"
-    if not has_final_norm(state.model):
-        return "the model has no final norm in front of its unembedding"
     return None
 
 

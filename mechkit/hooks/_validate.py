@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mechkit.hooks._heads import TOLERANCE, heads_errors
 from mechkit.hooks._load import probe_tokens
+from mechkit.hooks._replay import record
 
 if TYPE_CHECKING:
     from mechkit.hooks._model import HookedModel
-
-# Largest difference, as a share of the largest value compared, that rounding explains.
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,8 @@ class ValidationReport:
 
     Attributes:
         logits: Against the untouched Hugging Face model; `None` if there was none to compare with.
-        heads: Σ heads + bias against the attention output, worst layer.
+        heads: Σ heads + bias (times the block's multiplier, and through its norm on them, if it has these) against what the block
+            adds to the residual stream, worst layer.
         padding: Prompts run alone against the same prompts padded on the left and on the right, with a mask.
         unembed: The logits read from the final residual stream against the model's own.
         tolerance: What each was allowed.
@@ -49,13 +49,12 @@ def validate(model: HookedModel, probe: Tensor | None) -> ValidationReport:
     """Runs all checks. Raises `ValueError` at the first that fails."""
     tokens = probe_tokens(model.d_vocab).to(model.device)
     logits = model.bridge(tokens)
-    final: list[Tensor] = []
-    model.run_with_hooks(tokens, [("ln_final.hook_in", lambda x, hook: final.append(x))])
+    run = record(model, tokens, blocks=False)
     return ValidationReport(
         logits=None if probe is None else check_logits(model, probe),
         heads=_check_heads(model, tokens),
         padding=_check_padding(model, tokens, logits),
-        unembed=_checked(model, "logits read from the final residual", _relative(model.unembed(final[0]), logits)),
+        unembed=_checked(model, "logits read from the final residual", _relative(model.unembed(run.resid[-1]), logits)),
         tolerance=TOLERANCE[model.dtype],
     )
 
@@ -64,11 +63,10 @@ def _check_heads(model: HookedModel, tokens: Tensor) -> float | None:
     if not model.has_site("result"):
         return None
     worst = 0.0
-    for layer in model.layers_with("result"):
-        name = f"blocks.{layer}.attn.o.hook_out"
-        _, cache = model.run_with_cache(tokens, [("result", layer), name])
-        total = cache["result", layer].sum(-2) + model.b_O[layer]
-        worst = max(worst, _checked(model, f"sum of heads in layer {layer}", _relative(total, cache[name])))
+    for layer, error in heads_errors(model, tokens).items():
+        if isinstance(error, str):
+            raise ValueError(f"{model.name}: the heads of layer {layer} are not known: {error}")
+        worst = max(worst, _checked(model, f"sum of heads in layer {layer}, and what the layer adds,", error))
     return worst
 
 

@@ -1,0 +1,109 @@
+"""Do heads sum to what their block adds to the residual stream? Checked when a model is loaded, and by `validate`.
+
+1. `z W_O` of all heads and the bias must be what the output projection gives.
+2. That, times the block's multiplier (Granite) and through the norm behind the attention (Gemma 2 and 3, OLMo 2), must be what
+   the block adds to the stream, not a multiple of it. A block that does not add (BERT norms the sum) is not asked this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from mechkit.hooks._hooking import Hooks, hook_points
+from mechkit.hooks._parts import Parts
+from mechkit.hooks._projections import head_bias, head_weight
+from mechkit.hooks._sites import SITES
+
+if TYPE_CHECKING:
+    from mechkit.hooks._model import HookedModel
+
+# Largest difference that rounding explains.
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
+_NAMES = {site: SITES[site].hook for site in ("resid_pre", "attn_out", "mlp_out", "resid_mid", "resid_post")}
+_NAMES |= {"z": "blocks.{layer}.attn.o.hook_in", "heads": "blocks.{layer}.attn.o.hook_out"}
+
+
+@torch.no_grad()
+def heads_errors(model: HookedModel, tokens: Int[Tensor, "prompt pos"]) -> dict[int, float | str]:
+    """For each layer with heads how far they are from what its attention adds, as a share of the largest entry; or, where that
+    cannot be computed, why."""
+    parts = Parts(model)
+    errors: dict[int, float | str] = {}
+    for layer, sites in _recorded(model, tokens).items():
+        if not {"z", "heads", "attn_out"} <= set(sites):
+            continue
+        try:
+            errors[layer] = _error(parts, layer, sites)
+        except ValueError as error:
+            errors[layer] = str(error).removeprefix("model: ")
+        except (RuntimeError, NotImplementedError, AttributeError):  # not attention as it is known here
+            errors[layer] = "its attention has no output projection that can be split by head"
+    return errors
+
+
+def why_not_heads(model: HookedModel) -> dict[int, str]:
+    """For each layer whose heads are not what its block adds to the stream, why; found on one token."""
+    token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    found = {}
+    for layer, error in heads_errors(model, token).items():
+        if isinstance(error, str):
+            found[layer] = error
+        elif not error <= TOLERANCE[model.dtype]:
+            found[layer] = (
+                f"the heads of layer {layer} differ from what its block adds by {error:.1e} of the largest entry"
+            )
+    return found
+
+
+def _recorded(model: HookedModel, tokens: Tensor) -> dict[int, dict[str, Tensor]]:
+    points = hook_points(model.bridge)
+    kept: dict[int, dict[str, Tensor]] = {layer: {} for layer in range(model.n_layers)}
+    with Hooks(model.bridge) as hooks:
+        for layer in range(model.n_layers):
+            for site, template in _NAMES.items():
+                if (name := template.format(layer=layer)) in points:
+
+                    def keep(activation: Tensor, hook: object, into: tuple[int, str] = (layer, site)) -> None:
+                        kept[into[0]][into[1]] = activation.clone()
+
+                    hooks.attach(name, keep)
+        model.bridge(tokens)
+    return kept
+
+
+def _error(parts: Parts, layer: int, sites: Mapping[str, Tensor]) -> float:
+    model, output = parts.model, sites["attn_out"]
+    z = sites["z"].reshape(*output.shape[:-1], model.n_heads, -1)
+    together, bias = torch.einsum("...hd,hdm->...m", z, head_weight(model, layer, "o")), head_bias(model, layer, "o")
+    error = _relative(together if bias is None else together + bias, sites["heads"].reshape(output.shape))
+    if (factor := _added(sites)) is None:
+        return error
+    written = parts.heads(layer, z).sum(-2) + parts.written_by_bias(layer, z)
+    return max(error, _relative(written, output), abs(factor - 1))
+
+
+def _added(sites: Mapping[str, Tensor]) -> float | None:
+    """By which factor the block adds its attention's output; `None` where it adds something else, or that is not known."""
+    output, before = sites["attn_out"], sites.get("resid_pre")
+    after = sites.get("resid_mid", sites.get("resid_post"))
+    if before is None or after is None:
+        return None
+    added = (after - before).double()
+    if "resid_mid" not in sites and "mlp_out" in sites:
+        added = added - sites["mlp_out"].double()
+    output = output.double()
+    size = float(output.pow(2).sum())
+    if size == 0:
+        return None
+    factor = float((added * output).sum()) / size
+    is_multiple = float((added - factor * output).abs().max()) <= 0.01 * float(added.abs().max())
+    return factor if is_multiple else None
+
+
+def _relative(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max() / b.abs().max().clamp(min=1e-9))
