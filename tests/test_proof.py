@@ -1,4 +1,4 @@
-"""The proof of the replay is itself put to the test: it must refute every defect that moves a cell, and accept the right replay."""
+"""The proof of the replay, put to the test: it must refute every defect that moves a cell, and accept the right replay."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from test_exact import make_pairs, whole_vocabulary
 
 import mechkit as mk
 
-# gemma2 and gemma3 have windows, gptj, gpt_neox and falcon parallel blocks, bloom a bias by distance, opt and gpt2 learned positions
+# Windows (gemma2, gemma3, mistral), parallel blocks (gptj, gpt_neox, falcon), a bias by distance (bloom), learned positions (opt)
 TRIED = [name for name in FAMILIES if name not in ("mixtral", "qwen2", "qwen3", "phi")]
 TOLERANCE = 1e-8
 

@@ -22,6 +22,7 @@ from mechkit.hooks._lock import ModelLock, lock_of, one_at_a_time
 from mechkit.hooks._projections import in_place
 from mechkit.hooks._quantized import check_plain_weights
 from mechkit.hooks._readout import block_returns
+from mechkit.hooks._rotary import forget_lengths
 from mechkit.hooks._sites import parse_hook_name
 from mechkit.hooks._surface import Names, Surface, measure_sites
 from mechkit.hooks._text import Input, Text
@@ -53,6 +54,7 @@ class HookedModel(Surface, Weights, Text):
         self._probe = probe  # the untouched Hugging Face model's logits on `probe_tokens`, if there was one
         self._identity = Identity()
         self._readout: tuple[Any, bool] | None = None  # see _readout.py
+        forget_lengths(bridge.original_model)
         with self.lock.held("loads it"):
             with _load.refusing("its hooked model does not run", bridge.original_model):
                 # The first forward pass, in which TransformerLens attaches some hooks of its own

@@ -168,7 +168,7 @@ def _sweep_chunk(state: State, ids: Sequence[int], bar: tqdm) -> None:
         state.block_tokens += replayer.block_tokens
 
 
-def _refuse_leaks(state: State, attached: dict[tuple[int, str], int]) -> None:
+def _refuse_leaks(state: State, attached: Mapping[Any, int]) -> None:
     """Raises where a run left a hook behind: what came after it may be wrong."""
     if state.model._attached() != attached:
         raise RuntimeError(
