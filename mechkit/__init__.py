@@ -6,6 +6,7 @@ from mechkit import circuits as circuits
 from mechkit import plot as plot
 from mechkit import tasks as tasks
 from mechkit import zoo as zoo
+from mechkit._gap import GapWarning as GapWarning
 from mechkit._version import __version__ as __version__
 from mechkit.attribution import OVSVD as OVSVD
 from mechkit.attribution import Comparison as Comparison

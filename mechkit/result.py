@@ -26,6 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechkit._drawn import Drawn
+from mechkit._gap import warn_of_gap
 from mechkit._safetensors import read, write
 from mechkit._statistics import bootstrap, sign_flip_test
 
@@ -224,6 +225,9 @@ class Result(Drawn):
         With a prompt dim this is one ratio per prompt, which blows up for a prompt whose two runs are nearly alike.
         Prefer `result.mean("prompt").normalized()`: the ratio of the means.
 
+        Warns with a `GapWarning` where the two runs hardly differ (by less than a hundredth of their metric, or of what one
+        cell moves), and where the clean run is below the corrupted one (but for the KL divergence, of which less is better).
+
         Returns:
             A result with the same dims, baselines 0 and 1, and unit `'normalized'`.
 
@@ -239,6 +243,7 @@ class Result(Drawn):
                 f"normalized: expected clean and corrupted baselines that differ, got equal ones{self._where(tiny)}; "
                 "leave these out with sel(), or average over prompts first"
             )
+        warn_of_gap(clean, corrupted, self.values, self.metric, stacklevel=2)
         scaled = {name: self._compact((self._cells(name) - corrupted) / gap) for name in self.baseline}
         return replace(self, values=(self.values - corrupted) / gap, baseline=scaled, unit="normalized")
 

@@ -23,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechkit._drawn import Drawn
+from mechkit._gap import warn_of_gap
 from mechkit.circuits.graph import Edge, Graph
 from mechkit.result import Cost, Interval, Result
 
@@ -268,6 +269,7 @@ class EdgeScores(Drawn):
                 f"normalized: expected runs that differ, got means clean {clean:.4g} and corrupted {corrupted:.4g}; "
                 "use the scores as they are"
             )
+        warn_of_gap(clean, corrupted, corrupted, self.result.metric, stacklevel=2)
         values = self.result.values / gap.to(self.result.values)
         baseline = {
             name: ((b.double() - corrupted.to(b.device)) / gap.to(b.device)).to(b) for name, b in self.baseline.items()
