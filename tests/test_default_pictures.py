@@ -16,7 +16,7 @@ from mechkit.plot import Figure
 # What `import mechkit` offers that is no technique: it has no result to draw.
 OTHERS = {
     *("HookedModel", "ActivationCache", "Prompts", "PromptPairs", "Result", "Cost", "Metric", "Edit", "Graph", "SITES"),
-    *("accuracy", "kl_divergence", "log_prob", "logit_diff", "metric_factory", "prob_diff", "report"),
+    *("accuracy", "kl_divergence", "log_prob", "logit_diff", "metric_factory", "prob_diff", "report", "GapWarning"),
 }
 CLASSES = {
     *("Circuit", "CircuitReport", "Comparison", "EdgeScores", "Erasure", "FaithfulnessCurve", "OVSVD", "TopTokens"),
