@@ -70,9 +70,8 @@ def _mask_at_first_key(self: Replayer, name: str, value: Any, start: int, cut: A
 def _window_ignored(self: Replayer, name: str, value: Any, start: int, cut: Any) -> Any:
     if not _is_mask(self, value) or not cut.is_floating_point():
         return cut
-    length = self.run.length
-    seen = torch.ones(length, length, dtype=torch.bool, device=cut.device).tril()[start:]
-    return torch.where(seen, 0.0, torch.finfo(cut.dtype).min).to(cut)[None, None].expand_as(cut[..., :length])
+    seen = torch.ones(self.run.length, self.run.length, dtype=torch.bool, device=cut.device).tril()[start:]
+    return torch.zeros_like(cut).masked_fill(~seen, torch.finfo(cut.dtype).min)
 
 
 def _positions_not_cut(self: Replayer, name: str, value: Any, start: int, cut: Any) -> Any:
@@ -256,7 +255,6 @@ SWEEPS = (
     ("pattern", "layer head"),
     ("v", "layer head"),
     ("attn_out", "layer pos"),
-    ("q", "layer pos head"),
     ("result", "layer head"),
     ("z", "layer pos head"),
 )

@@ -50,7 +50,7 @@ class Study:
     values: dict[str, Tensor] = field(init=False)
     block_tokens: int = 0
     how: str = "suffix"
-    proofs: dict[bool, str | None] = field(default_factory=dict)
+    proofs: dict[tuple[int, int], str | None] = field(default_factory=dict)
     defer_proof: bool = False  # whether the first unedited runs are to be the proof (`GradientRuns.proved`)
 
     def __post_init__(self) -> None:

@@ -32,7 +32,7 @@ from mechkit.hooks._hooking import HookFunction, Hooks
 from mechkit.hooks._lock import lock_of
 from mechkit.hooks._measure import call_metric, read_metric
 from mechkit.hooks._memory import out_of_memory
-from mechkit.hooks._precision import TOLERANCE, widen
+from mechkit.hooks._precision import Rounding, widen
 from mechkit.hooks._readout import check_logits_of_stream, unembeds_final_stream
 from mechkit.hooks._replay import CannotReplayError, Replayer, Run, record
 from mechkit.metrics import CallableMetric, Metric
@@ -93,7 +93,7 @@ class GradientRuns:
         start: int,
         *,
         whole: str | None = None,
-        proofs: dict[bool, str | None] | None = None,
+        proofs: dict[tuple[int, int], str | None] | None = None,
         defer: bool = False,
     ) -> None:
         """
@@ -103,8 +103,8 @@ class GradientRuns:
             source: Prompts that equal the base prompts before `start`, if any are to be run.
             start: First position to run; moved to 0 where that is cheaper.
             whole: A reason to run whole forward passes from the outset.
-            proofs: What was found for longer prompts in the same call, with a prefix (`True`) and without: `None`, or why
-                suffixes cannot be run. What is found here is added.
+            proofs: What was found so far in the same call, by the prompts' length and their start: `None`, or why suffixes cannot
+                be run (which then holds for all). What is found here is added.
             defer: Leave the proof to the caller's own first runs, which saves a pass: see `proved`.
         """
         self.model, self.base, self.block_tokens = model, base, 0
@@ -121,11 +121,10 @@ class GradientRuns:
         self._sample_final: Tensor  # the final residual stream of the prompts that are the proof, by whole runs
         self._proofs = proofs = {} if proofs is None else proofs
         if whole is None:
-            known = bool(self.start) in proofs
-            whole = proofs[bool(self.start)] if known else None
+            whole = next((refuted for refuted in proofs.values() if refuted is not None), None)
             if whole is None:
-                whole = self._prepare(source, prove=not known, defer=defer)
-            proofs[bool(self.start)] = whole
+                whole = self._prepare(source, prove=(length, self.start) not in proofs, defer=defer)
+            proofs[length, self.start] = whole
         if whole is not None:
             self.start, self._replayer, self.how = 0, None, f"full: {whole}"
 
@@ -179,8 +178,8 @@ class GradientRuns:
     def _refuted(self, found: Float[Tensor, "row suffix d_model"]) -> str | None:
         """Why these final streams of the sample's suffixes are not those of its whole runs; `None` if they are."""
         expected = self._sample_final[: len(found), self.start :]
-        off = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
-        if not off <= TOLERANCE[self.model.dtype]:
+        rounding = Rounding.of(self.model.dtype)
+        if not (off := rounding.off(found, expected)) <= rounding.of_logits:
             return f"suffixes of runs differ from whole runs by {off:.1e} of the residual stream"
         return None
 
@@ -195,7 +194,7 @@ class GradientRuns:
         self._unproved = False
         whole = self._refuted(final.detach())
         if whole is not None:
-            self._proofs[bool(self.start)] = whole
+            self._proofs[self.base.shape[1], self.start] = whole
             self.start, self._replayer, self.how = 0, None, f"full: {whole}"
         return whole is None
 

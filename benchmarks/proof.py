@@ -1,0 +1,147 @@
+"""Does the proof of the replay refute what is wrong, and what does it cost?
+
+    python benchmarks/proof.py [--seeds 0 1 2 3 4] [--families gpt2 llama …] [--dtypes float64 bfloat16 float16] [--json out.json]
+    python benchmarks/proof.py --cost [--json out.json]
+
+Defects (`tests/planted.py`) are planted into the replay, one by one, in every kind of sweep of every family and seed: tiny random
+models. Whole forward passes give what is right. A defect *moves* a sweep if some cell is off by more than `--tolerance` when the
+replay is believed without a proof; it is *refuted* if the values with the proof are right, or if the sweep refuses to answer.
+In half precision a cell may be off by as much as the right replay is off from whole passes, thrice; what moves less cannot be
+told apart from rounding, and is listed.
+
+`--cost` counts the block-tokens of the proof in three sweeps of SmolLM2: every head, the stream by position, heads by position.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+import mechkit as mk
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def main() -> None:
+    from families import FAMILIES
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=[f for f in FAMILIES if f != "mixtral"])
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float64"])
+    parser.add_argument("--tolerance", type=float, default=1e-8, help="share of the largest value, in float64")
+    parser.add_argument("--cost", action="store_true", help="count what the proof costs on SmolLM2 instead")
+    parser.add_argument("--json", type=Path, help="write the figures there")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    report = cost() if args.cost else defects(args)
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+# -- defects -----------------------------------------------------------------------------------------------------------
+
+
+def defects(args: argparse.Namespace) -> dict[str, Any]:
+    from planted import DEFECTS
+
+    began, report = time.perf_counter(), {}
+    for dtype in args.dtypes:
+        tried, moving, refuted, missed, within = (Counter() for _ in range(5))
+        accepted: Counter[str] = Counter()
+        for family in args.families:
+            for seed in args.seeds:
+                for sweep, name, moved, left, rounding, how in one_model(family, seed, DTYPES[dtype]):
+                    accepted[how] += name is None
+                    if name is None:
+                        continue
+                    allowed = args.tolerance if dtype == "float64" else max(3 * rounding, 1e-4)
+                    tried[name] += 1
+                    if moved <= allowed:
+                        within[name] += moved > 1e-12
+                        continue
+                    moving[name] += 1
+                    right = left is None or left <= allowed
+                    refuted[name] += right
+                    if not right:
+                        missed[f"{name}: {family}, seed {seed}, {' over '.join(sweep)}: off by {left:.1e}"] += 1
+            print(f"{dtype} {family}: {sum(refuted.values())} of {sum(moving.values())} refuted so far", flush=True)
+        print(f"\n{dtype}: right replays {dict(accepted)}\n")
+        print(
+            "| defect | sweeps tried | moves a cell | refuted | moves less than rounding |\n| --- | --- | --- | --- | --- |"
+        )
+        for name in DEFECTS:
+            print(f"| {name} | {tried[name]} | {moving[name]} | {refuted[name]} | {within[name]} |")
+        print(*missed, sep="\n")
+        report[dtype] = {
+            "right replays": dict(accepted),
+            "defects": {n: [tried[n], moving[n], refuted[n], within[n]] for n in DEFECTS},
+            "columns": ["sweeps tried", "moves a cell", "refuted", "moves less than rounding"],
+            "missed": list(missed),
+        }
+    print(f"{time.perf_counter() - began:.0f} s")
+    return {"families": args.families, "seeds": args.seeds, "tolerance": args.tolerance} | report
+
+
+def one_model(family: str, seed: int, dtype: torch.dtype) -> Any:
+    from families import build_hf
+    from planted import DEFECTS, SWEEPS, off, outcome, swept
+    from test_exact import make_pairs, whole_vocabulary
+
+    model = mk.HookedModel.from_hf(build_hf(family, dtype, seed), name=family)
+    pairs = make_pairs(seed=seed)
+    metric = whole_vocabulary(pairs)
+    for sweep in SWEEPS:
+        if not model.has_site(sweep[0]):
+            continue
+        right = swept(model, pairs, metric, sweep, replay=False)
+        found = swept(model, pairs, metric, sweep)
+        rounding = off(found, right)
+        yield sweep, None, rounding, rounding, rounding, found.provenance["replay"]
+        for name in DEFECTS:
+            yield (sweep, name, *outcome(model, pairs, metric, sweep, name, right), rounding, "")
+
+
+# -- cost --------------------------------------------------------------------------------------------------------------
+
+
+def cost() -> dict[str, Any]:
+    """Block-tokens of the README's sweeps, and of the proof in them."""
+    from patching import NAMES, SWEEPS, TEMPLATE
+
+    model = mk.HookedModel.from_pretrained("smollm2-135m", device="cpu")
+    clean, corrupted = ([TEMPLATE.format(a, b, c if i else b) for a, b, c in NAMES] for i in (0, 1))
+    pairs = mk.PromptPairs.from_text(model, clean, corrupted, [(f" {a}", f" {b}") for a, b, _ in NAMES])
+    print("| sweep | block-tokens | of the proof | share |\n| --- | --- | --- | --- |")
+    report = {}
+    for name, (site, over) in SWEEPS.items():
+        cells = grid(model, site, over, len(pairs.clean.tokens[0]))
+        answers = mk.sweep(model, pairs.corrupted, cells, mk.logit_diff(pairs), source=pairs.clean, progress=False)
+        total = answers.cost.block_tokens
+        print(f"| {name} | {total:,} | {answers.proof:,} | {answers.proof / total:.1%} | {answers.replay}", flush=True)
+        report[name] = {"block_tokens": total, "proof": answers.proof, "replay": answers.replay}
+    return report
+
+
+def grid(model: mk.HookedModel, site: str, over: str, length: int) -> list[tuple[mk.Edit, ...]]:
+    heads = range(model.n_heads) if "head" in over else [None]
+    positions = range(length) if "pos" in over else [None]
+    return [
+        (mk.Edit(site, layer, head=head, pos=pos),)
+        for layer in range(model.n_layers)
+        for pos in positions
+        for head in heads
+    ]
+
+
+if __name__ == "__main__":
+    main()
