@@ -36,7 +36,10 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
-    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=[f for f in FAMILIES if f != "mixtral"])
+    known = [f for f in FAMILIES if f != "mixtral"]
+    parser.add_argument(
+        "--families", nargs="+", choices=[*known, "smollm2"], default=known, help="smollm2: the real model"
+    )
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float64"])
     parser.add_argument("--tolerance", type=float, default=1e-8, help="share of the largest value, in float64")
     parser.add_argument("--cost", action="store_true", help="count what the proof costs on SmolLM2 instead")
@@ -97,18 +100,29 @@ def one_model(family: str, seed: int, dtype: torch.dtype) -> Any:
     from planted import DEFECTS, SWEEPS, off, outcome, swept
     from test_exact import make_pairs, whole_vocabulary
 
-    model = mk.HookedModel.from_hf(build_hf(family, dtype, seed), name=family)
-    pairs = make_pairs(seed=seed)
-    metric = whole_vocabulary(pairs)
-    for sweep in SWEEPS:
-        if not model.has_site(sweep[0]):
-            continue
-        right = swept(model, pairs, metric, sweep, replay=False)
-        found = swept(model, pairs, metric, sweep)
+    if family == "smollm2":
+        model = mk.HookedModel.from_pretrained("smollm2-135m", device="cpu", dtype=dtype)
+        pairs, more = ioi(model, 2), {"layers": [12, 25, 28]}
+        metric, sweeps = mk.logit_diff(pairs), [("resid_pre", "layer pos"), ("z", "layer head")]
+    else:
+        model = mk.HookedModel.from_hf(build_hf(family, dtype, seed), name=family)
+        pairs, more = make_pairs(seed=seed), {}
+        metric, sweeps = whole_vocabulary(pairs), [sweep for sweep in SWEEPS if model.has_site(sweep[0])]
+    for sweep in sweeps:
+        right = swept(model, pairs, metric, sweep, replay=False, **more)
+        found = swept(model, pairs, metric, sweep, **more)
         rounding = off(found, right)
         yield sweep, None, rounding, rounding, rounding, found.provenance["replay"]
         for name in DEFECTS:
-            yield (sweep, name, *outcome(model, pairs, metric, sweep, name, right), rounding, "")
+            yield (sweep, name, *outcome(model, pairs, metric, sweep, name, right, **more), rounding, "")
+
+
+def ioi(model: mk.HookedModel, n: int) -> mk.PromptPairs:
+    """The first prompts of `benchmarks/patching.py`."""
+    from patching import NAMES, TEMPLATE
+
+    clean, corrupted = ([TEMPLATE.format(a, b, c if i else b) for a, b, c in NAMES[:n]] for i in (0, 1))
+    return mk.PromptPairs.from_text(model, clean, corrupted, [(f" {a}", f" {b}") for a, b, _ in NAMES[:n]])
 
 
 # -- cost --------------------------------------------------------------------------------------------------------------
@@ -116,11 +130,10 @@ def one_model(family: str, seed: int, dtype: torch.dtype) -> Any:
 
 def cost() -> dict[str, Any]:
     """Block-tokens of the README's sweeps, and of the proof in them."""
-    from patching import NAMES, SWEEPS, TEMPLATE
+    from patching import NAMES, SWEEPS
 
     model = mk.HookedModel.from_pretrained("smollm2-135m", device="cpu")
-    clean, corrupted = ([TEMPLATE.format(a, b, c if i else b) for a, b, c in NAMES] for i in (0, 1))
-    pairs = mk.PromptPairs.from_text(model, clean, corrupted, [(f" {a}", f" {b}") for a, b, _ in NAMES])
+    pairs = ioi(model, len(NAMES))
     print("| sweep | block-tokens | of the proof | share |\n| --- | --- | --- | --- |")
     report = {}
     for name, (site, over) in SWEEPS.items():

@@ -276,7 +276,13 @@ def off(found: mk.Result, right: mk.Result) -> float:
 
 
 def outcome(
-    model: mk.HookedModel, pairs: mk.PromptPairs, metric: Any, sweep: tuple[str, str], name: str, right: mk.Result
+    model: mk.HookedModel,
+    pairs: mk.PromptPairs,
+    metric: Any,
+    sweep: tuple[str, str],
+    name: str,
+    right: mk.Result,
+    **more: Any,
 ) -> tuple[float, float | None]:
     """By how much a defect moves a cell where nothing is proved (infinity if it raises), and by how much where it is (`None` if
     the sweep refuses to answer; not tried if the defect moves nothing)."""
@@ -284,7 +290,7 @@ def outcome(
     with DEFECTS[name]():
         try:
             with unproved():
-                moved = off(swept(model, pairs, metric, sweep), right)
+                moved = off(swept(model, pairs, metric, sweep, **more), right)
         except Exception:
             moved = float("inf")
     assert model._attached() == before
@@ -292,7 +298,7 @@ def outcome(
         return moved, moved
     with DEFECTS[name]():
         try:
-            left = off(swept(model, pairs, metric, sweep), right)
+            left = off(swept(model, pairs, metric, sweep, **more), right)
         except RuntimeError as error:
             if "was left attached" not in str(error):
                 raise
