@@ -233,11 +233,11 @@ def choose_indices(dim: str, chosen: Sequence[Any] | None, size: int) -> list[in
     return indices
 
 
-def choose_layers(model: HookedModel, site: Site, chosen: Sequence[int] | None) -> list[int]:
+def choose_layers(model: HookedModel, site: Site, chosen: Sequence[int] | None, name: str = "layer") -> list[int]:
     """The layers that a user chose, each of which must have the site; all that have it for `None`."""
     if chosen is None:
         return list(model.layers_with(site.name))
-    layers = choose_indices("layer", chosen, model.n_layers)
+    layers = choose_indices(name, chosen, model.n_layers)
     model.check_site(site.name, layers)
     return layers
 

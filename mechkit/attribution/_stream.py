@@ -37,9 +37,34 @@ from mechkit.prompts import Prompts
 def labels(model: HookedModel, over: str) -> tuple[str, ...]:
     if over == "cumulative":
         return ("embed", *(f"L{layer}" for layer in range(model.n_layers)), "bias")
-    kinds = [kind for kind, site in (("attn", "attn_out"), ("mlp", "mlp_out")) if model.has_site(site)]
-    inside = [f"L{layer} {kind}" for layer in range(model.n_layers) for kind in kinds]
+    inside = [f"L{layer} {kind}" for layer in range(model.n_layers) for kind, _ in written_in(model, layer)]
     return ("embed", *(["pos_embed"] if adds_positions(model) else []), *inside, "bias")
+
+
+def written_in(model: HookedModel, layer: int) -> list[tuple[str, tuple[str, ...]]]:
+    """What a layer writes into the residual stream, in turn: what that is called, and the full name of the hook that shows it.
+
+    Where layers of a model differ, some have no attention, or nothing that shows what they write. What such a part writes is then
+    the stream after it (the first of two hooks) less the stream before it.
+    """
+    here = {
+        site for site in ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out") if model.has_site(site, layer)
+    }
+    at = {site: SITES[site].hook_name(layer) for site in here}
+    parts: list[tuple[str, tuple[str, ...]]] = []
+    if len(model.layers_with("attn_out")) == model.n_layers:
+        return [(kind, (at[site],)) for kind, site in (("attn", "attn_out"), ("mlp", "mlp_out")) if site in here]
+    if not {"resid_mid", "mlp_out"} & here and {"resid_pre", "resid_post"} <= here:
+        return [("block", (at["resid_post"], at["resid_pre"]))]
+    if "attn_out" in here:
+        parts.append(("attn", (at["attn_out"],)))
+    elif {"resid_mid", "resid_pre"} <= here:
+        parts.append(("mixer", (at["resid_mid"], at["resid_pre"])))
+    if "mlp_out" in here:
+        parts.append(("mlp", (at["mlp_out"],)))
+    elif {"resid_mid", "resid_post"} <= here:
+        parts.append(("mlp", (at["resid_post"], at["resid_mid"])))
+    return parts
 
 
 @dataclass(frozen=True)
@@ -95,8 +120,9 @@ class StreamRun:
         which = torch.tensor(ids)
         positions = direction.positions if isinstance(direction, Metric) else prompts.lengths - 1
         everyone, read_at = torch.arange(len(ids), device=model.device), positions[which].to(model.device)
-        sites = [site for site in ("attn_out", "mlp_out") if model.has_site(site)]
-        self.outputs = [SITES[site].hook_name(layer) for layer in range(model.n_layers) for site in sites]
+        self.written = [[hooks for _, hooks in written_in(model, layer)] for layer in range(model.n_layers)]
+        outputs = [name for layer in self.written for hooks in layer for name in hooks]
+        model.check_site("resid_pre", [0])
         embedding = ["blocks.0.hook_resid_pre", *([_POS_EMBED] if adds_positions(model) else [])]
         self.kept: dict[str, Tensor] = {}
 
@@ -108,7 +134,7 @@ class StreamRun:
             else:
                 self.kept[name] = activation.expand(len(ids), *activation.shape[1:])[everyone, read_at]
 
-        names = dict.fromkeys([*embedding, *self.outputs, *also])
+        names = dict.fromkeys([*embedding, *outputs, *also])
         with torch.no_grad(), model.hooks([(name, partial(keep, name=name)) for name in names]):
             recorded = record(model, tokens, blocks=False)
         check_readout(model, recorded, "direct logit attribution")
@@ -127,9 +153,10 @@ class StreamRun:
         if over == "component":
             return terms
         if over == "cumulative":
-            a_layer = len(self.outputs) // self.model.n_layers
-            first = len(terms) - len(self.outputs) - 2  # the last term of the embedding
-            ends = [first + a_layer * layer for layer in range(self.model.n_layers + 1)]
+            sizes = [len(layer) for layer in self.written]
+            ends = [len(terms) - sum(sizes) - 2]  # the last term of the embedding
+            for size in sizes:
+                ends.append(ends[-1] + size)
             return terms.cumsum(0)[[*ends, len(terms) - 1]]
         split = self.neurons if "neuron" in index else self.heads
         return torch.stack([split(layer, index, named) for layer in index["layer"]])
@@ -140,7 +167,8 @@ class StreamRun:
         if _POS_EMBED in self.kept:
             positional = self.term(self.kept[_POS_EMBED])
             embedding = [embedding[0] - positional, positional]
-        terms = torch.stack([*embedding, *(self.term(self.kept[name]) for name in self.outputs), self.reading.constant])
+        inside = [self.term_of(hooks) for layer in self.written for hooks in layer]
+        terms = torch.stack([*embedding, *inside, self.reading.constant])
         self.check(
             terms.sum(0), self.reading.value, "its residual stream is not the sum of embedding and layers' outputs"
         )
@@ -197,6 +225,11 @@ class StreamRun:
         scale = norm.scale(written).to(direction.dtype)
         gained = norm.pull_back(direction.to(scale.dtype), scale).to(direction.dtype)
         return gained, direction @ norm.bias.to(direction.dtype)
+
+    def term_of(self, hooks: tuple[str, ...]) -> Float[Tensor, "prompt"]:
+        """The term of what a part of a layer wrote: of one activation, or of the first less the second."""
+        first, *second = (self.term(self.kept[name]) for name in hooks)
+        return first - second[0] if second else first
 
     def term(self, written: Float[Tensor, "prompt d_model"]) -> Float[Tensor, "prompt"]:
         """What a vector in the residual stream adds to the metric."""

@@ -24,10 +24,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mechkit.attribution._cells import choose_indices, choose_positions, position_labels, split_prompts
+from mechkit.attribution._cells import (
+    choose_indices,
+    choose_layers,
+    choose_positions,
+    common_width,
+    position_labels,
+    split_prompts,
+)
 from mechkit.attribution._reading import Direction, as_direction, to_result
 from mechkit.attribution._stream import StreamRun, labels, needed
-from mechkit.hooks import Budget, HookedModel, check_can_run, mlp_weight, one_at_a_time, wide_dtype
+from mechkit.hooks import SITES, Budget, HookedModel, check_can_run, mlp_weight, one_at_a_time, wide_dtype
 from mechkit.prompts import PromptPairs, Prompts
 from mechkit.result import Result
 
@@ -131,20 +138,25 @@ def _chosen(
     for name, chosen, wanted in (*given, ("positions", positions, {"src", "position"})):
         if chosen is not None and not wanted & set(dims):
             raise ValueError(f"{name}: given, but {' or '.join(sorted(wanted))} is not among the dims {over!r}")
-    if "neuron" in dims and mlp_weight(model, 0, "out") is None:
-        raise ValueError(
-            f"over: the MLPs of {model.name} ({model.cfg.architecture}) have no single output matrix whose rows are neurons, so "
-            "they cannot be split into neurons; over='component' gives each MLP's total"
-        )
     index: dict[str, Sequence[Any]] = {}
+    if dims:
+        part = SITES["mlp_post" if "neuron" in dims else "z"]
+        model.check_site(part.name)
+        index["layer"] = choose_layers(model, part, layers, "layers")
+    for site in ("pattern", "v") if {"src", "position"} & set(dims) else ():
+        model.check_site(site, index["layer"])
+    if "neuron" in dims and (lacking := [layer for layer in index["layer"] if mlp_weight(model, layer, "out") is None]):
+        raise ValueError(
+            f"over: the MLPs of {model.name} ({model.cfg.architecture}) have no single output matrix whose rows are neurons in "
+            f"layers {', '.join(map(str, lacking))}, so they cannot be split; over='component' gives each MLP's total"
+        )
     for dim in dims:
         if dim == "position":
             index[dim] = choose_positions(named, positions)
         elif dim == "src":
             index[dim] = choose_indices("positions", positions, int(prompts.lengths.max()))
         elif dim == "neuron":
-            index[dim] = choose_indices("neurons", neurons, model.width_of("mlp_post"))
-        else:
-            sizes = {"layer": (layers, model.n_layers), "head": (heads, model.n_heads)}
-            index[dim] = choose_indices(dim + "s", *sizes[dim])
+            index[dim] = choose_indices("neurons", neurons, common_width(model, part, index["layer"]))
+        elif dim == "head":
+            index[dim] = choose_indices("heads", heads, model.n_heads)
     return index

@@ -110,6 +110,7 @@ def dla_erasure_check(
         )
     if mode not in ("zero", "mean"):
         raise ValueError(f"mode: expected 'zero' or 'mean', got {mode!r}")
+    model.check_every_layer(["z", "attn_out"], "the erasure check")
     base, _, task = split_prompts(prompts)
     check_can_run(model, {"prompt": base})
     direction = as_direction(model, metric, prompts)

@@ -80,7 +80,9 @@ class Hooks:
         A forward function may return a new activation of the same shape. A backward one gets the gradient.
         """
         site, layer = parse_hook_name(name)
-        point = hook_points(self._bridge)[name]
+        point = hook_points(self._bridge).get(name)
+        if point is None:
+            raise ValueError(f"hook name {name!r}: {self._bridge.cfg.architecture} has no such activation")
         checked = _checked(name, fn)
         if site is not None and site.name == "z" and (width := _width_of_values(self._bridge.blocks[layer].attn)):
             checked = _by_head(checked, width)

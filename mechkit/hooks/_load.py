@@ -98,6 +98,10 @@ def build_bridge(hf_model: Any, tokenizer: Any | None, name: str) -> Any:
     check_plain_weights(hf_model)
     if not getattr(hf_model.config, "architectures", None):
         hf_model.config.architectures = [architecture]  # some configs lack it, and TransformerLens then refuses
+    if getattr(hf_model.config, "position_embedding_type", "") is None:
+        hf_model.config.position_embedding_type = (
+            "nope"  # the same to transformers; TransformerLens would look for rotations
+        )
     if hasattr(hf_model, "set_attn_implementation"):
         hf_model.set_attn_implementation("eager")
     _give_head_a_weight(hf_model)
@@ -126,7 +130,7 @@ def refusing(what: str, hf_model: Any) -> Iterator[None]:
 
 
 def _refusal(what: str, hf_model: Any, error: Exception) -> ValueError:
-    reason = " ".join(str(error).split()) or "no message"
+    reason = " ".join(str(error).split()).rstrip(".") or "no message"
     kind = getattr(getattr(hf_model, "config", None), "model_type", None)
     return ValueError(
         f"model: {what} (model_type {kind!r}): {type(error).__name__}: {reason[:300]}. Other settings of this architecture may "
