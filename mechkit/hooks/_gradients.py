@@ -34,7 +34,7 @@ from mechkit.hooks._measure import call_metric, read_metric
 from mechkit.hooks._memory import out_of_memory
 from mechkit.hooks._precision import Rounding, widen
 from mechkit.hooks._readout import check_logits_of_stream, unembeds_final_stream
-from mechkit.hooks._replay import CannotReplayError, Replayer, Run, record
+from mechkit.hooks._replay import Replayer, Run, record
 from mechkit.metrics import CallableMetric, Metric
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ class GradientRuns:
             sample = sample[: 1 if source is None else 2]
             found = self.forward(sample, torch.zeros(len(sample), dtype=torch.long, device=sample.device))[1]
             return self._refuted(found)
-        except (CannotReplayError, TypeError, AttributeError, IndexError, KeyError, RuntimeError) as error:
+        except (ValueError, TypeError, AttributeError, AssertionError, IndexError, KeyError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and out_of_memory(error):
                 raise
             return f"blocks cannot be run by themselves: {error}"

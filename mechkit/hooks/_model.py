@@ -107,6 +107,7 @@ class HookedModel(Surface, Weights, Text):
     ) -> Self:
         """Wraps a transformers model that one already has. Its submodules are hooked in place; weights are not copied."""
         name = name or getattr(hf_model.config, "name_or_path", "") or type(hf_model).__name__
+        check_plain_weights(hf_model)
         with torch.no_grad():
             tokens = _load.probe_tokens(hf_model.config.get_text_config().vocab_size).to(input_device(hf_model))
             with _load.refusing(f"{type(hf_model).__name__} does not run on token ids alone", hf_model):

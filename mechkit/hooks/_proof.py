@@ -37,7 +37,7 @@ from mechkit.hooks._memory import out_of_memory
 from mechkit.hooks._plain import Attention, PlainBlocks, can_fuse
 from mechkit.hooks._precision import ObservedDtypes, Rounding
 from mechkit.hooks._readout import unembeds_final_stream
-from mechkit.hooks._replay import CannotReplayError, Replayer, UnreachedEditError, why_not
+from mechkit.hooks._replay import Replayer, why_not
 from mechkit.metrics import Metric
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 Mask = Bool[np.ndarray, "cell prompt"]
 
 STREAM = ("resid_pre", "resid_post")  # sites that are written between blocks: no hook is needed
-_BROKEN = (CannotReplayError, UnreachedEditError, TypeError, AttributeError, IndexError, KeyError, RuntimeError)
+_BROKEN = (ValueError, TypeError, AttributeError, AssertionError, IndexError, KeyError, RuntimeError)  # ours among them
 
 
 def proved_replayer(chunk: Chunk, start: Int[np.ndarray, "cell prompt"], absent: Mask, unread: Any) -> Replayer | None:

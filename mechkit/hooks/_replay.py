@@ -429,7 +429,9 @@ class Replayer:
         length, n_prompts = self.run.length, len(self.run.tokens)
         if name == "cache_position" or (name == "position_ids" and value.ndim == 1):
             return value[start:]
-        if name == "alibi":  # [prompt * head, 1, pos] in Bloom and Falcon
+        if name == "alibi" and value.ndim == 4:  # [prompt, head, 1, pos] in Falcon
+            return value[:1].expand(n_rows, -1, -1, -1)
+        if name == "alibi":  # [prompt * head, 1, pos] in Bloom
             n_heads = value.shape[0] // n_prompts
             return value[:n_heads].repeat(n_rows, 1, 1)
         if value.ndim == 4 and value.shape[-2] == length:  # a mask [prompt or 1, head or 1, destination, source]

@@ -20,9 +20,11 @@ from mechkit.hooks._projections import (
     mlp_weight,
     unembedding,
 )
+from mechkit.hooks._readable import readable_weights
 from mechkit.hooks._readout import read_logits
 
 
+@readable_weights
 class Weights(Facts):
     """The part of `HookedModel` that holds its weights."""
 
