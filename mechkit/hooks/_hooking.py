@@ -148,7 +148,7 @@ class _StreamSeam:
 
     _KEY = "_mechkit_stream_seam"
 
-    def __init__(self, point: nn.Module) -> None:
+    def __init__(self, point: Any) -> None:
         self._point = point
         self._steps: list[_Step] = []
         self._handle = point.register_forward_hook(lambda _, args, output: self._pass(output))
@@ -172,12 +172,14 @@ class _StreamSeam:
         return remove
 
     def _pass(self, stream: Tensor) -> None:
+        conversion = self._point.hook_conversion  # OPT's blocks flatten their prompts here
+        shown = stream if conversion is None else conversion.convert(stream)  # a view: what is written into it is written
         for step in self._steps:
             if step.direction == "fwd":
-                _write_in_place(step, stream)
+                _write_in_place(step, shown)
         for step in self._steps:  # of the tensor as it goes on, after all edits
             if step.direction == "bwd" and stream.requires_grad:
-                stream.register_hook(partial(step.fn, hook=step.point))
+                stream.register_hook(partial(_like_the_gradient, step, shape=shown.shape))
 
 
 class _ResultSeam:
@@ -340,6 +342,12 @@ def _write_in_place(step: _Step, activation: Tensor) -> None:
         activation.copy_(returned)
     elif returned is None and given is not activation and not torch.equal(given, activation):
         activation.copy_(given)  # edited in place
+
+
+def _like_the_gradient(step: _Step, gradient: Tensor, shape: torch.Size) -> Tensor | None:
+    """A backward function's answer to a gradient that it is shown in another shape."""
+    returned = step.fn(gradient.reshape(shape), hook=step.point)
+    return None if returned is None else returned.reshape(gradient.shape)
 
 
 def _named(point: Any, name: str) -> Any:
