@@ -173,7 +173,9 @@ class _StreamSeam:
 
     def _pass(self, stream: Tensor) -> None:
         conversion = self._point.hook_conversion  # OPT's blocks flatten their prompts here
-        shown = stream if conversion is None else conversion.convert(stream)  # a view: what is written into it is written
+        shown = (
+            stream if conversion is None else conversion.convert(stream)
+        )  # a view: what is written into it is written
         for step in self._steps:
             if step.direction == "fwd":
                 _write_in_place(step, shown)
