@@ -252,8 +252,9 @@ def examine(kind: str) -> dict[str, Finding]:
     found["lens"] = attempt(lens)
     found["attribution"] = attempt(attribution)
     if found["z"].how != "refused" and len(model.layers_with("z")) < model.n_layers:
-        layers = ", ".join(map(str, model.layers_with("z")))
-        found["z"] = Finding(found["z"].how, f"{found['z'].why}; heads in layers {layers} alone".lstrip("; "))
+        layers = model.layers_with("z")
+        where = f"heads in layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))} alone"
+        found["z"] = Finding(found["z"].how, f"{found['z'].why}; {where}".lstrip("; "))
     return found
 
 
