@@ -42,10 +42,10 @@ from mechkit.hooks._readout import check_linear_readout as check_linear_readout
 from mechkit.hooks._readout import check_readout as check_readout
 from mechkit.hooks._readout import final_norm as final_norm
 from mechkit.hooks._readout import is_linear_readout as is_linear_readout
-from mechkit.hooks._replay import CannotReplayError as CannotReplayError
+from mechkit.hooks._record import CannotReplayError as CannotReplayError
+from mechkit.hooks._record import Run as Run
+from mechkit.hooks._record import record as record
 from mechkit.hooks._replay import Replayer as Replayer
-from mechkit.hooks._replay import Run as Run
-from mechkit.hooks._replay import record as record
 from mechkit.hooks._sites import SITES as SITES
 from mechkit.hooks._sites import Site as Site
 from mechkit.hooks._sites import get_site as get_site

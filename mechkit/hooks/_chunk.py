@@ -20,7 +20,8 @@ from mechkit.hooks._memory import Budget
 from mechkit.hooks._plain import Attention
 from mechkit.hooks._precision import Rounding, wide_dtype, widen
 from mechkit.hooks._readout import head_device
-from mechkit.hooks._replay import Run, attached_edits, watched_streams
+from mechkit.hooks._record import Run, watched_streams
+from mechkit.hooks._replay import attached_edits
 from mechkit.hooks._sites import SITES
 from mechkit.metrics import CallableMetric, Metric
 from mechkit.prompts import Prompts

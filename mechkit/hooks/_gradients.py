@@ -34,7 +34,8 @@ from mechkit.hooks._measure import call_metric, read_metric
 from mechkit.hooks._memory import out_of_memory
 from mechkit.hooks._precision import Rounding, widen
 from mechkit.hooks._readout import check_logits_of_stream, unembeds_final_stream
-from mechkit.hooks._replay import Replayer, Run, record
+from mechkit.hooks._record import Run, record
+from mechkit.hooks._replay import Replayer
 from mechkit.metrics import CallableMetric, Metric
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from torch import Tensor
 from mechkit.hooks._anatomy import post_norm
 from mechkit.hooks._norms import TOLERANCE, FrozenNorm
 from mechkit.hooks._projections import Which, head_bias, head_weight, is_plain, write_scale
-from mechkit.hooks._replay import record
+from mechkit.hooks._record import record
 
 if TYPE_CHECKING:
     from mechkit.hooks._model import HookedModel

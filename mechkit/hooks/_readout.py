@@ -31,7 +31,7 @@ from mechkit.hooks._projections import is_plain_linear, only_looks
 
 if TYPE_CHECKING:
     from mechkit.hooks._model import HookedModel
-    from mechkit.hooks._replay import Run
+    from mechkit.hooks._record import Run
 
 # Largest difference that rounding explains, as a share of the logits' spread. Norms are computed in float32 at most.
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}

@@ -34,7 +34,8 @@ from mechkit.hooks._measure import logits_at_hand
 from mechkit.hooks._memory import Budget, out_of_memory
 from mechkit.hooks._nonfinite import first_nonfinite, told, where_it_began
 from mechkit.hooks._proof import proved_replayer
-from mechkit.hooks._replay import Replayer, attach_edit, record, why_not
+from mechkit.hooks._record import record
+from mechkit.hooks._replay import Replayer, attach_edit, why_not
 from mechkit.metrics import AnyMetric, Metric, as_metric
 from mechkit.prompts import Prompts
 from mechkit.result import Cost

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mechkit.hooks._heads import TOLERANCE, heads_errors
 from mechkit.hooks._load import probe_tokens
-from mechkit.hooks._replay import record
+from mechkit.hooks._record import record
 
 if TYPE_CHECKING:
     from mechkit.hooks._model import HookedModel
