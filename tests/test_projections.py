@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, N_HEADS, build_of
+from families import FAMILIES, N_HEADS, build_hf, build_of
 from plain import layers, run
 from test_exact import make_pairs
 from torch import Tensor, nn
@@ -220,6 +220,28 @@ def test_an_adapter_that_is_put_on_after_wrapping():
     ):
         with pytest.raises(ValueError, match=r"'q_proj' of layer 1 was exchanged for a Adapted .*merge_and_unload"):
             refused()
+
+
+def test_adapters_that_transformer_lens_would_leave_out():
+    """It runs copies of a joint matrix of queries, keys and values, and the stored weight where its flag is set."""
+    pairs = make_pairs(((6, 2),))
+    metric = mk.logit_diff(pairs)
+    hf = build_hf("gpt_neox")
+    layers(hf)[1].attention.query_key_value = Adapted(layers(hf)[1].attention.query_key_value).double().eval()
+    with pytest.raises(ValueError, match=r"with the adapter on .*layers.1.*merge_and_unload"):
+        mk.HookedModel.from_hf(hf)
+    model = mk.HookedModel.from_hf(build_hf("gpt_neox"))
+    joint = model.bridge.blocks[1].attn.qkv
+    joint.set_original_component(Adapted(joint.original_component).double().eval())
+    with pytest.raises(ValueError, match=r"layer 1 was exchanged for a Adapted .*merge_and_unload"):
+        mk.activation_patching(model, pairs, metric, site="z", progress=False)
+    model = mk.HookedModel.from_hf(adapted(Adapted, ("o_proj",)))
+    before = mk.activation_patching(model, pairs, metric, site="result", progress=False).values
+    model.bridge.set_use_attn_result(True)
+    with pytest.raises(ValueError, match=r"set_use_attn_result\(False\)"):
+        mk.activation_patching(model, pairs, metric, site="result", progress=False)
+    model.bridge.set_use_attn_result(False)
+    close(mk.activation_patching(copy.deepcopy(model), pairs, metric, site="result", progress=False).values, before)
 
 
 @pytest.mark.parametrize("model_type", ["granite", "granitemoe", "gemma2", "olmo2", "gpt_neox"])

@@ -66,7 +66,8 @@ def _recorded(model: HookedModel, tokens: Tensor) -> dict[int, dict[str, Tensor]
     with Hooks(model.bridge) as hooks:
         for layer in range(model.n_layers):
             for site, template in _NAMES.items():
-                if (name := template.format(layer=layer)) in points:
+                there = model.has_site(site, layer) if site in SITES else True
+                if there and (name := template.format(layer=layer)) in points:
 
                     def keep(activation: Tensor, hook: object, into: tuple[int, str] = (layer, site)) -> None:
                         kept[into[0]][into[1]] = activation.clone()

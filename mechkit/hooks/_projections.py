@@ -229,9 +229,13 @@ def embedding(model: Facts) -> Float[Tensor, "d_vocab d_model"]:
 # -- whether they are still where they were ----------------------------------------------------------------------------------
 
 
-def in_place(bridge: Any) -> frozenset[tuple[int, str, str]]:
-    """The `(layer, part, projection)`s that stand where the Hugging Face module has them, as a bridge or as they were."""
-    found = []
+Place = tuple[int, str, str]  # layer, part of the block, projection
+
+
+def in_place(bridge: Any) -> dict[Place, Any]:
+    """The projections that stand where the Hugging Face module has them, as a bridge or as they were; with the module itself
+    where TransformerLens runs copies of its parts (queries, keys and values in one matrix)."""
+    found: dict[Place, Any] = {}
     for layer, block in enumerate(getattr(bridge, "blocks", ())):
         for part in ("attn", "mlp"):
             container = getattr(block, part, None)
@@ -239,8 +243,8 @@ def in_place(bridge: Any) -> frozenset[tuple[int, str, str]]:
             for name, projection in dict(getattr(container, "submodules", {})).items():
                 here = None if inside is None else _stands_there(inside, getattr(projection, "name", None))
                 if here is not None and here in (projection, getattr(projection, "original_component", None)):
-                    found.append((layer, part, name))
-    return frozenset(found)
+                    found[layer, part, name] = projection.original_component if name == "qkv" else None
+    return found
 
 
 def _stands_there(module: Any, name: str | None) -> Any:
@@ -251,15 +255,29 @@ def _stands_there(module: Any, name: str | None) -> Any:
 
 def check_in_place(model: Any) -> None:
     """Raises `ValueError` if a projection was exchanged since the model was wrapped, such as for one with an adapter."""
-    if missing := sorted(model._in_place - in_place(model.bridge)):
-        layer, part, name = missing[0]
+    before, now = model._in_place, in_place(model.bridge)
+    for (layer, part, name), module in before.items():
+        if (layer, part, name) in now and now[layer, part, name] is module:
+            if name == "o" and not is_plain(getattr(model.bridge.blocks[layer], part).o.original_component):
+                _check_flag(model, layer)
+            continue
         container = getattr(model.bridge.blocks[layer], part)
         projection = getattr(container, name)
-        now = type(_stands_there(container.original_component, projection.name)).__name__
+        there = _stands_there(container.original_component, projection.name)
+        kind = type(getattr(there, "original_component", there)).__name__
         raise ValueError(
-            f"model: {projection.name!r} of layer {layer} was exchanged for a {now} after the model was wrapped, so that hooks "
+            f"model: {projection.name!r} of layer {layer} was exchanged for a {kind} after the model was wrapped, so that hooks "
             "and weights are those of another model. Put adapters on before wrapping, or merge them (merge_and_unload() in "
             "peft), and wrap the model again"
+        )
+
+
+def _check_flag(model: Any, layer: int) -> None:
+    """TransformerLens's own results are computed from the stored weight, and the whole model with them."""
+    if getattr(getattr(model.bridge.blocks[layer].attn, "config", None), "use_attn_result", False):
+        raise ValueError(
+            f"model: the output projection of layer {layer} is more than its stored weight (an adapter?), but TransformerLens "
+            "computes with that alone where use_attn_result is set. Call bridge.set_use_attn_result(False); 'result' works without"
         )
 
 

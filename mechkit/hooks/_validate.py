@@ -41,7 +41,19 @@ def check_logits(model: HookedModel, probe: Tensor) -> float:
     tokens = probe_tokens(probe.shape[-1]).to(model.device)
     with torch.no_grad():
         logits = model.bridge(tokens)
-    return _checked(model, "logits against the Hugging Face model", _relative(logits, probe))
+    difference = _relative(logits, probe)
+    if not difference <= TOLERANCE[model.dtype] and (adapter := _adapter(model)) is not None:
+        raise ValueError(
+            f"model: with the adapter on {adapter!r} {model.name} ({model.cfg.architecture}) is not computed faithfully (logits "
+            f"are off by {difference:.1e}). Merge it into the weights first (merge_and_unload() in peft)"
+        )
+    return _checked(model, "logits against the Hugging Face model", difference)
+
+
+def _adapter(model: HookedModel) -> str | None:
+    """The first module that looks like an adapter library's layer."""
+    modules = model.bridge.original_model.named_modules()
+    return next((name for name, module in modules if hasattr(module, "base_layer") or "lora" in name.lower()), None)
 
 
 @torch.no_grad()
