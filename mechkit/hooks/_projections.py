@@ -277,7 +277,7 @@ def _check_flag(model: Any, layer: int) -> None:
     if getattr(getattr(model.bridge.blocks[layer].attn, "config", None), "use_attn_result", False):
         raise ValueError(
             f"model: the output projection of layer {layer} is more than its stored weight (an adapter?), but TransformerLens "
-            "computes with that alone where use_attn_result is set. Call bridge.set_use_attn_result(False); 'result' works without"
+            "computes with that alone where use_attn_result is set. Call bridge.set_use_attn_result(False): 'result' needs none"
         )
 
 
