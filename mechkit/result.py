@@ -46,10 +46,12 @@ class Cost:
     Args:
         block_tokens: (block, token) pairs that were computed, base runs included.
         naive_block_tokens: what one full forward per cell would have computed.
+        proof_block_tokens: how many of `block_tokens` went into checking the replay against whole forward passes.
     """
 
     block_tokens: int
     naive_block_tokens: int
+    proof_block_tokens: int = 0
 
     @property
     def speedup(self) -> float:

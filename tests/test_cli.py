@@ -325,7 +325,8 @@ def test_block_tokens_are_what_a_sweep_counts(site, over, n):
     model, pairs = study_helpers.tiny_llama(), differing_pairs(n, 7)
     result = mk.activation_patching(model, pairs, mk.logit_diff(pairs), site=site, over=over, progress=False)
     assert result.provenance["replay"] == "suffix"
-    assert result.cost.block_tokens == cli.block_tokens(model.n_layers, model.n_heads, over, n, 7)
+    rows = result.cost.block_tokens - result.cost.proof_block_tokens
+    assert rows == cli.block_tokens(model.n_layers, model.n_heads, over, n, 7)
 
 
 def test_info(monkeypatch):
@@ -354,7 +355,7 @@ def test_info(monkeypatch):
         row = next(
             line.split() for line in told.splitlines() if line.split()[: 1 + len(over.split())] == [site, *over.split()]
         )
-        assert row[-3:-1] == [f"{cost.block_tokens:,}", f"{cost.naive_block_tokens:,}"]
+        assert row[-3:-1] == [f"{cost.block_tokens - cost.proof_block_tokens:,}", f"{cost.naive_block_tokens:,}"]
         assert row[-5:-3] == [f"{recorded * 8 / 1024:.4g}", "KiB"]
     assert not model.has_hooks
 

@@ -54,7 +54,6 @@ class Answers:
         source: The metric of the unedited source run, if there was one.
         cost: Block-tokens computed, and what one whole forward pass a cell would have taken.
         replay: How the rows were computed: `"suffix"`, or `"full: …"` with the reason for falling back.
-        proof: How many of the block-tokens went into checking the replay against whole forward passes.
     """
 
     values: Float[Tensor, "cell prompt"]
@@ -62,7 +61,6 @@ class Answers:
     source: Float[Tensor, "prompt"] | None
     cost: Cost
     replay: str
-    proof: int = 0
 
 
 @one_at_a_time
@@ -130,9 +128,8 @@ def sweep(
         state.values,
         state.base_metric,
         None if source is None else state.source_metric,
-        Cost(state.block_tokens, len(cells) * int(base.lengths.sum()) * model.n_layers),
+        Cost(state.block_tokens, len(cells) * int(base.lengths.sum()) * model.n_layers, state.proof.block_tokens),
         "suffix" if state.fallback is None else f"full: {state.fallback}",
-        state.proof.block_tokens,
     )
 
 

@@ -391,7 +391,8 @@ class Stored:
         costs = [record["cost"] for record in self.shards.values() if record["cost"]]
         if not costs:
             return None
-        return Cost(sum(c["block_tokens"] for c in costs), sum(c["naive_block_tokens"] for c in costs))
+        counts = ("block_tokens", "naive_block_tokens", "proof_block_tokens")
+        return Cost(*(sum(c.get(of, 0) for c in costs) for of in counts))
 
 
 def errors(store: Store, job: str, shards: Collection[int]) -> list[dict[str, Any]]:
