@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechkit._check import checked
 from mechkit.prompts import PromptPairs, Prompts, chosen_prompts
 
 # logits at the metric's positions [row token], which prompt each row is [row], reference logits [row token] -> [row]
@@ -101,6 +102,7 @@ class MadeOf:
         return _other_tokens("prompt", self.clean, given)
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class Metric:
     """What to read, and how to turn it into one number a prompt. Higher is better unless the docstring says otherwise.
@@ -183,6 +185,7 @@ class CallableMetric:
 AnyMetric = Metric | CallableMetric | Callable[[PromptPairs], Metric] | Callable[[Tensor], Tensor]
 
 
+@checked
 def metric_factory(make: _Factory) -> _Factory:
     """Marks a function that makes a metric of pairs, so that a technique can be given the function itself.
 
@@ -278,6 +281,7 @@ def one_a_prompt(metric: Metric | CallableMetric, value: Any, n_prompts: int) ->
     )
 
 
+@checked
 @metric_factory
 def logit_diff(pairs: PromptPairs, *, position: str = "END") -> Metric:
     """Logit of the right answer minus logit of the wrong one, in logits; > 0 where the model prefers the right answer.
@@ -293,6 +297,7 @@ def logit_diff(pairs: PromptPairs, *, position: str = "END") -> Metric:
     return _answer_metric("logit_diff", "logits", pairs, position, fill=0.0, read=read)
 
 
+@checked
 @metric_factory
 def accuracy(pairs: PromptPairs, *, position: str = "END") -> Metric:
     """1 where the best right answer has a higher logit than every wrong answer (not than the whole vocabulary), else 0."""
@@ -305,6 +310,7 @@ def accuracy(pairs: PromptPairs, *, position: str = "END") -> Metric:
     return _answer_metric("accuracy", "fraction", pairs, position, fill=-torch.inf, read=read)
 
 
+@checked
 @metric_factory
 def log_prob(pairs: PromptPairs, *, position: str = "END") -> Metric:
     """Log-probability (nats) of the right answers, summed in probability; ≤ 0."""
@@ -317,6 +323,7 @@ def log_prob(pairs: PromptPairs, *, position: str = "END") -> Metric:
     return Metric("log_prob", "nats", len(pairs), at, None, read, lengths=pairs.clean.lengths, made_of=made_of)
 
 
+@checked
 @metric_factory
 def prob_diff(pairs: PromptPairs, *, position: str = "END") -> Metric:
     """Probability of the right answers minus that of the wrong ones, each summed over its set; from −1 to 1."""
@@ -330,6 +337,7 @@ def prob_diff(pairs: PromptPairs, *, position: str = "END") -> Metric:
     return Metric("prob_diff", "probability", len(pairs), at, None, read, lengths=lengths, made_of=made_of)
 
 
+@checked
 @metric_factory
 def kl_divergence(
     pairs: PromptPairs, *, reference: Literal["clean", "corrupted"] = "clean", position: str = "END"

@@ -9,16 +9,20 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from mechkit._check import checked
+
 Answer = str | int
 AnswerSet = Answer | Sequence[Answer]
+Answers = Sequence[tuple[AnswerSet, AnswerSet]] | tuple[AnswerSet, AnswerSet]  # a single pair's may be given bare
 
 
+@runtime_checkable
 class Tokenizes(Protocol):
     """What `from_text` needs of a model: `HookedModel` has it."""
 
@@ -30,6 +34,7 @@ class Tokenizes(Protocol):
     def to_single_token(self, text: str) -> int: ...
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class Prompts:
     """Token sequences, one a prompt, possibly of different lengths.
@@ -39,7 +44,7 @@ class Prompts:
         str_tokens: The same as text, for labels; `None` when there was no tokenizer.
     """
 
-    tokens: tuple[Int[Tensor, "pos"], ...]
+    tokens: tuple[Int[Tensor, "_pos"], ...]
     str_tokens: tuple[tuple[str, ...], ...] | None = None
 
     def __post_init__(self) -> None:
@@ -54,6 +59,7 @@ class Prompts:
             raise ValueError("str_tokens: expected one string for each token of each prompt")
 
     @classmethod
+    @checked
     def from_tokens(cls, tokens: Tensor | Iterable[Tensor | Sequence[int]], model: Tokenizes | None = None) -> Prompts:
         """From a `[prompt pos]` tensor without padding, or a list of prompts of any lengths."""
         rows = tuple(_integers(row) for row in tokens)
@@ -69,6 +75,7 @@ class Prompts:
         return cls(rows, _labels(model, rows))
 
     @classmethod
+    @checked
     def from_text(cls, model: Tokenizes, text: str | Sequence[str], prepend_bos: bool | None = None) -> Prompts:
         """Tokenizes each prompt by itself. `prepend_bos=None` follows the model's default, as in TransformerLens."""
         texts = [text] if isinstance(text, str) else list(text)
@@ -106,6 +113,7 @@ class Prompts:
         return tuple(_hash([row]) for row in self.tokens)
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class PromptPairs:
     """Clean prompts, their corrupted partners, and the answers that tell the two apart.
@@ -172,12 +180,13 @@ class PromptPairs:
         return named
 
     @classmethod
+    @checked
     def from_text(
         cls,
         model: Tokenizes,
         clean: Sequence[str] | str,
         corrupted: Sequence[str] | str,
-        answers: Sequence[tuple[AnswerSet, AnswerSet]],
+        answers: Answers,
         *,
         positions: Mapping[str, Sequence[int]] | None = None,
         prepend_bos: bool | None = None,
@@ -207,11 +216,12 @@ class PromptPairs:
         )
 
     @classmethod
+    @checked
     def from_tokens(
         cls,
         clean: Prompts | Tensor | Sequence[Tensor | Sequence[int]],
         corrupted: Prompts | Tensor | Sequence[Tensor | Sequence[int]],
-        answers: Sequence[tuple[AnswerSet, AnswerSet]],
+        answers: Answers,
         *,
         model: Tokenizes | None = None,
         positions: Mapping[str, Sequence[int]] | None = None,
@@ -221,6 +231,8 @@ class PromptPairs:
         clean, corrupted = (p if isinstance(p, Prompts) else Prompts.from_tokens(p, model) for p in (clean, corrupted))
         if isinstance(answers, tuple) and len(answers) == 2 and len(clean) == 1 and isinstance(answers[0], str | int):
             answers = [answers]  # a single pair's answers, given bare
+        if len(answers) != len(clean):
+            raise ValueError(f"answers: expected {len(clean)} pairs, one for each clean prompt; got {len(answers)}")
         right, wrong = [], []
         for i, pair in enumerate(answers):
             if isinstance(pair, str | int) or len(pair) != 2:

@@ -25,9 +25,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechkit._check import checked
 from mechkit._drawn import Drawn
+from mechkit._files import decoding, read_tensors, write_tensors
 from mechkit._gap import warn_of_gap
-from mechkit._safetensors import read, write
 from mechkit._statistics import bootstrap, sign_flip_test
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ _SCHEMA_VERSION = 1
 _PREFIXES = {"layer": "L", "head": "H", "neuron": "N"}
 
 
+@checked
 @dataclass(frozen=True)
 class Cost:
     """The arithmetic behind a result, counted and not timed.
@@ -84,6 +86,7 @@ class Interval:
     level: float
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class Result(Drawn):
     """Values with labelled axes, the baselines that they are compared with, and their provenance.
@@ -175,6 +178,7 @@ class Result(Drawn):
         """Size of every dim."""
         return tuple(self.values.shape)
 
+    @checked
     def mean(self, dim: str = "prompt") -> "Result":
         """Average over one dim, leaving out cells that do not exist.
 
@@ -249,6 +253,7 @@ class Result(Drawn):
         scaled = {name: self._compact((self._cells(name) - corrupted) / gap) for name in self.baseline}
         return replace(self, values=(self.values - corrupted) / gap, baseline=scaled, unit="normalized")
 
+    @checked
     def top(self, k: int = 10, by: Literal["abs", "max", "min"] = "abs") -> tuple[TopCell, ...]:
         """The k most extreme cells, averaged over prompts first; cells that do not exist never appear.
 
@@ -273,6 +278,7 @@ class Result(Drawn):
             TopCell(_cell_label(c), values[i].item(), effects[i].item(), c) for i, c in zip(best, coords, strict=True)
         )
 
+    @checked
     def sel(self, **labels: Label | list[Label] | tuple[Label, ...] | slice) -> "Result":
         """Select by label. One label drops its dim; a list, a tuple or a slice keeps it.
 
@@ -306,6 +312,7 @@ class Result(Drawn):
         provenance = self._counting(dim, len(indices))
         return replace(self, values=values, coords=coords, baseline=baseline, provenance=provenance)
 
+    @checked
     def ci(
         self,
         level: float = 0.95,
@@ -355,6 +362,7 @@ class Result(Drawn):
         low, high = (self._statistic(bound, unit) for bound in bounds)
         return Interval(low, high, level)
 
+    @checked
     def p_values(self, n_resamples: int = 9999, *, seed: int = 0, fdr: bool = True) -> "Result":
         """Two-sided sign-flip permutation test, for each cell, that prompts' effects are symmetric about 0.
 
@@ -387,6 +395,7 @@ class Result(Drawn):
             p[present] = false_discovery_control(p[present])
         return self._statistic(p, "p")
 
+    @checked
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write a safetensors file that `load` reads back bit for bit; an existing file is replaced in one step."""
         tensors = {"values": self.values, **{f"baseline.{name}": b for name, b in self.baseline.items()}}
@@ -398,29 +407,31 @@ class Result(Drawn):
             "provenance": dict(self.provenance),
             "cost": asdict(self.cost) if self.cost else None,
         }
-        return write(path, tensors, "mechkit_result", header)
+        return write_tensors(path, tensors, "mechkit_result", header)
 
     @classmethod
+    @checked
     def load(cls, path: str | os.PathLike[str]) -> "Result":
         """Read what `save` wrote, onto the CPU.
 
         Raises:
             ValueError: if the file is something else, or was written by a newer mechkit.
         """
-        tensors, header = read(path, "mechkit_result", writer="Result.save")
+        tensors, header = read_tensors(path, "mechkit_result", writer="Result.save")
         if header.get("schema_version") != _SCHEMA_VERSION:
             raise ValueError(
                 f"{path}: expected schema version {_SCHEMA_VERSION}, got {header.get('schema_version')!r}: "
                 "read it with the mechkit that wrote it"
             )
-        return cls(
-            values=tensors["values"],
-            dims=tuple(dim for dim, _ in header["coords"]),
-            coords={dim: tuple(labels) for dim, labels in header["coords"]},
-            baseline={name: tensors[f"baseline.{name}"] for name in header["baselines"]},
-            **{name: header[name] for name in ("base", "metric", "unit", "provenance")},
-            cost=Cost(**header["cost"]) if header["cost"] else None,
-        )
+        with decoding(path, "a file written by Result.save"):
+            return cls(
+                values=tensors["values"],
+                dims=tuple(dim for dim, _ in header["coords"]),
+                coords={dim: tuple(labels) for dim, labels in header["coords"]},
+                baseline={name: tensors[f"baseline.{name}"] for name in header["baselines"]},
+                **{name: header[name] for name in ("base", "metric", "unit", "provenance")},
+                cost=Cost(**header["cost"]) if header["cost"] else None,
+            )
 
     def to_dataframe(self) -> "pandas.DataFrame":
         """Tidy long form: one row per cell and prompt (NaN ones too), a column per dim, and `'value'`."""

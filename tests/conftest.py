@@ -4,13 +4,39 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import jaxtyping
 import pytest
 import torch
 
 import mechkit as mk
+
+_raises = pytest.raises
+
+
+@contextmanager
+def unchecked() -> Iterator[None]:
+    """Shape and type checks are off inside, so that a wrong argument reaches the library's own check."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", before)
+
+
+@contextmanager
+def _raises_unchecked(*expected: Any, **options: Any) -> Iterator[pytest.ExceptionInfo]:
+    with unchecked(), _raises(*expected, **options) as info:
+        yield info
+
+
+pytest.raises = _raises_unchecked  # what is tested in such a block is the library's sentence, not beartype's
 
 
 @pytest.fixture(scope="session")

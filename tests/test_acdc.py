@@ -253,7 +253,7 @@ def test_what_the_circuit_says_of_itself():
 @pytest.mark.parametrize("threshold", [-0.1, float("nan"), "0.1", None, True])
 def test_thresholds_that_are_refused(threshold):
     model, pairs = model_of("llama"), make_pairs()
-    with pytest.raises(ValueError, match="threshold: expected a number of 0 or more"):
+    with pytest.raises(ValueError, match="threshold: expected a number"):
         mk.acdc(model, pairs, threshold=threshold)
 
 

@@ -58,7 +58,7 @@ def test_areas_equal_mibs_sum() -> None:
     [
         (FRACTIONS, [1.0] * 9, r"equal length, at least 2, got \(10,\) and \(9,\)"),
         ([1.0], [1.0], "at least 2"),
-        ([[0.1, 1.0]], [[1.0, 1.0]], "two lists"),
+        ([[0.1, 1.0]], [[1.0, 1.0]], "fractions\\[0\\]: expected a number|two lists"),
         ([0.1, 0.1], [1.0, 1.0], "fractions: expected ascending"),
         ([1.0, 0.5], [1.0, 1.0], "fractions: expected ascending"),
         ([0.0, 0.5], [1.0, 1.0], "above 0"),
@@ -154,7 +154,7 @@ def test_precision_is_that_of_random_orders_of_ties() -> None:
         assert curve.precision_at(k) == pytest.approx(np.mean(found), abs=0.03)
     assert curve.precision_at(46) == pytest.approx(12 / 46)
     for k in (0, 47, True):
-        with pytest.raises(ValueError, match="k: expected 1 to 46"):
+        with pytest.raises(ValueError, match=r"k: expected (1 to 46|a whole number)"):
             curve.precision_at(k)
 
 
@@ -176,7 +176,7 @@ def test_roc_refuses() -> None:
         roc(draw(0), Circuit.full(SMALL))
     with pytest.raises(ValueError, match="some nodes in the circuit and some outside, got 0 of 6"):
         roc(draw(0), Circuit.from_edges(SMALL, ["input->logits"]), over="node")
-    with pytest.raises(ValueError, match="over, by: expected"):
+    with pytest.raises(ValueError, match="over: expected 'edge' or 'node'"):
         roc(draw(0), circuit, over="head")
     values = draw(0)
     values[SMALL.index(SMALL.edge("m0->logits"))] = NAN

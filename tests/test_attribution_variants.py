@@ -245,7 +245,7 @@ def test_atp_star_refuses():
         with pytest.raises(ValueError, match="neuron"):
             mk.atp_star(model, pairs, mk.logit_diff(pairs), site, "layer head neuron", grad_drop=False)
     for method in (mk.atp_star, mk.relp, mk.integrated_gradients):
-        with pytest.raises(ValueError, match="one site"):
+        with pytest.raises(ValueError, match="site: expected a string"):
             method(model, pairs, mk.logit_diff(pairs), {"z": "layer head"})
     with pytest.raises(ValueError, match="grad_drop"):
         mk.atp_star(model, pairs, mk.logit_diff(pairs), "resid_pre", "layer pos")

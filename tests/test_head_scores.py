@@ -370,7 +370,7 @@ def test_errors_and_nothing_stays_hooked():
     ):
         with pytest.raises(ValueError, match=message):
             head_scores(model, progress=False, **arguments)
-    with pytest.raises(ValueError, match="kind: expected 'Q'"):
+    with pytest.raises(ValueError, match="kind: expected one of 'Q'"):
         composition_scores(model, "k")
     model.train()
     for call in (head_scores, composition_scores, lambda m: head_scores(m, "copying")):

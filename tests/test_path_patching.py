@@ -171,7 +171,10 @@ def test_small_budgets_and_leftover_hooks():
     ("arguments", "message"),
     [
         ({"receivers": ["logits", "m3"]}, "receivers: expected 'logits' alone"),
-        ({"receivers": "logits"}, r"receivers: expected a list of names, got 'logits'; write receivers=\['logits'\]"),
+        (
+            {"receivers": "logits"},
+            r"receivers: expected a list of strings, got str 'logits'. Write receivers=\['logits'\]",
+        ),
         ({"receivers": []}, "receivers: expected at least one"),
         ({"receivers": ["a9.h0<q>"]}, "reader: expected"),
         ({"senders": "head"}, "senders: expected 'layer head'"),

@@ -116,9 +116,9 @@ def test_hash_sees_where_one_prompt_ends_and_does_not_see_the_dtype() -> None:
     [
         ([], r"tokens: expected at least one prompt, got none"),
         ([[1], []], r"tokens\[1\]: expected a non-empty 1-D tensor"),
-        ([[1], [[2, 3]]], r"tokens\[1\]: expected a non-empty 1-D tensor of token ids, got torch.int64 \[1, 2\]"),
+        ([[1], [[2, 3]]], r"tokens\[1\]\[0\]: expected a whole number, got list \[2, 3\]"),
         (torch.zeros(2, 3), r"tokens\[0\]: expected a non-empty 1-D tensor of token ids, got torch.float32 \[3\]"),
-        ([[1], [2.5]], r"tokens\[1\]: expected a non-empty 1-D tensor of token ids, got torch.float32 \[1\]"),
+        ([[1], [2.5]], r"tokens\[1\]\[0\]: expected a whole number, got float 2.5"),
     ],
 )
 def test_refuses_what_are_not_token_sequences(rows: Any, message: str) -> None:
@@ -231,9 +231,9 @@ def test_pairs_are_frozen() -> None:
     [
         ({"corrupted": [CORRUPTED[0], "Mary and John"]}, r"pair 1: .*equal token length, got 9 and 4.*[Rr]eword"),
         ({"corrupted": CORRUPTED[:1]}, r"corrupted: expected 2 rows, one for each clean prompt; got 1"),
-        ({"clean": [], "corrupted": []}, r"tokens: expected at least one prompt, got none"),
-        ({"answers": ANSWERS[:1]}, r"right: expected 2 rows, one for each clean prompt; got 1"),
-        ({"answers": ANSWERS * 2}, r"right: expected 2 rows, one for each clean prompt; got 4"),
+        ({"clean": [], "corrupted": []}, r"clean: expected at least one, got \[\]"),
+        ({"answers": ANSWERS[:1]}, r"answers: expected 2 pairs, one for each clean prompt; got 1"),
+        ({"answers": ANSWERS * 2}, r"answers: expected 2 pairs, one for each clean prompt; got 4"),
         ({"answers": [ANSWERS[0], (" John", " later Tom")]}, r"wrong answer of pair 1: .*' later Tom'.*single token"),
         ({"answers": [(" later Tom", " John"), ANSWERS[1]]}, r"right answer of pair 0: .*' later Tom'.*single token"),
         ({"answers": [ANSWERS[0], ([" John", " a drink"], " Mary")]}, r"right answer of pair 1: .*' a drink'"),
@@ -251,13 +251,13 @@ def test_pairs_are_frozen() -> None:
         ({"answers": [ANSWERS[0], (1, 2, 3)]}, r"answers of pair 1: expected \(right, wrong\), got \(1, 2, 3\)"),
         ({"answers": (" Mary", " John")}, r"answers of pair 0: expected \(right, wrong\), got ' Mary'"),
         ({"positions": {"S2": [1]}}, r"positions\['S2'\]: expected 2 values, got shape \[1\]"),
-        ({"positions": {"S2": [[1], [2]]}}, r"positions\['S2'\]: expected 2 values, got shape \[2, 1\]"),
+        ({"positions": {"S2": [[1], [2]]}}, r"positions\['S2'\]\[0\]: expected a whole number, got list \[1\]"),
         ({"positions": {"S2": [14, 9]}}, r"positions\['S2'\]\[1\]: expected an index into 9 tokens, got 9"),
         (
             {"positions": {"IO": [1, 1], "S2": [-16, 1]}},
             r"positions\['S2'\]\[0\]: expected an index into 15 tokens, got -16",
         ),
-        ({"positions": {"S2": [1.5, 2.0]}}, r"positions\['S2'\]: expected integers"),
+        ({"positions": {"S2": [1.5, 2.0]}}, r"positions\['S2'\]\[0\]: expected a whole number, got float 1.5"),
         ({"positions": {"END": [14, 7]}}, r"positions\['END'\]\[1\]: expected the last token, 8, got 7"),
     ],
 )

@@ -108,7 +108,7 @@ def test_lists_and_numpy_labels_become_tuples_of_int() -> None:
             r"coords\['layer'\]: expected 3 labels.*got 2",
         ),
         ({"coords": {"layer": (0, 1, 1), "head": (0, 1), "prompt": tuple(range(5))}}, r"repeated ones: \['1'\]"),
-        ({"coords": {"layer": (0, 1, 2.5), "head": (0, 1), "prompt": tuple(range(5))}}, "int or str"),
+        ({"coords": {"layer": (0, 1, 2.5), "head": (0, 1), "prompt": tuple(range(5))}}, "a whole number or a string"),
         ({"base": "noised"}, r"base: expected one of \('clean', 'corrupted'\), got 'noised'"),
         (
             {"baseline": {"corrupted": torch.zeros(4)}},

@@ -18,10 +18,10 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -55,6 +55,7 @@ COPIES = 6
 Logits = Callable[[Tensor | None], Tensor]  # token ids, or None for all of them -> this cell's logits [row token]
 
 
+@runtime_checkable
 class Translator(Protocol):
     """What a lens does to a residual stream before it is read (a `TunedLens`)."""
 
@@ -258,7 +259,7 @@ def _batches(
                 yield group, ids[first : first + fits], length
 
 
-def _ordered(canonical: Float[Tensor, "layer head place width prompt"], axes: Axes, places: Tensor) -> Tensor:
+def _ordered(canonical: Num[Tensor, "layer head place width prompt"], axes: Axes, places: Tensor) -> Tensor:
     """`[*axes width prompt]`, in the order that the user wrote."""
     where = {"layer": 0, "head": 1, "pos": 2, "position": 2}
     order = [where[dim] for dim in axes.dims]

@@ -19,6 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mechkit._check import checked
 from mechkit.attribution._cells import Grid, make_grid, split_prompts, to_result
 from mechkit.hooks import Budget, HookedModel, check_can_run, one_at_a_time, record, sweep
 from mechkit.metrics import AnyMetric, metric_for
@@ -28,6 +29,7 @@ from mechkit.result import Result
 MODES = ("zero", "mean", "pos_mean", "resample")
 
 
+@checked
 @one_at_a_time
 def ablation(
     model: HookedModel,

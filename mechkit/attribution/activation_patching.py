@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+from mechkit._check import checked
 from mechkit.attribution._cells import Grid, make_grid, to_result
 from mechkit.hooks import ActivationCache, HookedModel, one_at_a_time, sweep
 from mechkit.metrics import AnyMetric, metric_for
@@ -22,6 +23,7 @@ from mechkit.prompts import PromptPairs, Prompts
 from mechkit.result import Result
 
 
+@checked
 @one_at_a_time
 def activation_patching(
     model: HookedModel,

@@ -25,6 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechkit._check import checked
 from mechkit.attribution._cells import Chosen
 from mechkit.attribution._nodes import AnyMetric, Chunk, Key, Study, check_one_site, hook_name, make_study
 from mechkit.attribution.attribution_patching import check_reached, tapped
@@ -43,6 +44,7 @@ from mechkit.result import Result
 Effect = Callable[[Tensor], Tensor]
 
 
+@checked
 @one_at_a_time
 def atp_star(
     model: HookedModel,

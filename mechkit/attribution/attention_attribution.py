@@ -37,6 +37,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from mechkit._check import checked
 from mechkit.attribution._cells import position_labels, provenance_of, split_prompts
 from mechkit.hooks import (
     Budget,
@@ -60,6 +61,7 @@ Heads = Literal["mean", "max"]
 _STEPS = 2**30  # flow is found in whole steps of 2^-30, the finest that 32 bits hold
 
 
+@checked
 @one_at_a_time
 def attention_rollout(
     model: HookedModel,
@@ -107,6 +109,7 @@ def attention_rollout(
     return _attributed(rule, model, prompts, position, over, budget, progress, residual=residual, heads=heads)
 
 
+@checked
 @one_at_a_time
 def attention_flow(
     model: HookedModel,
@@ -143,6 +146,7 @@ def attention_flow(
     return _attributed(rule, model, prompts, position, over, budget, progress, residual=residual, heads=heads)
 
 
+@checked
 @one_at_a_time
 def attention_relevance(
     model: HookedModel,

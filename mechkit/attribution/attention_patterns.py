@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from mechkit._check import checked
 from mechkit.attribution._cells import choose_indices, position_labels, provenance_of, split_prompts
 from mechkit.hooks import Budget, HookedModel, check_can_run, one_at_a_time, record, widen
 from mechkit.prompts import PromptPairs, Prompts
@@ -27,6 +28,7 @@ from mechkit.result import Result
 _MASKED = -1e8  # masks are -1e9, the dtype's lowest number or minus infinity; half precision has its own limit
 
 
+@checked
 @one_at_a_time
 @torch.no_grad()
 def attention_patterns(
@@ -121,7 +123,7 @@ class _Target:
 
 def _run(model: HookedModel, tokens: Int[Tensor, "batch pos"], target: _Target) -> None:
     """Runs a batch and writes every layer's part as it is computed."""
-    masks: dict[int, Bool[Tensor, "batch head dest src"]] = {}
+    masks: dict[int, Bool[Tensor, "batch chosen dest src"]] = {}
     hooks: list[Any] = []
     for row, layer in enumerate(target.layers):
         hooks.append((("attn_scores", layer), partial(_keep_scores, row=row, target=target, masks=masks)))
@@ -148,7 +150,7 @@ def _keep_pattern(
 
 def _write(
     activation: Float[Tensor, "batch head dest src"],
-    masked: Bool[Tensor, "batch head dest src"],
+    masked: Bool[Tensor, "batch chosen dest src"],
     row: int,
     target: _Target,
 ) -> None:

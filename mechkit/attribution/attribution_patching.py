@@ -22,6 +22,7 @@ from typing import Any, Literal, Unpack, overload
 import torch
 from torch import Tensor
 
+from mechkit._check import checked
 from mechkit.attribution._cells import Chosen
 from mechkit.attribution._nodes import AnyMetric, Chunk, Key, Study, hook_name, make_study
 from mechkit.hooks import HookedModel, frozen_parameters, one_at_a_time
@@ -51,6 +52,7 @@ def attribution_patching(
 def attribution_patching(
     model: HookedModel, pairs: PromptPairs, metric: AnyMetric, site: Mapping[str, str], **options: Unpack[Options]
 ) -> dict[str, Result]: ...
+@checked
 @one_at_a_time
 def attribution_patching(
     model: HookedModel,

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mechkit._check import checked
 from mechkit._drawn import Drawn
 from mechkit.attribution._cells import make_grid, position_labels
 from mechkit.attribution._nodes import TECHNIQUE
@@ -82,6 +83,7 @@ class Comparison(Drawn):
         )
 
 
+@checked
 def compare(approx: Result, exact: Result, *, k: int = 10) -> Comparison:
     """Holds an approximation (`attribution_patching`, `relp`, …) against `activation_patching` of the same cells.
 
@@ -163,6 +165,7 @@ def compare(approx: Result, exact: Result, *, k: int = 10) -> Comparison:
     )
 
 
+@checked
 @one_at_a_time
 def verify(
     approx: Result,

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mechkit._check import checked
 from mechkit.attribution._cells import (
     choose_indices,
     choose_layers,
@@ -42,6 +43,7 @@ OVER = ("component", "cumulative", "layer head", "layer head src", "layer head p
 CAUTION = "direct effect only: later components may remove it (see dla_erasure_check)"
 
 
+@checked
 @one_at_a_time
 def direct_logit_attribution(
     model: HookedModel,

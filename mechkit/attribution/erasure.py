@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mechkit._check import checked
 from mechkit._drawn import Drawn
 from mechkit.attribution._cells import split_prompts
 from mechkit.attribution._reading import Direction, as_direction, to_result
@@ -52,6 +53,7 @@ class Erasure(Drawn):
     written: Result
     erased: float
 
+    @checked
     def erasers(self, k: int = 3) -> tuple[tuple[str, float], ...]:
         """The later components that wrote the opposite of the head, strongest first: names and mean effects."""
         direct = float(self.direct.mean("prompt").values)
@@ -73,6 +75,7 @@ class Erasure(Drawn):
         )
 
 
+@checked
 @one_at_a_time
 def dla_erasure_check(
     model: HookedModel,

@@ -26,6 +26,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechkit._check import checked
 from mechkit._drawn import Drawn
 from mechkit.attribution._cells import choose_indices
 from mechkit.attribution._head_weights import (
@@ -95,6 +96,7 @@ class OVSVD(Drawn):
     directions: tuple[OVDirection, ...]
 
 
+@checked
 @one_at_a_time
 @torch.no_grad()
 def ov_circuit(
@@ -133,6 +135,7 @@ def ov_circuit(
     return weights_result(values, coords, model, "ov_circuit", "logits at scale 1", layer=layer, head=head)
 
 
+@checked
 @one_at_a_time
 @torch.no_grad()
 def qk_circuit(
@@ -166,6 +169,7 @@ def qk_circuit(
     return weights_result(values, coords, model, "qk_circuit", "attention score", layer=layer, head=head)
 
 
+@checked
 @one_at_a_time
 @torch.no_grad()
 def ov_svd(model: HookedModel, layer: int, head: int, k: int = 10, top: int = 10) -> OVSVD:

@@ -30,6 +30,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from mechkit._check import checked
 from mechkit._random_tokens import repeated_rows
 from mechkit.attribution._cells import choose_indices, choose_positions, provenance_of, split_prompts
 from mechkit.attribution._head_weights import (
@@ -63,6 +64,7 @@ KINDS = (*PATTERN_KINDS, "copying", "name_mover_copy")
 TOP = 5  # of the logits, as in Wang et al.
 
 
+@checked
 @one_at_a_time
 def head_scores(
     model: HookedModel,
@@ -167,6 +169,7 @@ def head_scores(
     )
 
 
+@checked
 @one_at_a_time
 @torch.no_grad()
 def composition_scores(model: HookedModel, kind: Literal["Q", "K", "V"] = "K") -> Result:
@@ -275,7 +278,7 @@ def _pattern_scores(
 
 
 def _reduce(
-    pattern: Float[Tensor, "batch head pos src"],
+    pattern: Float[Tensor, "batch all_heads pos src"],
     hook: Any,
     *,
     values: Float[Tensor, "layer head prompt"],

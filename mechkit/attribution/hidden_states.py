@@ -18,6 +18,7 @@ from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from mechkit._check import checked
 from mechkit.attribution._cells import choose_indices, provenance_of, split_prompts
 from mechkit.hooks import SITES, Budget, HookedModel, check_can_run, get_site, one_at_a_time, parse_hook_name, record
 from mechkit.hooks._nonfinite import where_it_began
@@ -27,6 +28,7 @@ from mechkit.result import Cost, Result
 _SITES = tuple(name for name, site in SITES.items() if site.in_block and site.dims == ("pos", "d_model"))
 
 
+@checked
 @one_at_a_time
 @torch.no_grad()
 def hidden_states(

@@ -38,6 +38,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechkit._check import checked
 from mechkit.attribution._baseline import Baseline
 from mechkit.attribution._cells import Chosen, provenance_of
 from mechkit.attribution._nodes import AnyMetric, Chunk, Key, Study, hook_name, make_single_study
@@ -53,6 +54,7 @@ _INPUT: Key = ("resid_pre", 0)  # what the first block reads
 _CUTS = ("resid_pre", "resid_mid", "resid_post")  # everything that a later layer gets flows through these
 
 
+@checked
 @one_at_a_time
 def gradient_x_input(
     model: HookedModel, prompts: PromptPairs | Prompts, metric: AnyMetric, *, budget: int | None = None
@@ -96,6 +98,7 @@ def gradient_x_input(
     return _result(study, passes=1, technique="gradient x input")
 
 
+@checked
 @one_at_a_time
 @torch.inference_mode(False)
 def token_integrated_gradients(
@@ -153,6 +156,7 @@ def token_integrated_gradients(
     return _result(study, passes=len(points), technique="token integrated gradients", **asked, **end)
 
 
+@checked
 @one_at_a_time
 @torch.inference_mode(False)
 def neuron_attribution(

@@ -21,6 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from mechkit._check import checked
 from mechkit.attribution._cells import Chosen
 from mechkit.attribution._nodes import AnyMetric, Chunk, Key, Study, check_one_site, hook_name, make_study
 from mechkit.attribution._paths import Rule, along_activation, batches, metric_with, quadrature
@@ -30,6 +31,7 @@ from mechkit.prompts import PromptPairs
 from mechkit.result import Result
 
 
+@checked
 @one_at_a_time
 @torch.inference_mode(False)
 def integrated_gradients(

@@ -26,6 +26,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from mechkit._check import checked
 from mechkit._drawn import Drawn
 from mechkit.attribution._cells import Axes, make_axes, provenance_of, split_prompts
 from mechkit.attribution._readout import Chunk, Logits, Reader, read_cells
@@ -49,6 +50,7 @@ UNITS = {
 OF_TOKENS = ("logit", "log_prob", "prob", "rank")
 
 
+@checked
 @one_at_a_time
 def logit_lens(
     model: HookedModel,
@@ -162,6 +164,7 @@ class TopTokens(Drawn):
         return f"TopTokens({sizes}; {self.probs.provenance.get('technique', '')})"
 
 
+@checked
 @one_at_a_time
 def top_tokens(
     model: HookedModel,

@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from mechkit._check import checked
 from mechkit.attribution._cells import choose_indices, choose_positions, provenance_of, split_prompts
 from mechkit.attribution.logit_lens import TopTokens, check_k, make_top_tokens
 from mechkit.hooks import (
@@ -41,6 +42,7 @@ IDENTITY = "cat -> cat; 1135 -> 1135; hello -> hello; ? ->"
 Position = int | str
 
 
+@checked
 @one_at_a_time
 def patchscope(
     model: HookedModel,

@@ -27,6 +27,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from mechkit._check import checked
 from mechkit.attribution._cells import Chosen
 from mechkit.attribution._nodes import AnyMetric, check_one_site, make_study
 from mechkit.attribution.attribution_patching import first_order
@@ -47,6 +48,7 @@ from mechkit.result import Result
 _NORMS = ("ln1", "ln2", "ln1_post", "ln2_post")
 
 
+@checked
 @one_at_a_time
 def relp(
     model: HookedModel,

@@ -25,8 +25,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechkit._check import checked
 from mechkit._drawn import Drawn
-from mechkit._safetensors import read, write
+from mechkit._files import decoding, read_tensors, write_tensors
 from mechkit.attribution._cells import choose_indices, provenance_of, split_prompts
 from mechkit.attribution._tuned_fit import Settings, fit_translators
 from mechkit.hooks import (
@@ -39,6 +40,7 @@ from mechkit.prompts import PromptPairs, Prompts
 _FORMAT = 1
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class TunedLens(Drawn):
     """Translators of the residual stream after each layer. Make one with `TunedLens.fit` or `TunedLens.load`.
@@ -60,14 +62,26 @@ class TunedLens(Drawn):
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.b.ndim != 2 or not (self.A.is_floating_point() and self.b.is_floating_point()):
+            raise ValueError(
+                f"A, b: expected floating-point [layer d d] and [layer d], got {self.A.dtype} {list(self.A.shape)} and "
+                f"{self.b.dtype} {list(self.b.shape)}"
+            )
         n, d = len(self.layers), self.b.shape[-1]
         if self.A.shape != (n, d, d) or self.b.shape != (n, d):
             raise ValueError(
                 f"A, b: expected [{n} d d] and [{n} d] for {n} layers, got {list(self.A.shape)} and {list(self.b.shape)}"
             )
+        if not (self.A.isfinite().all() and self.b.isfinite().all()):
+            raise ValueError("A, b: expected finite numbers, got NaN or infinite ones")
+        if len(set(self.layers)) != n or not all(0 <= layer < self.n_layers for layer in self.layers):
+            raise ValueError(
+                f"layers: expected distinct layers below n_layers, {self.n_layers}; got {list(self.layers)}"
+            )
         object.__setattr__(self, "provenance", MappingProxyType(dict(self.provenance)))
 
     @classmethod
+    @checked
     @one_at_a_time
     def fit(
         cls,
@@ -125,6 +139,7 @@ class TunedLens(Drawn):
         provenance = provenance_of(model, text, technique="tuned_lens", **vars(settings), **report)
         return cls(A, b, tuple(chosen), model.n_layers, provenance)
 
+    @checked
     def translate(self, layer: int, resid: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
         """What the lens expects `resid_post` of `layer` to have become after the last layer. The last layer's is itself."""
         if layer == self.n_layers - 1:
@@ -138,6 +153,7 @@ class TunedLens(Drawn):
         A, b = (part.to(wide) for part in (self.A[i], self.b[i]))
         return (wide + wide @ A.T + b).to(resid.dtype)
 
+    @checked
     def check(self, model: HookedModel, layers: Sequence[int] = ()) -> None:
         """Raises `ValueError` unless the lens was fitted on this very model, and has what these layers need."""
         fitted_on = self.provenance.get("weights_hash")
@@ -159,6 +175,7 @@ class TunedLens(Drawn):
     def __repr__(self) -> str:
         return f"TunedLens({self.provenance.get('model', 'no model')}: {len(self.layers)} of {self.n_layers} layers)"
 
+    @checked
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes a safetensors file that `load` reads back bit for bit."""
         header = {
@@ -167,14 +184,16 @@ class TunedLens(Drawn):
             "n_layers": self.n_layers,
             "provenance": dict(self.provenance),
         }
-        return write(path, {"A": self.A, "b": self.b}, "mechkit_tuned_lens", header)
+        return write_tensors(path, {"A": self.A, "b": self.b}, "mechkit_tuned_lens", header)
 
     @classmethod
+    @checked
     def load(cls, path: str | os.PathLike[str]) -> TunedLens:
         """Reads what `save` wrote, onto the CPU. Raises `ValueError` if the file is something else, or of another version."""
-        tensors, header = read(path, "mechkit_tuned_lens", writer="TunedLens.save", names=("A", "b"))
+        tensors, header = read_tensors(path, "mechkit_tuned_lens", writer="TunedLens.save", names=("A", "b"))
         if header.get("format") != _FORMAT:
             raise ValueError(
                 f"{path}: expected format {_FORMAT}, got {header.get('format')!r}: read it with the mechkit that wrote it"
             )
-        return cls(tensors["A"], tensors["b"], tuple(header["layers"]), header["n_layers"], header["provenance"])
+        with decoding(path, "a file written by TunedLens.save"):
+            return cls(tensors["A"], tensors["b"], tuple(header["layers"]), header["n_layers"], header["provenance"])

@@ -22,11 +22,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mechkit._files import decoding, parse_json, read_text
 from mechkit.circuits.circuit import Circuit
 from mechkit.circuits.graph import Graph
 from mechkit.hooks import HookedModel
 
 _FORMAT, _VERSION = "mechkit circuit", 1
+_WHAT = "a circuit as JSON"
+_LIMIT = 2**30  # bytes of a file
+# Bytes of memory that a file may ask for: so many, or more if it is large itself.
+_ROOM, _ROOM_PER_BYTE = 2**27, 64
+_SCORED, _UNSCORED = 26, 3  # bytes that a pair of a writer and a reader takes while it is read
 _CFG = ("n_layers", "n_heads", "parallel_attn_mlp")
 
 
@@ -44,17 +50,15 @@ def write(circuit: Circuit, path: Path, format: str, d_model: int | None) -> Pat
 
 
 def read(path: Path, model: HookedModel | Graph | None) -> Circuit:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: expected a circuit as JSON, got something else: {error}") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    try:
+    text = read_text(path, _WHAT, limit=_LIMIT, begins="{")
+    content = parse_json(text, str(path), _WHAT, object_pairs_hook=_without_repeats)
+    room = max(_ROOM, _ROOM_PER_BYTE * len(text))
+    del text
+    with decoding(path, _WHAT):
         if isinstance(content, dict) and content.get("format") == _FORMAT:
-            circuit = _from_mechkit(content)
+            circuit = _from_mechkit(content, room)
         elif isinstance(content, dict) and {"cfg", "nodes", "edges"} <= set(content):
-            return _from_mib(content, model)
+            return _from_mib(content, model, room)
         else:
             raise ValueError(
                 "expected a circuit of mechkit (key 'format') or of MIB and EAP-IG (keys 'cfg', 'nodes' and 'edges'), got "
@@ -64,9 +68,18 @@ def read(path: Path, model: HookedModel | Graph | None) -> Circuit:
             circuit.check(model)
         elif model is not None and model != circuit.graph:
             raise ValueError(f"a circuit of another model: expected {model}, got {circuit.graph}")
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
     return circuit
+
+
+def _check_room(graph: Graph, room: int, *, scored: bool) -> None:
+    """Raises `ValueError` for a graph that is larger than the file that asks for it can need."""
+    writers, readers = graph.n_cells
+    needed = writers * readers * (_SCORED if scored else _UNSCORED)
+    if needed > room:
+        raise ValueError(
+            f"graph: expected one that a file of this size can need, got {graph.n_layers} layers of {graph.n_heads} heads: "
+            f"{writers:,} writers and {readers:,} readers"
+        )
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -98,7 +111,7 @@ def _as_mechkit(circuit: Circuit) -> dict[str, Any]:
     }
 
 
-def _from_mechkit(content: Mapping[str, Any]) -> Circuit:
+def _from_mechkit(content: Mapping[str, Any], room: int) -> Circuit:
     if content.get("version") != _VERSION:
         raise ValueError(
             f"expected version {_VERSION}, got {content.get('version')!r}: read it with the mechkit that wrote it"
@@ -110,12 +123,15 @@ def _from_mechkit(content: Mapping[str, Any]) -> Circuit:
     if not isinstance(shape, dict) or set(shape) != {f.name for f in fields(Graph)}:
         raise ValueError(f"graph: expected {', '.join(f.name for f in fields(Graph))}, got {shape!r}")
     sizes = {key: _whole(f"graph[{key!r}]", shape[key]) for key in ("n_layers", "n_heads", "n_kv_heads")}
-    graph = Graph(**sizes, parallel=bool(shape["parallel"]), mlps=bool(shape["mlps"]))
+    if unsure := [key for key in ("parallel", "mlps") if not isinstance(shape[key], bool)]:
+        raise ValueError(f"graph[{unsure[0]!r}]: expected true or false, got {shape[unsure[0]]!r}")
+    graph = Graph(**sizes, parallel=shape["parallel"], mlps=shape["mlps"])
+    _check_room(graph, room, scored=content["dtype"] is not None)
     dtypes = {None: None, "float32": torch.float32, "float64": torch.float64, "float16": torch.float16}
     if (name := content["dtype"]) not in dtypes and name != "bfloat16":
         raise ValueError(f"dtype: expected a floating-point dtype or null, got {name!r}")
     dtype = torch.bfloat16 if name == "bfloat16" else dtypes[name]
-    members, scores = _edges(graph, content["edges"], score_needed=False)
+    members, scores = _edges(graph, content["edges"], score_needed=False, scored=dtype is not None)
     origin = {key: content[key] for key in ("model", "weights_hash", "task", "provenance")}
     return Circuit(graph, members, None if dtype is None else scores.to(dtype), **origin)
 
@@ -151,13 +167,15 @@ def _names(circuit: Circuit, reader: Any) -> list[str]:
     return [writer.name for writer in circuit.graph.writers_of(reader)]
 
 
-def _from_mib(content: Mapping[str, Any], model: HookedModel | Graph | None) -> Circuit:
+def _from_mib(content: Mapping[str, Any], model: HookedModel | Graph | None, room: int) -> Circuit:
     cfg, nodes = content["cfg"], content["nodes"]
     if not isinstance(cfg, dict) or (missing := [key for key in _CFG if key not in cfg]):
         raise ValueError(
             f"cfg: expected {', '.join(_CFG)}; missing: {', '.join(missing) if isinstance(cfg, dict) else cfg}"
         )
-    n_layers, n_heads, parallel = (_whole(f"cfg[{key!r}]", cfg[key]) for key in _CFG)
+    n_layers, n_heads = (_whole(f"cfg[{key!r}]", cfg[key]) for key in _CFG[:2])
+    if (parallel := cfg["parallel_attn_mlp"]) not in (True, False):
+        raise ValueError(f"cfg['parallel_attn_mlp']: expected true or false, got {parallel!r}")
     n_kv_heads = _whole("cfg['n_key_value_heads']", cfg.get("n_key_value_heads") or n_heads)
     if n_kv_heads < 1 or n_heads % n_kv_heads:
         raise ValueError(f"cfg: expected n_heads to be a multiple of n_key_value_heads, got {n_heads} and {n_kv_heads}")
@@ -170,8 +188,11 @@ def _from_mib(content: Mapping[str, Any], model: HookedModel | Graph | None) -> 
             raise ValueError(f"a circuit of another model: expected {wanted}, got {graph}")
         graph = wanted
     many = _ungrouped(graph)
+    if not isinstance(nodes, dict) or many.n_cells[0] > 10 * len(nodes) + 100:  # before anything of that size is made
+        raise ValueError(f"nodes: expected those of {n_layers} layers of {n_heads} heads, got {str(nodes)[:60]}")
+    _check_room(many, room, scored=True)
     names = {*many.writer_index, "logits"}
-    if not isinstance(nodes, dict) or set(nodes) != names:
+    if set(nodes) != names:
         raise ValueError(f"nodes: expected {len(names)}, those of {many}; {_difference(names, nodes)}")
     if any(isinstance(node, dict) and "neurons" in node for node in nodes.values()):
         raise ValueError(
@@ -192,19 +213,22 @@ def _from_mib(content: Mapping[str, Any], model: HookedModel | Graph | None) -> 
     )
 
 
-def _edges(graph: Graph, edges: Any, *, score_needed: bool) -> tuple[Tensor, Tensor]:
-    """Members and scores, `[writer reader]`, of edges by name; NaN where a score is missing, if none is needed."""
+def _edges(graph: Graph, edges: Any, *, score_needed: bool, scored: bool = True) -> tuple[Tensor, Tensor]:
+    """Members and scores, `[writer reader]`, of edges by name; NaN where a score is missing, if none is needed. Scores are
+    empty where none may be."""
     if not isinstance(edges, dict):
         raise ValueError(f"edges: expected a mapping from names, got {type(edges).__name__}")
-    places = {e.name: (graph.writer_index[e.writer.name], graph.reader_index[e.reader.name]) for e in graph.edges}
-    unknown = set(edges) - set(places)
-    if unknown or (score_needed and len(edges) != len(places)):
+    places = {name: place for name in edges if (place := _place(graph, name)) is not None}
+    if len(places) != len(edges) or (score_needed and len(edges) != graph.n_edges):
+        wanted = (
+            {edge.name for edge in graph.edges} if score_needed and graph.n_edges <= 10 * len(edges) else set(places)
+        )
         raise ValueError(
-            f"edges: expected the {len(places)} edges of {graph}, got {len(edges)}; "
-            f"{_difference(set(places), edges, score_needed)}"
+            f"edges: expected {f'the {graph.n_edges:,}' * score_needed or 'some'} edges of {graph}, got {len(edges):,}; "
+            f"{_difference(wanted, edges, score_needed)}"
         )
     members = torch.zeros_like(graph.exists)
-    scores = torch.full(graph.exists.shape, torch.nan, dtype=torch.float64)
+    scores = torch.full(graph.exists.shape if scored else (0,), torch.nan, dtype=torch.float64)
     for name, edge in edges.items():
         needed = {"in_graph", "score"} if score_needed else {"in_graph"}
         if not isinstance(edge, dict) or not needed <= set(edge) or not isinstance(edge["in_graph"], bool):
@@ -214,8 +238,17 @@ def _edges(graph: Graph, edges: Any, *, score_needed: bool) -> tuple[Tensor, Ten
             score = edge["score"]
             if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
                 raise ValueError(f"edges[{name!r}]: expected a finite score, got {score!r}")
+            if not scored:
+                raise ValueError(f"edges[{name!r}]: expected no score where dtype is null, got {score!r}")
             scores[places[name]] = score
     return members, scores
+
+
+def _place(graph: Graph, name: str) -> tuple[int, int] | None:
+    """Where the edge of a name is in `[writer reader]`; `None` if there is none."""
+    writer, _, reader = name.partition("->")
+    w, r = graph.writer_index.get(writer), graph.reader_index.get(reader)
+    return (w, r) if w is not None and r is not None and w < graph.n_writers(graph.readers[r]) else None
 
 
 def _difference(wanted: set[str], got: Any, all_needed: bool = True) -> str:
@@ -225,7 +258,7 @@ def _difference(wanted: set[str], got: Any, all_needed: bool = True) -> str:
 
 
 def _whole(name: str, value: Any) -> int:
-    if not isinstance(value, int) or value < 0:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise ValueError(f"{name}: expected a whole number, got {value!r}")
     return value
 

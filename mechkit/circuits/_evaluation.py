@@ -20,9 +20,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mechkit._check import checked
 from mechkit.attribution._nodes import AnyMetric, check_study
 from mechkit.circuits._runs import CircuitRuns, Written
 from mechkit.circuits.graph import Graph
@@ -45,9 +46,11 @@ from mechkit.metrics import CallableMetric, Metric, metric_for
 from mechkit.prompts import PromptPairs
 
 Ablation = Literal["resample", "zero", "mean", "position-mean"]
+Circuits = Bool[Tensor, "circuit writer reader"] | Float[Tensor, "circuit writer reader"]  # masks, or gates from 0 to 1
 ABLATIONS = ("resample", "zero", "mean", "position-mean")
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class Constants:
     """One ablated value for each writer, whatever the prompt and the position.
@@ -63,6 +66,13 @@ class Constants:
     graph: Graph
     name: str = "constants"
     prompts: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.values.is_floating_point() or self.values.ndim != 2 or len(self.values) != self.graph.n_cells[0]:
+            raise ValueError(
+                f"values: expected floating-point [{self.graph.n_cells[0]} d_model], one row a writer, got {self.values.dtype} "
+                f"{list(self.values.shape)}"
+            )
 
     def written(self) -> Written:
         """As the ablated values of runs, `[1 writer 1 d_model]`."""
@@ -166,9 +176,7 @@ class Evaluator:
         self._kept = kept
 
     @torch.no_grad()
-    def evaluate(
-        self, circuits: Float[Tensor, "circuit writer reader"], *, first_layer: int = 0
-    ) -> Float[Tensor, "circuit prompt"]:
+    def evaluate(self, circuits: Circuits, *, first_layer: int = 0) -> Float[Tensor, "circuit prompt"]:
         """The metric of every circuit on every prompt. `circuits` are masks or gates from 0 to 1."""
         answers = torch.full((len(circuits), len(self.pairs)), torch.nan, dtype=self.values["clean"].dtype)
         order = circuits.sum((1, 2)).argsort()  # sparse ones together, dense ones together: they are run differently
@@ -179,7 +187,7 @@ class Evaluator:
 
     @torch.no_grad()
     def evaluate_chunk(
-        self, chunk: Chunk, circuits: Float[Tensor, "circuit writer reader"], *, first_layer: int = 0
+        self, chunk: Chunk, circuits: Circuits, *, first_layer: int = 0
     ) -> Float[Tensor, "circuit prompt"]:
         """The same for one chunk."""
         n, device = len(chunk.ids), self.model.device

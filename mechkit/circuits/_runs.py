@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechkit.circuits.graph import Graph
@@ -135,7 +135,7 @@ class CircuitRuns:
 
     def final(
         self,
-        gates: Float[Tensor, "row writer reader"],
+        gates: Bool[Tensor, "row writer reader"] | Float[Tensor, "row writer reader"],
         prompt: Int[Tensor, "row"],
         *,
         first_layer: int = 0,

@@ -7,6 +7,7 @@ whose key is NaN is never chosen. `members` are `[writer reader]`, true where an
 from __future__ import annotations
 
 import heapq
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -19,7 +20,7 @@ from mechkit.circuits.graph import Graph
 _DRAWS = 200  # how often the exact number of edges is tried for
 
 
-def members_at(graph: Graph, places: list[tuple[int, int]]) -> Tensor:
+def members_at(graph: Graph, places: Sequence[Sequence[int]]) -> Tensor:
     members = torch.zeros_like(graph.exists)
     if places:
         members[tuple(torch.tensor(places).unbind(1))] = True

@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from mechkit._check import checked
 from mechkit.attribution._nodes import AnyMetric
 from mechkit.circuits._evaluation import Ablation, Constants, Evaluator, provenance_of_ablation
 from mechkit.circuits._provenance import circuit_provenance, merged
@@ -37,6 +38,7 @@ _MEMORY = 0.9  # of a batch, by the next one
 _STAKE = 0.25  # batch size, as a share of the edges that go for each one that stays
 
 
+@checked
 @one_at_a_time
 @torch.no_grad()
 def acdc(

@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechkit._check import checked
 from mechkit.circuits.circuit import Circuit
 from mechkit.circuits.edge_scores import EdgeScores
 
@@ -28,6 +29,7 @@ FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """MIB's grid: shares of the graph's edges that are kept."""
 
 
+@checked
 def cpr(fractions: Sequence[float] | Tensor, faithfulness: Sequence[float] | Tensor) -> float:
     """Area under the faithfulness curve ("integrated circuit performance ratio").
 
@@ -48,6 +50,7 @@ def cpr(fractions: Sequence[float] | Tensor, faithfulness: Sequence[float] | Ten
     return _area(*_curve(fractions, faithfulness))
 
 
+@checked
 def cmd(fractions: Sequence[float] | Tensor, faithfulness: Sequence[float] | Tensor) -> float:
     """Area of the distance |1 - f| from the whole model ("integrated circuit-model distance").
 
@@ -112,6 +115,7 @@ class RocCurve:
     n_negative: int
     over: Literal["edge", "node"]
 
+    @checked
     def precision_at(self, k: int | None = None) -> float:
         """Share of the k best that are in the circuit; of as many as are in it by default.
 
@@ -133,6 +137,7 @@ class RocCurve:
         return f"RocCurve(AUROC {self.auroc:.4g}; {sizes}, precision at {self.n_positive}: {self.precision_at():.4g})"
 
 
+@checked
 def roc(
     scores: EdgeScores | Float[Tensor, "writer reader"],
     circuit: Circuit,

@@ -25,6 +25,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from mechkit._check import checked
 from mechkit._drawn import Drawn
 from mechkit.circuits import _selection
 from mechkit.circuits._provenance import merged
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     import networkx  # type: ignore[import-untyped]
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class Circuit(Drawn):
     """A set of edges. Two circuits are equal if their graphs and edges are.
@@ -97,6 +99,7 @@ class Circuit(Drawn):
     # --- making one
 
     @classmethod
+    @checked
     def from_scores(
         cls,
         scores: EdgeScores,
@@ -177,6 +180,7 @@ class Circuit(Drawn):
         )
 
     @classmethod
+    @checked
     def from_edges(cls, model: HookedModel | Graph, edges: Iterable[Edge | str], *, task: str = "") -> Circuit:
         """A circuit by hand, as it stands: nothing is pruned.
 
@@ -195,6 +199,7 @@ class Circuit(Drawn):
         return replace(empty, members=members, provenance={**empty.provenance, "selection": {"method": "by hand"}})
 
     @classmethod
+    @checked
     def empty(cls, model: HookedModel | Graph, *, task: str = "") -> Circuit:
         """The circuit without edges, of a model or a graph."""
         known: dict[str, Any] = {}
@@ -205,12 +210,14 @@ class Circuit(Drawn):
         return cls(graph, torch.zeros_like(graph.exists), task=task, **known)
 
     @classmethod
+    @checked
     def full(cls, model: HookedModel | Graph, *, task: str = "") -> Circuit:
         """The circuit of all edges, of a model or a graph."""
         empty = cls.empty(model, task=task)
         return replace(empty, members=empty.graph.exists)
 
     @classmethod
+    @checked
     def random(cls, model: HookedModel | Graph, n_edges: int, seed: int, *, connected: bool = True) -> Circuit:
         """A random circuit of exactly `n_edges` edges, to compare a circuit of that size with.
 
@@ -313,10 +320,12 @@ class Circuit(Drawn):
         provenance = {**self.provenance, "operation": operation, "of": of, "prompts": prompts}
         return replace(self, members=members, provenance=provenance, task=task, **same)
 
+    @checked
     def with_edge(self, *edges: Edge | str) -> Circuit:
         """The circuit with these edges in it too, given as edges or by name."""
         return self._changed(edges, True)
 
+    @checked
     def without(self, *edges: Edge | str) -> Circuit:
         """The circuit without these edges; those that are not in it change nothing."""
         return self._changed(edges, False)
@@ -334,6 +343,7 @@ class Circuit(Drawn):
     def _index(self, edge: Edge | str) -> tuple[int, int]:
         return self.graph.index(self.graph.edge(edge) if isinstance(edge, str) else edge)
 
+    @checked
     def targets(self, reader: Reader) -> tuple[Writer, ...]:
         """The components that an edge into this reader feeds, for drawing: none for the logits.
 
@@ -343,6 +353,7 @@ class Circuit(Drawn):
         nodes = set(self.nodes) if len(fed) > 1 else set(fed)
         return tuple(writer for writer in fed if writer in nodes) or fed
 
+    @checked
     def check(self, model: HookedModel) -> None:
         """Refuses a model that this is no circuit of.
 
@@ -360,6 +371,7 @@ class Circuit(Drawn):
 
     # --- elsewhere
 
+    @checked
     def to_json(
         self, path: str | os.PathLike[str], format: Literal["mechkit", "mib"] = "mechkit", *, d_model: int | None = None
     ) -> Path:
@@ -380,6 +392,7 @@ class Circuit(Drawn):
         return _circuit_json.write(self, Path(path), format, d_model)
 
     @classmethod
+    @checked
     def from_json(cls, path: str | os.PathLike[str], model: HookedModel | Graph | None = None) -> Circuit:
         """Read a circuit from either format of `to_json`.
 

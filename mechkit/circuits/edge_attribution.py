@@ -26,6 +26,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mechkit._check import checked
 from mechkit.attribution._nodes import AnyMetric, Chunk, Study
 from mechkit.attribution._paths import Rule, batches, quadrature
 from mechkit.attribution.attribution_patching import tapped
@@ -45,6 +46,7 @@ Path = Literal["input", "activation"]
 _COVERED = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.1}
 
 
+@checked
 @one_at_a_time
 @torch.inference_mode(False)
 def edge_attribution(

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from mechkit._check import checked
 from mechkit.attribution._nodes import AnyMetric, Study
 from mechkit.circuits._provenance import circuit_provenance, merged
 from mechkit.circuits._reads import Changes, runs_agree, stream
@@ -43,6 +44,7 @@ SAVE_EVERY = 30.0  # seconds
 ROWS = 4096  # edges times prompts that are swept together
 
 
+@checked
 @one_at_a_time
 @torch.no_grad()
 def edge_patching(

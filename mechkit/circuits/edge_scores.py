@@ -22,7 +22,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechkit._check import checked
 from mechkit._drawn import Drawn
+from mechkit._files import decoding
 from mechkit._gap import warn_of_gap
 from mechkit.circuits.graph import Edge, Graph
 from mechkit.result import Cost, Interval, Result
@@ -31,6 +33,9 @@ if TYPE_CHECKING:
     import pandas
 
 POOR = 0.1  # the completeness error from which estimates are called poor
+_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+}
 _KEY = "edge_scores"  # in the provenance of a saved file: the graph and the baselines
 
 
@@ -51,6 +56,7 @@ class ScoredEdge:
         return f"ScoredEdge({self.name}: {self.score:+.4g})"
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class EdgeScores(Drawn):
     """What each edge adds to a metric. Make it with `EdgeScores.of`.
@@ -94,6 +100,7 @@ class EdgeScores(Drawn):
         return EdgeScores, (self.graph, self.result, dict(self.baseline))
 
     @classmethod
+    @checked
     def of(
         cls,
         graph: Graph,
@@ -200,6 +207,7 @@ class EdgeScores(Drawn):
         """`[number 2]`: reader and writer of every number, by reader and then by writer."""
         return (~values.isnan()).T.nonzero()
 
+    @checked
     def score(self, edge: Edge | str) -> float:
         """The score of one edge, averaged over prompts; the edge may be given by its name.
 
@@ -212,6 +220,7 @@ class EdgeScores(Drawn):
             raise ValueError(f"edge: {edge.name!r} was not computed; compute it, or choose one of .edges")
         return score
 
+    @checked
     def top(self, k: int = 10, by: Literal["abs", "max", "min"] = "abs") -> tuple[ScoredEdge, ...]:
         """The k most extreme edges, averaged over prompts, best first; ties by reader and then by writer.
 
@@ -236,6 +245,7 @@ class EdgeScores(Drawn):
             for (r, w), score in zip(places[best].tolist(), scores[best].tolist(), strict=True)
         )
 
+    @checked
     def ci(
         self,
         level: float = 0.95,
@@ -276,6 +286,7 @@ class EdgeScores(Drawn):
         }
         return EdgeScores(self.graph, replace(self.result, values=values, unit="normalized"), baseline)
 
+    @checked
     def correlation(self, other: EdgeScores, *, method: Literal["pearson", "spearman"] = "pearson") -> float:
         """Correlation of the mean scores over the edges that both have; NaN if either does not vary.
 
@@ -299,6 +310,7 @@ class EdgeScores(Drawn):
             return float("nan")
         return float(np.corrcoef(x, y)[0, 1])
 
+    @checked
     def to_dataframe(self, *, per_prompt: bool = False) -> pandas.DataFrame:
         """One row per computed edge, by reader and then by writer: columns `writer`, `reader`, `score` (mean over prompts).
 
@@ -321,6 +333,7 @@ class EdgeScores(Drawn):
             columns["prompt"] = prompt.numpy()
         return pd.DataFrame({**columns, "score": values[writer, reader, prompt].numpy()})
 
+    @checked
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write a safetensors file that `load` reads back bit for bit; `Result.load` reads the scores alone."""
         extra = {
@@ -333,6 +346,7 @@ class EdgeScores(Drawn):
         return replace(self.result, provenance={**self.result.provenance, _KEY: extra}).save(path)
 
     @classmethod
+    @checked
     def load(cls, path: str | os.PathLike[str]) -> EdgeScores:
         """Read what `save` wrote, onto the CPU.
 
@@ -344,10 +358,14 @@ class EdgeScores(Drawn):
         extra = provenance.pop(_KEY, None)
         if extra is None:
             raise ValueError(f"{path}: expected a file written by EdgeScores.save, got another result; use Result.load")
-        baseline = {
-            name: torch.tensor(b["values"], dtype=getattr(torch, b["dtype"])) for name, b in extra["baseline"].items()
-        }
-        return cls(Graph(**extra["graph"]), replace(result, provenance=provenance), baseline)
+        with decoding(path, "a file written by EdgeScores.save"):
+            baseline = {
+                name: torch.tensor(b["values"], dtype=_DTYPES[b["dtype"]]) for name, b in extra["baseline"].items()
+            }
+            graph = Graph(**extra["graph"])
+            if (cells := result.values.shape[:2]) != (n := graph.n_cells):
+                raise ValueError(f"graph: expected one of {tuple(cells)} writers and readers, got {n}")
+            return cls(graph, replace(result, provenance=provenance), baseline)
 
     def __repr__(self) -> str:
         values = self.values

@@ -22,10 +22,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from mechkit._check import checked
 from mechkit._drawn import Drawn
 from mechkit._statistics import caution
 from mechkit.attribution._nodes import AnyMetric
@@ -168,6 +169,7 @@ class CircuitReport(Drawn):
         return "; ".join(lines) + ")"
 
 
+@checked
 @one_at_a_time
 @torch.no_grad()
 def evaluate_circuit(
@@ -260,7 +262,7 @@ def evaluate_circuit(
 
 def run_circuits(
     evaluator: Evaluator,
-    runs: Mapping[str, Bool[Tensor, "writer reader"]],
+    runs: Mapping[str, Bool[Tensor, "writer reader"] | Float[Tensor, "writer reader"]],
     pairs: PromptPairs,
     ablation: Ablation | Constants,
     progress: bool,

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 
+from mechkit._check import checked
 from mechkit._drawn import Drawn
 from mechkit.attribution._nodes import AnyMetric
 from mechkit.circuits._evaluation import Ablation, Constants, Evaluator
@@ -88,6 +89,7 @@ class FaithfulnessCurve(Drawn):
         """Area of the distance from 1 (MIB); 0 for circuits as good as the model."""
         return cmd(self.fractions, self.faithfulness)
 
+    @checked
     def ci(self, level: float = 0.95) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Studentized bootstrap interval over prompts, low and high ends. A `UserWarning` says why it covers less often than it
         should, where it does (see `Ratio.caution`)."""
@@ -111,6 +113,7 @@ class FaithfulnessCurve(Drawn):
         return f"FaithfulnessCurve({areas}{points})"
 
 
+@checked
 @one_at_a_time
 @torch.no_grad()
 def faithfulness_curve(

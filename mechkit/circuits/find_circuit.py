@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from mechkit._check import checked
 from mechkit._drawn import Drawn
 from mechkit.circuits._evaluation import Ablation, Constants
 from mechkit.circuits.acdc import acdc
@@ -52,6 +53,7 @@ class FoundCircuit(Drawn):
         return self.estimates.correlation(self.verified)
 
 
+@checked
 @one_at_a_time
 def find_circuit(
     model: HookedModel,

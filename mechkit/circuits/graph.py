@@ -25,9 +25,11 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from mechkit._check import checked
 from mechkit.hooks import HookedModel
 
 ReaderKind = Literal["q", "k", "v", "mlp", "logits"]
+_CELLS = 2**30  # pairs of a writer and a reader, at most: a gigabyte of masks
 _READER = re.compile(r"a(\d+)\.(h|kv)(\d+)<([qkv])>|m(\d+)|logits")
 _WRITER = re.compile(r"input|a(\d+)\.h(\d+)|m(\d+)")
 
@@ -98,6 +100,7 @@ class Edge:
         return self.name
 
 
+@checked
 @dataclass(frozen=True)
 class Graph:
     """All writers, readers and edges of a model. Two graphs are equal if they have the same shape.
@@ -130,8 +133,15 @@ class Graph:
                 f"n_kv_heads: expected a number that divides the {self.n_heads} heads, since each one serves equally many; got "
                 f"{self.n_kv_heads}"
             )
+        writers, readers = self.n_cells
+        if writers * readers > _CELLS:
+            raise ValueError(
+                f"n_layers, n_heads: expected a graph of at most {_CELLS:,} pairs of a writer and a reader, got {sizes}, which "
+                f"has {writers * readers:,}"
+            )
 
     @classmethod
+    @checked
     def of(cls, model: HookedModel) -> Graph:
         """A model's graph.
 
@@ -170,6 +180,12 @@ class Graph:
     def shares(self) -> bool:
         """Whether query heads share keys and values (GQA, MQA)."""
         return self.n_kv_heads != self.n_heads
+
+    @property
+    def n_cells(self) -> tuple[int, int]:
+        """How many writers and how many readers there are, without making any."""
+        readers = self.n_heads + 2 * self.n_kv_heads + self.mlps
+        return 1 + self.n_layers * self.layer_size, 1 + self.n_layers * readers
 
     @property
     def layer_size(self) -> int:
@@ -238,6 +254,7 @@ class Graph:
         """Reader's name -> its place in `readers`."""
         return {reader.name: i for i, reader in enumerate(self.readers)}
 
+    @checked
     def writer(self, name: str) -> Writer:
         """The writer of that name, `"input"`, `"a9.h6"` or `"m3"`; `"9.6"` is short for `"a9.h6"`."""
         name = _canonical(name)
@@ -249,6 +266,7 @@ class Graph:
             f"{f' or an MLP m0 to m{self.n_layers - 1}' if self.mlps else ''}; {name!r} is {said}"
         )
 
+    @checked
     def reader(self, name: str) -> Reader:
         """The reader of that name, `"a9.h6<q>"`, `"a9.kv2<k>"`, `"m3"` or `"logits"`; `"9.6<q>"` is short for the first.
 
@@ -271,6 +289,7 @@ class Graph:
             f"{self.n_layers}; {name!r} is {said}"
         )
 
+    @checked
     def edge(self, name: str) -> Edge:
         """The edge of that name, such as `"a9.h9->logits"` or `"9.9 -> logits"`.
 

@@ -41,6 +41,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from mechkit._check import checked
 from mechkit._drawn import Drawn
 from mechkit.circuits._evaluation import Ablation, Constants, Evaluator, provenance_of_ablation
 from mechkit.circuits._objective import Objective, ObjectiveName, metric_maker, turns
@@ -89,6 +90,7 @@ class LearnedMask(Drawn):
         """Of `circuit()`, on the held-out prompts; on the training prompts if there are none."""
         return ratio((self.held_out or self.found_on).sel(run=["circuit"]))
 
+    @checked
     def circuit(self, *, threshold: float | None = None, n_edges: int | None = None, prune: bool = True) -> Circuit:
         """The edges whose gates are most likely open.
 
@@ -116,6 +118,7 @@ class LearnedMask(Drawn):
         return f"LearnedMask({size}, faithfulness {self.faithfulness} on {where} prompts)"
 
 
+@checked
 @one_at_a_time
 def learn_mask(
     model: HookedModel,

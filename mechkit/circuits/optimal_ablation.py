@@ -31,6 +31,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from mechkit._check import checked
 from mechkit._drawn import Drawn
 from mechkit.circuits._evaluation import Chunk, Constants, Evaluator
 from mechkit.circuits._objective import Objective, ObjectiveName, metric_maker, rows_of, turns
@@ -65,6 +66,7 @@ class OptimalConstants(Constants, Drawn):
         return self.losses.sel(ablation="optimal")
 
 
+@checked
 @one_at_a_time
 def optimal_ablation(
     model: HookedModel,

@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from mechkit._check import checked, naming
 from mechkit.attribution._cells import choose_positions, position_labels
 from mechkit.attribution._nodes import AnyMetric, Study
 from mechkit.circuits._provenance import circuit_provenance
@@ -36,6 +37,7 @@ from mechkit.result import Cost, Result
 KEY = "path"  # the key of the values that are written
 
 
+@checked
 @one_at_a_time
 @torch.no_grad()
 def path_patching(
@@ -156,7 +158,8 @@ def _refuse_ends(senders: str | Sequence[Any], receivers: Sequence[Any]) -> None
 def _receivers(graph: Graph, names: Sequence[str]) -> list[Reader]:
     if isinstance(names, str):
         raise ValueError(f"receivers: expected a list of names, got {names!r}; write receivers=[{names!r}]")
-    readers = [graph.reader(name) for name in names_of("receivers", names)]
+    with naming("receivers"):
+        readers = [graph.reader(name) for name in names_of("receivers", names)]
     if not readers or len(set(readers)) != len(readers):
         raise ValueError(f"receivers: expected at least one, each once; got {list(names)}")
     if len(readers) > 1 and any(reader.kind == "logits" for reader in readers):
@@ -195,7 +198,8 @@ class _Plan:
     @classmethod
     def of(cls, study: Study, graph: Graph, senders: str | Sequence[str], positions: Sequence[Any] | None) -> _Plan:
         if not isinstance(senders, str):
-            writers = [graph.writer(name) for name in names_of("senders", senders)]
+            with naming("senders"):
+                writers = [graph.writer(name) for name in names_of("senders", senders)]
             if not writers or len(set(writers)) != len(writers):
                 raise ValueError(f"senders: expected at least one, each once; got {list(senders)}")
             everywhere = chosen_positions(study, positions)

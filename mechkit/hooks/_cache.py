@@ -8,9 +8,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from mechkit._check import checked
 from mechkit.hooks._sites import SITES, Site
 
 
+@checked
 class ActivationCache(Mapping[str, Tensor]):
     """Activations of one run, under their full hook names.
 
@@ -60,6 +62,7 @@ class ActivationCache(Mapping[str, Tensor]):
     def __repr__(self) -> str:
         return f"ActivationCache({len(self)} activations: {', '.join(list(self)[:4])}{', …' if len(self) > 4 else ''})"
 
+    @checked
     def stack(self, name: str) -> Tensor:
         """One site at every cached layer, `[layer batch …]`."""
         site: Site = SITES[name]
@@ -71,6 +74,7 @@ class ActivationCache(Mapping[str, Tensor]):
             )
         return torch.stack(present)
 
+    @checked
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> ActivationCache:
         """A copy on another device, or in another dtype."""
         moved = {name: a.to(device=device, dtype=dtype) for name, a in self._activations.items()}

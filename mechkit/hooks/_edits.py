@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from mechkit.hooks._devices import to_device
@@ -134,7 +134,7 @@ class EditPlan:
         length: int,
         first_difference: Int[np.ndarray, "prompt"],
         derived: Collection[str] = (),
-    ) -> tuple[Int[np.ndarray, "cell prompt"], Int[np.ndarray, "cell prompt"]]:
+    ) -> tuple[Int[np.ndarray, "cell prompt"], Bool[np.ndarray, "cell prompt"]]:
         """For each cell and prompt: the first position that changes (`NEVER` if none does), and whether the prompt lacks a
         position that the cell names. Before `first_difference` the source run equals the base run, so that an edit there
         changes nothing; the same holds for values that are `derived` from the two runs."""

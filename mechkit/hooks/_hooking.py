@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import einops
 import torch
@@ -57,7 +57,7 @@ class Hooks:
         self._removers: list[Callable[[], None]] = []
         self._held = lock_of(bridge).held("has hooks on it")
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Hooks:
         self._held.__enter__()
         return self
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from types import TracebackType
-from typing import Any, ParamSpec, Self, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from torch import nn
 
@@ -58,7 +58,7 @@ class ModelLock:
         self._queue: deque[object] = deque()
         self._active = time.monotonic()  # when the holder last took or gave up a hold
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> ModelLock:
         self._take(_BY_USER, idle=True)
         return self
 

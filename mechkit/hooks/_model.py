@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from mechkit._check import checked, naming
 from mechkit.hooks import _load
 from mechkit.hooks._cache import ActivationCache
 from mechkit.hooks._copy import deep_copy
@@ -69,6 +70,7 @@ class HookedModel(Surface, Weights, Text):
     # -- making one ----------------------------------------------------------------------------------------------------
 
     @classmethod
+    @checked
     def from_pretrained(
         cls,
         name: str | Path,
@@ -78,7 +80,7 @@ class HookedModel(Surface, Weights, Text):
         revision: str | None = None,
         trust_remote_code: bool = False,
         **kwargs: Any,
-    ) -> Self:
+    ) -> HookedModel:
         """Loads a model and its tokenizer, and checks the hooked model's logits against the Hugging Face model's.
 
         Args:
@@ -102,9 +104,10 @@ class HookedModel(Surface, Weights, Text):
         return cls.from_hf(hf_model, tokenizer, name=str(name), revision=revision)
 
     @classmethod
+    @checked
     def from_hf(
         cls, hf_model: Any, tokenizer: Any | None = None, *, name: str | None = None, revision: str | None = None
-    ) -> Self:
+    ) -> HookedModel:
         """Wraps a transformers model that one already has. Its submodules are hooked in place; weights are not copied."""
         name = name or getattr(hf_model.config, "name_or_path", "") or type(hf_model).__name__
         check_plain_weights(hf_model)
@@ -115,7 +118,8 @@ class HookedModel(Surface, Weights, Text):
         return cls(_load.build_bridge(hf_model, tokenizer, name), name=name, revision=revision, probe=probe)
 
     @classmethod
-    def from_bridge(cls, bridge: Any) -> Self:
+    @checked
+    def from_bridge(cls, bridge: Any) -> HookedModel:
         """Wraps a TransformerBridge that one already has; refuses one whose weights were folded or centred in place."""
         if getattr(bridge, "compatibility_mode", False):
             raise ValueError(
@@ -128,7 +132,7 @@ class HookedModel(Surface, Weights, Text):
     # -- state ---------------------------------------------------------------------------------------------------------
 
     @one_at_a_time
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+    def __deepcopy__(self, memo: dict[int, Any]) -> HookedModel:
         copied = memo[id(self)] = object.__new__(type(self))
         copied.__dict__.update(deep_copy(self.bridge, self.__dict__, memo))
         return copied
@@ -140,17 +144,19 @@ class HookedModel(Surface, Weights, Text):
         return lock_of(self.bridge)
 
     @one_at_a_time
-    def eval(self) -> Self:
+    def eval(self) -> HookedModel:
         self.bridge.original_model.eval()
         return self
 
+    @checked
     @one_at_a_time
-    def train(self, mode: bool = True) -> Self:
+    def train(self, mode: bool = True) -> HookedModel:
         self.bridge.original_model.train(mode)
         return self
 
+    @checked
     @one_at_a_time
-    def to(self, device: str | torch.device) -> Self:
+    def to(self, device: str | torch.device) -> HookedModel:
         self.bridge.to(device)
         return self
 
@@ -194,6 +200,7 @@ class HookedModel(Surface, Weights, Text):
     def __call__(self, input: Input, **kwargs: Any) -> Any:
         return self.forward(input, **kwargs)
 
+    @checked
     @one_at_a_time
     def forward(
         self,
@@ -212,8 +219,9 @@ class HookedModel(Surface, Weights, Text):
         tokens, mask = self._tokens_and_mask(input, prepend_bos, attention_mask)
         return self.bridge(tokens, return_type=return_type, attention_mask=mask, loss_per_token=loss_per_token)
 
+    @checked
     @contextmanager
-    def hooks(self, fwd_hooks: HookList = (), bwd_hooks: HookList = ()) -> Iterator[Self]:
+    def hooks(self, fwd_hooks: HookList = (), bwd_hooks: HookList = ()) -> Iterator[HookedModel]:
         """Runs the body with hooks attached, and takes them off whatever happens.
 
         Args:
@@ -228,7 +236,9 @@ class HookedModel(Surface, Weights, Text):
         with Hooks(self.bridge) as attached:
             for direction, pairs in (("fwd", fwd_hooks), ("bwd", bwd_hooks)):
                 for names, fn in pairs:
-                    for name in self.hook_names(names):
+                    with naming(f"{direction}_hooks"):
+                        full_names = self.hook_names(names)
+                    for name in full_names:
                         if direction == "fwd":
                             silent.add(name)
                             fn_, name_ = fn, name
@@ -252,12 +262,14 @@ class HookedModel(Surface, Weights, Text):
                 f"forward pass. Its sites are {', '.join(self.sites)}"
             )
 
+    @checked(passes=forward)
     @one_at_a_time
     def run_with_hooks(self, input: Input, fwd_hooks: HookList = (), bwd_hooks: HookList = (), **kwargs: Any) -> Any:
         """One forward pass with hooks; keyword arguments as for `forward`."""
         with self.hooks(fwd_hooks, bwd_hooks):
             return self.forward(input, **kwargs)
 
+    @checked(passes=forward)
     @one_at_a_time
     def run_with_cache(
         self,

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mechkit._check import checked, is_whole
 from mechkit.hooks._facts import Facts, Sizes
 from mechkit.hooks._hooking import Hooks, hook_points
 from mechkit.hooks._projections import is_plain
-from mechkit.hooks._sites import SITES, Site
+from mechkit.hooks._sites import SITES, Site, get_site
 
 Names = str | tuple[str, int] | Sequence[str | tuple[str, int]] | Callable[[str], bool]
 
@@ -26,6 +27,7 @@ Names = str | tuple[str, int] | Sequence[str | tuple[str, int]] | Callable[[str]
 class Surface(Facts):
     """The part of `HookedModel` that knows its sites and the names of its hooks."""
 
+    @checked
     def hook_names(self, names: Names) -> list[str]:
         """The full hook names that `names` stands for: a short site name (every layer that has it), `(site, layer)`, a full
         hook name, a list of these, or a function on full names. Raises `ValueError` where a name matches nothing."""
@@ -42,8 +44,10 @@ class Surface(Facts):
 
     def _resolve(self, name: str | tuple[str, int]) -> list[str]:
         short, layer = name if isinstance(name, tuple) else (name, None)
+        if not isinstance(short, str) or not (layer is None or is_whole(layer)):
+            raise ValueError(f"names: expected a site and a layer, such as ('z', 3); got {name!r}")
         if layer is not None and not -self.n_layers <= layer < self.n_layers:
-            raise ValueError(f"layer: expected an index into {self.n_layers} layers, got {layer}")
+            raise ValueError(f"names: layer: expected an index into {self.n_layers} layers, got {layer}")
         if short in SITES:
             site = SITES[short]
             self.check_site(short, None if layer is None else [layer % self.n_layers])
@@ -53,7 +57,7 @@ class Surface(Facts):
         if short not in known:
             near = difflib.get_close_matches(short, known, n=3, cutoff=0.5)
             raise ValueError(
-                f"hook name {short!r}: no hook has this name. {'Near: ' + ', '.join(near) if near else ''}"
+                f"names: hook name {short!r}: no hook has this name. {'Near: ' + ', '.join(near) if near else ''}"
             )
         return [short]
 
@@ -64,9 +68,11 @@ class Surface(Facts):
         """The layers that compute a site: all of them nearly always, some in hybrids; `(0,)` for a site outside the layers."""
         return tuple(layer for name, layer in self._sizes if name == site)
 
+    @checked
     def has_site(self, site: str, layer: int | None = None) -> bool:
         """Whether some layer (or this one) computes the site. Parallel blocks have no `resid_mid`, attention-only models no
         MLP, state-space models no heads."""
+        site = get_site(site).name
         return bool(self.layers_with(site)) if layer is None else (site, layer) in self._sizes
 
     def check_site(self, site: str, layers: Sequence[int] | None = None) -> None:
@@ -104,12 +110,15 @@ class Surface(Facts):
             return "Its keys and values are made of a shared latent (multi-head latent attention). "
         return ""
 
+    @checked
     def n_heads_at(self, site: str) -> int:
         """Heads of a site: key-value heads for `k` and `v`."""
-        return self.n_kv_heads if site in ("k", "v") else self.n_heads
+        return self.n_kv_heads if get_site(site).name in ("k", "v") else self.n_heads
 
+    @checked
     def width_of(self, site: str, layer: int | None = None) -> int:
         """Entries of a site's last axis: `d_model`, `d_head`, or the MLP's neurons; the most of any layer if none is given."""
+        site = get_site(site).name
         layers = self.layers_with(site) if layer is None else (layer,)
         return max((self._sizes[site, at][-1] for at in layers if (site, at) in self._sizes), default=0)
 

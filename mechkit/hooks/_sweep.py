@@ -23,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from mechkit._check import checked
 from mechkit.hooks._cache import ActivationCache
 from mechkit.hooks._checks import check_sweep
 from mechkit.hooks._chunk import Chunk, Derived, State, Values, first_differences, whole_forward
@@ -63,6 +64,7 @@ class Answers:
     replay: str
 
 
+@checked
 @one_at_a_time
 @torch.no_grad()
 def sweep(

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from mechkit._check import checked
 from mechkit.hooks._facts import Facts
 from mechkit.hooks._lock import one_at_a_time
 
@@ -18,6 +19,7 @@ Input = str | Sequence[str] | Tensor
 class Text(Facts):
     """The part of `HookedModel` that turns text into token ids and back, and continues text."""
 
+    @checked
     @one_at_a_time
     def to_tokens(self, text: str | Sequence[str], prepend_bos: bool | None = None) -> Int[Tensor, "batch pos"]:
         """Token ids. `prepend_bos=None` is the model's default (in TransformerLens nearly always yes). Several texts of
@@ -27,6 +29,7 @@ class Text(Facts):
             text = list(text)
         return self.bridge.to_tokens(text, prepend_bos=prepend_bos, padding_side="right", truncate=False)
 
+    @checked
     @one_at_a_time
     def to_str_tokens(self, text: str | Tensor, prepend_bos: bool | None = None) -> list[str]:
         """Each token as text; without a tokenizer, its id."""
@@ -39,11 +42,13 @@ class Text(Facts):
             raise ValueError(f"text: expected one sequence of tokens, got shape {list(tokens.shape)}")
         return self.bridge.to_str_tokens(tokens[None])
 
+    @checked
     def to_string(self, tokens: Tensor | Sequence[int]) -> str | list[str]:
         """Text of token ids; a list of texts for a batch."""
         self._need_tokenizer()
         return self.bridge.to_string(torch.as_tensor(tokens))
 
+    @checked
     def to_single_token(self, text: str) -> int:
         """The id of a text that is exactly one token; raises `ValueError` otherwise, with the tokens that it is."""
         self._need_tokenizer()
@@ -93,6 +98,7 @@ class Text(Facts):
         allowed = 1 if pad == self.tokenizer.bos_token_id else 0
         return (leading > allowed).nonzero().flatten().tolist()
 
+    @checked
     @one_at_a_time
     def generate(self, input: Input, max_new_tokens: int = 10, *, do_sample: bool = False, **kwargs: Any) -> Any:
         """Continues the input, greedily by default; run it inside `hooks()` to intervene. Keyword arguments are

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechkit._check import checked
 from mechkit.hooks._facts import Facts
 from mechkit.hooks._lock import one_at_a_time
 from mechkit.hooks._projections import (
@@ -122,6 +123,7 @@ class Weights(Facts):
 
     # -- reading logits off the residual stream ------------------------------------------------------------------------
 
+    @checked
     @one_at_a_time
     def unembed(
         self, resid: Float[Tensor, "... d_model"], tokens: Int[Tensor, "token"] | None = None

@@ -20,6 +20,7 @@ from typing import Any, Literal
 import numpy as np
 import plotly.graph_objects as go
 
+from mechkit._check import checked
 from mechkit.plot._attention_data import Drawing, Patterns, Scale, block_labels, patterns_of, pooled
 from mechkit.plot._attention_lines import draw_lines
 from mechkit.plot._figure import Facts, Figure, Frame, dress, label_axis
@@ -38,6 +39,7 @@ _TILE = (20, 190)  # pixels of one of its patterns, at least and at most
 Style = Literal["pattern", "grid", "lines"]
 
 
+@checked
 def attention(
     result: Result,
     *,

@@ -16,6 +16,7 @@ import numpy as np
 import plotly.graph_objects as go
 from torch import Tensor
 
+from mechkit._check import checked
 from mechkit.plot._figure import Facts, Figure, Frame, Table, axis_lines, dress, label_axis
 from mechkit.plot._heads import Cells, cells_of, floats, interval_of
 from mechkit.plot._text import caption_of, lines, number, plain, shortened, technique_of, title_of
@@ -51,6 +52,7 @@ class _Shown:
         return {"label": names, **drawn, "low": self.low, "high": self.high}
 
 
+@checked
 def bars(
     result: Result,
     *,

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
+from mechkit._check import checked
 from mechkit.circuits.circuit import Circuit
 from mechkit.circuits.graph import Edge, Writer
 from mechkit.plot._figure import Facts, Figure, Frame, Table, dress
@@ -59,6 +60,7 @@ class _Layout:
         return self.column - _GAP
 
 
+@checked
 def circuit(
     circuit: Circuit,
     *,

@@ -19,6 +19,7 @@ import numpy as np
 import plotly.graph_objects as go
 import torch
 
+from mechkit._check import checked
 from mechkit.attribution import Comparison
 from mechkit.attribution import compare as compare_results
 from mechkit.attribution.comparison import signs_agree, slope_of
@@ -57,6 +58,7 @@ class _Agreement:
         return {"label": np.array(self.labels, dtype=object), "approx": self.approx, "exact": self.exact}
 
 
+@checked
 def compare(
     approx: Comparison | Result | EdgeScores,
     exact: Result | EdgeScores | None = None,
@@ -105,7 +107,7 @@ def compare(
                 "opacity": 0.75,
                 "line": {"width": 0.5, "color": colours.paper},
             },
-            hovertext=[_hover(agreement, i) for i in drawn],
+            hovertext=[_hover(agreement, i) for i in drawn.tolist()],
             hoverinfo="text",
             showlegend=False,
         )

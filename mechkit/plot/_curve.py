@@ -16,6 +16,7 @@ import numpy as np
 import plotly.graph_objects as go
 from torch import Tensor
 
+from mechkit._check import checked
 from mechkit.circuits import FaithfulnessCurve
 from mechkit.plot._figure import Facts, Figure, Frame, axis_lines, dress
 from mechkit.plot._text import caption_of, number, plain
@@ -55,6 +56,7 @@ def _drawn(found: FaithfulnessCurve, title: str | None, theme: str) -> Figure:
     )
 
 
+@checked
 def curve(
     n_edges: Numbers | FaithfulnessCurve,
     faithfulness: Numbers | None = None,

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from mechkit import attribution, circuits
+from mechkit._check import checked
 from mechkit.plot._attention import attention
 from mechkit.plot._bars import bars
 from mechkit.plot._circuit import circuit
@@ -33,6 +34,7 @@ _CLOUD = 3  # points that can be projected
 _EDGES = 100  # of scores that are drawn as a circuit
 
 
+@checked
 def default(thing: Any, **options: Any) -> Figure:
     """The default picture of a result or of another object that a technique returns.
 

@@ -16,10 +16,13 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
+from mechkit._check import checked
+from mechkit._files import decoding, guarded, parse_json, read_text, unguarded
 from mechkit._version import __version__
 from mechkit.plot._figure import CONFIG, Figure
 
 _SCHEMA_VERSION = 1
+_LIMIT = 2**30  # bytes of a file
 _PICTURES = (".png", ".svg", ".pdf")
 _BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")
 
@@ -45,14 +48,20 @@ def save(figure: Figure, path: Path, scale: float) -> Path:
         path.write_bytes(json.dumps(document, allow_nan=False).encode())
     else:
         columns = {name: _wide(column).tolist() for name, column in figure.table().items()}
-        text = io.StringIO()
-        rows = csv.writer(text, lineterminator="\n")
-        rows.writerow(columns)
-        rows.writerows(["" if x != x else x for x in row] for row in zip(*columns.values(), strict=True))
+        cells = [
+            [guarded(name) for name in columns],
+            *([_cell(x) for x in row] for row in zip(*columns.values(), strict=True)),
+        ]
+        returns = any("\r" in cell for row in cells for cell in row if isinstance(cell, str))
+        text = io.StringIO()  # Python's csv quotes no return of its own accord where lines end otherwise
+        csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC if returns else csv.QUOTE_MINIMAL).writerows(
+            cells
+        )
         path.write_bytes(text.getvalue().encode("utf-8", "backslashreplace"))
     return path
 
 
+@checked
 def write_html(figure: go.Figure, path: str | os.PathLike[str]) -> Path:
     """Write a figure as one HTML file that needs no network and loads nothing.
 
@@ -70,8 +79,12 @@ def write_html(figure: go.Figure, path: str | os.PathLike[str]) -> Path:
     return path
 
 
+@checked
 def read_table(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """The numbers of a figure that `Figure.save` wrote as `.json`, exactly as they were.
+    """The numbers of a figure that `Figure.save` wrote as `.json`, exactly as they were, or the columns of a `.csv` file.
+
+    In a `.csv` file, of `Figure.save` or of a study's table, a column of whole numbers, of numbers or of `True` and `False` is
+    taken for one; in `.json` the kind is stated. The `'` that keeps spreadsheets from running a text as a formula is taken away.
 
     Returns:
         Columns by name: float64 (NaN where there was none), int64, bool, or text.
@@ -79,19 +92,53 @@ def read_table(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     Raises:
         ValueError: the file is something else, or of another version.
     """
-    try:
-        document = json.loads(Path(path).read_text(encoding="utf-8"))
-        columns = {name: (values["dtype"], values["values"]) for name, values in document["columns"].items()}
+    if Path(path).suffix.lower() == ".csv":
+        return _read_csv(path)
+    what = "a figure's numbers as Figure.save writes them to .json"
+    document = parse_json(read_text(path, what, limit=_LIMIT, begins="{"), str(path), what)
+    with decoding(path, what):
         version = document["schema_version"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path}: expected a figure's numbers as Figure.save writes them to .json, got {error!r}"
-        ) from None
+        if version == _SCHEMA_VERSION:
+            columns = {name: _column(values["dtype"], values["values"]) for name, values in document["columns"].items()}
     if version != _SCHEMA_VERSION:
         raise ValueError(
             f"{path}: expected schema version {_SCHEMA_VERSION}, got {version!r}: read it with another mechkit"
         )
-    return {name: _column(*values) for name, values in columns.items()}
+    if len({len(column) for column in columns.values()}) > 1:
+        raise ValueError(f"{path}: expected {what}, its columns are not of one length")
+    return columns
+
+
+def _read_csv(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    what = "a table as CSV"
+    text = read_text(path, what, limit=_LIMIT)
+    with decoding(path, what):
+        try:
+            names, *rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+        except csv.Error as error:
+            raise ValueError(str(error)) from error
+        if len(set(names)) != len(names) or any(len(row) != len(names) for row in rows):
+            raise ValueError("expected distinct columns, and rows as long as there are columns")
+        return {unguarded(name): _typed([row[i] for row in rows]) for i, name in enumerate(names)}
+
+
+def _typed(cells: list[str]) -> np.ndarray:
+    """A column of a CSV file as what its cells look like."""
+    if cells and set(cells) <= {"True", "False"}:
+        return np.array([cell == "True" for cell in cells])
+    for kind, dtype in ((int, np.int64), (float, np.float64)):
+        try:
+            return np.array([kind(cell) if cell or kind is int else np.nan for cell in cells], dtype=dtype)
+        except (ValueError, OverflowError):
+            continue
+    return np.array([unguarded(cell) for cell in cells], dtype=object)
+
+
+def _cell(value: Any) -> Any:
+    """What a CSV file has for a value: nothing for NaN; a text that no spreadsheet runs."""
+    if isinstance(value, str):
+        return guarded(value)
+    return "" if value != value else value
 
 
 def find_browser() -> str | None:
@@ -132,6 +179,12 @@ def _jsonable(column: np.ndarray) -> dict[str, Any]:
 
 
 def _column(kind: str, values: list[Any]) -> np.ndarray:
+    types = {"float64": int | float | None, "int64": int, "bool": bool, "text": str}
+    if kind not in types or not isinstance(values, list):
+        raise ValueError(f"expected a column of {', '.join(types)}, got {kind!r} and {type(values).__name__}")
+    for value in values:
+        if not isinstance(value, types[kind]) or (isinstance(value, bool) and kind != "bool"):
+            raise ValueError(f"expected values of {kind}, got {value!r}")
     if kind == "float64":
         return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
     return np.array(values, dtype={"int64": np.int64, "bool": bool}.get(kind, object))

@@ -19,6 +19,7 @@ import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 from torch import Tensor
 
+from mechkit._check import checked
 from mechkit.plot._compare import MOST, padded, thinned, write_labels
 from mechkit.plot._figure import Facts, Figure, Frame, Table, axis_lines, dress
 from mechkit.plot._labels import check_result
@@ -75,6 +76,7 @@ class _Points:
         return columns
 
 
+@checked
 def heads(
     x: Result, y: Result, *, label: int = 10, level: float = 0.95, title: str | None = None, theme: str = "light"
 ) -> Figure:
@@ -128,7 +130,7 @@ def heads(
             y=points.y[drawn],
             mode="markers",
             marker={"size": 8, "line": {"width": 0.5, "color": colours.line}, **_by_layer(points, drawn, colours)},
-            hovertext=[_hover(points, x, y, columns, rows, i) for i in drawn],
+            hovertext=[_hover(points, x, y, columns, rows, i) for i in drawn.tolist()],
             hoverinfo="text",
             showlegend=False,
         )

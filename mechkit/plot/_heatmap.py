@@ -22,6 +22,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 from torch import Tensor
 
+from mechkit._check import checked
 from mechkit.plot._figure import Facts, Figure, Frame, Table, dress, label_axis
 from mechkit.plot._labels import RAGGED, check_result, is_ragged
 from mechkit.plot._scale import check_scale, is_unsigned
@@ -74,6 +75,7 @@ class _Scale:
     note: tuple[str, ...] = ()
 
 
+@checked
 def heatmap(
     result: Results,
     *,

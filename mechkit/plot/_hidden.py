@@ -23,6 +23,7 @@ import plotly.graph_objects as go
 import torch
 from plotly.subplots import make_subplots
 
+from mechkit._check import checked
 from mechkit.plot._figure import Facts, Figure, Frame, Table, dress
 from mechkit.plot._labels import check_result
 from mechkit.plot._tables import to_numpy
@@ -81,6 +82,7 @@ class _Group:
     prompts: np.ndarray
 
 
+@checked
 def hidden(
     states: Result,
     *,
@@ -299,7 +301,7 @@ def _points(projection: _Projection, group: _Group, kept: np.ndarray, prompts: _
         },
         name=plain(group.name),
         legendgroup=group.key,
-        hovertext=[_hover(projection, prompt, prompts) for prompt in kept],
+        hovertext=[_hover(projection, prompt, prompts) for prompt in kept.tolist()],
         hoverinfo="text",
         showlegend=False,
     )

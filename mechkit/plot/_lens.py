@@ -20,6 +20,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from mechkit._check import checked
 from mechkit.attribution import TopTokens
 from mechkit.plot._figure import Facts, Figure, Frame, Table, dress, label_axis
 from mechkit.plot._labels import RAGGED, choose_prompt, is_ragged, position_of, prompt_note, text_of
@@ -82,6 +83,7 @@ class _Cells:
     table: Callable[[], Table]
 
 
+@checked
 def lens(
     found: TopTokens | Result,
     *,

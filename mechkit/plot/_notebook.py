@@ -17,6 +17,7 @@ import plotly.graph_objects as go
 from plotly.io.json import to_json_plotly
 from plotly.offline import get_plotlyjs
 
+from mechkit._check import checked
 from mechkit.plot._figure import CONFIG
 
 _MENDING = "run mk.plot.notebook() in a cell above, or run this cell again in a new session"
@@ -61,6 +62,7 @@ class Setup:
         return "plotly.js, for the figures of this notebook"
 
 
+@checked
 def notebook(*, every: bool | None = None) -> Setup:
     """Put plotly.js into the output of this cell, so that the notebook's figures draw without the cell that first held it.
 
@@ -79,6 +81,7 @@ def notebook(*, every: bool | None = None) -> Setup:
     return Setup()
 
 
+@checked
 def html_of(figure: go.Figure) -> str:
     """A figure as an HTML fragment, for `_repr_html_`.
 

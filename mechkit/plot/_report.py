@@ -32,6 +32,7 @@ from plotly.io.json import to_json_plotly
 from plotly.offline import get_plotlyjs
 from torch import Tensor
 
+from mechkit._check import checked
 from mechkit._version import __version__
 from mechkit.plot._figure import CONFIG, Figure
 from mechkit.plot._text import number, visible
@@ -109,6 +110,7 @@ class _Section:
     provenance: list[tuple[str, str]] = field(default_factory=list)
 
 
+@checked
 def report(
     path: str | os.PathLike[str],
     *items: Any,

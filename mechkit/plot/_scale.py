@@ -131,7 +131,7 @@ def choose_scale(
     return Scale(at - reach, at + reach, theme.diverging, (name, *meaning))
 
 
-def _luminance(rgb: np.ndarray) -> np.ndarray:
+def _luminance(rgb: np.ndarray) -> np.ndarray | np.float64:
     """Relative luminance, as WCAG 2.2 defines it, of `[… 3]` in 0..255."""
     part = rgb / 255
     linear = np.where(part <= 0.04045, part / 12.92, ((part + 0.055) / 1.055) ** 2.4)

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from mechkit._check import checked
 from mechkit.plot._figure import Facts, Figure, Frame, Table, dress
 from mechkit.plot._labels import check_result, choose_prompt, position_of, prompt_note, text_of, token_of
 from mechkit.plot._scale import Scale, check_scale, choose_scale
@@ -64,6 +65,7 @@ class _Page:
     width: np.ndarray
 
 
+@checked
 def tokens(
     values: Values,
     *,

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -29,6 +29,7 @@ class WorkerLostError(Exception):
     """A worker died over a task; there is a new one in its place."""
 
 
+@runtime_checkable
 class Executor(Protocol):
     """What `_run.py` needs of an executor."""
 
@@ -44,11 +45,11 @@ class Executor(Protocol):
 class _Opens:
     """`with executor.opened(settings):`."""
 
-    def opened(self, settings: Settings) -> Self:
+    def opened(self, settings: Settings) -> _Opens:
         self.open(settings)  # type: ignore[attr-defined]
         return self
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> _Opens:
         return self
 
     def __exit__(

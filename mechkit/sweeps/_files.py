@@ -10,6 +10,7 @@ import contextlib
 import os
 import posixpath
 import re
+import stat
 import uuid
 
 HALF_WRITTEN = re.compile(r"\.[0-9a-f]{32}\.partial$")
@@ -40,7 +41,10 @@ class Files:
         """`None` where there is no such file."""
         try:
             if self.local:
-                with open(self.path(name), "rb") as file:
+                path = self.path(name)
+                if not stat.S_ISREG(os.stat(path).st_mode):
+                    return b""  # a folder, or a pipe that would never end: torn, for whoever reads it
+                with open(path, "rb") as file:
                     return file.read()
             return bytes(self.fs.cat_file(self.path(name)))
         except (FileNotFoundError, NotADirectoryError):

@@ -24,6 +24,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mechkit import attribution, circuits, metrics, tasks
+from mechkit._check import out_of_range
 from mechkit.circuits import FaithfulnessCurve
 from mechkit.hooks import HookedModel
 from mechkit.prompts import PromptPairs
@@ -210,6 +211,8 @@ def arguments(function: Callable[..., Any], given: Mapping[str, Any]) -> dict[st
             got = "" if one["type"] == "missing" else f", got {json.dumps(known.get(name), default=str)}"
             problems.setdefault(name, f"{one['msg'][0].lower()}{one['msg'][1:]}{got}")
     for name, value in known.items():
+        if (wrong := out_of_range(name, value)) is not None:
+            problems.setdefault(name, wrong)
         try:
             json.dumps(value)
         except (TypeError, ValueError):

@@ -290,7 +290,10 @@ def read_manifest(store: Store, *, mend: bool = False) -> list[tuple[str, dict[s
 
 
 def _entries(manifest: dict[str, Any]) -> list[tuple[str, dict[str, Any], list[str]]]:
-    return [(entry["job"], entry["stated"], entry["labels"]) for entry in manifest["jobs"]]
+    try:
+        return [(entry["job"], entry["stated"], entry["labels"]) for entry in manifest["jobs"]]
+    except (KeyError, TypeError) as error:
+        raise StoreError(f"manifest.json: expected the jobs of a study, it lacks {error}") from error
 
 
 def check_schema(store: Store) -> None:
@@ -302,7 +305,7 @@ def check_schema(store: Store) -> None:
     data = store.files.read("manifest.json")
     try:
         schema = SCHEMA if data is None else json.loads(data).get("schema", SCHEMA)
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         return  # torn: put together again
     if schema != SCHEMA:
         raise StoreError(

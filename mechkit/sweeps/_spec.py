@@ -16,19 +16,22 @@ import os
 import re
 import tomllib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from mechkit._files import read_text
 from mechkit.attribution._cells import check_dims
 from mechkit.hooks import get_site
 from mechkit.sweeps import _registry as registry
 from mechkit.sweeps._job import Call, Job, ModelSpec, canonical
 from mechkit.sweeps._problems import Key, Problems, line_of
 
+MAX_JOBS = 100_000  # jobs of one study, at most: ten times what was tried
+_FILE = 2**22  # bytes of a study file, at most
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
@@ -65,7 +68,7 @@ class _Settings(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
     name: str = "study"
-    store: str
+    store: str = Field(min_length=1)
     budget: int | str | None = None
     shard: int | None = Field(default=None, ge=1)
     retries: int = Field(default=2, ge=0)
@@ -92,14 +95,12 @@ def read_toml(path: Path, *, allow_code: bool) -> Statement:
     Raises:
         ValueError: everything that is wrong with it, with lines.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: expected a study file in TOML, could not read it: {error}") from error
+    text = read_text(path, "a study file in TOML", limit=_FILE, encoding="utf-8-sig").replace("\r\n", "\n")
     try:
         tables = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path}: expected TOML; nothing was run\n  {error}") from error
+    except (tomllib.TOMLDecodeError, RecursionError, ValueError) as error:
+        why = "its values are nested too deeply" if isinstance(error, RecursionError) else error
+        raise ValueError(f"{path}: expected TOML; nothing was run\n  {why}") from error
     singular = {"model": "models", "task": "tasks", "technique": "techniques"}
     for wrong in set(singular.values()) & set(tables):
         name = next(one for one, many in singular.items() if many == wrong)
@@ -124,6 +125,7 @@ def check(
         ValueError: everything that is wrong.
     """
     given = {"store": f"{stem}.study", "name": stem, **settings} if stem else dict(settings)
+    _count(parts, problems)
     checked = _validated(_Settings, given, (), problems)
     budget = _bytes(given.get("budget"), problems)
     models = [_model(entry, key, problems, folder) for key, entry in _entries(_ModelEntry, "model", parts, problems)]
@@ -143,6 +145,29 @@ def check(
     if folder is not None and "://" not in store:
         store = os.path.realpath(folder / Path(store).expanduser())
     return Statement(checked.name, store, budget, checked.shard, checked.retries, tuple(jobs))
+
+
+def _count(parts: Mapping[str, Any], problems: Problems) -> None:
+    """Counts what the grids come to, before any is expanded."""
+    counts = {}
+    for what, entries in parts.items():
+        listed = entries if isinstance(entries, Sequence) and not isinstance(entries, str) else []
+        grids = [
+            entry["grid"] for entry in listed if isinstance(entry, Mapping) and isinstance(entry.get("grid"), Mapping)
+        ]
+        sizes = [
+            math.prod(len(values) for values in grid.values() if isinstance(values, Sequence | Set | range))
+            for grid in grids
+        ]
+        counts[what] = len(listed) - len(grids) + sum(sizes)
+    if (jobs := math.prod(max(1, count) for count in counts.values())) > MAX_JOBS:
+        most = max(counts, key=lambda what: counts[what])
+        problems.add(
+            (most,),
+            f"expected at most {MAX_JOBS:,} jobs, got {' × '.join(f'{n:,} {what}s' for what, n in counts.items())} = {jobs:,}; "
+            "state fewer, or several studies",
+        )
+        problems.raise_any()
 
 
 def _validated(kind: Any, value: Any, key: Key, problems: Problems) -> Any:
@@ -175,9 +200,10 @@ def _bytes(budget: Any, problems: Problems) -> int | None:
     if isinstance(budget, bool) or match is None or match[2].lower() not in UNITS:
         problems.add(("budget",), f"expected bytes, such as 1073741824 or '1 GiB', got {budget!r}")
         return None
-    size = int(float(match[1]) * UNITS[match[2].lower()])
+    wanted = float(match[1]) * UNITS[match[2].lower()]
+    size = int(wanted) if wanted < 2**63 else 0
     if size < 1:
-        problems.add(("budget",), f"expected a positive number of bytes, got {budget!r}")
+        problems.add(("budget",), f"expected a number of bytes from 1 to 2^63, got {_shown(budget)}")
     return size
 
 

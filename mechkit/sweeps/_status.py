@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mechkit._check import checked
 from mechkit.sweeps._job import Job
 from mechkit.sweeps._keep import errors, finished, shard_names
 from mechkit.sweeps._plan import Plan
@@ -51,6 +52,7 @@ class Status:
     at_work: bool
     seconds_left: float | None
 
+    @checked
     def count(self, state: str) -> int:
         """How many jobs are in a state."""
         return sum(one.state == state for one in self.jobs)

@@ -144,12 +144,12 @@ class Store:
         try:
             body = json.loads(data)
             digest = body.pop("digest")
-        except (ValueError, AttributeError, KeyError, TypeError) as error:
+        except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
             raise DamagedError(f"{name} is torn or not JSON of ours ({type(error).__name__})") from error
         if sha256(canonical(body)) != digest:
             raise DamagedError(f"{name} does not agree with its own digest")
-        if body["schema"] != SCHEMA:
-            raise DamagedError(f"{name} has schema {body['schema']!r}, this mechkit reads {SCHEMA}")
+        if body.get("schema") != SCHEMA:
+            raise DamagedError(f"{name} has schema {body.get('schema')!r}, this mechkit reads {SCHEMA}")
         return dict(body)
 
     def good(self, name: str) -> dict[str, Any] | None:

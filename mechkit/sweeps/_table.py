@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mechkit._check import checked
+from mechkit._files import GUARDED
 from mechkit.circuits import EdgeScores
 from mechkit.result import Result
 from mechkit.sweeps._job import Job
@@ -61,6 +63,7 @@ class Table:
     def _labels(self) -> list[tuple[str, ...]]:
         return [tuple(job.labels[i] for job in self.jobs) for i in range(3)]
 
+    @checked
     def sel(self, **wanted: Any) -> Table:
         """The jobs that fit.
 
@@ -86,6 +89,7 @@ class Table:
         chosen._stored = {job.id: self._stored[job.id] for job in jobs}
         return chosen
 
+    @checked
     def result(self, **wanted: Any) -> Result | EdgeScores:
         """The result of the one job that fits: what the technique would have returned.
 
@@ -124,6 +128,7 @@ class Table:
         column a dim, the `value`, and a column a baseline. A dim that a job does not have is missing there."""
         return self._arrow().to_pandas(types_mapper=_nullable)
 
+    @checked
     def to_parquet(self, path: str | os.PathLike[str]) -> Path:
         """The same table as a Parquet file, job by job, so that it need not fit into memory. DuckDB, polars and pandas read
         it."""
@@ -134,13 +139,15 @@ class Table:
                 writer.write_table(part)
         return Path(path)
 
+    @checked
     def to_csv(self, path: str | os.PathLike[str]) -> Path:
-        """The same table as CSV."""
+        """The same table as CSV. A text cell that a spreadsheet would run as a formula (`=`, `+`, `-`, `@`, tab or return at its
+        beginning) has a `'` before it, as spreadsheets have it; `mechkit.plot.read_table` takes it away."""
         import pyarrow.csv as csv
 
         with _replacing(path) as partial, csv.CSVWriter(partial, self._text_schema) as writer:
             for part in self._batches():
-                writer.write_table(part.cast(self._text_schema))
+                writer.write_table(_guarded(part.cast(self._text_schema)))
         return Path(path)
 
     def to_xarray(self) -> xarray.DataTree:
@@ -207,6 +214,17 @@ class Table:
         schema, dims, baselines = self._schema, self._dims, self._baselines
         for job in self.jobs:
             yield self._read(self._stored[job.id], lambda stored: _rows(stored, schema, dims, baselines))
+
+
+def _guarded(table: pyarrow.Table) -> pyarrow.Table:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    for i, field in enumerate(table.schema):
+        if pa.types.is_string(field.type):
+            column = pc.replace_substring_regex(table.column(i), pattern=GUARDED, replacement=r"'\1")
+            table = table.set_column(i, field, column)
+    return table
 
 
 def _joined(parts: list[pyarrow.Table]) -> pyarrow.Table:

@@ -15,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mechkit._check import checked
+from mechkit._files import decoding
 from mechkit._version import __version__
 from mechkit.hooks import find_model
 from mechkit.sweeps import _registry as registry
@@ -63,6 +65,7 @@ class Study:
         >>> study.results().result(technique="ablation").mean("prompt").top(3)
     """
 
+    @checked
     def __init__(
         self,
         models: Sequence[Entry],
@@ -82,10 +85,11 @@ class Study:
     def _take(self, statement: Statement) -> None:
         self.name, self.jobs = statement.name, statement.jobs
         self.budget, self.shard, self.retries = statement.budget, statement.shard, statement.retries
-        self.store = Store(statement.store)
+        self.store = _store(statement.store)
         self._may_run_code = True  # whoever stated it was asked
 
     @classmethod
+    @checked
     def from_toml(
         cls, path: str | os.PathLike[str], *, store: str | os.PathLike[str] | None = None, allow_code: bool = False
     ) -> Study:
@@ -102,10 +106,11 @@ class Study:
         study = object.__new__(cls)
         study._take(read_toml(Path(path), allow_code=allow_code))
         if store is not None:
-            study.store = Store(store)
+            study.store = _store(store)
         return study
 
     @classmethod
+    @checked
     def open(cls, store: str | os.PathLike[str], *, allow_code: bool = False) -> Study:
         """Every job that a store knows, whichever statements they come from: to look at, or to go on with. How a model is put on
         devices, and whether its own code may run, are not in a store: say so in a statement.
@@ -117,14 +122,15 @@ class Study:
         Raises:
             ValueError: there is no study in it.
         """
-        opened = Store(store)
+        opened = _store(store)
         try:
             entries = read_manifest(opened)
         except StoreError as error:
             raise ValueError(str(error)) from error
         if not entries:
             raise ValueError(f"store: expected a study in {opened.url}, there is none")
-        jobs = tuple(Job.of(stated, labels) for _, stated, labels in entries)
+        with decoding(opened.url, "a study"):
+            jobs = tuple(Job.of(stated, labels) for _, stated, labels in entries)
         study = object.__new__(cls)
         name = (opened.good("manifest.json") or {}).get("name", "study")
         study._take(Statement(name, opened.url, None, None, 2, jobs))
@@ -139,6 +145,7 @@ class Study:
         kinds = ", ".join(counted(n, what) for n, what in zip(counts, ("model", "task", "technique"), strict=True))
         return f"Study({self.name!r}: {counted(len(self), 'job')} of {kinds}, in {self.store.url})"
 
+    @checked
     def check(self, *, loaded: Sequence[str] = ()) -> None:
         """Looks whether every model is there, without loading any. `run` does so first.
 
@@ -159,6 +166,7 @@ class Study:
                 problems.add(("model", i, "name"), str(error).removeprefix("model: "))
         problems.raise_any()
 
+    @checked
     def run(
         self,
         executor: Executor | None = None,
@@ -201,6 +209,7 @@ class Study:
                 jobs, self.store, executor, settings, name=self.name, retries=self.retries, watch=watch, known=self.jobs
             )
 
+    @checked
     def status(self, *, verify: bool = False) -> Status:
         """How far it is, from the store alone: also while another process runs it.
 
@@ -210,6 +219,7 @@ class Study:
         check_schema(self.store)
         return status(self.store, self.jobs, verify=verify)
 
+    @checked
     def results(self, *, partial: bool = False) -> Table:
         """The finished jobs as one table; numbers are read when they are asked for.
 
@@ -218,6 +228,15 @@ class Study:
         """
         check_schema(self.store)
         return Table(self.store, self.jobs, partial=partial)
+
+
+def _store(store: str | os.PathLike[str]) -> Store:
+    if not os.fspath(store).strip():
+        raise ValueError(f"store: expected a folder or an object store's URL, got {os.fspath(store)!r}")
+    try:
+        return Store(store)
+    except StoreError as error:
+        raise ValueError(str(error)) from error
 
 
 def _names(job: Job) -> list[str]:

@@ -24,6 +24,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from mechkit._check import checked
 from mechkit.prompts import PromptPairs, Prompts, Tokenizes
 from mechkit.tasks._words import check_arguments, check_differences, said, single_token_words
 
@@ -36,6 +37,7 @@ _CHANGED = {
 _N_ARGUMENTS, _N_OTHERS = 6, 5
 
 
+@checked
 def docstring(
     model: Tokenizes,
     n: int = 32,

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import random
 
+from mechkit._check import checked
 from mechkit.prompts import PromptPairs, Prompts, Tokenizes
 from mechkit.tasks._words import check_arguments
 
@@ -21,6 +22,7 @@ CORRUPTED = "01"
 STEM = "The war lasted from the year 17"  # what tells how a tokenizer writes years; any noun would do
 
 
+@checked
 def greater_than(
     model: Tokenizes,
     n: int = 32,

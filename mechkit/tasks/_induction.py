@@ -20,11 +20,13 @@ from __future__ import annotations
 
 import torch
 
+from mechkit._check import checked
 from mechkit._random_tokens import _beginning, ordinary_tokens
 from mechkit.hooks import HookedModel
 from mechkit.prompts import PromptPairs, Prompts
 
 
+@checked
 def induction(model: HookedModel, n: int = 32, length: int = 20, *, seed: int = 0) -> PromptPairs:
     """Induction prompts, their corrupted partners, and the answers: what followed the last token the first time is right.
 

@@ -19,10 +19,12 @@ from typing import Literal
 
 from torch import Tensor
 
+from mechkit._check import checked
 from mechkit.prompts import PromptPairs, Prompts, Tokenizes
 from mechkit.tasks._words import check_arguments, check_differences, said, single_token_words
 
 
+@checked
 def ioi(
     model: Tokenizes,
     n: int = 32,

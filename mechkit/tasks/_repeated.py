@@ -5,11 +5,13 @@ Olsson et al. 2022, https://arxiv.org/abs/2209.11895.
 
 from __future__ import annotations
 
+from mechkit._check import checked
 from mechkit._random_tokens import repeated_rows
 from mechkit.hooks import HookedModel
 from mechkit.prompts import Prompts
 
 
+@checked
 def repeated_tokens(model: HookedModel, n: int = 8, length: int = 50, *, times: int = 2, seed: int = 0) -> Prompts:
     """Prompts of random tokens that repeat.
 

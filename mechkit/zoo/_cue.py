@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import torch
 
+from mechkit._check import checked
 from mechkit.metrics import logit_diff
 from mechkit.prompts import PromptPairs, Prompts
 from mechkit.zoo._build import HandWritten, Known, attend_to_position, attend_to_self, scalar
@@ -23,6 +24,7 @@ N_FILLERS = 5
 D_VOCAB, N_CTX, N_HEADS = 7 + N_FILLERS, 16, 2
 
 
+@checked
 def cancellation(n: int = 6, *, size: float = 2.0, steepness: float = 10.0, seed: int = 0) -> Known:
     """A head whose effect reaches the metric on two paths: their gradients cancel at the base run, their effects do not.
 
@@ -76,6 +78,7 @@ def cancellation(n: int = 6, *, size: float = 2.0, steepness: float = 10.0, seed
     return Known(gpt2.model("zoo.cancellation"), pairs, logit_diff(pairs), roles, circuit)
 
 
+@checked(bystander=(-1e6, 1e6), size=(-1e6, 1e6))
 def writer_and_eraser(n: int = 6, *, size: float = 4.0, bystander: float = 1.0, seed: int = 0) -> Known:
     """A head that writes the answer, and a later head that erases what it wrote.
 

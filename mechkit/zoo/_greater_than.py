@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mechkit._check import checked
 from mechkit.hooks import HookedModel
 from mechkit.metrics import logit_diff
 from mechkit.prompts import PromptPairs, Prompts
@@ -24,6 +25,7 @@ YEAR_AT, CORRUPTED_YEAR = 2, 1
 LOGIT = 4.0
 
 
+@checked
 def greater_than(n: int = 8, *, steepness: float = 8.0, seed: int = 0) -> Known:
     """A model whose MLP compares years with thresholds, and five components that do nothing for it.
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mechkit._check import checked
 from mechkit.hooks import HookedModel
 from mechkit.metrics import logit_diff
 from mechkit.prompts import PromptPairs, Prompts
@@ -24,6 +25,7 @@ MATCH, OWN_TOKEN, REST = 100.0, 0.6, 20.0
 LOGIT = 10.0
 
 
+@checked
 def induction(n: int = 8, *, n_tokens: int = 20, seed: int = 0) -> Known:
     """A model that does induction with two heads, and six heads that do nothing.
 

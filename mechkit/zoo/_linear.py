@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mechkit._check import checked
 from mechkit.metrics import logit_diff
 from mechkit.prompts import PromptPairs, Prompts
 from mechkit.zoo._build import HandWritten, Known
@@ -17,6 +18,7 @@ from mechkit.zoo._build import HandWritten, Known
 N_LAYERS, N_HEADS, N_FEATURES, D_MLP, D_VOCAB, N_CTX = 3, 4, 15, 12, 40, 16
 
 
+@checked
 def linear(seed: int = 0, *, n: int = 4) -> Known:
     """A random model whose logits are linear in `resid_*`, `z`, `v`, `result`, `attn_out`, `mlp_pre`, `mlp_post`, `mlp_out`.
 

@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mechkit._check import checked
 from mechkit.metrics import logit_diff
 from mechkit.prompts import PromptPairs, Prompts
 from mechkit.zoo._build import HandWritten, Known, attend_to_position, attend_to_previous, eye, scalar
@@ -27,6 +28,7 @@ D_VOCAB, N_CTX, N_HEADS = 6 + N_PAYLOADS, 16, 2
 SCORE, LOGIT = 20.0, 4.0
 
 
+@checked
 def saturated_attention(node: Literal["query", "key"] = "query", *, n: int = 4, seed: int = 0) -> Known:
     """A model in which patching one head's query (or key) changes all, and its gradient shows nothing of it.
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mechkit._check import checked
 from mechkit.hooks import HookedModel
 from mechkit.metrics import logit_diff
 from mechkit.prompts import PromptPairs, Prompts
@@ -26,6 +27,7 @@ FIRST, SECOND = 1, 3  # where the names of the first clause stand
 MATCH, LOGIT = 100.0, 4.0
 
 
+@checked
 def serial_ioi(n: int = 8, *, seed: int = 0) -> Known:
     """A model that does IOI with three heads in a row, and three heads that do nothing for it.
 
