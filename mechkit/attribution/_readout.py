@@ -294,12 +294,13 @@ def _check_parts(model: HookedModel, prompts: Prompts, axes: Axes) -> None:
 
     sites = [site for site in ("resid_pre", "resid_post", "attn_out", "mlp_out") if model.has_site(site)]
     sites += ["result"] * (axes.site.name == "result")
-    names = [SITES[site].hook_name(layer) for site, layer in itertools.product(sites, axes.layers)]
+    model.check_every_layer(["resid_pre", "resid_post"], "the lens of components")
+    names = [SITES[s].hook_name(at) for s, at in itertools.product(sites, axes.layers) if model.has_site(s, at)]
     shortest = min(prompts.tokens, key=len)[None].to(model.device)
     with model.hooks([(name, partial(keep, name=name)) for name in names]):
         record(model, shortest, blocks=False)
     for layer in axes.layers:
-        at = {site: kept[SITES[site].hook_name(layer)] for site in sites}
+        at = {site: kept[SITES[site].hook_name(layer)] for site in sites if model.has_site(site, layer)}
         outputs = sum(at[site] for site in ("attn_out", "mlp_out") if site in at)
         stream = at["resid_post"] - at["resid_pre"]
         _check_close(model, outputs, stream, f"block {layer} does not add its attention's and its MLP's output")

@@ -102,6 +102,16 @@ class Hooks:
             self._removers.append(_StreamSeam.of(point).add(_Step(step.fn, _named(point, name), direction)))
         else:
             self._attach_to_point(name, step.fn, direction)
+            if site is not None and site.name == "resid_post":
+                self._attach_to_listed_output(self._bridge.blocks[layer], step)
+
+    def _attach_to_listed_output(self, block: nn.Module, step: _Step) -> None:
+        """The same where a block returns a list (the first GPT), of which TransformerLens shows nothing at its hook point."""
+
+        def show(module: Any, args: Any, output: Any) -> Any:
+            return [step.apply(output[0]), *output[1:]] if isinstance(output, list) else None
+
+        self._removers.append(block.register_forward_hook(show).remove)
 
     def _attach_to_point(self, name: str, fn: HookFunction, direction: Direction) -> None:
         point = hook_points(self._bridge)[name]

@@ -96,6 +96,8 @@ def _check_padding(model: HookedModel, tokens: Tensor, logits: Tensor) -> float 
 
 
 def _relative(a: Tensor, b: Tensor) -> float:
+    if a.shape != b.shape:  # several residual streams, say
+        return float("inf")
     return float((a - b).abs().max() / b.abs().max().clamp(min=1e-9))
 
 
