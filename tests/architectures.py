@@ -110,7 +110,7 @@ class Plain:
         stacks = (m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
         self.blocks = next(stacks, nn.ModuleList())  # none where blocks run several times over: mechkit refuses it
 
-    def run(self, tokens: Tensor, *edits: Edit) -> Tensor:
+    def run(self, tokens: Tensor, *edits: Edit, grad: bool = False) -> Tensor:
         handles = []
         for module, fn in edits:
 
@@ -121,7 +121,7 @@ class Plain:
 
             handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         try:
-            with torch.no_grad():
+            with torch.set_grad_enabled(grad):
                 return self.model(tokens).logits
         finally:
             for handle in handles:
@@ -136,6 +136,18 @@ class Plain:
 
         self.run(tokens, (module, keep))
         return kept[0]
+
+    def gradient(self, tokens: Tensor, module: nn.Module) -> Tensor:
+        """The gradient of the summed logit difference with respect to what a module is given."""
+        leaves: list[Tensor] = []
+
+        def enter(x: Tensor) -> Tensor:
+            leaves.append(x.detach().requires_grad_())
+            return leaves[0]
+
+        with torch.enable_grad():
+            value = difference(self.run(tokens, (module, enter), grad=True)).sum()
+        return torch.autograd.grad(value, leaves[0])[0]
 
     def projection(self, layer: int) -> nn.Module | None:
         """What a block's attention gives its heads' outputs to; `None` where there is no attention of heads."""

@@ -4,6 +4,7 @@ works as plain transformers computes it, and what there is not is refused by nam
 from __future__ import annotations
 
 import copy
+import json
 from functools import cache
 
 import pytest
@@ -141,6 +142,28 @@ def test_latent_attention_has_heads_of_its_own_width_and_no_keys(changes):
         )
 
 
+@pytest.mark.parametrize("kind", ["lfm2", "bamba", "deepseek_v3", "mamba", "openai-gpt"])
+def test_gradients_are_those_of_the_plain_model(kind):
+    plain, model = both(kind)
+    pairs = make_pairs()
+    clean, corrupted = tokens_of(pairs.clean), tokens_of(pairs.corrupted)
+
+    def first_order(module: nn.Module) -> torch.Tensor:
+        change = plain.read(clean, module) - plain.read(corrupted, module)
+        return change.double() * plain.gradient(corrupted, module)
+
+    found = mk.attribution_patching(model, pairs, mk.logit_diff(pairs), site="resid_pre", over="layer pos")
+    expected = torch.stack([first_order(block).sum(-1).T for block in plain.blocks])
+    assert_near(found.values - found.baseline["corrupted"], expected)
+    if model.has_site("z"):
+        found = mk.attribution_patching(model, pairs, mk.logit_diff(pairs), site="z", over="layer head")
+        modules = [plain.projection(layer) for layer in model.layers_with("z")]
+        terms = [
+            first_order(module).reshape(*clean.shape, 4, -1).sum((1, 3)).T for module in modules if module is not None
+        ]
+        assert_near(found.values - found.baseline["corrupted"], torch.stack(terms))
+
+
 def test_a_hook_on_latent_attentions_heads_edits_the_head_it_is_given():
     plain, model = both("deepseek_v3")
     tokens = tokens_of(make_pairs().clean)
@@ -228,6 +251,18 @@ def test_what_transformerlens_cannot_hook_is_refused_with_its_reason(kind, chang
     assert str(raised.value).startswith("model: ")
 
 
+@pytest.mark.parametrize("config", [None, {"model_type": "nonsense"}, {"model_type": "vit"}])
+def test_a_folder_without_a_language_model_is_refused_with_the_reason(config, tmp_path):
+    if config is not None:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    for name in (tmp_path, "nobody/has-this-model"):
+        with pytest.raises(
+            ValueError, match=r"model: expected a hub name, a folder .* causal language model"
+        ) as raised:
+            mk.HookedModel.from_pretrained(name)
+        check_sentence(raised.value)
+
+
 def test_quantized_weights_are_refused():
     narrow = build("qwen2").float()
     in_eight_bits = copy.deepcopy(narrow)
@@ -244,3 +279,14 @@ def test_quantized_weights_are_refused():
     with pytest.raises(ValueError, match=r"q_proj.qweight.*int32"):
         mk.HookedModel.from_hf(packed)
     mk.HookedModel.from_hf(narrow)  # as it was, it is taken
+
+
+def test_the_stream_behind_a_block_that_returns_a_list():
+    """Of the first GPT, in which TransformerLens shows none."""
+    plain, model = both("openai-gpt")
+    tokens = tokens_of(make_pairs().clean)
+    _, kept = model.run_with_cache(tokens, "resid_post")
+    assert_near(kept["resid_post", 0], plain.read(tokens, plain.blocks[1]))
+    edited = model.run_with_hooks(tokens, [(("resid_post", 0), lambda x, hook: 2 * x)])
+    assert_near(edited, plain.run(tokens, (plain.blocks[1], lambda x: 2 * x)))
+    assert not model.has_hooks

@@ -31,7 +31,8 @@ def load_hf(
     """The Hugging Face model and tokenizer that `name` stands for.
 
     Raises:
-        ValueError: the file or folder is not there, or a package that the format needs is not installed (it is named).
+        ValueError: the file or folder is not there, a package that the format needs is not installed (it is named), or
+            transformers cannot read a causal language model and a tokenizer there.
     """
     from transformers import AutoConfig, AutoTokenizer
 
@@ -41,9 +42,9 @@ def load_hf(
         common["revision"] = revision
     if "gguf_file" in arguments and importlib.util.find_spec("gguf") is None:
         raise ValueError(f"{name!r} is a GGUF file; reading one needs the package `gguf` (pip install gguf)")
-    config = AutoConfig.from_pretrained(source, **common)
-    model_class = _model_class(config)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _reading(str(name)):
+        config = AutoConfig.from_pretrained(source, **common)
+        model_class = _model_class(config)
         warnings.simplefilter("ignore", DeprecationWarning)
         # The config goes along, so that a GGUF file's header (seconds of parsing) is not read again to find it.
         model = model_class.from_pretrained(
@@ -51,6 +52,21 @@ def load_hf(
         )
         tokenizer = AutoTokenizer.from_pretrained(source, config=config, **common)
     return model.eval(), tokenizer
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """Turns what transformers raises inside into a `ValueError` that says what was looked for, and the first of its reasons."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and out_of_memory(error)):
+            raise
+        reason = (str(error).strip().splitlines() or ["no message"])[0]
+        raise ValueError(
+            f"model: expected a hub name, a folder or a .gguf file of a causal language model and its tokenizer; transformers "
+            f"finds none that it can read at {name!r}: {type(error).__name__}: {reason[:300]}"
+        ) from error
 
 
 def _locate(name: str) -> tuple[str, dict[str, str]]:
