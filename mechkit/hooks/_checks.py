@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from mechkit.hooks._context import check_length
 from mechkit.hooks._edits import SOURCE, EditGroup
 from mechkit.hooks._measure import check_metric
 from mechkit.hooks._projections import check_in_place
@@ -51,12 +52,10 @@ def check_can_run(model: HookedModel, prompts: Mapping[str, Prompts] | None = No
 
 
 def check_tokens(model: HookedModel, tokens: Tensor, what: str) -> None:
-    """Raises `ValueError` for ids outside the vocabulary and for prompts longer than the model's learned positions."""
+    """Raises `ValueError` for ids outside the vocabulary and for prompts longer than the model's context."""
     if int(tokens.max()) >= model.d_vocab or int(tokens.min()) < 0:
         raise ValueError(f"{what}: expected token ids in 0..{model.d_vocab - 1}, got {tokens.tolist()}")
-    longest = getattr(model.cfg, "n_ctx", None)
-    if longest is not None and model.cfg.positional_embedding_type == "standard" and len(tokens) > longest:
-        raise ValueError(f"{what}: expected at most {longest} tokens, the model's learned positions; got {len(tokens)}")
+    check_length(model, len(tokens), what)
 
 
 def check_group(state: State, group: EditGroup) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from mechkit.hooks._context import context_of
 from mechkit.hooks._devices import input_device
 
 Sizes = dict[tuple[str, int], tuple[int, ...]]  # (site, layer) -> sizes of the activation's axes after the batch
@@ -60,6 +61,11 @@ class Facts:
     @property
     def d_vocab(self) -> int:
         return int(self.cfg.d_vocab)
+
+    @property
+    def n_ctx(self) -> int | None:
+        """The context: for how many tokens the model's positions were made, if its configuration names a number."""
+        return context_of(getattr(self.bridge.original_model, "config", self.cfg))
 
     @property
     def device(self) -> torch.device:

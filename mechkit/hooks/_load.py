@@ -106,10 +106,10 @@ def build_bridge(hf_model: Any, tokenizer: Any | None, name: str) -> Any:
     The Hugging Face model's submodules are wrapped in place and its attention is switched to the eager implementation:
     the bridge and the model are one and the same from here on.
     """
-    from transformer_lens.model_bridge import TransformerBridge
     from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
     architecture = type(hf_model).__name__
+    check_tokenizer(tokenizer)
     if not getattr(hf_model.config, "architectures", None):
         hf_model.config.architectures = [architecture]  # some configs lack it, and TransformerLens then refuses
     if getattr(hf_model.config, "position_embedding_type", "") is None:
@@ -122,11 +122,40 @@ def build_bridge(hf_model: Any, tokenizer: Any | None, name: str) -> Any:
     refused = refusing(f"TransformerLens cannot hook {architecture}", hf_model)
     with warnings.catch_warnings(), refused, _zero_biases(hf_model):
         warnings.simplefilter("ignore")  # notes on optional aliases that this architecture lacks
-        if tokenizer is None:  # boot_transformers would look for one on the hub
-            return build_bridge_from_module(hf_model, architecture, hf_config=hf_model.config, model_name=name)
-        return TransformerBridge.boot_transformers(
-            name, hf_model=hf_model, tokenizer=tokenizer, dtype=hf_model.dtype, device=hf_model.device
+        bridge = build_bridge_from_module(hf_model, architecture, hf_config=hf_model.config, model_name=name)
+    _place(bridge, hf_model)
+    if tokenizer is not None:
+        _give(bridge, tokenizer)
+    return bridge
+
+
+def check_tokenizer(tokenizer: Any | None) -> None:
+    """Raises `TypeError` for what is no tokenizer of transformers."""
+    if tokenizer is not None and not all(
+        hasattr(tokenizer, name) for name in ("encode", "batch_decode", "bos_token_id")
+    ):
+        raise TypeError(
+            "tokenizer: expected a tokenizer of transformers (AutoTokenizer.from_pretrained, or PreTrainedTokenizerFast with "
+            f"tokenizer_object=...), got {type(tokenizer).__name__}"
         )
+
+
+def _place(bridge: Any, hf_model: Any) -> None:
+    """Tells TransformerLens where token ids go in, in a model that was loaded with a `device_map`."""
+    from transformer_lens.utilities.multi_gpu import count_unique_devices, find_embedding_device
+
+    device = find_embedding_device(hf_model)
+    if device is not None:
+        bridge.cfg.device, bridge.cfg.n_devices = str(device), count_unique_devices(hf_model)
+
+
+def _give(bridge: Any, tokenizer: Any) -> None:
+    """Gives a bridge the user's own tokenizer. TransformerLens would read it again from its folder, and change it: its flags
+    tell it the same about special tokens."""
+    from transformer_lens.model_bridge.sources._bridge_builder import detect_tokenizer_bos_eos
+
+    bridge._tokenizer = bridge._driver.tokenizer = tokenizer  # the property `tokenizer` would set it up as said
+    bridge.cfg.tokenizer_prepends_bos, bridge.cfg.tokenizer_appends_eos = detect_tokenizer_bos_eos(tokenizer)
 
 
 @contextmanager
@@ -178,10 +207,10 @@ def _give_head_a_weight(hf_model: Any) -> None:
         )
 
 
-def probe_tokens(d_vocab: int) -> Tensor:
-    """Two short sequences of fixed pseudo-random tokens, to compare models with."""
+def probe_tokens(d_vocab: int, context: int | None = None) -> Tensor:
+    """Two short sequences of fixed pseudo-random tokens, to compare models with; no longer than the model's context."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, d_vocab, (2, 8), generator=generator)
+    return torch.randint(0, d_vocab, (2, 8), generator=generator)[:, :context]
 
 
 def find_model(name: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Int
@@ -14,29 +14,34 @@ from torch import Tensor
 from mechkit._check import checked, naming
 from mechkit.hooks import _load
 from mechkit.hooks._cache import ActivationCache
+from mechkit.hooks._context import context_of
 from mechkit.hooks._copy import deep_copy
 from mechkit.hooks._devices import input_device
+from mechkit.hooks._generate import Generate
 from mechkit.hooks._heads import why_not_heads
 from mechkit.hooks._hooking import NOT_HEADS, HookFunction, Hooks
 from mechkit.hooks._identity import Identity
 from mechkit.hooks._lock import ModelLock, lock_of, one_at_a_time
+from mechkit.hooks._loss import mean_loss, next_token_losses
+from mechkit.hooks._padding import check_float64, measure_masks
 from mechkit.hooks._projections import in_place
 from mechkit.hooks._quantized import check_plain_weights
 from mechkit.hooks._readout import block_returns
 from mechkit.hooks._rotary import forget_lengths
 from mechkit.hooks._sites import parse_hook_name
 from mechkit.hooks._surface import Names, Surface, measure_sites
-from mechkit.hooks._text import Input, Text
+from mechkit.hooks._text import Input
 from mechkit.hooks._validate import ValidationReport, check_logits, validate
 from mechkit.hooks._weights import Weights
 
+ReturnType = Literal["logits", "loss", "both"]
 HookList = Sequence[tuple[str | tuple[str, int] | Callable[[str], bool], HookFunction]]
 
 # What run_with_cache keeps beside the sites when asked for everything.
 _ALSO_CACHED = (".hook_scale", ".hook_normalized", "hook_pos_embed", ".hook_rot_q", ".hook_rot_k")
 
 
-class HookedModel(Surface, Weights, Text):
+class HookedModel(Surface, Weights, Generate):
     """A language model on its raw weights, over TransformerLens's TransformerBridge.
 
     Make one with `from_pretrained`, `from_hf` or `from_bridge`. Hook names, tensor shapes and how hooks are called are
@@ -64,6 +69,7 @@ class HookedModel(Surface, Weights, Text):
             bridge.__dict__[NOT_HEADS] = why_not_heads(self)
             self._in_place = in_place(bridge)
             self._attached_at_rest = self._attached()
+            self._masks = measure_masks(bridge, self.device, self.n_ctx)
             if probe is not None:
                 check_logits(self, probe)
 
@@ -112,7 +118,8 @@ class HookedModel(Surface, Weights, Text):
         name = name or getattr(hf_model.config, "name_or_path", "") or type(hf_model).__name__
         check_plain_weights(hf_model)
         with torch.no_grad():
-            tokens = _load.probe_tokens(hf_model.config.get_text_config().vocab_size).to(input_device(hf_model))
+            config = hf_model.config.get_text_config()
+            tokens = _load.probe_tokens(config.vocab_size, context_of(config)).to(input_device(hf_model))
             with _load.refusing(f"{type(hf_model).__name__} does not run on token ids alone", hf_model):
                 probe = None if hf_model.training else hf_model(tokens).logits
         return cls(_load.build_bridge(hf_model, tokenizer, name), name=name, revision=revision, probe=probe)
@@ -205,19 +212,39 @@ class HookedModel(Surface, Weights, Text):
     def forward(
         self,
         input: Input,
-        return_type: Literal["logits", "loss", "both"] = "logits",
+        return_type: ReturnType = "logits",
         *,
         prepend_bos: bool | None = None,
-        attention_mask: Int[Tensor, "batch pos"] | None = None,
+        attention_mask: Tensor | None = None,
         loss_per_token: bool = False,
     ) -> Any:
         """Logits `[batch pos d_vocab]`, or the mean next-token loss in nats (`[batch pos-1]` with `loss_per_token`), or both.
 
         Texts of different lengths are padded on the right and their padding is masked. Token ids that look left-padded
-        are refused unless an `attention_mask` (1 = token, 0 = padding) comes with them.
+        are refused unless an `attention_mask` (1 = token, 0 = padding) comes with them. Padding counts for no loss: its
+        own is NaN with `loss_per_token`.
         """
         tokens, mask = self._tokens_and_mask(input, prepend_bos, attention_mask)
-        return self.bridge(tokens, return_type=return_type, attention_mask=mask, loss_per_token=loss_per_token)
+        return self._run(tokens, mask, return_type, loss_per_token)
+
+    def _run(self, tokens: Tensor, mask: Tensor | None, return_type: str, loss_per_token: bool) -> Any:
+        if return_type not in get_args(ReturnType):
+            raise ValueError(f"return_type: expected one of {', '.join(get_args(ReturnType))}, got {return_type!r}")
+        if return_type != "logits":
+            if not self.bridge.adapter.supports_causal_loss:
+                raise ValueError(
+                    f"return_type: {self.name} ({self.cfg.architecture}) does not predict next tokens, so that it has no "
+                    "next-token loss; ask for logits"
+                )
+            mask = self._padding_of(tokens, mask)
+        logits = self.bridge(tokens, attention_mask=None if mask is None else self._masks.needed(mask))
+        if mask is not None and self.dtype == torch.float64:
+            check_float64(logits, mask)
+        if return_type == "logits":
+            return logits
+        losses = next_token_losses(logits, tokens, mask)
+        loss = losses if loss_per_token else mean_loss(losses, mask)
+        return (logits, loss) if return_type == "both" else loss
 
     @checked
     @contextmanager
@@ -262,14 +289,25 @@ class HookedModel(Surface, Weights, Text):
                 f"forward pass. Its sites are {', '.join(self.sites)}"
             )
 
-    @checked(passes=forward)
+    @checked
     @one_at_a_time
-    def run_with_hooks(self, input: Input, fwd_hooks: HookList = (), bwd_hooks: HookList = (), **kwargs: Any) -> Any:
-        """One forward pass with hooks; keyword arguments as for `forward`."""
+    def run_with_hooks(
+        self,
+        input: Input,
+        fwd_hooks: HookList = (),
+        bwd_hooks: HookList = (),
+        *,
+        return_type: ReturnType = "logits",
+        prepend_bos: bool | None = None,
+        attention_mask: Tensor | None = None,
+        loss_per_token: bool = False,
+    ) -> Any:
+        """One forward pass with hooks; the other arguments are `forward`'s."""
+        tokens, mask = self._tokens_and_mask(input, prepend_bos, attention_mask)
         with self.hooks(fwd_hooks, bwd_hooks):
-            return self.forward(input, **kwargs)
+            return self._run(tokens, mask, return_type, loss_per_token)
 
-    @checked(passes=forward)
+    @checked
     @one_at_a_time
     def run_with_cache(
         self,
@@ -279,7 +317,10 @@ class HookedModel(Surface, Weights, Text):
         positions: int | slice | Sequence[int] | None = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
-        **kwargs: Any,
+        return_type: ReturnType = "logits",
+        prepend_bos: bool | None = None,
+        attention_mask: Tensor | None = None,
+        loss_per_token: bool = False,
     ) -> tuple[Any, ActivationCache]:
         """A forward pass, and what it computed.
 
@@ -288,6 +329,7 @@ class HookedModel(Surface, Weights, Text):
             names: What to keep (see `hook_names`); default every site but `result`, which is large.
             positions: Positions to keep (destinations for `pattern`): an index drops the axis, a slice or list keeps it.
             device, dtype: Where, and as what, to keep it.
+            return_type, prepend_bos, attention_mask, loss_per_token: As for `forward`.
 
         Returns:
             The logits (or what `return_type` asks for) and the cache.
@@ -303,16 +345,16 @@ class HookedModel(Surface, Weights, Text):
 
             return fn
 
-        whole = positions is None and kwargs.get("attention_mask") is None and not self.has_hooks
+        tokens, mask = self._tokens_and_mask(input, prepend_bos, attention_mask)
+        whole = positions is None and mask is None and not self.has_hooks
         with Hooks(self.bridge) as attached:
             for name in wanted:
                 attached.attach(name, keep(name))
-            output = self.forward(input, **kwargs)
+            output = self._run(tokens, mask, return_type, loss_per_token)
         if names is not None and not callable(names) and (missing := [name for name in wanted if name not in kept]):
             raise ValueError(
                 f"hooks on {', '.join(missing[:4])} never fired: this model does not compute that activation"
             )
-        tokens, _ = self._tokens_and_mask(input, kwargs.get("prepend_bos"), kwargs.get("attention_mask"))
         return output, ActivationCache(
             kept, self.n_layers, weights_hash=self.weights_hash, tokens=tokens.cpu(), whole=whole
         )

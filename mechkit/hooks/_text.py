@@ -1,7 +1,12 @@
-"""Between text and token ids."""
+"""Between text and token ids. The user's tokenizer is used as it is: never changed, and never read again from its folder.
+
+TransformerLens's habits are kept: a beginning-of-sequence token is put first unless the tokenizer puts one there itself or the
+model is better without, and an end-of-sequence token that the tokenizer appends is left out.
+"""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,24 +15,39 @@ from jaxtyping import Int
 from torch import Tensor
 
 from mechkit._check import checked
+from mechkit.hooks._context import check_length
 from mechkit.hooks._facts import Facts
 from mechkit.hooks._lock import one_at_a_time
+from mechkit.hooks._padding import checked_mask, left_padded_rows, padding_on_the_right
 
 Input = str | Sequence[str] | Tensor
 
 
 class Text(Facts):
-    """The part of `HookedModel` that turns text into token ids and back, and continues text."""
+    """The part of `HookedModel` that turns text into token ids and back."""
 
     @checked
     @one_at_a_time
-    def to_tokens(self, text: str | Sequence[str], prepend_bos: bool | None = None) -> Int[Tensor, "batch pos"]:
-        """Token ids. `prepend_bos=None` is the model's default (in TransformerLens nearly always yes). Several texts of
-        different lengths are padded on the right."""
-        self._need_tokenizer()
-        if not isinstance(text, str):
-            text = list(text)
-        return self.bridge.to_tokens(text, prepend_bos=prepend_bos, padding_side="right", truncate=False)
+    def to_tokens(
+        self, text: str | Sequence[str], prepend_bos: bool | None = None, truncate: bool = True
+    ) -> Int[Tensor, "batch pos"]:
+        """Token ids. Several texts of different lengths are padded on the right.
+
+        Args:
+            text: One text, or several.
+            prepend_bos: Whether each begins with the beginning-of-sequence token; `None` is the model's default (in
+                TransformerLens nearly always yes).
+            truncate: Whether texts longer than the model's context are cut to it, with a warning.
+        """
+        rows = self._rows([text] if isinstance(text, str) else list(text), prepend_bos)
+        longest = max((len(row) for row in rows), default=0)
+        if truncate and self.n_ctx is not None and longest > self.n_ctx:
+            warnings.warn(
+                f"text: cut from {longest} tokens to {self.n_ctx}, the model's context (n_ctx); truncate=False leaves it whole",
+                stacklevel=3,
+            )
+            rows = [row[: self.n_ctx] for row in rows]
+        return self._padded(rows)
 
     @checked
     @one_at_a_time
@@ -40,13 +60,17 @@ class Text(Facts):
             tokens = tokens[0]
         if tokens.ndim != 1:
             raise ValueError(f"text: expected one sequence of tokens, got shape {list(tokens.shape)}")
-        return self.bridge.to_str_tokens(tokens[None])
+        return self._decoded([[int(token)] for token in tokens])
 
     @checked
     def to_string(self, tokens: Tensor | Sequence[int]) -> str | list[str]:
         """Text of token ids; a list of texts for a batch."""
         self._need_tokenizer()
-        return self.bridge.to_string(torch.as_tensor(tokens))
+        ids = torch.as_tensor(tokens)
+        if ids.ndim > 2:
+            raise ValueError(f"tokens: expected token ids [pos] or [batch pos], got shape {list(ids.shape)}")
+        texts = self._decoded(ids.reshape(-1, ids.shape[-1] if ids.ndim else 1).tolist())
+        return texts if ids.ndim == 2 else texts[0]
 
     @checked
     def to_single_token(self, text: str) -> int:
@@ -62,51 +86,117 @@ class Text(Facts):
         if self.tokenizer is None:
             raise ValueError(f"{self.name} was loaded without a tokenizer; pass token ids, or load it with one")
 
+    def _decoded(self, rows: list[list[int]], skip_special_tokens: bool = False) -> list[str]:
+        self._need_tokenizer()
+        return self.tokenizer.batch_decode(
+            rows, clean_up_tokenization_spaces=False, skip_special_tokens=skip_special_tokens
+        )
+
+    # -- special tokens, as TransformerLens reads a tokenizer that lacks some -------------------------------------------
+
+    @property
+    def _bos_id(self) -> int | None:
+        found = getattr(self.tokenizer, "bos_token_id", None)
+        return self._eos_id if found is None else int(found)
+
+    @property
+    def _eos_id(self) -> int | None:
+        found = getattr(self.tokenizer, "eos_token_id", None)
+        return None if found is None else int(found)
+
+    @property
+    def _pad_id(self) -> int | None:
+        found = getattr(self.tokenizer, "pad_token_id", None)
+        return self._eos_id if found is None else int(found)
+
+    def _rows(self, texts: list[str], prepend_bos: bool | None) -> list[Int[Tensor, "_"]]:
+        """The token ids of each text, uncut."""
+        self._need_tokenizer()
+        if not texts:
+            raise ValueError("text: expected a text or several, got none")
+        if wrong := [text for text in texts if not isinstance(text, str)]:
+            raise TypeError(
+                f"text: expected a text or several, got {type(wrong[0]).__name__}; token ids go in as a tensor"
+            )
+        wanted = bool(getattr(self.cfg, "default_prepend_bos", True)) if prepend_bos is None else prepend_bos
+        before, after = _puts_around(self.tokenizer)
+        if after == [self._eos_id]:
+            after = []  # the model is to go on from here
+        if wanted and not before and self._bos_id is not None:
+            before = [self._bos_id]
+        elif not wanted:
+            before = before[1:]
+        bare = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        if before and any(ids[:1] == before[:1] == [self._bos_id] for ids in bare):
+            warnings.warn(
+                f"text: begins with {self.tokenizer.decode([before[0]])!r}, the beginning-of-sequence token, which is also put "
+                "in front of it: the model reads it twice. For texts that bring their own (a rendered chat template), pass "
+                "prepend_bos=False",
+                stacklevel=4,
+            )
+        return [torch.tensor([*before, *ids, *after], dtype=torch.long) for ids in bare]
+
+    def _padded(self, rows: list[Int[Tensor, "_"]]) -> Int[Tensor, "batch pos"]:
+        padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self._pad_id or 0)
+        return padded.to(self.device)
+
+    # -- what a run is given -------------------------------------------------------------------------------------------
+
     def _tokens_and_mask(
-        self, input: Input, prepend_bos: bool | None, mask: Tensor | None
-    ) -> tuple[Int[Tensor, "batch pos"], Tensor | None]:
+        self, input: Input, prepend_bos: bool | None, mask: Any
+    ) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"] | None]:
+        """Token ids, and where they are padding if some are."""
         if isinstance(input, Tensor):
-            tokens = (input[None] if input.ndim == 1 else input).to(self.device)
-            if tokens.ndim != 2 or tokens.is_floating_point():
-                raise ValueError(f"input: expected token ids [batch pos], got {tokens.dtype} {list(tokens.shape)}")
-            if tokens.numel() and (int(tokens.min()) < 0 or int(tokens.max()) >= self.d_vocab):
-                raise ValueError(
-                    f"input: expected token ids in 0..{self.d_vocab - 1}, got {int(tokens.min())}..{int(tokens.max())}"
-                )
+            tokens = self._checked_tokens(input)
+            if mask is not None and input.ndim == 1 and isinstance(mask, Tensor) and mask.ndim == 1:
+                mask = mask[None]
             if mask is None and (rows := self.left_padded_rows(tokens)):
                 raise ValueError(
                     f"input: rows {rows[:5]} begin with padding. Without attention_mask the model would read the padding "
                     "as text; pass attention_mask, or give the prompts unpadded, one by one"
                 )
-            return tokens, None if mask is None else mask.to(self.device)
-        texts = [input] if isinstance(input, str) else list(input)
-        rows_ = [self.to_tokens(text, prepend_bos)[0] for text in texts]
+            return tokens, None if mask is None else checked_mask(mask, tokens)
+        rows_ = self._rows([input] if isinstance(input, str) else list(input), prepend_bos)
         lengths = torch.tensor([len(row) for row in rows_])
-        pad = self.tokenizer.pad_token_id or 0
-        tokens = torch.nn.utils.rnn.pad_sequence(rows_, batch_first=True, padding_value=pad).to(self.device)
-        if mask is None and int(lengths.min()) < int(lengths.max()):
-            mask = (torch.arange(tokens.shape[1]) < lengths[:, None]).long()
-        return tokens, None if mask is None else mask.to(self.device)
+        tokens = self._padded(rows_)
+        check_length(self, tokens.shape[1], "input")
+        real = (torch.arange(tokens.shape[1]) < lengths[:, None]).long().to(tokens.device)
+        if mask is not None and bool((checked_mask(mask, tokens) > real).any()):
+            raise ValueError(
+                "attention_mask: 1 at the padding of the shorter texts; leave it out, it is known for texts"
+            )
+        if mask is None and int(lengths.min()) == int(lengths.max()):
+            return tokens, None
+        return tokens, real if mask is None else checked_mask(mask, tokens)
 
-    def left_padded_rows(self, tokens: Tensor) -> list[int]:
+    def _checked_tokens(self, input: Tensor) -> Int[Tensor, "batch pos"]:
+        tokens = (input[None] if input.ndim == 1 else input).to(self.device)
+        if tokens.ndim != 2 or tokens.is_floating_point() or tokens.numel() == 0:
+            raise ValueError(f"input: expected token ids [batch pos], got {tokens.dtype} {list(tokens.shape)}")
+        if int(tokens.min()) < 0 or int(tokens.max()) >= self.d_vocab:
+            raise ValueError(
+                f"input: expected token ids in 0..{self.d_vocab - 1}, got {int(tokens.min())}..{int(tokens.max())}"
+            )
+        check_length(self, tokens.shape[1], "input")
+        return tokens
+
+    def left_padded_rows(self, tokens: Int[Tensor, "batch pos"]) -> list[int]:
         """Rows of `[batch pos]` token ids that begin with padding. One leading token that is also the beginning-of-sequence
         token (GPT-2 has one id for both) is not padding."""
-        pad = getattr(self.tokenizer, "pad_token_id", None)
-        if pad is None or tokens.shape[1] < 2:
-            return []
-        leading = (tokens == pad).long().cumprod(1).sum(1)
-        allowed = 1 if pad == self.tokenizer.bos_token_id else 0
-        return (leading > allowed).nonzero().flatten().tolist()
+        return left_padded_rows(tokens, self._pad_id, self._bos_id)
 
-    @checked
-    @one_at_a_time
-    def generate(self, input: Input, max_new_tokens: int = 10, *, do_sample: bool = False, **kwargs: Any) -> Any:
-        """Continues the input, greedily by default; run it inside `hooks()` to intervene. Keyword arguments are
-        TransformerBridge.generate's. Returns text for text, token ids for token ids."""
-        kwargs.setdefault("verbose", False)
-        return self.bridge.generate(
-            input if isinstance(input, str | Tensor) else list(input),
-            max_new_tokens=max_new_tokens,
-            do_sample=do_sample,
-            **kwargs,
-        )
+    def _padding_of(
+        self, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"] | None
+    ) -> Int[Tensor, "batch pos"] | None:
+        """The mask, or the one that can be read off the ids; raises `ValueError` where that is uncertain."""
+        if mask is not None:
+            return mask
+        return padding_on_the_right(tokens, self._pad_id, (self._bos_id, self._eos_id))
+
+
+def _puts_around(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The special tokens that a tokenizer puts before and after a text of its own accord."""
+    bare, framed = tokenizer.encode("a", add_special_tokens=False), tokenizer.encode("a")
+    n = len(framed) - len(bare)
+    at = next((i for i in range(n + 1) if framed[i : i + len(bare)] == bare), 0 if n <= 0 else n)
+    return framed[:at], framed[at + len(bare) :]

@@ -38,7 +38,7 @@ class ValidationReport:
 
 def check_logits(model: HookedModel, probe: Tensor) -> float:
     """The largest relative difference from the Hugging Face model's logits; raises `ValueError` if it is not rounding."""
-    tokens = probe_tokens(probe.shape[-1]).to(model.device)
+    tokens = probe_tokens(probe.shape[-1], probe.shape[1]).to(model.device)
     with torch.no_grad():
         logits = model.bridge(tokens)
     difference = _relative(logits, probe)
@@ -59,7 +59,7 @@ def _adapter(model: HookedModel) -> str | None:
 @torch.no_grad()
 def validate(model: HookedModel, probe: Tensor | None) -> ValidationReport:
     """Runs all checks. Raises `ValueError` at the first that fails."""
-    tokens = probe_tokens(model.d_vocab).to(model.device)
+    tokens = probe_tokens(model.d_vocab, model.n_ctx).to(model.device)
     logits = model.bridge(tokens)
     run = record(model, tokens, blocks=False)
     return ValidationReport(
@@ -85,6 +85,8 @@ def _check_heads(model: HookedModel, tokens: Tensor) -> float | None:
 def _check_padding(model: HookedModel, tokens: Tensor, logits: Tensor) -> float | None:
     if getattr(model.cfg, "is_stateful", False):
         return None  # a recurrent state reads its padding; mechkit never pads
+    if model.n_ctx is not None and tokens.shape[1] > model.n_ctx - 3:
+        return None  # no room for padding
     padding = torch.zeros(len(tokens), 3, dtype=tokens.dtype, device=tokens.device)
     ones, zeros = torch.ones_like(tokens), torch.zeros_like(padding)
     right = model.forward(torch.cat([tokens, padding], 1), attention_mask=torch.cat([ones, zeros], 1))[:, :-3]
