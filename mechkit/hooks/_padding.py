@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechkit.hooks._load import probe_tokens
-from mechkit.hooks._validate import TOLERANCE
+from mechkit.hooks._heads import TOLERANCE
 
 
 @dataclass(frozen=True)
