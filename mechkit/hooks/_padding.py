@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechkit.hooks._load import probe_tokens
 from mechkit.hooks._heads import TOLERANCE
+from mechkit.hooks._load import probe_tokens
 
 
 @dataclass(frozen=True)
