@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 
 from mechkit._check import checked, naming
