@@ -105,7 +105,7 @@ def test_tokens_are_transformer_lenses(tmp_path):
             "tiny", hf_model=build(), tokenizer=AutoTokenizer.from_pretrained(folder), device="cpu"
         )
         for prepend in (None, True, False):
-            for text in ("a dog", "", "x"):
+            for text in ("a dog", "x y", "x"):
                 assert torch.equal(hooked.to_tokens(text, prepend), theirs.to_tokens(text, prepend_bos=prepend)), roles
 
 
@@ -208,7 +208,7 @@ def test_where_padding_may_be_text_the_loss_wants_a_mask():
 def test_a_loss_needs_a_second_token(model):
     with pytest.raises(ValueError, match="at least two tokens"):
         model(torch.tensor([[BOS]]), return_type="loss")
-    with pytest.raises(ValueError, match="return_type: expected one of logits, loss, both, got 'predictions'"):
+    with pytest.raises(ValueError, match="return_type: expected one of 'logits', 'loss', 'both'; got 'predictions'"):
         model(torch.tensor([[BOS, 5]]), return_type="predictions")
 
 

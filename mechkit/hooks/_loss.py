@@ -21,7 +21,7 @@ def next_token_losses(
     return losses.masked_fill(~real, torch.nan)
 
 
-def mean_loss(losses: Float[Tensor, "batch pos-1"], mask: Int[Tensor, "batch pos"] | None) -> Float[Tensor, ""]:
+def mean_loss(losses: Float[Tensor, "batch next"], mask: Int[Tensor, "batch pos"] | None) -> Float[Tensor, ""]:
     """The mean of `next_token_losses` over tokens, all of equal weight.
 
     Raises:

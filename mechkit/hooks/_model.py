@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -227,8 +227,6 @@ class HookedModel(Surface, Weights, Generate):
         return self._run(tokens, mask, return_type, loss_per_token)
 
     def _run(self, tokens: Tensor, mask: Tensor | None, return_type: str, loss_per_token: bool) -> Any:
-        if return_type not in get_args(ReturnType):
-            raise ValueError(f"return_type: expected one of {', '.join(get_args(ReturnType))}, got {return_type!r}")
         if return_type != "logits":
             if not self.bridge.adapter.supports_causal_loss:
                 raise ValueError(
