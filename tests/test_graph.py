@@ -205,13 +205,16 @@ def n_hooks(model: mk.HookedModel) -> int:
     return sum(len(module.__dict__[kind]) for module in model.bridge.modules() for kind in kinds)
 
 
-def _more(forward: Callable[..., Any], amount: float) -> Callable[..., Any]:
-    """A module's forward whose (first) output is so many times as large: weights say something else then."""
+def _more(forward: Callable[..., Any], bend: float) -> Callable[..., Any]:
+    """A module's forward whose (first) output is no longer linear: no weight says what it computes then. (One that is only
+    scaled is another matrix, which is read off it.)"""
 
     @functools.wraps(forward)
     def tampered(*args: Any, **kwargs: Any) -> Any:
         output = forward(*args, **kwargs)
-        return (amount * output[0], *output[1:]) if isinstance(output, tuple) else amount * output
+        first = output[0] if isinstance(output, tuple) else output
+        first = first + bend * first.abs()
+        return (first, *output[1:]) if isinstance(output, tuple) else first
 
     return tampered
 
@@ -219,11 +222,11 @@ def _more(forward: Callable[..., Any], amount: float) -> Callable[..., Any]:
 @pytest.mark.parametrize(
     ("module", "piece"),
     [
-        ("attn.q", "q of layer 1"),
-        ("attn.k", "k of layer 1"),
-        ("attn.v", "v of layer 1"),
-        ("attn.o", "the heads' outputs of layer 1"),
-        ("", "the residual stream after layer 1"),
+        ("attn.q", "to be linear"),
+        ("attn.k", "to be linear"),
+        ("attn.v", "to be linear"),
+        ("attn.o", "to be linear"),
+        ("", "the residual stream after layer 1 of .*is off by .*its edges are not known"),
     ],
 )
 @pytest.mark.parametrize("family", ["llama", "stablelm"])
@@ -235,14 +238,14 @@ def test_a_model_that_computes_something_else_is_refused(family, module, piece, 
         block = getattr(block, name)
     plain = block.original_component
     Parts(model).check(prompts())  # control: it is the change that is refused
-    monkeypatch.setattr(plain, "forward", _more(plain.forward, 1.01))
+    monkeypatch.setattr(plain, "forward", _more(plain.forward, 0.01))
     before = n_hooks(model)
-    with pytest.raises(ValueError, match=rf"model: {piece} of {family} .*is off by .*its edges are not known"):
+    with pytest.raises(ValueError, match=rf"model: .*({piece})"):
         Parts(model).check(prompts())
     metric = mk.logit_diff(pairs)
     for technique in (mk.edge_attribution, mk.edge_patching, functools.partial(mk.acdc, threshold=0.1)):
         with pytest.raises(
-            ValueError, match=r"its edges are not known|add up to something else than the whole gradient"
+            ValueError, match=r"to be linear|its edges are not known|add up to something else than the whole gradient"
         ):
             technique(model, pairs, metric)
     assert n_hooks(model) == before

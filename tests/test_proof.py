@@ -69,3 +69,15 @@ def test_half_precision(family, dtype):
         if left is not None and not left <= max(3 * rounding, 0.05):
             missed.append(f"{name}: off by {left:.1e} (unproved {moved:.1e})")
     assert not missed, f"rounding {rounding:.1e}: " + "; ".join(missed)
+
+
+def test_float64_models_that_compute_partly_in_float32_are_held_to_float32():
+    """Phi-3's rotations are float32: the hooked model's logits may be off by more than float64 rounds, but not by 1e-3."""
+    from mechkit.hooks import _validate
+
+    model = build("llama", 0, torch.float64)
+    assert _validate._allowed(model, 1e-7) == 1e-6
+    assert _validate._allowed(model, 2e-6) == 1e-4  # its norms are float32
+    with pytest.raises(ValueError, match="expected at most 1e-04"):
+        _validate._checked(model, "logits", 1e-3)
+    assert _validate._allowed(build("gpt2", 0, torch.float64), 2e-6) in (1e-6, 1e-4)
