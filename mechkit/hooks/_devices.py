@@ -6,7 +6,6 @@ needed (they are on torch's device "meta" meanwhile). accelerate's hooks move wh
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -30,16 +29,13 @@ def input_device(model: nn.Module) -> torch.device:
     return torch.device(next((found for hook in hooks if (found := hook.execution_device) is not None), "cpu"))
 
 
-def weights_at_hand(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
-    """`(name, parameter, its values)` of every parameter; values that were put away are fetched."""
-    modules = dict(model.named_modules())
-    for name, parameter in model.named_parameters():
-        values: Tensor = parameter
-        if parameter.device.type == "meta":
-            owner, _, own = name.rpartition(".")
-            maps = [hook.weights_map for hook in _accelerate_hooks(modules[owner]) if hook.weights_map is not None]
-            values = maps[0][own] if maps else parameter
-        yield name, parameter, values
+def at_hand(module: nn.Module, name: str, parameter: Tensor) -> Tensor:
+    """The values of a module's parameter; fetched, if they were put away."""
+    if parameter.device.type != "meta":
+        return parameter
+    maps = [hook.weights_map for hook in _accelerate_hooks(module) if hook.weights_map is not None]
+    values: Tensor = maps[0][name] if maps else parameter
+    return values
 
 
 def _accelerate_hooks(module: nn.Module) -> list[Any]:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mechkit.hooks._devices import weights_at_hand
+from mechkit.hooks._devices import at_hand
 
 # Settings of a configuration, and values that a module keeps, which change no number of an evaluation.
 _NO_MATTER = {
@@ -61,23 +61,23 @@ class Identity:
         It is kept until something changes. A change made behind autograd's back (`p.data[3] = 0`) is noticed only if it
         touches one of 64 sampled entries of the tensor.
         """
-        settings, tensors = _settings(bridge), list(_tensors(bridge.original_model))
-        state = settings, tuple((*_version(owner), float(_sampled(x).sum())) for _, owner, x in tensors)
+        modules = list(_own_modules(bridge.original_model))
+        settings, tensors = _settings(bridge, modules), [*_parameters(modules), *_buffers(modules)]
+        state = settings, [(*_version(owner), float(_sampled(x).sum())) for _, owner, x in tensors]
         if self._known is None or self._known[0] != state:
-            digest = hashlib.sha256(settings.encode())
-            for name, _, values in tensors:
-                digest.update(f"{name}{tuple(values.shape)}{values.dtype}{_checksum(values)}".encode())
-                digest.update(_sampled(values).numpy().tobytes())
+            digest = hashlib.sha256(repr(settings).encode())
+            for name, owner, values in tensors:
+                digest.update(_described(name, owner, values) + _sampled(values).numpy().tobytes())
             self._known = state, digest.hexdigest()[:16]
         return self._known[1]
 
 
 def beside_weights(bridge: Any) -> str:
     """A fingerprint of all that decides a model's numbers but its parameters."""
-    digest = hashlib.sha256(_settings(bridge).encode())
-    for name, values in _buffers(bridge.original_model):
-        wide = values.double() if values.is_floating_point() else values
-        digest.update(f"{name}{tuple(values.shape)}{_checksum(wide)}".encode())
+    modules = list(_own_modules(bridge.original_model))
+    digest = hashlib.sha256(repr(_settings(bridge, modules)).encode())
+    for name, owner, values in _buffers(modules):
+        digest.update(_described(name, owner, values))
     return digest.hexdigest()[:16]
 
 
@@ -98,59 +98,69 @@ def _matters(name: str) -> bool:
     return not (name.startswith("_") or name in _NO_MATTER or name.endswith(_NO_MATTER_ENDINGS))
 
 
-def _settings(bridge: Any) -> str:
-    """Everything but tensors, as one text."""
-    model = bridge.original_model
-    config = getattr(model, "config", None)
+Modules = list[tuple[str, nn.Module]]
+
+
+def _settings(bridge: Any, modules: Modules) -> tuple[Any, ...]:
+    """Everything but tensors."""
+    config = getattr(bridge.original_model, "config", None)
     kept = [
         (
             name,
             type(module).__qualname__,
             [(key, value) for key, value in vars(module).items() if _is_setting(key, value)],
         )
-        for name, module in _own_modules(model)
+        for name, module in modules
+        if not _wraps(module)
     ]
     theirs = [(key, getattr(bridge.cfg, key, None)) for key in _READ_BY_BRIDGE]
     own = config_settings(config) if hasattr(config, "to_dict") else {}
-    return repr(kept) + repr(theirs) + json.dumps(own, sort_keys=True, default=str)
+    return kept, theirs, json.dumps(own, sort_keys=True, default=str)
 
 
 def _is_setting(key: str, value: Any) -> bool:
+    if key[0] == "_" or key in _NO_MATTER:
+        return False
     if isinstance(value, tuple | list):
         return all(isinstance(part, _PLAIN) for part in value) and _matters(key)
     return isinstance(value, _PLAIN) and _matters(key)
 
 
-def _own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The model's own modules by their names in the model as it was before it was wrapped."""
-    for name, module in model.named_modules():
-        if not type(module).__module__.startswith(
-            ("transformer_lens.model_bridge.generalized_", "transformer_lens.hook_")
-        ):
-            yield _own_name(name), module
+def _own_modules(module: nn.Module, path: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, nn.Module]]:
+    """All modules once, but for hook points, by their names in the model as it was before it was wrapped."""
+    seen = set() if seen is None else seen
+    seen.add(id(module))
+    yield path, module
+    for name, child in module._modules.items():
+        if child is not None and id(child) not in seen and type(child).__name__ != "HookPoint":
+            inside = path if name == "_original_component" else f"{path}.{name}"
+            yield from _own_modules(child, inside, seen)
 
 
-def _own_name(name: str) -> str:
-    return name.replace("._original_component", "")
+def _wraps(module: nn.Module) -> bool:
+    """Whether it is a module that TransformerLens has put around one of the model's own."""
+    return type(module).__module__.startswith("transformer_lens.model_bridge.generalized_")
 
 
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """`(name, tensor, its values)` of all parameters and buffers."""
-    for name, parameter, values in weights_at_hand(model):
-        yield _own_name(name), parameter, values
-    for name, buffer in _buffers(model):
-        # Models that were converted have wider buffers than those that were loaded, of the same numbers.
-        yield name, buffer, buffer.double() if buffer.is_floating_point() else buffer
+def _parameters(modules: Modules) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """`(name, parameter, its values)`, tied ones once."""
+    seen: set[int] = set()
+    for path, module in modules:
+        for key, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield f"{path}.{key}", parameter, at_hand(module, key, parameter)
 
 
-def _buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Buffers, and tensors that a module keeps as it does numbers."""
-    for path, module in _own_modules(model):
-        buffers = {key: value for key, value in module._buffers.items() if value is not None}
-        plain = {key: value for key, value in vars(module).items() if isinstance(value, Tensor) and _matters(key)}
-        for key, value in (buffers | plain).items():
-            if not _follows_the_prompt(module, key) and value.device.type != "meta":
-                yield f"{path}.{key}", value
+def _buffers(modules: Modules) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """`(name, buffer, its values)`, also of tensors that a module keeps as it does numbers."""
+    for path, module in modules:
+        if _wraps(module):
+            continue
+        plain = [(key, value) for key, value in vars(module).items() if key[0] != "_" and isinstance(value, Tensor)]
+        for key, value in [*module._buffers.items(), *plain]:
+            if value is not None and value.device.type != "meta" and not _follows_the_prompt(module, key):
+                yield f"{path}.{key}", value, value
 
 
 def _follows_the_prompt(module: nn.Module, key: str) -> bool:
@@ -159,6 +169,14 @@ def _follows_the_prompt(module: nn.Module, key: str) -> bool:
     several = kinds.values() if isinstance(kinds, dict) else [kinds]
     varies = any(str(kind) in _FOLLOWS_THE_PROMPT for kind in several)
     return varies and key.endswith("inv_freq") and "original" not in key
+
+
+def _described(name: str, owner: Tensor, values: Tensor) -> bytes:
+    """A tensor's name, shape and checksum, and the dtype of a weight. Buffers of models that were converted are wider than those
+    of models that were loaded, with the same numbers in them."""
+    if isinstance(owner, nn.Parameter) or not values.is_floating_point():
+        return f"{name}{tuple(values.shape)}{values.dtype}{_checksum(values)}".encode()
+    return f"{name}{tuple(values.shape)}{_checksum(values.double())}".encode()
 
 
 def _version(tensor: Tensor) -> tuple[int, int]:
