@@ -13,8 +13,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import jaxtyping
 import pytest
 import torch
+from shapes import instrument_shapes_alone
 
-import mechkit as mk
+instrument_shapes_alone()
+
+import mechkit as mk  # noqa: E402
 
 _raises = pytest.raises
 

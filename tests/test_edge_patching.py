@@ -397,13 +397,13 @@ def test_edges_by_whole_passes_are_the_same():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"edges": "input->logits"}, r"edges: expected Circuit or a list .*Write edges=\['input->logits'\]"),
+        ({"edges": "input->logits"}, r"edges: expected a Circuit or a list .*Write edges=\['input->logits'\]"),
         ({"edges": []}, "edges: expected at least one"),
         ({"edges": ["input->logits", "input -> logits"]}, "edges: expected each edge once, got 'input->logits'"),
         ({"edges": ["logits->input"]}, "not a writer's name"),
         ({"edges": ["a2.h0->a1.h0<q>"]}, "reads before a2.h0 writes"),
         ({"edges": ["input->a1.h0<k>"]}, "expected 'a1.kv0<k>'"),
-        ({"edges": [1]}, r"edges\[0\]: expected Edge"),
+        ({"edges": [1]}, r"edges\[0\]: expected an Edge"),
         ({"direction": "both"}, "direction: expected 'denoise' or 'noise'"),
         ({"positions": ["S9"]}, "positions: expected names"),
         ({"positions": "END"}, "positions: expected a list"),

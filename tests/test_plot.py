@@ -350,7 +350,7 @@ def test_results_share_a_scale_or_are_refused() -> None:
         heatmap([one, make(one.values, "layer pos", coords={"pos": TOKENS}, unit="nats")])
     with pytest.raises(ValueError, match=r"result\['b'\]: expected a Result, got int"):
         heatmap({"a": one, "b": 3})
-    with pytest.raises(ValueError, match="result: expected a Result or several, got int"):
+    with pytest.raises(ValueError, match=r"result: expected a Result or a list .*, got int"):
         heatmap(3)
 
 

@@ -676,7 +676,7 @@ def test_a_byte_is_within_a_step_of_its_value(values: list[float], signed: bool)
 def test_refusals() -> None:
     result = make(2, 3, 5, 2)
     refused: list[tuple[str, Any]] = [
-        ("style: expected 'pattern', 'grid' or 'lines', got 'bars'", lambda: attention(result, style="bars")),  # type: ignore[arg-type]
+        ("style: expected one of 'pattern', 'grid', 'lines'; got 'bars'", lambda: attention(result, style="bars")),  # type: ignore[arg-type]
         ("theme: expected one of", lambda: attention(result, theme="blue")),
         ("layer: expected one of 0, 1; got 2", lambda: attention(result, layer=2)),
         ("head: expected one of 0, 1, 2; got -1", lambda: attention(result, head=-1)),

@@ -278,7 +278,7 @@ def test_docstring_prompts_do_not_depend_on_the_corruption(smollm2: HookedModel)
 
 
 def test_docstring_refuses() -> None:
-    with pytest.raises(ValueError, match="corruption: expected 'random_doc', 'random_def', 'both', got 'doc'"):
+    with pytest.raises(ValueError, match="corruption: expected one of 'random_doc', 'random_def', 'both'; got 'doc'"):
         docstring(SmallTokenizer(), corruption="doc")  # type: ignore[arg-type]
     with pytest.raises(
         ValueError, match=rf"model: expected .*at least 11 of the {len(NAMES)} argument names.*got 10: "

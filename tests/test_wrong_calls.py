@@ -270,7 +270,7 @@ def test_misspelt_arguments_are_told_the_nearest(material: Material) -> None:
 )
 def test_what_is_often_taken_for_a_model_is_told_the_cure(material: Material, wrong: str, cure: str) -> None:
     given = {"hf": material.hf, "bridge": material.model.bridge, "name": "gpt2"}[wrong]
-    with pytest.raises(TypeError, match=f"model: expected HookedModel, got .*{cure}"):
+    with pytest.raises(TypeError, match=f"model: expected a HookedModel, got .*{cure}"):
         mk.hidden_states(given, material.pairs)
 
 

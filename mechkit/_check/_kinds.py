@@ -92,7 +92,8 @@ def _of_class(annotation: type) -> Kind:
     if annotation is torch.device:
         return Kind("a device", _device_fault)
     name = "HookedModel" if annotation.__name__ == "Tokenizes" else annotation.__name__
-    return _instance(annotation, name)
+    article = "" if name.endswith("s") else "an " if name[0] in "AEIOU" else "a "  # Prompts, PromptPairs are several
+    return _instance(annotation, f"{article}{name}")
 
 
 def is_whole(value: Any) -> bool:
@@ -162,9 +163,7 @@ def _literal(choices: tuple[Any, ...]) -> Kind:
 
 def _any_of(kinds: list[Kind]) -> Kind:
     words = [kind.expected for kind in kinds if kind.expected != "None"]
-    words = sorted(
-        words, key=lambda word: (word[:1] not in "'o", word if word[:1].isupper() else "~")
-    )  # choices, classes, …
+    words = sorted(words, key=_order)
     expected = " or ".join(dict.fromkeys(words + ["None"] * (len(words) < len(kinds))))
 
     def fault(value: Any) -> Fault | None:
@@ -181,6 +180,12 @@ def _any_of(kinds: list[Kind]) -> Kind:
         return Fault("", wrong_type, expected, value)
 
     return Kind(expected, fault)
+
+
+def _order(word: str) -> tuple[bool, str]:
+    """Choices first, then classes by name, then the rest as it is."""
+    name = word.removeprefix("an ").removeprefix("a ")
+    return word[:1] not in "'o", name if name[:1].isupper() else "~"
 
 
 def _several(item: Kind, *, exhaustible: bool) -> Kind:
@@ -247,7 +252,7 @@ def in_range(name: str, kind: Kind, bounds: tuple[float, float] | None) -> Kind:
         return kind
     limits = [f"of {low:,} or more" if low > -math.inf else "", f"of {high:,} at most" if high < math.inf else ""]
     what = "a whole number" if "whole number" in kind.expected else "a number"
-    expected = f"{what} {' and '.join(filter(None, limits))}"
+    expected = f"{what} from {low:,} to {high:,}" if all(limits) else f"{what} {''.join(limits)}"
 
     return _with(kind, lambda value: isinstance(value, numbers.Real) and not low <= float(value) <= high, expected)
 

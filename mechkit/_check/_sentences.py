@@ -18,8 +18,8 @@ _SHOWN = 60  # characters of a value in a message
 # What is expected of an argument, where its annotation says less.
 _WORDS = {
     "metric": {
-        "CallableMetric or Metric or a function": "a Metric or a callable",
-        "CallableMetric or Metric or a function or None": "a Metric, a callable or None",
+        "a CallableMetric or a Metric or a function": "a Metric or a callable",
+        "a CallableMetric or a Metric or a function or None": "a Metric, a callable or None",
     },
     "over": {"a string": "dims in one string, such as 'layer head'"},
 }
@@ -117,7 +117,8 @@ def _cure(fault: Fault, name: str) -> str:
         return "Make them: Prompts.from_tokens(tokens, model)"
     elif "Metric" in expected:
         return "Make one: mechkit.logit_diff(pairs)"
-    if isinstance(value, int | str) and "a list" in expected:
+    fits = (isinstance(value, str) and "string" in expected) or (isinstance(value, int) and "whole number" in expected)
+    if fits and "a list" in expected:
         return f"Write {name}=[{value!r}]"
     return ""
 

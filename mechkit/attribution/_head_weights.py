@@ -81,7 +81,7 @@ def embeddings(model: HookedModel, tokens: Int[Tensor, "token"]) -> Float[Tensor
     return stream - kept["position"][:, 0] if added else stream
 
 
-def final_norm(model: HookedModel, x: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_model"]:
+def final_norm(model: HookedModel, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
     """The final norm's gain and centring, with scale 1 and without its bias."""
     return _linear(frozen_final_norm(model, _like(model, model.d_model)), x)  # its form: see `check_linear_readout`
 

@@ -203,7 +203,7 @@ def _bytes(budget: Any, problems: Problems) -> int | None:
     wanted = float(match[1]) * UNITS[match[2].lower()]
     size = int(wanted) if wanted < 2**63 else 0
     if size < 1:
-        problems.add(("budget",), f"expected a number of bytes from 1 to 2^63, got {_shown(budget)}")
+        problems.add(("budget",), f"expected a positive number of bytes below 2^63, got {_shown(budget)}")
     return size
 
 

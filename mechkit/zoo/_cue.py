@@ -78,7 +78,7 @@ def cancellation(n: int = 6, *, size: float = 2.0, steepness: float = 10.0, seed
     return Known(gpt2.model("zoo.cancellation"), pairs, logit_diff(pairs), roles, circuit)
 
 
-@checked(bystander=(-1e6, 1e6), size=(-1e6, 1e6))
+@checked(bystander=(-1e6, 1e6))
 def writer_and_eraser(n: int = 6, *, size: float = 4.0, bystander: float = 1.0, seed: int = 0) -> Known:
     """A head that writes the answer, and a later head that erases what it wrote.
 
