@@ -147,6 +147,59 @@ def test_metric_objective_and_target() -> None:
     assert larger.history.sel(quantity="penalty").values.max() <= 10 / 20
 
 
+def test_no_more_gates_than_the_target() -> None:
+    """On a random model, where every component does something: too high a price cannot be reached by gates that are wide open."""
+    model, pairs = family("gpt2"), ragged(6)
+    mask = learn_mask(model, pairs, over="node", target=8, steps=45, batch=6, held_out=0, progress=False)
+    open_ = mask.scores.values.nan_to_num().amax(1)
+    assert 0 < int((open_ > 0.5).sum()) <= 8
+    assert 0 < int((mask.gates.amax(1) > 0).sum()) <= 8
+    assert len({edge.writer for edge in mask.circuit()}) <= 8
+    assert open_.max() < 0.999  # nothing out of the price's reach
+    found = mask.found_on.sel(run="gates")
+    assert found.values.mean() < 0.9 * found.baseline["corrupted"].mean()  # they are not just any
+    edges = learn_mask(model, pairs, target=25, steps=12, batch=6, held_out=0, progress=False)
+    assert 0 < int((edges.gates > 0).sum()) <= 25
+    assert int((edges.scores.values.nan_to_num() > 0).sum()) == 25  # the others are shut for good
+
+
+def test_it_trains_where_the_metric_reads() -> None:
+    model, pairs = family("gpt2"), ragged(4)
+    early = mk.PromptPairs.from_tokens(
+        pairs.clean.tokens,
+        pairs.corrupted.tokens,
+        [(5, 7)] * 4,
+        positions={"MID": [int(n) - 2 for n in pairs.clean.lengths]},
+    )
+    quiet: dict[str, Any] = {"steps": 3, "batch": 4, "held_out": 0, "progress": False}
+    by_metric = learn_mask(model, early, mk.logit_diff(early, position="MID"), **quiet)
+    by_name = learn_mask(model, early, position="MID", **quiet)
+    by_divergence = learn_mask(model, early, mk.kl_divergence(early, position="MID"), **quiet)
+    assert torch.equal(by_metric.gates, by_name.gates)
+    assert torch.equal(by_metric.gates, by_divergence.gates)
+    assert torch.equal(by_name.found_on.values, by_divergence.found_on.values)  # what is reported is read there too
+    assert by_metric.scores.provenance["trained_at"] == "MID"
+    last = learn_mask(model, early, **quiet)
+    assert last.scores.provenance["trained_at"] == "END"
+    assert not torch.equal(last.gates, by_name.gates)
+    constants = [
+        mk.optimal_ablation(model, early, m, position=p, writers=["m1"], steps=2, progress=False)
+        for m, p in ((None, "MID"), (mk.logit_diff(early, position="MID"), None), (None, None))
+    ]
+    assert torch.equal(constants[0].values, constants[1].values)
+    assert not torch.equal(constants[0].values, constants[2].values)
+    circuits = [
+        mk.acdc(model, early, m, threshold=0.3, position=p, progress=False)
+        for m, p in ((None, "MID"), (mk.kl_divergence(early, position="MID"), None), (None, None))
+    ]
+    assert circuits[0].provenance["distance"] == pytest.approx(circuits[1].provenance["distance"])
+    assert [c.provenance["distance_at"] for c in circuits] == ["MID", "MID", "END"]
+    with pytest.raises(ValueError, match="position: expected None with a metric"):
+        mk.acdc(model, early, mk.logit_diff, threshold=0.3, position="MID")
+    with pytest.raises(ValueError, match="position: expected None with objective='metric'"):
+        learn_mask(model, early, mk.logit_diff, objective="metric", position="MID", **quiet)
+
+
 # -- gradients and gates in between ------------------------------------------------------------------------------------
 
 

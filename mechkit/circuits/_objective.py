@@ -4,6 +4,7 @@ that fit the budget, and turns of prompts."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -21,20 +22,47 @@ ObjectiveName = Literal["kl", "metric"]
 
 
 def metric_maker(
-    model: HookedModel, pairs: PromptPairs, metric: AnyMetric | None, objective: ObjectiveName
+    model: HookedModel,
+    pairs: PromptPairs,
+    metric: AnyMetric | None,
+    objective: ObjectiveName,
+    position: str | None = None,
 ) -> Callable[[list[int]], Metric | CallableMetric]:
-    """What gives the metric of some of the pairs."""
+    """What gives the metric of some of the pairs; without one the divergence at a named position."""
     if not isinstance(pairs, PromptPairs):
         raise ValueError(f"pairs: expected PromptPairs, whose two runs are compared; got {type(pairs).__name__}")
     if objective not in ("kl", "metric"):
         raise ValueError(f"objective: expected 'kl' or 'metric', got {objective!r}")
     if metric is None and objective == "metric":
         raise ValueError("metric: expected one, such as mk.logit_diff, since objective='metric' trains on it; got None")
-    whole = metric_for(kl_divergence if metric is None else metric, pairs)
+    if position is not None and objective == "metric":
+        raise ValueError(
+            f"position: expected None with objective='metric', which reads where the metric does; got {position!r}"
+        )
+    whole = divergence(pairs, None, position) if metric is None else metric_for(metric, pairs)
     check_metric(model, pairs.clean, whole, ("clean", "corrupted"))
     if isinstance(whole, CallableMetric):  # minibatches see a part of the prompts
         check_parts(model, pairs, whole)
     return lambda ids: metric_of_some(model, pairs, whole, ids)
+
+
+def divergence(pairs: PromptPairs, metric: Metric | CallableMetric | None, position: str | None) -> Metric:
+    """The KL divergence from the clean run at a named position; by default where the metric reads, and where that is not known (a
+    callable, or none) at each prompt's last position."""
+    if position is not None or not isinstance(metric, Metric):
+        return kl_divergence(pairs, position="END" if position is None else position)
+    kl = kl_divergence(pairs)
+    made_of = kl.made_of
+    if made_of is not None and metric.made_of is not None:
+        made_of = replace(made_of, position=metric.made_of.position)
+    return replace(kl, positions=metric.positions, made_of=made_of)
+
+
+def read_at(metric: Metric | CallableMetric) -> str | list[int]:
+    """Where a metric reads, for provenance: the position's name, or indices."""
+    if not isinstance(metric, Metric):
+        return "all positions"
+    return metric.positions.tolist() if metric.made_of is None else metric.made_of.position
 
 
 class Objective:

@@ -25,11 +25,12 @@ from tqdm.auto import tqdm
 from mechkit._check import checked
 from mechkit.attribution._nodes import AnyMetric
 from mechkit.circuits._evaluation import Ablation, Constants, Evaluator, provenance_of_ablation
+from mechkit.circuits._objective import divergence, read_at
 from mechkit.circuits._provenance import circuit_provenance, merged
 from mechkit.circuits.circuit import Circuit
 from mechkit.circuits.graph import Edge
 from mechkit.hooks import HookedModel, one_at_a_time
-from mechkit.metrics import kl_divergence, metric_for
+from mechkit.metrics import metric_for
 from mechkit.prompts import PromptPairs
 from mechkit.result import Cost
 
@@ -47,6 +48,7 @@ def acdc(
     metric: AnyMetric | None = None,
     *,
     threshold: float,
+    position: str | None = None,
     start: Circuit | None = None,
     ablation: Ablation | Constants = "resample",
     prune: bool | None = None,
@@ -58,9 +60,9 @@ def acdc(
     Args:
         model, pairs: As for `activation_patching`.
         metric: What must not change: the distance is the mean over prompts of its absolute difference from the full model's.
-            Default: the Kullback-Leibler divergence (nats) of the circuit's next-token distribution from the full model's, at
-            each prompt's last position.
+            Default: the Kullback-Leibler divergence (nats) of the circuit's next-token distribution from the full model's.
         threshold: How much the distance may grow with each edge, in the metric's unit (or nats); at least 0.
+        position: Name of the position where the divergence is read, without a metric. Default: each prompt's last (`"END"`).
         start: Edges to begin with, such as another method's circuit that is to be thinned out. Default: all.
         ablation: What a reader sees of a removed edge: see `evaluate_circuit`.
         prune: Whether to drop dead ends at the end. Default: if ablated values are resampled, since then they carry nothing (a
@@ -81,7 +83,9 @@ def acdc(
         raise ValueError(f"pairs: expected PromptPairs, whose two runs are compared; got {type(pairs).__name__}")
     if start is not None:
         start.check(model)
-    measured = kl_divergence(pairs) if metric is None else metric_for(metric, pairs)
+    if metric is not None and position is not None:
+        raise ValueError(f"position: expected None with a metric, which says itself where it reads; got {position!r}")
+    measured = divergence(pairs, None, position) if metric is None else metric_for(metric, pairs)
     search = _Search(Evaluator(model, pairs, measured, ablation, budget), threshold, metric is None, start)
     with tqdm(total=int(search.members.sum()), disable=not progress, unit="edge", delay=2) as bar:
         for group in search.groups():
@@ -103,6 +107,7 @@ def acdc(
             pairs.corrupted,
             technique="ACDC",
             distance_of=measured.name,
+            distance_at=read_at(measured),
             score_is="growth of the distance when the edge is removed",
             threshold=threshold,
             ablation=provenance_of_ablation(ablation),

@@ -18,6 +18,10 @@
 4. With a `target` only the open gates above what is wanted have a price, which changes in every step by a factor (expected open
    gates / wanted)^0.1. What is wanted goes down from all gates to the target geometrically in the first half of the steps. At a
    price of 1 / target no more than that can pay; so it never exceeds ten times that (more than needed, since it saves steps).
+   `log a` stays at its start or below: where P(z_e > 0) is 1 to rounding a price has no slope, and a gate that drifted there
+   would be out of its reach. After three quarters of the steps all gates but the `target` that are most open are shut for good
+   (at a tie those that save the least), and the rest of the steps trains what is left. So no more than `target` are open in the
+   end; whether these suffice is for the faithfulness to say.
 5. After training nothing is drawn: z_e = min(1, max(0, 1.2 sigmoid(log a_e) - 0.1)).
 
 Every row of a minibatch has gates of its own draw, which makes the gradient less noisy at no cost. All draws come from one seed.
@@ -36,6 +40,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -44,20 +49,22 @@ from tqdm.auto import tqdm
 from mechkit._check import checked
 from mechkit._drawn import Drawn
 from mechkit.circuits._evaluation import Ablation, Constants, Evaluator, provenance_of_ablation
-from mechkit.circuits._objective import Objective, ObjectiveName, metric_maker, turns
+from mechkit.circuits._objective import Objective, ObjectiveName, divergence, metric_maker, read_at, turns
 from mechkit.circuits._provenance import circuit_provenance, merged
 from mechkit.circuits.circuit import Circuit
 from mechkit.circuits.edge_scores import EdgeScores
 from mechkit.circuits.evaluation import Ratio, ratio, run_circuits, split
 from mechkit.circuits.graph import Graph
 from mechkit.hooks import HookedModel, frozen_parameters, one_at_a_time
-from mechkit.metrics import AnyMetric, kl_divergence
+from mechkit.metrics import AnyMetric
 from mechkit.prompts import PromptPairs
 from mechkit.result import Cost, Result
 
 LOW, HIGH = -0.1, 1.1  # the hard concrete's stretch
 START = 3.0  # log a of every gate at the start: nine in ten are wide open
 ASCENT, DEAREST = 0.1, 10.0  # how fast a target changes the price, and how far, in units of 1 / target
+SHUT = -1000.0  # log a of a gate that is closed for good
+CUT = 0.75  # share of the steps after which no more gates than the target are left
 QUANTITIES = ("loss", "expected open", "penalty")
 
 
@@ -127,6 +134,7 @@ def learn_mask(
     *,
     over: Literal["edge", "node"] = "edge",
     objective: ObjectiveName = "kl",
+    position: str | None = None,
     penalty: float = 5e-4,
     target: int | None = None,
     ablation: Ablation | Constants = "resample",
@@ -148,10 +156,13 @@ def learn_mask(
             function that makes one (`mk.logit_diff`), or a callable on logits whose value for a prompt depends on that prompt's
             logits alone. Default: the KL divergence.
         over: One gate for each edge, or one for each writer (the embedding, heads, MLPs), shared by all edges out of it.
-        objective: `"kl"`, KL(clean || circuit) over the whole vocabulary at each prompt's last position; or `"metric"`, the
-            squared distance of the metric from the clean run's.
+        objective: `"kl"`, KL(clean || circuit) over the whole vocabulary; or `"metric"`, the squared distance of the metric from
+            the clean run's.
+        position: Name of the position where `"kl"` is read. Default: where the metric reads; without a metric, or with a
+            callable, each prompt's last position (`"END"`).
         penalty: The price of a gate, as a share of the loss with everything ablated. Larger gives fewer gates.
-        target: How many gates may be open in the end, at most: the price starts as `penalty`, and follows.
+        target: How many gates may be open in the end, at most: the price starts as `penalty`, and follows; after three quarters
+            of the steps all others are shut.
         ablation: What a reader sees of a writer whose gate is closed, as for `evaluate_circuit`.
         steps: Of Adam.
         batch: Rows a step: (prompt, draw of gates) pairs. Prompts take turns in random order.
@@ -171,10 +182,10 @@ def learn_mask(
             objective (there is nothing to learn); what `evaluate_circuit` refuses.
     """
     settings = Settings(over, objective, penalty, target, steps, batch, lr, temperature, held_out, seed)
-    metric_of = metric_maker(model, pairs, metric, objective)
+    metric_of = metric_maker(model, pairs, metric, objective, position)
     train, test = split(len(pairs), held_out, seed) if held_out else (list(range(len(pairs))), [])
     found_on, report = pairs[train], metric_of(train)
-    trained_on = kl_divergence(found_on) if objective == "kl" else report
+    trained_on = divergence(found_on, report, position) if objective == "kl" else report
     with frozen_parameters(model):
         evaluator = Evaluator(model, found_on, trained_on, ablation, budget)
         gates = _Gates(evaluator.graph, settings)
@@ -183,7 +194,7 @@ def learn_mask(
     naive = steps * batch * int(found_on.clean.lengths.sum()) * model.n_layers // len(found_on)
     cost = Cost(evaluator.block_tokens, naive)
     about = {"technique": "learned mask", "task": pairs.task, "ablation": provenance_of_ablation(ablation)}
-    about["score_is"] = "probability that the gate is open"
+    about |= {"score_is": "probability that the gate is open", "trained_at": read_at(trained_on)}
     provenance = circuit_provenance(model, found_on.clean, found_on.corrupted, **about, **asdict(settings))
     if isinstance(ablation, Constants):
         provenance["prompts"] = merged(provenance["prompts"], ablation.prompts)
@@ -241,6 +252,8 @@ class _Gates:
         if self.target is not None and self.target > self.n:
             raise ValueError(f"target: expected at most {self.n}, the number of gates, got {self.target}")
         self.log_alpha = torch.full_like(self.counts, START, requires_grad=True)
+        self._saves = torch.zeros_like(self.counts)  # running mean of what each gate saves, to first order
+        self._shut = torch.zeros_like(self.counts, dtype=torch.bool)
 
     def drawn(self, rows: int, generator: torch.Generator) -> Float[Tensor, "row writer reader"]:
         uniform = torch.rand(rows, *self.log_alpha.shape, dtype=torch.float64, generator=generator)
@@ -258,6 +271,26 @@ class _Gates:
         probability = self.open_probability().detach().expand(self.graph.exists.shape)
         about: dict[str, Any] = {"metric": "gate", "unit": "probability", "provenance": provenance, "cost": cost}
         return EdgeScores.of(self.graph, probability, baseline={}, prompts=False, **about)
+
+    @torch.no_grad()
+    def keep_to_target(self, slope: Float[Tensor, "writer reader"], progress: float) -> None:
+        """After a step: keeps gates within reach of their price, and from `CUT` on no more of them than the target.
+
+        Args:
+            slope: The loss's mean gradient at the gates, times the gates.
+            progress: The share of all steps that are done.
+        """
+        if self.target is None:
+            return
+        saved = -(slope if self.counts.shape == slope.shape else slope.sum(1, keepdim=True))
+        self._saves = 0.9 * self._saves + 0.1 * saved
+        self.log_alpha.clamp_(max=START)
+        if progress >= CUT and not bool(self._shut.any()):
+            places = self.counts.nonzero()
+            at = tuple(places.unbind(1))
+            order = np.lexsort((self._saves[at].numpy(), self.log_alpha[at].numpy()))
+            self._shut[tuple(places[torch.from_numpy(order[: self.n - self.target])].unbind(1))] = True
+        self.log_alpha[self._shut] = SHUT
 
     def wanted(self, progress: float) -> float:
         """How many gates should be open at a share of all steps."""
@@ -285,6 +318,7 @@ def _train(task: Objective, gates: _Gates, settings: Settings, progress: bool) -
             if settings.target is not None:
                 penalty = min(penalty * (n_open.item() / wanted) ** ASCENT, DEAREST / settings.target)
             adam.step()
+            gates.keep_to_target((slope * drawn.detach()).mean(0) / scale, (step + 1) / steps)
             bar.update()
             bar.set_postfix_str(f"loss {loss:.3f}, {n_open.item():.0f} open", refresh=False)
     return history

@@ -6,7 +6,7 @@
 
        Delta(w) = min over a_w of  mean over prompts of loss(run with w ablated by a_w).
 
-   `loss` is KL(clean || ablated) of next-token distributions at each prompt's last position, in nats, or
+   `loss` is KL(clean || ablated) of next-token distributions at one position (by default the last), in nats, or
    (metric(ablated) - metric(clean))^2. Delta is the component's importance: the harm that no constant can avoid.
 3. With a circuit, all edges outside it are ablated at once, and one set of constants is found for all writers together; a writer
    has the same constant for all its ablated edges.
@@ -34,13 +34,13 @@ from tqdm.auto import tqdm
 from mechkit._check import checked
 from mechkit._drawn import Drawn
 from mechkit.circuits._evaluation import Chunk, Constants, Evaluator
-from mechkit.circuits._objective import Objective, ObjectiveName, metric_maker, rows_of, turns
+from mechkit.circuits._objective import Objective, ObjectiveName, divergence, metric_maker, rows_of, turns
 from mechkit.circuits._provenance import circuit_provenance
 from mechkit.circuits._runs import Written
 from mechkit.circuits.circuit import Circuit
 from mechkit.circuits.graph import Graph, Writer
 from mechkit.hooks import HookedModel, frozen_parameters, one_at_a_time
-from mechkit.metrics import AnyMetric, kl_divergence
+from mechkit.metrics import AnyMetric
 from mechkit.prompts import PromptPairs
 from mechkit.result import Cost, Result
 
@@ -76,6 +76,7 @@ def optimal_ablation(
     circuit: Circuit | None = None,
     writers: Sequence[Writer | str] | None = None,
     objective: ObjectiveName = "kl",
+    position: str | None = None,
     steps: int = 100,
     batch: int | None = None,
     lr: float = 0.1,
@@ -88,11 +89,12 @@ def optimal_ablation(
     Args:
         model: In evaluation mode. Its parameters get no gradients.
         pairs: Clean prompts, which are run; the corrupted ones serve for the mean that it starts from.
-        metric: For `objective="metric"`: as for `learn_mask`.
+        metric: For `objective="metric"`: as for `learn_mask`. For `"kl"` it says where the divergence is read.
         circuit: Ablate all edges outside of it at once. Default: each component by itself, all its edges.
         writers: Components to ablate, such as `["a9.h6", "m0"]`, each by itself. Default: all.
-        objective: `"kl"`, KL(clean || ablated) in nats over the whole vocabulary at each prompt's last position; or `"metric"`,
-            the squared distance of the metric from the clean run's.
+        objective: `"kl"`, KL(clean || ablated) in nats over the whole vocabulary; or `"metric"`, the squared distance of the
+            metric from the clean run's.
+        position: As for `learn_mask`: the name of the position where `"kl"` is read.
         steps: Of Adam; its rate falls linearly to 0.
         batch: Prompts a step; default all of them, which needs no draws.
         lr: Learning rate, in units of the standard deviation of what a component writes.
@@ -112,12 +114,15 @@ def optimal_ablation(
             raise ValueError(f"{name}: expected {'a positive number' if name == 'lr' else '1 or more'}, got {value!r}")
     if circuit is not None and writers is not None:
         raise ValueError("writers: expected None with a circuit, which says what is ablated; give one of the two")
-    report = metric_maker(model, pairs, metric, objective)(list(range(len(pairs))))
+    report = metric_maker(model, pairs, metric, objective, position)(list(range(len(pairs))))
     if circuit is not None:
         circuit.check(model)
     with frozen_parameters(model):
         task = Objective(
-            Evaluator(model, pairs, kl_divergence(pairs) if objective == "kl" else report, "mean", budget), objective
+            Evaluator(
+                model, pairs, divergence(pairs, report, position) if objective == "kl" else report, "mean", budget
+            ),
+            objective,
         )
         study = _Alone(task, _chosen(task.evaluator.graph, writers)) if circuit is None else _Together(task, circuit)
         values, losses = _descend(study, steps, batch, lr, seed, progress)
