@@ -16,8 +16,9 @@
    `loss(0)` is its mean over the training prompts with everything ablated: 1 means as bad as no circuit at all. So the penalty is
    the price of a gate: the share of what there is to lose that it must save.
 4. With a `target` only the open gates above what is wanted have a price, which changes in every step by a factor (expected open
-   gates / wanted)^0.1. What is wanted goes down from all gates to the target geometrically in the first half of the steps. At a
-   price of 1 / target no more than that can pay; so it never exceeds ten times that (more than needed, since it saves steps).
+   gates / wanted)^0.2 (with fewer than 200 steps by a larger one). What is wanted goes down from all gates to the target
+   geometrically in the first half of the steps. At a price of 1 / target no more than that can pay; so it never exceeds ten times that (more than needed, since it saves steps), nor
+   one half, so that what saves more than half of what there is to lose is never priced out.
    `log a` stays at its start or below: where P(z_e > 0) is 1 to rounding a price has no slope, and a gate that drifted there
    would be out of its reach. After three quarters of the steps all gates but the `target` that are most open are shut for good
    (at a tie those that save the least), and the rest of the steps trains what is left. So no more than `target` are open in the
@@ -62,7 +63,8 @@ from mechkit.result import Cost, Result
 
 LOW, HIGH = -0.1, 1.1  # the hard concrete's stretch
 START = 3.0  # log a of every gate at the start: nine in ten are wide open
-ASCENT, DEAREST = 0.1, 10.0  # how fast a target changes the price, and how far, in units of 1 / target
+ASCENT, DEAREST = 0.2, 10.0  # how fast a target changes the price, and how far, in units of 1 / target
+MOST = 0.5  # no price above it: what saves half of all there is to lose is never priced out
 SHUT = -1000.0  # log a of a gate that is closed for good
 CUT = 0.75  # share of the steps after which no more gates than the target are left
 QUANTITIES = ("loss", "expected open", "penalty")
@@ -303,7 +305,7 @@ def _train(task: Objective, gates: _Gates, settings: Settings, progress: bool) -
     generator = torch.Generator().manual_seed(settings.seed)
     prompts = turns(len(task.evaluator.pairs), batch, generator)
     adam = torch.optim.Adam([gates.log_alpha], lr=settings.lr)
-    penalty = settings.penalty
+    penalty, ascent = settings.penalty, ASCENT * max(1.0, 200 / steps)
     history = torch.zeros(len(QUANTITIES), steps, dtype=torch.float64)
     with tqdm(total=steps, disable=not progress, unit="step", delay=2) as bar:
         for step in range(steps):
@@ -316,7 +318,7 @@ def _train(task: Objective, gates: _Gates, settings: Settings, progress: bool) -
             wanted = 0.0 if settings.target is None else gates.wanted(step / steps)
             (penalty * (n_open - wanted).relu()).backward()
             if settings.target is not None:
-                penalty = min(penalty * (n_open.item() / wanted) ** ASCENT, DEAREST / settings.target)
+                penalty = min(penalty * (n_open.item() / wanted) ** ascent, DEAREST / settings.target, MOST)
             adam.step()
             gates.keep_to_target((slope * drawn.detach()).mean(0) / scale, (step + 1) / steps)
             bar.update()
