@@ -17,12 +17,12 @@
    the price of a gate: the share of what there is to lose that it must save.
 4. With a `target` only the open gates above what is wanted have a price, which changes in every step by a factor (expected open
    gates / wanted)^0.2 (with fewer than 200 steps by a larger one). What is wanted goes down from all gates to the target
-   geometrically in the first half of the steps. At a price of 1 / target no more than that can pay; so it never exceeds ten times that (more than needed, since it saves steps), nor
-   one half, so that what saves more than half of what there is to lose is never priced out.
-   `log a` stays at its start or below: where P(z_e > 0) is 1 to rounding a price has no slope, and a gate that drifted there
-   would be out of its reach. After three quarters of the steps all gates but the `target` that are most open are shut for good
-   (at a tie those that save the least), and the rest of the steps trains what is left. So no more than `target` are open in the
-   end; whether these suffice is for the faithfulness to say.
+   geometrically in the first half of the steps. At a price of 1 / target no more than that can pay; so it never exceeds ten times
+   that (more than needed, since it saves steps), nor one half, so that what saves more than half of what there is to lose is
+   never priced out. `log a` stays at its start or below: where P(z_e > 0) is 1 to rounding a price has no slope, and a gate that
+   drifted there would be out of its reach. After three quarters of the steps all gates but the `target` that are most open are
+   shut for good (at a tie those that save the least), and the rest of the steps trains what is left. So no more than `target` are
+   open in the end; whether these suffice is for the faithfulness to say.
 5. After training nothing is drawn: z_e = min(1, max(0, 1.2 sigmoid(log a_e) - 0.1)).
 
 Every row of a minibatch has gates of its own draw, which makes the gradient less noisy at no cost. All draws come from one seed.
