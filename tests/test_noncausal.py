@@ -145,12 +145,12 @@ def test_circuits_and_gradients_before_the_first_difference(setting):
 def test_each_set_of_prompts_is_looked_at_by_itself(monkeypatch):
     """A proof on prompts whose runs agree (they differ behind the prefix) says nothing about others."""
     model = mk.HookedModel.from_hf(make_hf("prefix", monkeypatch))
-    proofs: dict[bool, str | None] = {}
+    proofs: dict[tuple[int, int], str | None] = {}
     tokens = torch.randint(3, D_VOCAB, (1, 9), generator=torch.Generator().manual_seed(1))
     behind, within = tokens.clone(), tokens.clone()
     behind[0, 7], within[0, 4] = 3 + (tokens[0, 7] - 2) % 50, 3 + (tokens[0, 4] - 2) % 50
     assert GradientRuns(model, tokens, behind, 7, proofs=proofs).how == "suffix"
-    assert proofs == {True: None}
+    assert list(proofs.values()) == [None]
     assert (
         GradientRuns(model, tokens, tokens, 7, proofs=proofs).how == "suffix"
     )  # alike: nothing to see, nothing to change
