@@ -222,7 +222,7 @@ def test_the_example_is_a_study():
 
 
 def test_bad_files(study, tmp_path):
-    assert "could not read it" in call("run", tmp_path / "none.toml", code=2)
+    assert "there is no such file" in call("run", tmp_path / "none.toml", code=2)
     assert "name the study's file" in call("run", tmp_path, code=2)
     for command in ("run", "status", "results"):
         assert "allow it (--allow-code" in call(command, study, code=2)
