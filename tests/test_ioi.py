@@ -230,7 +230,7 @@ def test_prompts_repeat_only_when_there_are_no_more() -> None:
         ({"n": -3}, r"n: expected at least 1 pair, got -3"),
         ({"corruption": "names"}, r"corruption: expected 'name' or 'swap', got 'names'"),
         ({"templates": []}, r"templates: expected a non-empty list"),
-        ({"templates": OWN[0]}, r"templates: expected a non-empty list"),
+        ({"templates": OWN[0]}, r"templates: expected a list of strings"),
         ({"templates": [*OWN, "So {A} met {B} and spoke to"]}, r"templates\[2\]: expected \{A\}, \{B\} and \{S\} once"),
         ({"templates": ["So {A} met {B} , {S} and {S} to"]}, r"templates\[0\]: expected \{A\}, \{B\} and \{S\} once"),
         ({"templates": ["{A} met {B} and {S} spoke to"]}, r"templates\[0\]: .*with a space before"),
