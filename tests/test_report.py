@@ -373,7 +373,7 @@ def test_no_code_from_notebooks_and_packages(tmp_path: Path, file: str | None) -
         (("t", ("T", 5)), {}, "items: number 1, of int, cannot be drawn"),
         ((pd.DataFrame(),), {}, "expected a table with rows and columns"),
         (("t",), {"theme": "blue"}, "theme: expected one of 'light', 'dark'"),
-        (("t",), {"prompts": ["a"]}, "prompts: expected Prompts or PromptPairs, got list"),
+        (("t",), {"prompts": ["a"]}, "prompts: expected PromptPairs or Prompts"),
     ],
 )
 def test_refusals(tmp_path: Path, items: tuple[Any, ...], options: dict[str, Any], message: str) -> None:
@@ -454,7 +454,7 @@ def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> N
     path = tmp_path / "page.html"
     report(path, "before", code=False)
     before = path.read_bytes()
-    with pytest.raises(ValueError, match="title: expected text"):
+    with pytest.raises(ValueError, match="title: expected a string"):
         report(path, "x", title=5)  # type: ignore[arg-type]
     assert path.read_bytes() == before
     report(path, "a lone \ud800", code=False)
