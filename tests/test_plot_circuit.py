@@ -271,7 +271,7 @@ def test_curve_leaves_out_what_is_missing() -> None:
         ({"n_edges": []}, "n_edges: expected ascending"),
         ({"n_edges": [0, 1, 2]}, "of at least 1"),
         ({"n_edges": [1, 1, 2]}, "n_edges: expected ascending"),
-        ({"n_edges": ["a", 1, 2]}, "n_edges: expected a list of numbers"),
+        ({"n_edges": ["a", 1, 2]}, "n_edges.*expected a"),
         ({"faithfulness": [1.0]}, "faithfulness: expected 3 numbers, one for each of n_edges; got 1"),
         ({"faithfulness": [1.0, math.inf, 0.0]}, "faithfulness: expected finite"),
         ({"low": F}, "low, high: expected both or neither"),
