@@ -174,7 +174,7 @@ def test_refusals_leave_no_hook():
     for arguments, message in bad:
         with pytest.raises(ValueError, match=message):
             patchscope(model, prompts, **{"target": TARGET, "progress": False} | arguments)
-    with pytest.raises(ValueError, match="its context|the model.s context"):
+    with pytest.raises(ValueError, match="the model's context"):
         patchscope(make_model("gpt2"), prompts, TARGET, max_new_tokens=100, progress=False)
     model.train()
     with pytest.raises(ValueError, match="evaluation mode"):
