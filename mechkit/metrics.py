@@ -288,7 +288,7 @@ def logit_diff(pairs: PromptPairs, *, position: str = "END") -> Metric:
 
     With several right or wrong answers, the mean logit of each set.
     """
-    sizes = [torch.tensor([len(ids) for ids in side]) for side in _answers(pairs)]
+    sizes = [torch.tensor([len(ids) for ids in side]) for side in (pairs.right, pairs.wrong)]
 
     def read(right: Tensor, wrong: Tensor, prompt: Tensor) -> Tensor:
         n_right, n_wrong = (n.to(prompt.device, non_blocking=True)[prompt] for n in sizes)
@@ -382,17 +382,7 @@ def _answer_metric(
     return Metric(name, unit, len(pairs), at, tokens, read_rows, lengths=pairs.clean.lengths, made_of=made_of)
 
 
-def _answers(pairs: PromptPairs) -> tuple[Ids, Ids]:
-    if not isinstance(pairs, PromptPairs):
-        raise TypeError(
-            f"pairs: expected PromptPairs, got {type(pairs).__name__}. (A function of your own that makes a metric of pairs is "
-            "called with logits unless it is marked with mk.metric_factory)"
-        )
-    return pairs.right, pairs.wrong
-
-
 def _position(pairs: PromptPairs, name: str) -> Tensor:
-    _answers(pairs)
     if name not in pairs.positions:
         raise ValueError(f"position: expected one of {', '.join(pairs.positions)}; got {name!r}")
     return pairs.positions[name]

@@ -245,7 +245,12 @@ def in_range(name: str, kind: Kind, bounds: tuple[float, float] | None) -> Kind:
     """The same kind; numbers of it are in the range of the argument's name."""
     low, high = bounds or _RANGES.get(name, (-math.inf, math.inf))
     if name in _NEVER_EMPTY:
-        return _with(kind, lambda value: hasattr(value, "__len__") and len(value) == 0, "at least one")
+        text = name in ("input", "text")  # an empty text is the beginning-of-sequence token alone
+
+        def empty(value: Any) -> bool:
+            return hasattr(value, "__len__") and len(value) == 0 and not (text and isinstance(value, str))
+
+        return _with(kind, empty, "at least one")
     if name == "path" and "a path" in kind.expected:
         return _with(kind, lambda value: os.fspath(value).strip() == "" or "\0" in os.fspath(value), "a file's name")
     if (low, high) == (-math.inf, math.inf):

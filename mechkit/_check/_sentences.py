@@ -24,7 +24,6 @@ _WORDS = {
     "over": {"a string": "dims in one string, such as 'layer head'"},
 }
 # What other libraries, and older scripts, call our arguments.
-# What other libraries, and older scripts, call our arguments.
 _ALIASES = {
     "names_filter": "names",
     "n_steps": "steps",
@@ -111,6 +110,8 @@ def _cure(fault: Fault, name: str) -> str:
             return "Pairs are a clean and a corrupted prompt each: PromptPairs.from_tokens(clean, corrupted, answers)"
         if kind == "HookedModel":
             return "The model comes first, then the prompts"
+        if isinstance(value, torch.Tensor):
+            return "A function of your own is called with logits, unless it is marked with mk.metric_factory"
     elif "Prompts" in expected and isinstance(value, str | list | tuple):
         return "Make them: Prompts.from_text(model, text)"
     elif "Prompts" in expected and isinstance(value, torch.Tensor):

@@ -89,11 +89,16 @@ class FaithfulnessCurve(Drawn):
         """Area of the distance from 1 (MIB); 0 for circuits as good as the model."""
         return cmd(self.fractions, self.faithfulness)
 
+    @property
+    def caution(self) -> str:
+        """Why the interval covers less often than it says; empty where there is no reason (see `Ratio.caution`)."""
+        return interval_caution(self.runs)
+
     @checked
     def ci(self, level: float = 0.95) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Studentized bootstrap interval over prompts, low and high ends. A `UserWarning` says why it covers less often than it
-        should, where it does (see `Ratio.caution`)."""
-        warn_of_interval(interval_caution(self.runs))
+        should, where it does (`caution`)."""
+        warn_of_interval(self.caution)
         interval = self.runs.ci(level, normalized=True, method="studentized")
         return tuple(interval.low.values.tolist()), tuple(interval.high.values.tolist())
 

@@ -118,9 +118,8 @@ def build_bridge(hf_model: Any, tokenizer: Any | None, name: str) -> Any:
         )
     if hasattr(hf_model, "set_attn_implementation"):
         hf_model.set_attn_implementation("eager")
-    _give_head_a_weight(hf_model)
     refused = refusing(f"TransformerLens cannot hook {architecture}", hf_model)
-    with warnings.catch_warnings(), refused, _zero_biases(hf_model):
+    with warnings.catch_warnings(), refused, _zero_biases(hf_model), _head_with_a_weight(hf_model):
         warnings.simplefilter("ignore")  # notes on optional aliases that this architecture lacks
         bridge = build_bridge_from_module(hf_model, architecture, hf_config=hf_model.config, model_name=name)
     _place(bridge, hf_model)
@@ -197,14 +196,20 @@ def _refusal(what: str, hf_model: Any, error: Exception) -> ValueError:
     )
 
 
-def _give_head_a_weight(hf_model: Any) -> None:
+@contextmanager
+def _head_with_a_weight(hf_model: Any) -> Iterator[None]:
     """TransformerLens looks at the `weight` of a head while it wraps a model, and fails where that is a `Sequential` of several.
-    Such a head gets one without content, which nobody reads."""
+    Such a head has one without content meanwhile."""
     head, config = hf_model.get_output_embeddings(), hf_model.config.get_text_config()
-    if isinstance(head, torch.nn.Module) and not isinstance(getattr(head, "weight", None), Tensor):
-        head.__dict__["weight"] = torch.empty(
-            config.vocab_size, config.hidden_size, dtype=hf_model.dtype, device="meta"
-        )
+    if not isinstance(head, torch.nn.Module) or isinstance(getattr(head, "weight", None), Tensor):
+        yield
+        return
+    size = config.vocab_size, config.hidden_size
+    head.__dict__["weight"] = torch.empty(size, dtype=hf_model.dtype, device="meta")
+    try:
+        yield
+    finally:
+        del head.__dict__["weight"]
 
 
 def probe_tokens(d_vocab: int, context: int | None = None) -> Tensor:

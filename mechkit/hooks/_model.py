@@ -343,7 +343,7 @@ class HookedModel(Surface, Weights, Generate):
             return fn
 
         tokens, mask = self._tokens_and_mask(input, prepend_bos, attention_mask)
-        whole = positions is None and mask is None and not self.has_hooks
+        whole = positions is None and (mask is None or bool(mask.all())) and not self.has_hooks
         with Hooks(self.bridge) as attached:
             for name in wanted:
                 attached.attach(name, keep(name))

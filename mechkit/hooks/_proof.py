@@ -30,7 +30,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mechkit.hooks._chunk import Candidate, Chunk, first_differences, whole_streams
+from mechkit.hooks._causality import agree_before_difference
+from mechkit.hooks._chunk import Candidate, Chunk, whole_streams
 from mechkit.hooks._devices import to_device
 from mechkit.hooks._edits import NEVER, Rows
 from mechkit.hooks._memory import out_of_memory
@@ -132,11 +133,10 @@ def _equal_before_the_first_difference(chunk: Chunk) -> bool:
     """Whether base and source run end in the same residual stream wherever they have read the same tokens."""
     if chunk.source is None:
         return True
-    base, source = chunk.run.resid[-1], chunk.source.resid[-1]
-    positions = torch.arange(chunk.run.length, device=base.device)
-    shared = positions < torch.from_numpy(first_differences(chunk.state, chunk.ids)).to(base.device)[:, None]
-    largest = (base - source.to(base.device)).abs().amax(-1)[shared].max() if bool(shared.any()) else torch.zeros(())
-    return not float(largest) > Rounding.of(chunk.state.model.dtype).of_logits * float(base.abs().max())
+    base, source = chunk.run, chunk.source
+    others = source.resid[-1].to(base.resid[-1].device)
+    agree = agree_before_difference(base.tokens, source.tokens.to(base.tokens.device), base.resid[-1], others)
+    return bool(agree.all())
 
 
 def _refute_recording(chunk: Chunk, whole: Sequence[_Whole], prompt: int) -> str | None:

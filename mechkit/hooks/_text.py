@@ -127,7 +127,7 @@ class Text(Facts):
         elif not wanted:
             before = before[1:]
         bare = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
-        if before and any(ids[:1] == before[:1] == [self._bos_id] for ids in bare):
+        if before[:1] == [self._bos_id] and any(map(self._brings_bos, texts, bare)):
             warnings.warn(
                 f"text: begins with {self.tokenizer.decode([before[0]])!r}, the beginning-of-sequence token, which is also put "
                 "in front of it: the model reads it twice. For texts that bring their own (a rendered chat template), pass "
@@ -135,6 +135,10 @@ class Text(Facts):
                 stacklevel=4,
             )
         return [torch.tensor([*before, *ids, *after], dtype=torch.long) for ids in bare]
+
+    def _brings_bos(self, text: str, ids: list[int]) -> bool:
+        """Whether a text begins with the beginning-of-sequence token itself, rather than with a word that is unknown and reads so."""
+        return ids[:1] == [self._bos_id] and text.lstrip().startswith(self.tokenizer.convert_ids_to_tokens(ids[0]))
 
     def _padded(self, rows: list[Int[Tensor, "_"]]) -> Int[Tensor, "batch pos"]:
         padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self._pad_id or 0)
@@ -158,6 +162,8 @@ class Text(Facts):
             return tokens, None if mask is None else checked_mask(mask, tokens)
         rows_ = self._rows([input] if isinstance(input, str) else list(input), prepend_bos)
         lengths = torch.tensor([len(row) for row in rows_])
+        if not int(lengths.min()):
+            raise ValueError("input: expected at least one token a text, got none in an empty text without prepend_bos")
         tokens = self._padded(rows_)
         check_length(self, tokens.shape[1], "input")
         real = (torch.arange(tokens.shape[1]) < lengths[:, None]).long().to(tokens.device)

@@ -34,8 +34,11 @@ def _drawn(found: FaithfulnessCurve, title: str | None, theme: str) -> Figure:
     caption = [*caption_of(found.runs.provenance), *seen]
     ends: dict[str, Any] = {}
     try:
-        ends["low"], ends["high"] = found.ci()
+        interval = found.runs.ci(0.95, normalized=True, method="studentized")
+        ends["low"], ends["high"] = interval.low.values.tolist(), interval.high.values.tolist()
         caption.append("band: 95 % bootstrap interval over prompts")
+        if found.caution:
+            caption.append(f"it covers less often than that: {found.caution}")
     except ValueError:  # one prompt, or a gap that changes its sign among the resamples
         ends = {}
     if found.random is not None:

@@ -86,11 +86,11 @@ class _Group:
 def hidden(
     states: Result,
     *,
-    labels: Sequence[str] | Sequence[float] | None = None,
+    labels: Sequence[str] | Sequence[float] | Sequence[bool] | None = None,
     method: str = "pca",
     seed: int = 0,
     layers: Sequence[Label] | None = None,
-    symbols: Sequence[str] | None = None,
+    symbols: Sequence[str] | Sequence[bool] | None = None,
     title: str | None = None,
     theme: str = "light",
 ) -> Figure:
@@ -98,12 +98,12 @@ def hidden(
 
     Args:
         states: From `mk.hidden_states`: dims layer, d_model and prompt, in any order; the layer may be missing.
-        labels: One a prompt. Strings get a colour each, numbers a colour bar.
+        labels: One a prompt. Strings (and true or false) get a colour each, numbers a colour bar.
         method: `"pca"`, the first two principal axes of each layer; or `"random"`, two Gaussian directions, the same for all
             layers, which keep squared distances on average.
         seed: Of the random directions.
         layers: Which layers to draw; by default all, or 12 that are evenly spaced.
-        symbols: One string a prompt: points get a mark for each.
+        symbols: One string (or true or false) a prompt: points get a mark for each.
         title: Of the figure, as plain text.
         theme: `"light"` or `"dark"`.
 
