@@ -267,8 +267,8 @@ def check_in_place(model: Any) -> None:
         kind = type(getattr(there, "original_component", there)).__name__
         if kind.endswith("Bridge"):
             raise ValueError(
-                f"model: what {model.name} wraps was wrapped a second time, which put new hook points into it. Use the newer wrapper, "
-                "or wrap a copy (copy.deepcopy) the second time"
+                f"model: what {model.name} wraps was wrapped a second time, which put new hook points into it. Use the newer "
+                "wrapper, or wrap a copy (copy.deepcopy) the second time"
             )
         raise ValueError(
             f"model: {projection.name!r} of layer {layer} was exchanged for a {kind} after the model was wrapped, so that hooks "

@@ -137,7 +137,7 @@ class Text(Facts):
         return [torch.tensor([*before, *ids, *after], dtype=torch.long) for ids in bare]
 
     def _brings_bos(self, text: str, ids: list[int]) -> bool:
-        """Whether a text begins with the beginning-of-sequence token itself, rather than with a word that is unknown and reads so."""
+        """Whether a text begins with the beginning-of-sequence token itself, not with an unknown word that reads so."""
         return ids[:1] == [self._bos_id] and text.lstrip().startswith(self.tokenizer.convert_ids_to_tokens(ids[0]))
 
     def _padded(self, rows: list[Int[Tensor, "_"]]) -> Int[Tensor, "batch pos"]:
