@@ -299,7 +299,9 @@ def docstrings(model: mk.HookedModel, modules: tuple[str, ...], n: int, length: 
             if (inspect.isclass(thing) or inspect.isfunction(thing)) and thing.__module__ == name:
                 things += [thing, *(vars(thing).values() if inspect.isclass(thing) else ())]
         texts = [t.__doc__ for t in things if isinstance(getattr(t, "__doc__", None), str)]
-        tokens = model.to_tokens("\n\n".join(map(inspect.cleandoc, dict.fromkeys(texts))), prepend_bos=False, truncate=False)[0]
+        tokens = model.to_tokens(
+            "\n\n".join(map(inspect.cleandoc, dict.fromkeys(texts))), prepend_bos=False, truncate=False
+        )[0]
         rows += tokens[: len(tokens) // length * length].split(length) if len(tokens) >= length else ()
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:n]
     return mk.Prompts.from_tokens([rows[i] for i in order])
