@@ -53,7 +53,7 @@ def made_up(shape: tuple[int, ...], dims: str, seed: int = 0, **changes: Any) ->
         coords["pos"] = tuple(f'"{WORDS[i % len(WORDS)]}" {i}' for i in range(shape[names.index("pos")]))
     fields = {
         "values": values,
-        "dims": names,
+        "dims": tuple(names),
         "coords": coords,
         "baseline": {"clean": torch.tensor(4.0), "corrupted": torch.tensor(-3.25)},
         "base": "corrupted",
