@@ -294,8 +294,9 @@ class Result(Drawn):
 
     def _sel(self, dim: str, wanted: Any) -> "Result":
         self._check_dim(dim)
-        indices = _find(self.coords[dim], wanted, dim)
-        many = isinstance(wanted, (list, tuple, slice))
+        wanted = wanted.tolist() if hasattr(wanted, "tolist") else wanted
+        many = isinstance(wanted, (list, tuple, slice, range, set, frozenset))
+        indices = _find(self.coords[dim], list(wanted) if many and not isinstance(wanted, slice) else wanted, dim)
 
         def take(tensor: Tensor, dims: tuple[str, ...]) -> Tensor:
             if dim not in dims:
@@ -560,9 +561,14 @@ def _as_json(provenance: Mapping[str, Any]) -> dict[str, Any]:
 def _find(labels: tuple[Label, ...], wanted: Any, dim: str) -> list[int]:
     positions = {label: i for i, label in enumerate(labels)}
     ends = [wanted.start, wanted.stop] if isinstance(wanted, slice) else []
-    asked = list(wanted) if isinstance(wanted, (list, tuple)) else [end for end in ends if end is not None]
-    asked = asked if isinstance(wanted, (list, tuple, slice)) else [wanted]
-    unknown = [label for label in asked if label not in positions]
+    asked = wanted if isinstance(wanted, list) else [end for end in ends if end is not None]
+    asked = asked if isinstance(wanted, (list, slice)) else [wanted]
+    if asked and all(isinstance(label, bool) for label in asked) and isinstance(wanted, list):
+        if len(asked) != len(labels):
+            raise ValueError(f"sel: expected a mask of {len(labels)} booleans for {dim!r}, got {len(asked)}")
+        return [i for i, is_in in enumerate(asked) if is_in]
+    # True is 1 to a dict, and is no label
+    unknown = [label for label in asked if isinstance(label, bool | list | dict) or label not in positions]
     if unknown or (isinstance(wanted, slice) and wanted.step is not None):
         raise ValueError(f"sel: expected labels of {dim!r}, which are {list(labels)}, got {unknown or wanted!r}")
     if isinstance(wanted, slice):

@@ -5,21 +5,15 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-import typing
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar, overload
 
-import numpy as np
-import torch
-
-from mechkit._check._kinds import Kind, in_range, kind_of
+from mechkit._check._kinds import Kind, in_range, kind_of, plain, takes_arrays
 from mechkit._check._sentences import ArgumentTypeError, check_passed, misfit, refusal
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-_SCALARS = (int, float, bool, str, type(None))
 
 
 @overload
@@ -65,15 +59,14 @@ def _with_door(
 
     @functools.cache
     def learned() -> tuple[dict[str, Kind], set[str]]:
-        """Each argument's kind, and which arguments are single numbers or words. Annotations are resolved at the first call,
-        when all modules are there."""
+        """Each argument's kind, and which arguments are no arrays. Annotations are resolved at the first call, when all modules
+        are there."""
         raw = inspect.unwrap(fn)
         scope = {**vars(sys.modules["mechkit"]), **(raw.__globals__ if names is None else names)}
         annotations = {name: _resolved(p.annotation, scope) for name, p in signature.parameters.items()}
         stated = {name: of for name, of in annotations.items() if of not in (Any, inspect.Parameter.empty)}
         kinds = {name: in_range(name, kind_of(of), ranges.get(name)) for name, of in stated.items()}
-        parts = {name: typing.get_args(of) or (of,) for name, of in stated.items()}
-        return kinds, {name for name, of in parts.items() if all(part in _SCALARS for part in of)}
+        return kinds, {name for name, of in stated.items() if not takes_arrays(of)}
 
     @functools.wraps(fn)
     def door(*args: Any, **kwargs: Any) -> Any:
@@ -81,7 +74,7 @@ def _with_door(
             bound = signature.bind(*args, **kwargs)
         except TypeError as error:
             raise misfit(called, signature, passes, args, kwargs, error) from None
-        kinds, scalars = learned()
+        kinds, without_arrays = learned()
         for name, value in list(bound.arguments.items()):
             parameter = signature.parameters[name]
             if parameter.kind is parameter.VAR_KEYWORD:
@@ -92,11 +85,14 @@ def _with_door(
             if kind is None or value is parameter.default:
                 continue
             several = parameter.kind is parameter.VAR_POSITIONAL
+            taken = []
             for one in value if several else (value,):
-                if (fault := kind.fault(one)) is not None:
+                fault = kind.fault(one)
+                simple = one if fault is None and name not in without_arrays else plain(one)
+                if fault is not None and (simple is one or kind.fault(simple) is not None):
                     raise refusal(name, fault)
-            if name in scalars and isinstance(value, np.generic | np.ndarray | torch.Tensor):
-                bound.arguments[name] = value.item()  # numpy's and torch's numbers are no seeds, and no JSON
+                taken.append(simple)
+            bound.arguments[name] = tuple(taken) if several else taken[0]
         return fn(*bound.args, **bound.kwargs)
 
     return door

@@ -96,6 +96,30 @@ def _of_class(annotation: type) -> Kind:
     return _instance(annotation, f"{article}{name}")
 
 
+def takes_arrays(annotation: Any) -> bool:
+    """Whether some value of an annotation is an array or a tensor, or may be."""
+    if annotation in (Any, object, torch.Tensor, np.ndarray) or isinstance(annotation, typing.TypeVar):
+        return True
+    if isinstance(annotation, type) and issubclass(annotation, AbstractArray):
+        return True
+    return typing.get_origin(annotation) is not Literal and any(map(takes_arrays, typing.get_args(annotation)))
+
+
+def plain(value: Any) -> Any:
+    """Numbers of numpy, torch and pandas, alone or in lists, as Python's: theirs are no seeds, no dict keys and no JSON. The value
+    itself if there are none."""
+    if isinstance(value, np.generic | np.ndarray | torch.Tensor) or type(value).__module__.startswith("pandas"):
+        large = isinstance(value, np.ndarray | torch.Tensor) and math.prod(value.shape) > _ITEMS
+        return value.tolist() if hasattr(value, "tolist") and not large else value
+    if type(value) in (list, tuple) and len(value) <= _ITEMS:
+        items = [plain(one) for one in value]
+        return value if all(new is old for new, old in zip(items, value, strict=True)) else type(value)(items)
+    if type(value) is dict and len(value) <= _ITEMS:
+        changed = {key: plain(one) for key, one in value.items()}
+        return value if all(changed[key] is value[key] for key in value) else changed
+    return value
+
+
 def is_whole(value: Any) -> bool:
     """Whether it is a whole number of any library's, and no bool."""
     if isinstance(value, bool | np.bool_):
