@@ -225,6 +225,26 @@ def _position_too_early(right: Any) -> Any:
     return wrong
 
 
+def _neighbours_keys(right: Any) -> Any:
+    """In large batches rows attend to the keys and values of the row before."""
+
+    def wrong(self: PrefixCache, past: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        joined = right(self, past, new)
+        return joined if len(joined) <= 6 else torch.cat([joined[:1], joined[:-1]])
+
+    return wrong
+
+
+def _rows_change_places(right: Any) -> Any:
+    """In large batches the final streams are those of other rows."""
+
+    def wrong(self: Replayer, *args: Any) -> torch.Tensor:
+        final = right(self, *args)
+        return final if len(final) <= 8 else final.roll(1, 0)
+
+    return wrong
+
+
 DEFECTS: dict[str, Defect] = {
     "no causal mask": _argument(_everything_seen),
     "mask aligned to the first key": _argument(_mask_at_first_key),
@@ -243,6 +263,8 @@ DEFECTS: dict[str, Defect] = {
     "edits of odd layers dropped": _patched(Replayer, "_block", _edit_dropped),
     "rows join with prompt 0's stream": _patched(Replayer, "replay", _joins_prompt_0),
     "position before the last finished": _patched(Replayer, "_last_position", _position_too_early),
+    "keys of another row in large batches": _patched(PrefixCache, "_joined", _neighbours_keys),
+    "rows of large batches change places": _patched(Replayer, "replay", _rows_change_places),
 }
 
 # The kinds of sweep: every way in which rows start, join and are written.

@@ -106,8 +106,8 @@ def takes_arrays(annotation: Any) -> bool:
 
 
 def plain(value: Any) -> Any:
-    """Numbers of numpy, torch and pandas, alone or in lists, as Python's (theirs are no seeds, no dict keys and no JSON); the value
-    itself if there are none."""
+    """Numbers of numpy, torch and pandas, alone or in lists, as Python's (theirs are no seeds, no dict keys and no JSON); the
+    value itself if there are none."""
     if isinstance(value, np.generic | np.ndarray | torch.Tensor) or type(value).__module__.startswith("pandas"):
         large = isinstance(value, np.ndarray | torch.Tensor) and math.prod(value.shape) > _ITEMS
         return value.tolist() if hasattr(value, "tolist") and not large else value

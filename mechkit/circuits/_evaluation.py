@@ -153,7 +153,7 @@ class Evaluator:
         runs = ("clean", "corrupted", "ablated")
         self.values = {run: torch.full((len(pairs),), torch.nan, dtype=wide) for run in runs}
         self.block_tokens = 0
-        self._checked: set[bool] = set()
+        self._checked: set[tuple[int, bool]] = set()  # lengths, and whether something is left out before the start
         self._looks_ahead = False  # whether some pair's runs were found to differ before their tokens do
         self._means: dict[int, Written] | None = None
         self._kept: list[Chunk] = []
@@ -258,9 +258,9 @@ class Evaluator:
             return self._record(ids)
         owner: Evaluator = weakref.proxy(self)  # no cycle: the recorded runs go when the evaluator goes
         chunk = Chunk(owner, torch.tensor(ids), runs, None)
-        if bool(start) not in self._checked:
+        if (kind := (runs.run.length, bool(start))) not in self._checked:
             runs.check(other.last_logits[0] if self.ablation == "resample" else None)
-            self._checked.add(bool(start))
+            self._checked.add(kind)
         self._keep_unedited(chunk, runs.run, other)
         return chunk
 

@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechkit.circuits.graph import Graph
-from mechkit.hooks import Budget, CannotReplayError, HookedModel, Parts, Replayer, record, widen
+from mechkit.hooks import Budget, CannotReplayError, HookedModel, Parts, Replayer, check_readout, record, widen
 
 # How far the full circuit may be from the clean run, as a share of the logits' spread. Hugging Face's norms are float32 at most.
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.03}
@@ -229,11 +229,13 @@ class CircuitRuns:
 
     @torch.no_grad()
     def check(self, corrupted_logits: Float[Tensor, "d_vocab"] | None) -> None:
-        """All edges give the clean run's logits at the first prompt's last position, and no edges those of the ablated run.
+        """All edges give the clean run's logits at the first prompt's last position, and no edges those of the ablated run; and
+        logits are read off the final stream at each position.
 
         Raises:
             ValueError: they do not: the message says by how much.
         """
+        check_readout(self.model, self.run, "a circuit")
         prompt = torch.zeros(2, dtype=torch.long, device=self.model.device)
         every = self.graph.exists.to(self.model.device)
         final = self.final(torch.stack([every, torch.zeros_like(every)]), prompt)

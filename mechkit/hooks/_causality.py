@@ -47,3 +47,18 @@ def agree_before_difference(
     scale = torch.maximum(stream.abs().amax(-1), of_others.abs().amax(-1))
     apart = (stream - of_others).abs().amax(-1)
     return ~(shared & ~(apart <= ROUNDING[stream.dtype] * scale)).any(1)
+
+
+def shows_later_positions(mask: Bool[Tensor, "*rows pos source"] | Float[Tensor, "*rows pos source"]) -> bool:
+    """Whether an attention mask lets some position read a later one.
+
+    Masks of floats are added to the scores: 0, or near the lowest number that there is. Of booleans the diagonal tells which of
+    the two means that a position is read.
+    """
+    square = mask[..., : mask.shape[-2]]
+    if square.dtype == torch.bool:
+        own = square.diagonal(dim1=-2, dim2=-1)
+        read = square if bool(own.all()) else ~square
+    else:
+        read = square > torch.finfo(square.dtype).min / 2
+    return bool(read.triu(1).any())

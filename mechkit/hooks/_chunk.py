@@ -19,7 +19,7 @@ from mechkit.hooks._measure import call_metric, logits_at_hand, read_metric
 from mechkit.hooks._memory import Budget
 from mechkit.hooks._plain import Attention
 from mechkit.hooks._precision import Rounding, wide_dtype, widen
-from mechkit.hooks._readout import head_device
+from mechkit.hooks._readout import head_device, unembedding_only
 from mechkit.hooks._record import Run, watched_streams
 from mechkit.hooks._replay import attached_edits
 from mechkit.hooks._sites import SITES
@@ -68,12 +68,14 @@ class Proof:
         candidates: The kinds of block that have not been refuted, the fastest first.
         proved: For each length of prompts the starts whose blocks were checked.
         turn: How many checks there were: another prompt, start and row is taken each time.
+        finals: The final streams, `[pos d_model]`, of the rows of this chunk that were run whole, by `(cell, prompt)`.
         block_tokens: (block, token) pairs that the checks computed.
     """
 
     candidates: list[Candidate] = field(default_factory=list)
     proved: dict[int, set[int]] = field(default_factory=dict)
     turn: int = 0
+    finals: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     block_tokens: int = 0
 
 
@@ -248,15 +250,11 @@ def whole_streams(
     """The same, with what every block read and the final stream, and the logits only where `read` takes the final stream from."""
     state, model = chunk.state, chunk.state.model
     groups = tuple(state.plan) if edited else ()
-
-    def some_positions(module: object, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (read(args[0])[:, None], *args[1:])
-
-    with attached_edits(model, groups, replace(rows, start=0), chunk.lookup), watched_streams(model) as streams:
-        handle = model.bridge.unembed.register_forward_pre_hook(some_positions)
-        try:
-            logits = model.bridge(chunk.tokens[to_device(rows.prompt, chunk.tokens.device)])
-        finally:
-            handle.remove()
+    with (
+        attached_edits(model, groups, replace(rows, start=0), chunk.lookup),
+        watched_streams(model) as streams,
+        unembedding_only(model, lambda stream: read(stream)[:, None]) as taken,
+    ):
+        logits = taken(model.bridge(chunk.tokens[to_device(rows.prompt, chunk.tokens.device)]))
     state.block_tokens += len(rows) * chunk.run.length * model.n_layers
     return streams, logits[:, 0]

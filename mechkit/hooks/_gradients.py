@@ -33,7 +33,7 @@ from mechkit.hooks._lock import lock_of
 from mechkit.hooks._measure import call_metric, read_metric
 from mechkit.hooks._memory import out_of_memory
 from mechkit.hooks._precision import Rounding, widen
-from mechkit.hooks._readout import check_logits_of_stream, unembeds_final_stream
+from mechkit.hooks._readout import check_logits_of_stream, unembedding_only, unembeds_final_stream
 from mechkit.hooks._record import Run, record
 from mechkit.hooks._replay import Replayer
 from mechkit.metrics import CallableMetric, Metric
@@ -342,15 +342,15 @@ class GradientRuns:
             for name, fn in hooks:
                 attached.attach(name, fn)
             handles.append(self.model.bridge.blocks[-1].register_forward_hook(keep_final))
-            one = self.model.bridge.unembed.register_forward_pre_hook(lambda module, args: (args[0][:, -1:], *args[1:]))
-            handles.append(one)  # what the model itself unembeds is not used
             try:
-                logits = self.model.bridge(tokens)
+                with unembedding_only(self.model, lambda stream: stream[:, -1:]):  # these logits are a check, no more
+                    logits = self.model.bridge(tokens)
             finally:
                 for handle in handles:
                     handle.remove()
         if not self._reads:
-            check_logits_of_stream(self.model, kept[-1][:2, -1].detach(), logits[:2, -1].detach(), "a gradient")
+            final = kept[-1][:2, -logits.shape[1] :].detach()
+            check_logits_of_stream(self.model, final.flatten(0, 1), logits[:2].detach().flatten(0, 1), "a gradient")
             self._reads = True
         return leaves[0] if leaves else None, kept[-1]
 

@@ -58,7 +58,7 @@ class HookedModel(Surface, Weights, Generate):
         self.revision = revision
         self._probe = probe  # the untouched Hugging Face model's logits on `probe_tokens`, if there was one
         self._identity = Identity()
-        self._readout: tuple[Any, bool] | None = None  # see _readout.py
+        self._readout: tuple[Any, Any] | None = None  # see _readout.py
         forget_lengths(bridge.original_model)
         with self.lock.held("loads it"):
             with _load.refusing("its hooked model does not run", bridge.original_model):

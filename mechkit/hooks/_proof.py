@@ -10,7 +10,8 @@ Nothing here compares the replay with itself, and every assumption is looked at 
 3. *The edits.* Whole passes of a few edited rows of several prompts, which start and join early, in the middle and late. At the
    positions before the start each block must read what it read in the unedited run (causality), and the replay must end where
    the whole pass ends, at every position that it computes, and in the same logits. A row of each kind that is presumed to
-   change nothing is among them.
+   change nothing is among them. The same rows are looked at again where the sweep computes them, among many others
+   (`check_batch`).
 4. *The two runs* must end in the same stream wherever they have read the same tokens.
 
 The first prompts of each length pay for all of this; other prompts of that length for one start of 2, another one each time,
@@ -22,7 +23,7 @@ then whole forward passes are run for all rows; the reason is reported.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,7 +31,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mechkit.hooks._causality import agree_before_difference
+from mechkit.hooks._causality import agree_before_difference, shows_later_positions
 from mechkit.hooks._chunk import Candidate, Chunk, whole_streams
 from mechkit.hooks._devices import to_device
 from mechkit.hooks._edits import NEVER, Rows
@@ -38,6 +39,7 @@ from mechkit.hooks._memory import out_of_memory
 from mechkit.hooks._plain import Attention, PlainBlocks, can_fuse
 from mechkit.hooks._precision import ObservedDtypes, Rounding
 from mechkit.hooks._readout import unembeds_final_stream
+from mechkit.hooks._record import Run
 from mechkit.hooks._replay import Replayer, why_not
 from mechkit.metrics import Metric
 
@@ -71,12 +73,13 @@ def proved_replayer(chunk: Chunk, start: Int[np.ndarray, "cell prompt"], absent:
 def _refute(chunk: Chunk, start: Int[np.ndarray, "cell prompt"], absent: Mask, unread: Any) -> str | None:
     """Why replaying these prompts is not possible with any kind of block; `None` if it is."""
     state, proof = chunk.state, chunk.state.proof
+    proof.finals = {}
     if chunk.run.refused is not None:
         return f"blocks cannot be replayed: {chunk.run.refused}"
     if not _equal_before_the_first_difference(chunk):
         return "the two runs differ before their first different token: not a causal model"
     if not unembeds_final_stream(state.model, chunk.run):
-        return "the logits are not a function of the last block's output"
+        return "the logits at a position are not a function of the last block's output there"
     if absent.all():
         return None  # there are no rows
     first, new_length = not proof.proved, chunk.run.length not in proof.proved
@@ -85,8 +88,11 @@ def _refute(chunk: Chunk, start: Int[np.ndarray, "cell prompt"], absent: Mask, u
     prompt, moving = (proof.turn + 1) % len(chunk.ids), (start < NEVER) & ~absent
     computed = moving & (start <= unread)
     still = [(start == NEVER) & ~absent, moving & ~computed]
+    if bool((start[moving] > 0).any()) and (shown := _shows_later_positions(chunk.run)) is not None:
+        return f"the attention mask of block {shown} lets positions read later ones: not a causal model"
     # Whole passes first: what a replay may leave behind must not be in both.
     whole = [_Whole(chunk, rows) for rows in _sample(chunk, start, moving, still, few=not first)] if new_length else []
+    proof.finals = {key: final for one in whole for key, final in one.finals()}
     if new_length and (refuted := _refute_recording(chunk, whole, prompt)) is not None:
         return refuted
     starts, refuted = _starts_to_check(chunk, start, computed), None
@@ -98,6 +104,21 @@ def _refute(chunk: Chunk, start: Int[np.ndarray, "cell prompt"], absent: Mask, u
     proof.proved.setdefault(chunk.run.length, set()).update(starts)
     proof.turn += 1
     return refuted
+
+
+def _masks(run: Run) -> list[list[Tensor]]:
+    """The attention masks that each block was given, `[prompt or 1, head or 1, pos, source]`."""
+
+    def is_mask(value: Any) -> bool:
+        return isinstance(value, Tensor) and value.ndim == 4 and value.shape[-1] >= value.shape[-2] == run.length
+
+    return [[value for value in call.values() if is_mask(value)] for call in run.calls]
+
+
+def _shows_later_positions(run: Run) -> int | None:
+    """The first block whose mask lets a position read a later one."""
+    by_identity = {id(mask): (layer, mask) for layer, masks in reversed(list(enumerate(_masks(run)))) for mask in masks}
+    return min((layer for layer, mask in by_identity.values() if shows_later_positions(mask)), default=None)
 
 
 def _candidates(chunk: Chunk) -> list[Candidate]:
@@ -177,6 +198,32 @@ def _cannot(error: Exception) -> str:
     return f"blocks cannot be replayed: {why_not(error)}"
 
 
+class BatchRefutedError(Exception):
+    """Rows that were replayed among others do not end where whole passes do; the message says by how much."""
+
+
+def check_batch(chunk: Chunk, rows: Rows, found: Float[Tensor, "row pos d_model"]) -> None:
+    """Compares the rows of a batch that were run whole for the proof: a batch is where rows could be taken for one another.
+
+    Args:
+        chunk: The prompts.
+        rows: The batch.
+        found: Their final streams, the last positions of them.
+
+    Raises:
+        BatchRefutedError: they differ by more than rounding.
+    """
+    proof = chunk.state.proof
+    for i, key in enumerate(zip(rows.cell.tolist(), rows.prompt.tolist(), strict=True) if proof.finals else ()):
+        if (expected := proof.finals.get(key)) is not None:
+            rounding = proof.candidates[0].rounding
+            off = rounding.off(found[i : i + 1], expected[None, -found.shape[1] :])
+            if not off <= rounding.of_logits:
+                raise BatchRefutedError(
+                    f"rows replayed in batches differ from whole forward passes by {off:.1e} of the residual stream"
+                )
+
+
 # -- blocks, one by one ------------------------------------------------------------------------------------------------
 
 
@@ -203,7 +250,8 @@ def _refute_blocks(
         for layer in range(first, n_layers):
             # Blocks in which something is edited run with their hook points: checked too, with many starts at one of them.
             both = replayer.plain is not None and layer in hooked and layer % len(starts) == turn
-            for kind in (False, True) if both else (False,):
+            kinds = (False, True) if both else (replayer.plain is None and layer in hooked,)
+            for kind in kinds:
                 one = (prompt + turn) % len(chunk.ids)
                 if (refuted := _refute_block(chunk, replayer, layer, one, begin, kind)) is not None:
                     return refuted
@@ -255,6 +303,11 @@ class _Whole:
         at = to_device(np.maximum(self._where - offset, 0), per_position.device)
         return per_position[torch.arange(len(at), device=at.device), at]
 
+    def finals(self) -> Iterator[tuple[tuple[int, int], Float[Tensor, "pos d_model"]]]:
+        """The final stream of each row, by `(cell, prompt)`."""
+        keys = zip(self.rows.cell.tolist(), self.rows.prompt.tolist(), strict=True)
+        return zip(keys, self.streams[-1], strict=True)
+
     @property
     def changes_nothing(self) -> bool:
         """Whether no position of these rows is presumed to change."""
@@ -303,7 +356,8 @@ def _sample(
 
     Rows that start early and join early and late, one that starts and joins in the middle, and one that starts and joins late (an
     edit of the last block at an early position would show nowhere); and a row of each kind that is presumed to change nothing (no
-    position changes, or only such as are not read). With `few` two of them.
+    position changes, or only such as are not read). With `few` two of them. Where some block has no mask that could be looked at,
+    what it reads is not known: then there is a row of every start.
     """
     plan, turn = chunk.state.plan, chunk.state.proof.turn
     chosen: list[tuple[int, int]] = []
@@ -324,10 +378,14 @@ def _sample(
             taken[prompt[one]] += 1
 
     if len(used := np.unique(start[moving])):
-        early, middle, late = (moving & (start == used[i]) for i in (0, len(used) // 2, -1))
+        # Not all at an even distance, which may be where blocks of positions that see each other begin.
+        early, middle, late = (moving & (start == used[i]) for i in (0, min(len(used) // 2 | 1, len(used) - 1), -1))
         kinds = [(middle, 0.5), (early, 0.67), (late, 1.0)]
         for wanted, share in [(early, 0.0), *([kinds[turn % 3]] if few else kinds)]:
             choose(wanted, share)
+    if not all(_masks(chunk.run)):
+        for begin in np.setdiff1d(used, [start[row] for row in chosen]):
+            choose(moving & (start == begin), 0.0)
     for wanted in () if few and chosen else still:
         choose(wanted, 0.0)
     # An order in which rows join: the replay wants them sorted.

@@ -5,7 +5,9 @@
 2. Some models have more there: a transform in front of the unembedding (BERT, ModernBERT), a head that is more than a matrix, a
    scale of the stream. Then the model's own code runs (`own_logits`): all of the model but its blocks, each of which hands on
    what it is given, and the last of which gives the stream.
-3. Which of the two it is, is found by comparing them on random streams (`is_norm_and_head`), anew when a module is exchanged.
+3. Which of the two it is, is found by comparing them on random streams (`is_norm_and_head`), anew when a module is exchanged;
+   and so is whether the logits at a position are read from the stream there and from nothing else (`is_positionwise`). Where they
+   are, runs unembed only the positions that are wanted (`unembedding_only`).
 
 Neither is trusted by itself: every technique compares what it reads with the logits of the model's own forward pass
 (`unembeds_final_stream`, `check_readout`).
@@ -15,8 +17,9 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -64,8 +67,8 @@ def simple_logits(
     normed = resid if norm is None else norm(resid)
     head = model.bridge.unembed.original_component
     if not is_plain_linear(head) or head.weight.device.type == "meta":
-        # More than a matrix; or offloaded, and accelerate fetches the weights when the module is called.
-        logits = head(normed)
+        # More than a matrix, which expects [row pos d_model]; or offloaded, and accelerate fetches the weights when it is called.
+        logits = head(normed.reshape(-1, 1, normed.shape[-1])).reshape(*normed.shape[:-1], -1)
         return model.scale_logits(logits if tokens is None else logits[..., tokens.to(logits.device)])
     weight, bias = head.weight, getattr(head, "bias", None)
     if tokens is not None:
@@ -74,15 +77,59 @@ def simple_logits(
     return model.scale_logits(nn.functional.linear(normed.to(weight.device), weight, bias))
 
 
+class _Found(NamedTuple):
+    """What random streams show of what stands between the last block and the logits.
+
+    Attributes:
+        simple: Whether it is a norm, a matrix and an entrywise map.
+        positionwise: Whether each position's logits are read from the stream there alone; `None` if that cannot be tried.
+    """
+
+    simple: bool
+    positionwise: bool | None
+
+
 def is_norm_and_head(model: HookedModel) -> bool:
     """Whether `simple_logits` is what the model computes, found on random streams and kept until a module is exchanged."""
+    return _found(model).simple
+
+
+def is_positionwise(model: HookedModel) -> bool | None:
+    """Whether the logits at each position are read from the stream there alone, and alike at all; `None` if that cannot be tried
+    without running the blocks."""
+    return _found(model).positionwise
+
+
+@contextmanager
+def unembedding_only(model: HookedModel, read: Callable[[Tensor], Tensor]) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Inside, the model unembeds only what `read` takes of what its unembedding reads, where that is the same.
+
+    Args:
+        model: Runs inside.
+        read: `[row pos …] -> [row some …]`.
+
+    Yields:
+        What takes the same of the logits that the model returns.
+    """
+    if not is_positionwise(model):
+        yield read
+        return
+    handle = model.bridge.unembed.register_forward_pre_hook(lambda module, args: (read(args[0]), *args[1:]))
+    try:
+        yield lambda logits: logits
+    finally:
+        handle.remove()
+
+
+def _found(model: HookedModel) -> _Found:
     components = [getattr(model.bridge, name, None) for name in ("ln_final", "unembed")]
     inside = [getattr(component, "original_component", None) for component in components]
     in_place = [_by_name(model.bridge.original_model, getattr(component, "name", None)) for component in components]
     state = tuple(_state(module) for module in (*components, *inside, *in_place))
     if model._readout is None or model._readout[0] != state:
-        model._readout = (state, _agree(model))
-    return model._readout[1]
+        model._readout = (state, _tried(model))
+    found: _Found = model._readout[1]
+    return found
 
 
 def _by_name(model: Any, name: str | None) -> Any:
@@ -107,15 +154,32 @@ def head_device(model: HookedModel) -> torch.device | None:
 
 
 @torch.no_grad()
-def _agree(model: HookedModel) -> bool:
+def _tried(model: HookedModel) -> _Found:
     rows = _random_streams(model)
     try:
         own = own_logits(model, rows)
     except Exception as error:  # whatever a model's code may raise on streams without blocks
-        if isinstance(error, RuntimeError) and out_of_memory(error):
-            raise
-        return True  # nothing to compare with here; every technique compares with the model's own logits
-    return _difference(simple_logits(model, rows), own) <= precision.TOLERANCE[model.dtype]
+        _raise_if_full(error)
+        return _Found(True, None)  # every technique compares with the model's own logits
+    rounding = precision.TOLERANCE[model.dtype]
+    try:
+        simple = _difference(simple_logits(model, rows), own) <= rounding
+    except Exception as error:  # a matrix of another width, say
+        _raise_if_full(error)
+        simple = False
+    length = min(3, model.n_ctx or 3)
+    prompts = rows[: len(rows) // length * length].unflatten(0, (-1, length))
+    try:
+        together = _of_prompts(model, prompts).flatten(0, 1)
+    except Exception as error:
+        _raise_if_full(error)
+        return _Found(simple, None)
+    return _Found(simple, _difference(together, own[: len(together)]) <= rounding)
+
+
+def _raise_if_full(error: Exception) -> None:
+    if isinstance(error, RuntimeError) and out_of_memory(error):
+        raise error
 
 
 def _random_streams(model: HookedModel) -> Float[Tensor, "row d_model"]:
@@ -145,17 +209,22 @@ def _difference(found: Tensor, expected: Tensor) -> float:
 def own_logits(model: HookedModel, resid: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_vocab"]:
     """The model's logits where its last block's output is `resid`, by its own code. Gradients flow through.
 
-    Each row is a prompt of one token to a shallow copy of the model, which shares its weights and everything else but its
-    blocks and hook points. Nothing of the model itself is changed.
+    Each row is a prompt of one token.
     """
+    return _of_prompts(model, resid[:, None])[:, 0]
+
+
+def _of_prompts(model: HookedModel, resid: Float[Tensor, "row pos d_model"]) -> Float[Tensor, "row pos d_vocab"]:
+    """The same of whole prompts, by a shallow copy of the model, which shares its weights and everything else but its blocks and
+    hook points. Nothing of the model itself is changed."""
     blocks = list(model.bridge.blocks)
     returns = model._block_returns
     instead: dict[int, nn.Module] = {id(block): _Through(block, returns, None) for block in blocks[:-1]}
-    instead[id(blocks[-1])] = _Through(blocks[-1], returns, resid[:, None])
+    instead[id(blocks[-1])] = _Through(blocks[-1], returns, resid)
     twin = _twin(model.bridge.original_model, instead)
-    output = twin(torch.zeros(len(resid), 1, dtype=torch.long, device=model.device))
+    output = twin(torch.zeros(resid.shape[:2], dtype=torch.long, device=model.device))
     logits: Tensor = output if isinstance(output, Tensor) else output.logits
-    return logits[:, 0]
+    return logits
 
 
 @torch.no_grad()
@@ -227,6 +296,8 @@ def why_not_linear(model: HookedModel) -> str | None:
             weight, bias = model.W_U, model.b_U
         except ValueError as error:
             return str(error).removeprefix("model: ")
+        if weight.shape[0] != normed.shape[-1]:
+            return f"its unembedding reads {weight.shape[0]} features, and the residual stream has {normed.shape[-1]}"
         raw = normed.to(weight.device) @ weight.to(normed.dtype) + bias.to(normed.dtype)
         off = _difference(model.scale_logits(raw), model.unembed(rows))
     if off <= TOLERANCE[model.dtype]:
@@ -255,8 +326,15 @@ def check_linear_readout(model: HookedModel, what: str) -> None:
 @torch.no_grad()
 def readout_error(model: HookedModel, run: Run, n: int = 4) -> float:
     """How far the reader is from the logits of the model's own forward pass, as a share of their spread: in the last position
-    of a recorded run's first prompts, from its last block's output."""
-    return _difference(model.unembed(run.resid[-1][:n, -1]), run.last_logits[:n])
+    of a recorded run's first prompts, from its last block's output; and in all positions of the first prompt, unless the head is
+    known to be the same at all. Infinite where it is known not to be."""
+    known = is_positionwise(model)
+    if known is False:
+        return torch.inf
+    off = _difference(model.unembed(run.resid[-1][:n, -1]), run.last_logits[:n])
+    if known is None and off < torch.inf:
+        off = max(off, _difference(model.unembed(run.resid[-1][:1]), model.bridge(run.tokens[:1])))
+    return off
 
 
 def unembeds_final_stream(model: HookedModel, run: Run, tolerance: float | None = None) -> bool:
@@ -282,9 +360,10 @@ def check_logits_of_stream(
     """The same, given the last block's output and the model's own logits somewhere."""
     if not bool(torch.isfinite(final).all()):
         return  # others say where it began
-    off = _difference(model.unembed(final), logits)
+    off = torch.inf if is_positionwise(model) is False else _difference(model.unembed(final), logits)
     if not off <= TOLERANCE[model.dtype]:
         raise ValueError(
             f"model: {what} reads logits off the residual stream, but the head of {model.name} ({model.cfg.architecture}) is not "
-            f"a function of the last block's output alone: read from that, its logits are off by {off:.1e} of their spread"
+            "a function of the last block's output at the same position alone: read from that, its logits are off by "
+            f"{off:.1e} of their spread"
         )

@@ -18,6 +18,7 @@ from torch import Tensor
 from mechkit.hooks._hooking import Hooks
 from mechkit.hooks._lock import one_at_a_time
 from mechkit.hooks._memory import out_of_memory
+from mechkit.hooks._readout import unembedding_only
 from mechkit.hooks._sites import SITES
 
 if TYPE_CHECKING:
@@ -110,9 +111,6 @@ def _record(
         _, named = _named_arguments(module, args, kwargs)
         calls.append(named)
 
-    def last_position(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (args[0][:, -1:], *args[1:])  # so that one position is unembedded, not all
-
     with Hooks(model.bridge) as hooks:
         for site, layer in sites:
 
@@ -124,8 +122,7 @@ def _record(
             if blocks:
                 for block in model.bridge.blocks:
                     handles.append(block.register_forward_pre_hook(keep_call, with_kwargs=True))
-            handles.append(model.bridge.unembed.register_forward_pre_hook(last_position))
-            with watched_streams(model, blocks) as resid:
+            with watched_streams(model, blocks) as resid, unembedding_only(model, lambda stream: stream[:, -1:]):
                 logits = model.bridge(tokens, **({} if cache is None else {"past_key_values": cache}))
         finally:
             for handle in handles:

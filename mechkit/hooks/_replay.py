@@ -100,6 +100,8 @@ class Replayer:
         kept = run.cache.layers
         if {len(run.calls), len(kept)} != {model.n_layers} or any(layer.keys is None for layer in kept):
             raise CannotReplayError("its layers do not run once each, or keep no keys and values")
+        if (name := self._other_for_some_prompt()) is not None:
+            raise CannotReplayError(f"its blocks take another {name!r} for some prompts than for others")
 
     def replay(self, plan: EditPlan, rows: Rows, lookup: ValueLookup, read_last: bool) -> Tensor:
         """The final residual stream of edited rows.
@@ -255,9 +257,28 @@ class Replayer:
             output = self.plain(layer, hidden, arguments)
         return stream_of(output)
 
+    def _other_for_some_prompt(self) -> str | None:
+        """An argument of a block that is not the same for all prompts, as `_suffix` needs it (masks between documents, say)."""
+        looked_at: set[int] = set()
+        for call in self.run.calls:
+            for name, value in call.items():
+                for part in value if isinstance(value, tuple) else (value,):
+                    if isinstance(part, Tensor) and id(part) not in looked_at and name != "position_bias":
+                        looked_at.add(id(part))
+                        if not self._same_for_all(part):
+                            return name
+        return None
+
+    def _same_for_all(self, value: Tensor) -> bool:
+        n_prompts = len(self.run.tokens)
+        if value.ndim < 2 or n_prompts == 1 or value.shape[0] % n_prompts:
+            return True
+        by_prompt = value.reshape(n_prompts, -1)  # [prompt * head, 1, pos] in Bloom
+        return bool((by_prompt == by_prompt[:1]).all())
+
     def _suffix(self, name: str, value: Any, start: int, n_rows: int) -> Any:
         """A block's argument for positions ≥ start and any batch. Prompts in a run have equal length and no padding, so
-        masks and position encodings are the same for all of them: the first row's serve."""
+        masks and position encodings are the same for all of them (`_other_for_some_prompt`): the first row's serve."""
         if isinstance(value, tuple) and value and all(isinstance(part, Tensor) for part in value):
             return tuple(self._suffix(name, part, start, n_rows) for part in value)
         if not isinstance(value, Tensor):

@@ -34,7 +34,7 @@ from mechkit.hooks._lock import one_at_a_time
 from mechkit.hooks._measure import logits_at_hand
 from mechkit.hooks._memory import Budget, out_of_memory
 from mechkit.hooks._nonfinite import first_nonfinite, told, where_it_began
-from mechkit.hooks._proof import proved_replayer
+from mechkit.hooks._proof import BatchRefutedError, check_batch, proved_replayer
 from mechkit.hooks._record import record
 from mechkit.hooks._replay import Replayer, attach_edit, why_not
 from mechkit.metrics import AnyMetric, Metric, as_metric
@@ -111,21 +111,12 @@ def sweep(
     check_sweep(state)
     bar = tqdm(total=len(cells) * len(base), disable=None if progress else True, unit="row", leave=False, delay=2)
     with bar:
-        for length, prompts in sorted(base.by_length().items(), reverse=True):  # a proof holds for shorter prompts too
-            todo = list(prompts)
-            while todo:
-                at_once = len(todo)
-                if not state.whole_set:
-                    kept = [*plan.sites, *(site for one in state.derived.values() for site in 2 * one.sites)]
-                    at_once = state.budget.prompts_at_once(model, length, kept, plan.n_cells)
-                try:
-                    _sweep_chunk(state, todo[:at_once], bar)
-                    todo = todo[at_once:]
-                    continue
-                except RuntimeError as error:  # while recording; batches look after themselves
-                    if not out_of_memory(error) or state.whole_set or min(at_once, len(todo)) == 1:
-                        raise
-                state.budget.halve()  # out here the error is gone, and with it all that its frames held
+        try:
+            _sweep_all(state, bar)
+        except BatchRefutedError as error:  # no row that was replayed is believed
+            state.fallback = str(error)
+            bar.reset()
+            _sweep_all(state, bar)
     return Answers(
         state.values,
         state.base_metric,
@@ -133,6 +124,28 @@ def sweep(
         Cost(state.block_tokens, len(cells) * int(base.lengths.sum()) * model.n_layers, state.proof.block_tokens),
         "suffix" if state.fallback is None else f"full: {state.fallback}",
     )
+
+
+def _sweep_all(state: State, bar: tqdm) -> None:
+    """Prompts of one length after the other, as many at a time as fit."""
+    model, plan = state.model, state.plan
+    for length, prompts in sorted(
+        state.base.by_length().items(), reverse=True
+    ):  # a proof holds for shorter prompts too
+        todo = list(prompts)
+        while todo:
+            at_once = len(todo)
+            if not state.whole_set:
+                kept = [*plan.sites, *(site for one in state.derived.values() for site in 2 * one.sites)]
+                at_once = state.budget.prompts_at_once(model, length, kept, plan.n_cells)
+            try:
+                _sweep_chunk(state, todo[:at_once], bar)
+                todo = todo[at_once:]
+                continue
+            except RuntimeError as error:  # while recording; batches look after themselves
+                if not out_of_memory(error) or state.whole_set or min(at_once, len(todo)) == 1:
+                    raise
+            state.budget.halve()  # out here the error is gone, and with it all that its frames held
 
 
 # -- one chunk of prompts ----------------------------------------------------------------------------------------------
@@ -298,12 +311,14 @@ def _answer_batch(chunk: Chunk, replayer: Replayer | None, rows: Rows) -> Tensor
             logits = chunk.chosen_tokens(chunk.at_positions(whole_forward(chunk, rows), rows.prompt, 0))
         else:
             resid = replayer.replay(state.plan, rows, chunk.lookup, state.reads_last)
+            check_batch(chunk, rows, resid)
             resid = resid[:, 0] if state.reads_last else chunk.at_positions(resid, rows.prompt, rows.start)
             logits = state.model.unembed(resid, state.read_tokens)
         return chunk.read(logits, rows.prompt)
     if replayer is None:
         return chunk.call(logits_at_hand(whole_forward(chunk, rows)), rows.prompt)
     suffix = replayer.replay(state.plan, rows, chunk.lookup, False)
+    check_batch(chunk, rows, suffix)
 
     def logits_of(some: np.ndarray) -> Tensor:
         before = chunk.run.resid[-1][to_device(rows.prompt[some], suffix.device), : rows.start]
