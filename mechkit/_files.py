@@ -1,9 +1,10 @@
-"""Files that somebody hands over: looked at before they are read, so that a wrong one costs a sentence and no more.
+"""Files that somebody hands over: looked at before they are read or written, so that a wrong one costs a sentence and no more.
 
 1. `regular_file` refuses what is not there, folders, pipes and devices, and files above a size.
 2. `read_text` refuses what is no text; `parse_json` what is no JSON, or is nested without end.
 3. `read_tensors` reads safetensors files with a JSON header of our own, which `write_tensors` wrote: results and lenses.
-4. Whatever goes wrong in making an object of a file's content is the file's fault: `decoding` says so, with the file's name.
+4. `destination` refuses to write where there is no folder, or a folder instead of a file; `replacing` writes in one step.
+5. Whatever goes wrong in making an object of a file's content is the file's fault: `decoding` says so, with the file's name.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def regular_file(path: Place, what: str, *, limit: int | None = None) -> Path:
     Raises:
         ValueError: it is something else.
     """
-    path = Path(path)
+    path = expanded(path)
     try:
         about = path.stat()
     except FileNotFoundError:
@@ -123,18 +124,73 @@ def decoding(path: Place, what: str) -> Iterator[None]:
         raise ValueError(f"{path}: expected {what}, it is damaged or something else: {error}") from error
 
 
+def destination(path: Place, *, make_folders: bool = False) -> Path:
+    """Where a file is to be written; `~` at its beginning is the home folder.
+
+    Args:
+        path: The file.
+        make_folders: Whether folders that are missing are made.
+
+    Raises:
+        ValueError: it is a folder, or there is no folder to put it into.
+    """
+    path = expanded(path)
+    with _writing(path):
+        if make_folders:
+            path.absolute().parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise ValueError(f"path: expected a file to write, {str(path)!r} is a folder")
+        if not path.absolute().parent.is_dir():
+            raise ValueError(f"path: there is no folder {str(path.absolute().parent)!r} to write {path.name!r} into")
+    return path
+
+
+def expanded(path: Place) -> Path:
+    """A path whose `~`, if it begins with one, is the home folder."""
+    path = Path(path)
+    try:
+        return path.expanduser()
+    except RuntimeError:  # of somebody who is not known here
+        return path
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file beside the wanted one, which takes its place in one step if all went well inside.
+
+    Raises:
+        ValueError: it cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with _writing(path):
+        try:
+            yield partial
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """An operating system's error inside is a `ValueError` that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"path: {str(path)[:200]!r} cannot be written: {error.strerror or error}") from error
+
+
 def write_tensors(path: Place, tensors: Mapping[str, Tensor], key: str, header: Mapping[str, Any]) -> Path:
     """Writes tensors, and the header under the metadata's `key`. An existing file is replaced in one step."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, partial, metadata={key: json.dumps(header)})
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    path = destination(path)
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with replacing(path) as partial:
+        try:
+            save_file(contiguous, partial, metadata={key: json.dumps(header)})
+        except SafetensorError as error:  # names a file of its own
+            raise OSError(str(error).split(" at path")[0]) from error
     return path
 
 

@@ -10,6 +10,7 @@ import struct
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from valid_calls import Material
 
 import mechkit as mk
 from mechkit.plot import read_table
@@ -348,6 +350,60 @@ def test_grids_are_counted_before_they_are_expanded(tmp_path: Path) -> None:
         mk.Study(["m"], tasks, ["ablation"], store=tmp_path)
     assert time.process_time() - began < SECONDS
     assert len(mk.Study(["m"], [{"name": "ioi", "grid": {"seed": [0, 1, 2]}}], ["ablation"], store=tmp_path)) == 3
+
+
+def writers(folder: Path) -> dict[str, Callable[[Any], Path]]:
+    """Everything that writes one file."""
+    material = Material(folder)
+    figure = mk.plot.heatmap(material.heads.mean())
+    return {
+        "Result.save": material.heads.save,
+        "EdgeScores.save": material.scores.save,
+        "TunedLens.save": material.lens.save,
+        "Circuit.to_json": material.circuit.to_json,
+        "Figure.save": figure.save,
+        "write_html": partial(mk.plot.write_html, figure),
+        "report": lambda path: mk.report(path, figure, code=False),
+    }
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_where_nothing_can_be_written_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jaxtyping.config.update("jaxtyping_disable", True)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "folder.html").mkdir()
+    (tmp_path / "file").write_text("a file")
+    for name, write in writers(tmp_path).items():
+        made = name in ("Figure.save", "write_html", "report")  # these make folders that are missing
+        wrong = ["folder.html", "file/a.html"] + ([] if made else ["nowhere/a.html"])
+        for path in wrong:
+            with pytest.raises(ValueError, match="path: ") as seen:
+                write(tmp_path / path)
+            assert Path(path).name in str(seen.value), name
+            assert "partial" not in str(seen.value), name
+        for wrong_type in (3, None, b"x"):
+            with pytest.raises(TypeError, match="path: expected a"):
+                write(wrong_type)
+        assert write("~/a.html") == tmp_path / "a.html"
+        assert (tmp_path / "a.html").stat().st_size > 0
+        (tmp_path / "a.html").unlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.html"]
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def test_a_home_folder_is_read_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found = mk.Result(torch.zeros(1), ("layer",), {"layer": (0,)}, {}, "", "m", "u", {}).save("~/a.safetensors")
+    assert found == tmp_path / "a.safetensors"
+    assert mk.Result.load("~/a.safetensors").coords == {"layer": (0,)}
+
+
+def test_a_store_with_a_nul_is_refused_with_the_files_name(tmp_path: Path) -> None:
+    text = 'store = "a\\u0000b"\n[[model]]\nname = "tiny"\n[[task]]\nname = "induction"\n[[technique]]\nname = "ablation"\n'
+    (tmp_path / "study.toml").write_text(text)
+    with pytest.raises(ValueError, match=r"study\.toml.*\n.*store") as seen:
+        mk.Study.from_toml(tmp_path / "study.toml")
+    assert "expected a folder or an object store's URL" in str(seen.value)
 
 
 @pytest.mark.parametrize("store", ["", " "])

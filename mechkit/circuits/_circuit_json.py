@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mechkit._files import decoding, parse_json, read_text
+from mechkit._files import decoding, destination, parse_json, read_text, replacing
 from mechkit.circuits.circuit import Circuit
 from mechkit.circuits.graph import Graph
 from mechkit.hooks import HookedModel
@@ -40,12 +39,9 @@ def write(circuit: Circuit, path: Path, format: str, d_model: int | None) -> Pat
     if format not in ("mechkit", "mib"):
         raise ValueError(f"format: expected 'mechkit' or 'mib', got {format!r}")
     content = _as_mechkit(circuit) if format == "mechkit" else _as_mib(circuit, d_model)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    path = destination(path)
+    with replacing(path) as partial:
         partial.write_text(json.dumps(content), encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
     return path
 
 

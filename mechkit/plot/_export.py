@@ -17,7 +17,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from mechkit._check import checked
-from mechkit._files import decoding, guarded, parse_json, read_text, unguarded
+from mechkit._files import decoding, destination, guarded, parse_json, read_text, unguarded
 from mechkit._version import __version__
 from mechkit.plot._figure import CONFIG, Figure
 
@@ -38,7 +38,7 @@ def save(figure: Figure, path: Path, scale: float) -> Path:
         raise ValueError(f"scale: expected a positive number, got {scale!r}")
     if suffix == ".html":
         return write_html(figure, path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = destination(path, make_folders=True)
     if suffix in _PICTURES:
         _write_picture(figure, path, scale)
     elif suffix == ".json":
@@ -72,8 +72,7 @@ def write_html(figure: go.Figure, path: str | os.PathLike[str]) -> Path:
     Returns:
         The path.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = destination(path, make_folders=True)
     html = figure.to_html(config=CONFIG, include_plotlyjs=True, include_mathjax=False, div_id="mechkit-figure")
     path.write_bytes(html.encode("utf-8", "backslashreplace"))
     return path

@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
+from mechkit._check import checked
+from mechkit._files import expanded
 from mechkit.plot._text import plain
 from mechkit.plot._theme import FONT, Theme
 
@@ -69,6 +71,7 @@ class Figure(go.Figure):
             )
         return self._table()
 
+    @checked
     def save(self, path: str | os.PathLike[str], *, scale: float = 2.0) -> Path:
         """Write the figure or its numbers; missing folders are made.
 
@@ -81,12 +84,12 @@ class Figure(go.Figure):
             The path.
 
         Raises:
-            ValueError: another suffix, or a scale that is not positive.
+            ValueError: another suffix, a folder of that name, or a scale that is not positive.
             RuntimeError: a picture was asked for and there is no Chrome or Chromium, or kaleido is not installed.
         """
         from mechkit.plot import _export
 
-        return _export.save(self, Path(path), scale)
+        return _export.save(self, expanded(path), scale)
 
 
 @dataclass(frozen=True)

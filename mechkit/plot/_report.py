@@ -33,6 +33,7 @@ from plotly.offline import get_plotlyjs
 from torch import Tensor
 
 from mechkit._check import checked
+from mechkit._files import destination, expanded
 from mechkit._version import __version__
 from mechkit.plot._figure import CONFIG, Figure
 from mechkit.plot._text import number, visible
@@ -140,7 +141,7 @@ def report(
     Example:
         >>> report("ioi.html", heads, ("Where the answer is", by_position), title="IOI", prompts=pairs)  # doctest: +SKIP
     """
-    colours, path = theme_of(theme), Path(path)
+    colours, path = theme_of(theme), expanded(path)
     if path.suffix.lower() != ".html":
         raise ValueError(f"path: expected a name that ends in .html, got {str(path)!r}")
     if not items:
@@ -153,7 +154,7 @@ def report(
     sections = [_section(i, item, theme) for i, item in enumerate(items)]
     if prompts is not None:
         sections.append(_Section("Prompts", prompts=_prompts(prompts)))
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = destination(path, make_folders=True)
     page = _page(title, _about(items), sections, source, colours)
     path.write_bytes(page.encode("utf-8", "backslashreplace"))
     return path

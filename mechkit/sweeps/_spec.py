@@ -142,6 +142,9 @@ def check(
     jobs = _jobs(models, tasks, techniques, problems)
     problems.raise_any()
     store = checked.store
+    if "\0" in store:
+        problems.add(("store",), f"expected a folder or an object store's URL, got {_shown(store)}")
+        problems.raise_any()
     if folder is not None and "://" not in store:
         store = os.path.realpath(folder / Path(store).expanduser())
     return Statement(checked.name, store, budget, checked.shard, checked.retries, tuple(jobs))

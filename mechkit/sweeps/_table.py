@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mechkit._check import checked
-from mechkit._files import GUARDED
+from mechkit._files import GUARDED, destination, replacing
 from mechkit.circuits import EdgeScores
 from mechkit.result import Result
 from mechkit.sweeps._job import Job
@@ -134,10 +134,14 @@ class Table:
         it."""
         import pyarrow.parquet as parquet
 
-        with _replacing(path) as partial, parquet.ParquetWriter(partial, self._schema, compression="zstd") as writer:
+        path = destination(path)
+        with (
+            replacing(path) as partial,
+            parquet.ParquetWriter(str(partial), self._schema, compression="zstd") as writer,
+        ):
             for part in self._batches():
                 writer.write_table(part)
-        return Path(path)
+        return path
 
     @checked
     def to_csv(self, path: str | os.PathLike[str]) -> Path:
@@ -145,10 +149,11 @@ class Table:
         beginning) has a `'` before it, as spreadsheets have it; `mechkit.plot.read_table` takes it away."""
         import pyarrow.csv as csv
 
-        with _replacing(path) as partial, csv.CSVWriter(partial, self._text_schema) as writer:
+        path = destination(path)
+        with replacing(path) as partial, csv.CSVWriter(str(partial), self._text_schema) as writer:
             for part in self._batches():
                 writer.write_table(_guarded(part.cast(self._text_schema)))
-        return Path(path)
+        return path
 
     def to_xarray(self) -> xarray.DataTree:
         """A tree with a dataset for every job, `/model/task/technique`: `values` with its coords, and `baseline_*`. Numbers
@@ -333,25 +338,6 @@ def _nullable(kind: Any) -> Any:
     import pyarrow as pa
 
     return pd.Int64Dtype() if pa.types.is_int64(kind) else None
-
-
-class _replacing:
-    """A file beside the wanted one, which takes its place if all went well."""
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        self.partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
-
-    def __enter__(self) -> str:
-        if self.path.is_dir() or not self.path.absolute().parent.is_dir():
-            raise ValueError(f"path: expected a file in a folder that exists, got {str(self.path)!r}")
-        return str(self.partial)
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if kind is None:
-            os.replace(self.partial, self.path)
-        else:
-            self.partial.unlink(missing_ok=True)
 
 
 # -- xarray ------------------------------------------------------------------------------------------------------------
