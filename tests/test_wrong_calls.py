@@ -9,14 +9,18 @@ from __future__ import annotations
 import inspect
 import traceback
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import jaxtyping
+import numpy as np
 import pytest
 import torch
+from families import build_hf
 from torch import nn
 from valid_calls import Material, valid_calls
+from words import make_tokenizer
 
 import mechkit as mk
 
@@ -286,9 +290,60 @@ def test_wrong_types_are_type_errors_and_wrong_values_value_errors(material: Mat
         assert not isinstance(refused(**wrong), TypeError), wrong
 
 
-def test_numbers_of_other_libraries_are_numbers(material: Material) -> None:
-    import numpy as np
+def of_numpy(value: Any) -> Any:
+    """Numbers, and lists of numbers or of strings, as numpy's."""
+    if isinstance(value, bool | int | float):
+        return np.asarray(value)[()]
+    if type(value) in (list, tuple) and {type(one) for one in value} in ({int}, {float}, {str}):
+        return np.array(value)
+    return value
 
+
+@pytest.mark.filterwarnings("ignore")
+def test_good_calls_are_good_with_numpys_numbers(material: Material) -> None:
+    refused, changed = [], 0
+    for name, (fn, good) in valid_calls(material).items():
+        given = {argument: of_numpy(value) for argument, value in good.items()}
+        changed += sum(given[argument] is not value for argument, value in good.items())
+        try:
+            fn(**given)
+        except Exception as error:
+            refused.append(f"{name}: {type(error).__name__}: {error}")
+    assert refused == []
+    assert changed >= 100
+
+
+@pytest.mark.parametrize(
+    ("wanted", "given"),
+    [
+        (5, np.int64(5)),
+        (5, torch.tensor(5)),
+        ([5, 9], np.array([5, 9])),
+        ([5, 9], torch.tensor([5, 9])),
+        ([5, 9], {5: 0, 9: 0}.keys()),
+    ],
+    ids=str,
+)
+def test_tokens_of_other_libraries_are_tokens(material: Material, wanted: Any, given: Any) -> None:
+    here = material.model, material.pairs
+    of_tokens = [mk.direct_logit_attribution(*here, tokens) for tokens in (wanted, given)]
+    assert torch.equal(of_tokens[0].values, of_tokens[1].values)
+    assert of_tokens[0].provenance == of_tokens[1].provenance
+
+
+def test_fractions_are_numbers_and_sets_no_lists(material: Material) -> None:
+    here = material.model, material.pairs
+    half = mk.attention_flow(*here, residual=Fraction(1, 2), progress=False)  # type: ignore[arg-type]
+    assert torch.equal(half.values, mk.attention_flow(*here, residual=0.5, progress=False).values)
+    interval = material.heads.ci(level=Fraction(9, 10), n_resamples=10)  # type: ignore[arg-type]
+    assert torch.equal(interval.low.values, material.heads.ci(level=0.9, n_resamples=10).low.values)
+    with pytest.raises(
+        TypeError, match=r"target: expected .*, got set \{3, 4\}. A set has no order: write target=sorted\(...\)"
+    ):
+        mk.patchscope(*here, {3, 4})  # type: ignore[arg-type]
+
+
+def test_numbers_of_other_libraries_are_numbers(material: Material) -> None:
     once = mk.tasks.induction(material.model, np.int64(2), torch.tensor(4), seed=np.uint8(3))
     assert [row.tolist() for row in once.clean.tokens] == [
         row.tolist() for row in mk.tasks.induction(material.model, 2, 4, seed=3).clean.tokens
@@ -303,6 +358,139 @@ def test_numbers_of_other_libraries_are_numbers(material: Material) -> None:
     )
     assert heads.coords["layer"] == (0, 2)
     assert heads.coords["head"] == (1,)
+
+
+TOKENS = torch.tensor([[4, 9, 11, 7, 5]])
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32], ids=str)
+def test_whole_numbers_of_any_size_are_token_ids(material: Material, dtype: torch.dtype) -> None:
+    assert torch.equal(material.model(TOKENS.to(dtype)), material.model(TOKENS))
+
+
+@pytest.mark.parametrize(
+    "tokens", [TOKENS > 0, torch.tensor(3), TOKENS.to("meta"), TOKENS.to_sparse(), TOKENS.to(torch.complex64)], ids=str
+)
+def test_what_is_no_row_of_token_ids_is_refused(material: Material, tokens: torch.Tensor) -> None:
+    assert complaint("input", material.model.forward, {"input": tokens}) is None
+
+
+def test_a_model_is_called_as_its_forward_is(material: Material) -> None:
+    assert torch.equal(material.model(TOKENS, "loss"), material.model.forward(TOKENS, return_type="loss"))
+
+
+@pytest.mark.parametrize(
+    ("method", "given"),
+    [
+        ("forward", {"prepend_bos": True}),
+        ("forward", {"attention_mask": torch.ones(1, 5, dtype=torch.complex64)}),
+        ("generate", {"eos_token_id": -1}),
+        ("generate", {"eos_token_id": [5, 10**6]}),
+        *(
+            ("run_with_cache", {"positions": positions})
+            for positions in (5, -6, [0, 5], slice(0, 3, 0), slice("a"), slice(0.5, 2))
+        ),
+        *(("run_with_cache", {"dtype": dtype}) for dtype in (torch.int64, torch.bool, torch.complex64)),
+    ],
+    ids=str,
+)
+def test_what_a_run_cannot_be_asked_for_is_refused(material: Material, method: str, given: dict[str, Any]) -> None:
+    """The control: `test_good_calls_are_good`."""
+    assert complaint(next(iter(given)), getattr(material.model, method), {"input": TOKENS, **given}) is None
+
+
+@pytest.mark.parametrize("key", [("z", True), ("z", 0, "attn"), ("z", 1.0), 0, None, ()], ids=str)
+def test_a_cache_has_names_and_layers(material: Material, key: Any) -> None:
+    with pytest.raises(TypeError, match=r"expected cache\[name\], or cache\[name, layer\]"):
+        material.cache[key]
+    assert torch.equal(material.cache["z", np.int64(1)], material.cache["z"][1])
+
+
+def test_activations_stay_numbers_with_fractions(material: Material) -> None:
+    with pytest.raises(ValueError, match="dtype: expected a floating-point dtype"):
+        material.cache.to(dtype=torch.int8)
+    source = torch.stack(material.pairs.clean.tokens)
+    here = material.model, material.pairs, material.metric
+    rounded = material.model.run_with_cache(source, "z", dtype=torch.bfloat16)[1]
+    with pytest.raises(
+        ValueError, match=r"source_cache: expected 'z' in the model's torch.float32, got torch.bfloat16"
+    ):
+        mk.activation_patching(*here, source_cache=rounded, progress=False)
+    whole = material.model.run_with_cache(source, "z")[1]
+    found = mk.activation_patching(*here, source_cache=whole, progress=False)
+    assert torch.allclose(found.values, material.heads.values, atol=1e-5)
+
+
+@pytest.mark.parametrize("stream", [torch.zeros(1, 7), torch.zeros(1, 32, dtype=torch.long)], ids=str)
+def test_a_stream_has_the_models_width(material: Material, stream: torch.Tensor) -> None:
+    for fn, more in ((material.model.unembed, {}), (material.lens.translate, {"layer": 0})):
+        assert complaint("resid", fn, {"resid": stream, **more}) is None
+    good = torch.zeros(1, material.model.d_model)
+    assert complaint("tokens", material.model.unembed, {"resid": good, "tokens": torch.tensor([999])}) is None
+    assert material.model.unembed(good, torch.tensor([3])).shape == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "cure"),
+    [
+        ("model", "use it as it is"),
+        ("bridge", "from_bridge"),
+        ("config", "Make the model first"),
+        ("class", "Make the model first"),
+        ("name", "from_pretrained"),
+        ("linear", ""),
+    ],
+)
+def test_what_is_no_model_of_transformers_is_told_the_cure(material: Material, wrong: str, cure: str) -> None:
+    given = {
+        "model": material.model,
+        "bridge": material.model.bridge,
+        "config": material.hf.config,
+        "class": type(material.hf),
+        "name": "gpt2",
+        "linear": nn.Linear(2, 2),
+    }[wrong]
+    with pytest.raises(TypeError, match=f"hf_model: expected a model of transformers, .*{cure}"):
+        mk.HookedModel.from_hf(given)
+
+
+@pytest.mark.parametrize(("wrong", "cure"), [("model", "use it as it is"), ("hf", "from_hf"), ("linear", "")])
+def test_what_is_no_bridge_is_told_the_cure(material: Material, wrong: str, cure: str) -> None:
+    given = {"model": material.model, "hf": material.hf, "linear": nn.Linear(2, 2)}[wrong]
+    with pytest.raises(TypeError, match=f"bridge: expected a TransformerBridge .*{cure}"):
+        mk.HookedModel.from_bridge(given)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"fold_ln": True}, "fold_ln: .*stay raw; leave it out"),
+        ({"center_writing_weights": False}, "center_writing_weights: .*stay raw; leave it out"),
+        ({"load_in_8bit": True}, "load_in_8bit: expected weights in"),
+        ({"dtype": torch.int64}, "dtype: expected torch.float64"),
+        ({"nonsense": 1}, "nonsense: neither HookedModel.from_pretrained"),
+    ],
+    ids=str,
+)
+def test_arguments_of_loading_are_named(material: Material, given: dict[str, Any], message: str) -> None:
+    folder = material.folder / "model"
+    if not folder.exists():
+        build_hf("gpt2", torch.float32).save_pretrained(folder)
+        make_tokenizer().save_pretrained(folder)
+    with pytest.raises(ValueError, match=f"^{message}"):
+        mk.HookedModel.from_pretrained(folder, **given)
+
+
+def test_a_name_too_long_for_a_file_is_no_model() -> None:
+    with pytest.raises(ValueError, match=r"model: expected a hub name, a folder or a .gguf file, got 'xxx"):
+        mk.HookedModel.from_pretrained("x" * 5000)
+
+
+def test_weights_that_are_no_numbers_are_named() -> None:
+    hf = build_hf("gpt2", torch.float32)
+    hf.transformer.h[1].mlp.c_fc.weight.data[0, 0] = NAN
+    with pytest.raises(ValueError, match=r"hold NaN or infinite numbers, first in 'transformer.h.1.mlp.c_fc.weight'"):
+        mk.HookedModel.from_hf(hf, name="tiny")
 
 
 def test_signature_and_docstring_are_the_functions_own() -> None:

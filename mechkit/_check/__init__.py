@@ -13,5 +13,8 @@ there is one (`_sentences.py`). What depends on the model or the prompts (a laye
 from mechkit._check._door import checked as checked
 from mechkit._check._door import naming as naming
 from mechkit._check._kinds import is_whole as is_whole
+from mechkit._check._kinds import is_whole_dtype as is_whole_dtype
+from mechkit._check._kinds import plain as plain
 from mechkit._check._sentences import ArgumentTypeError as ArgumentTypeError
 from mechkit._check._sentences import out_of_range as out_of_range
+from mechkit._check._sentences import shown as shown

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar, overload
 
-from mechkit._check._kinds import Kind, in_range, kind_of, plain, takes_arrays
+from mechkit._check._kinds import Kind, arrays_of, in_range, kind_of, plain
 from mechkit._check._sentences import ArgumentTypeError, check_passed, misfit, refusal
 
 P = ParamSpec("P")
@@ -58,15 +58,15 @@ def _with_door(
     signature = inspect.signature(fn)
 
     @functools.cache
-    def learned() -> tuple[dict[str, Kind], set[str]]:
-        """Each argument's kind, and which arguments are no arrays. Annotations are resolved at the first call, when all modules
-        are there."""
+    def learned() -> tuple[dict[str, Kind], dict[str, tuple[type, ...]]]:
+        """Each argument's kind, and the arrays that it may be. Annotations are resolved at the first call, when all modules are
+        there."""
         raw = inspect.unwrap(fn)
         scope = {**vars(sys.modules["mechkit"]), **(raw.__globals__ if names is None else names)}
         annotations = {name: _resolved(p.annotation, scope) for name, p in signature.parameters.items()}
         stated = {name: of for name, of in annotations.items() if of not in (Any, inspect.Parameter.empty)}
         kinds = {name: in_range(name, kind_of(of), ranges.get(name)) for name, of in stated.items()}
-        return kinds, {name for name, of in stated.items() if not takes_arrays(of)}
+        return kinds, {name: arrays_of(of) for name, of in stated.items()}
 
     @functools.wraps(fn)
     def door(*args: Any, **kwargs: Any) -> Any:
@@ -74,7 +74,7 @@ def _with_door(
             bound = signature.bind(*args, **kwargs)
         except TypeError as error:
             raise misfit(called, signature, passes, args, kwargs, error) from None
-        kinds, without_arrays = learned()
+        kinds, arrays = learned()
         for name, value in list(bound.arguments.items()):
             parameter = signature.parameters[name]
             if parameter.kind is parameter.VAR_KEYWORD:
@@ -88,7 +88,7 @@ def _with_door(
             taken = []
             for one in value if several else (value,):
                 fault = kind.fault(one)
-                simple = one if fault is None and name not in without_arrays else plain(one)
+                simple = plain(one, arrays[name])
                 if fault is not None and (simple is one or kind.fault(simple) is not None):
                     raise refusal(name, fault)
                 taken.append(simple)

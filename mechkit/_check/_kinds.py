@@ -7,7 +7,7 @@ import numbers
 import os
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, KeysView, Mapping, Sequence, ValuesView
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -65,7 +65,9 @@ def kind_of(annotation: Any) -> Kind:
     if origin is Callable or annotation is Callable or (isinstance(origin, type) and issubclass(origin, Callable)):  # type: ignore[arg-type]
         return _callable()
     if isinstance(origin, type) and issubclass(origin, Iterable):
-        return _several(kind_of(arguments[0]), exhaustible=issubclass(Iterator, origin) or origin is Iterable)
+        return _several(
+            kind_of(arguments[0]), ordered=issubclass(origin, Sequence), exhaustible=issubclass(Iterator, origin)
+        )
     if isinstance(annotation, type):
         return _of_class(annotation)
     return _nothing() if annotation is None else Kind("anything", lambda value: None)
@@ -96,26 +98,35 @@ def _of_class(annotation: type) -> Kind:
     return _instance(annotation, f"{article}{name}")
 
 
-def takes_arrays(annotation: Any) -> bool:
-    """Whether some value of an annotation is an array or a tensor, or may be."""
-    if annotation in (Any, object, torch.Tensor, np.ndarray) or isinstance(annotation, typing.TypeVar):
-        return True
+def arrays_of(annotation: Any) -> tuple[type, ...]:
+    """The classes of arrays that a value of an annotation may be, or be made of."""
+    if annotation in (Any, object) or isinstance(annotation, typing.TypeVar):
+        return (np.generic, np.ndarray, torch.Tensor)
+    if annotation in (torch.Tensor, np.ndarray):
+        return (annotation,)
     if isinstance(annotation, type) and issubclass(annotation, AbstractArray):
-        return True
-    return typing.get_origin(annotation) is not Literal and any(map(takes_arrays, typing.get_args(annotation)))
+        return (getattr(annotation, "array_type", torch.Tensor),)
+    inside = () if typing.get_origin(annotation) is Literal else typing.get_args(annotation)
+    return tuple(dict.fromkeys(found for one in inside for found in arrays_of(one)))
 
 
-def plain(value: Any) -> Any:
-    """Numbers of numpy, torch and pandas, alone or in lists, as Python's (theirs are no seeds, no dict keys and no JSON); the
-    value itself if there are none."""
+def plain(value: Any, keep: tuple[type, ...] = ()) -> Any:
+    """Numbers of numpy, torch and pandas, alone or in lists, as Python's (theirs are no seeds, no dict keys and no JSON),
+    fractions as floats, a dict's keys as a list; the value itself if there are none. Arrays of the classes `keep` stay."""
+    if isinstance(value, keep):
+        return value
+    if isinstance(value, KeysView | ValuesView):
+        return plain(list(value), keep)
     if isinstance(value, np.generic | np.ndarray | torch.Tensor) or type(value).__module__.startswith("pandas"):
         large = isinstance(value, np.ndarray | torch.Tensor) and math.prod(value.shape) > _ITEMS
         return value.tolist() if hasattr(value, "tolist") and not large else value
+    if isinstance(value, numbers.Real) and not isinstance(value, int | float):
+        return float(value)
     if type(value) in (list, tuple) and len(value) <= _ITEMS:
-        items = [plain(one) for one in value]
+        items = [plain(one, keep) for one in value]
         return value if all(new is old for new, old in zip(items, value, strict=True)) else type(value)(items)
     if type(value) is dict and len(value) <= _ITEMS:
-        changed = {key: plain(one) for key, one in value.items()}
+        changed = {key: plain(one, keep) for key, one in value.items()}
         return value if all(changed[key] is value[key] for key in value) else changed
     return value
 
@@ -127,6 +138,11 @@ def is_whole(value: Any) -> bool:
     if isinstance(value, torch.Tensor | np.ndarray):
         return value.ndim == 0 and hasattr(value, "__index__") and "int" in str(value.dtype)
     return hasattr(type(value), "__index__")
+
+
+def is_whole_dtype(dtype: torch.dtype) -> bool:
+    """Whether tensors of a dtype hold whole numbers, and no booleans."""
+    return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
 
 
 def _simple(expected: str, fits: Callable[[Any], bool]) -> Kind:
@@ -212,15 +228,16 @@ def _order(word: str) -> tuple[bool, str]:
     return word[:1] not in "'o", name if name[:1].isupper() else "~"
 
 
-def _several(item: Kind, *, exhaustible: bool) -> Kind:
+def _several(item: Kind, *, ordered: bool, exhaustible: bool) -> Kind:
     plural = item.expected in ("a string", "a number", "a whole number")
     expected = f"a list of {item.expected[2:]}s" if plural else f"a list (each {item.expected})"
 
     def fault(value: Any) -> Fault | None:
         if isinstance(value, torch.Tensor | np.ndarray):
-            fits = value.ndim > 0
+            listed = isinstance(value, np.ndarray) or (value.layout == torch.strided and not value.is_nested)
+            fits = listed and value.ndim > 0
         else:
-            sized = exhaustible or hasattr(value, "__len__")
+            sized = exhaustible or (hasattr(value, "__len__") and (hasattr(value, "__getitem__") or not ordered))
             fits = isinstance(value, Iterable) and sized and not isinstance(value, str | bytes | Mapping)
         if not fits:
             return Fault("", True, expected, value)
@@ -272,6 +289,8 @@ def in_range(name: str, kind: Kind, bounds: tuple[float, float] | None) -> Kind:
         text = name in ("input", "text")  # an empty text is the beginning-of-sequence token alone
 
         def empty(value: Any) -> bool:
+            if getattr(value, "ndim", 1) == 0:
+                return False
             return hasattr(value, "__len__") and len(value) == 0 and not (text and isinstance(value, str))
 
         return _with(kind, empty, "at least one")

@@ -118,6 +118,8 @@ def _cure(fault: Fault, name: str) -> str:
         return "Make them: Prompts.from_tokens(tokens, model)"
     elif "Metric" in expected:
         return "Make one: mechkit.logit_diff(pairs)"
+    if isinstance(value, set | frozenset) and "a list" in expected:
+        return f"A set has no order: write {name}=sorted(...)"
     fits = (isinstance(value, str) and "string" in expected) or (isinstance(value, int) and "whole number" in expected)
     if fits and "a list" in expected:
         return f"Write {name}=[{value!r}]"

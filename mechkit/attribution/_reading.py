@@ -72,7 +72,9 @@ def as_direction(model: HookedModel, direction: Direction, pairs: PromptPairs | 
             "metric: direct logit attribution must know which logits are read, so it takes one of mechkit's metrics "
             "(mk.logit_diff(pairs)), a token, or a direction in the residual stream; got a callable"
         )
-    if not isinstance(direction, str | int | Sequence | Tensor):
+    if isinstance(direction, Tensor):
+        direction = direction.tolist()  # token ids
+    if not isinstance(direction, str | int | Sequence):
         raise ValueError(
             f"metric: expected one of mechkit's metrics, a token, a token for each prompt, or a direction; got {direction!r}"
         )

@@ -143,3 +143,7 @@ def _check_cache(cache: ActivationCache, model: HookedModel, source: Prompts, gr
     for site, layer in {(edit.site, edit.layer) for cell in grid.cells for edit in cell}:
         if (site, layer) not in cache:
             raise ValueError(f"source_cache: it holds no {site!r} of layer {layer}; cache that site too")
+        if (dtype := cache[site, layer].dtype) != model.dtype:
+            raise ValueError(
+                f"source_cache: expected {site!r} in the model's {model.dtype}, got {dtype}, which is rounded"
+            )

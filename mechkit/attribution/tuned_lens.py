@@ -33,6 +33,7 @@ from mechkit.attribution._tuned_fit import Settings, fit_translators
 from mechkit.hooks import (
     HookedModel,
     check_can_run,
+    check_stream,
     one_at_a_time,
 )
 from mechkit.prompts import PromptPairs, Prompts
@@ -141,7 +142,12 @@ class TunedLens(Drawn):
 
     @checked
     def translate(self, layer: int, resid: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
-        """What the lens expects `resid_post` of `layer` to have become after the last layer. The last layer's is itself."""
+        """What the lens expects `resid_post` of `layer` to have become after the last layer. The last layer's is itself.
+
+        Raises:
+            ValueError: a layer that the lens was not fitted for, a stream of another width or of whole numbers.
+        """
+        check_stream(resid, self.b.shape[-1])
         if layer == self.n_layers - 1:
             return resid
         if layer not in self.layers:

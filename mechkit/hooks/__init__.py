@@ -53,3 +53,4 @@ from mechkit.hooks._sites import parse_hook_name as parse_hook_name
 from mechkit.hooks._sweep import Answers as Answers
 from mechkit.hooks._sweep import sweep as sweep
 from mechkit.hooks._validate import ValidationReport as ValidationReport
+from mechkit.hooks._weights import check_stream as check_stream

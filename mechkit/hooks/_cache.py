@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from mechkit._check import checked
-from mechkit.hooks._sites import SITES, Site
+from mechkit._check import checked, is_whole
+from mechkit.hooks._sites import SITES, Site, get_site
 
 
 @checked
@@ -36,7 +36,9 @@ class ActivationCache(Mapping[str, Tensor]):
         self.whole = whole  # every position of an unmasked run with nobody's hooks on it
 
     def __getitem__(self, key: str | tuple[str, int]) -> Tensor:
-        name, layer = key if isinstance(key, tuple) else (key, None)
+        name, layer = key if isinstance(key, tuple) and len(key) == 2 else (key, None)
+        if not isinstance(name, str) or not (layer is None or is_whole(layer)):
+            raise TypeError(f"expected cache[name], or cache[name, layer] such as cache['z', 9]; got cache[{key!r}]")
         site = SITES.get(name)
         if site is None:
             return self._lookup(name)
@@ -65,7 +67,9 @@ class ActivationCache(Mapping[str, Tensor]):
     @checked
     def stack(self, name: str) -> Tensor:
         """One site at every cached layer, `[layer batch …]`."""
-        site: Site = SITES[name]
+        site: Site = get_site(name)
+        if not site.in_block:
+            raise ValueError(f"name: {name!r} is in no layer; cache[{name!r}] is it")
         found = [self._activations.get(site.hook_name(layer)) for layer in range(self.n_layers)]
         present = [a for a in found if a is not None]
         if len(present) != self.n_layers:
@@ -77,12 +81,14 @@ class ActivationCache(Mapping[str, Tensor]):
     @checked
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> ActivationCache:
         """A copy on another device, or in another dtype."""
+        check_dtype(dtype)
         moved = {name: a.to(device=device, dtype=dtype) for name, a in self._activations.items()}
         return ActivationCache(
             moved, self.n_layers, weights_hash=self.weights_hash, tokens=self.tokens, whole=self.whole
         )
 
     def _layer(self, layer: int) -> int:
+        layer = int(layer)
         if not -self.n_layers <= layer < self.n_layers:
             raise ValueError(f"layer: expected an index into {self.n_layers} layers, got {layer}")
         return layer % self.n_layers
@@ -91,3 +97,9 @@ class ActivationCache(Mapping[str, Tensor]):
         if name not in self._activations:
             raise KeyError(f"{name!r} is not in this cache, which holds {', '.join(list(self)[:8])} …")
         return self._activations[name]
+
+
+def check_dtype(dtype: torch.dtype | None) -> None:
+    """Raises `ValueError` for a dtype in which activations would lose their fractions or their sense."""
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype: expected a floating-point dtype, such as torch.float32; got {dtype}")

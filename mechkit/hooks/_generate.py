@@ -117,7 +117,7 @@ class Generate(Text):
 
         Raises:
             ValueError: padding that is not marked, more tokens than the model has positions for, settings of sampling
-                without `do_sample`.
+                without `do_sample`, an end that is no token.
         """
         choice = Choice(do_sample, temperature, top_k, top_p)
         if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
@@ -183,7 +183,10 @@ class Generate(Text):
         """Tokens at which a prompt ends."""
         both = [getattr(self.cfg, "eos_token_id", None), self._eos_id]
         several = [one if isinstance(one, list | tuple) else [one] for one in ([given] if given is not None else both)]
-        return frozenset(int(one) for some in several for one in some if one is not None)
+        ends = frozenset(int(one) for some in several for one in some if one is not None)
+        if given is not None and (odd := sorted(one for one in ends if not 0 <= one < self.d_vocab)):
+            raise ValueError(f"eos_token_id: expected token ids in 0..{self.d_vocab - 1}, got {odd[0]}")
+        return ends
 
 
 def _generator(seed: int, device: torch.device) -> torch.Generator:

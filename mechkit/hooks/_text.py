@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from mechkit._check import checked
+from mechkit._check import checked, is_whole_dtype
 from mechkit.hooks._context import check_length
 from mechkit.hooks._facts import Facts
 from mechkit.hooks._lock import one_at_a_time
@@ -151,6 +151,10 @@ class Text(Facts):
     ) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"] | None]:
         """Token ids, and where they are padding if some are."""
         if isinstance(input, Tensor):
+            if prepend_bos:
+                raise ValueError(
+                    "prepend_bos: token ids are run as they are; leave it out, or put the id in front of them"
+                )
             tokens = self._checked_tokens(input)
             if mask is not None and input.ndim == 1 and isinstance(mask, Tensor) and mask.ndim == 1:
                 mask = mask[None]
@@ -176,9 +180,12 @@ class Text(Facts):
         return tokens, real if mask is None else checked_mask(mask, tokens)
 
     def _checked_tokens(self, input: Tensor) -> Int[Tensor, "batch pos"]:
-        tokens = (input[None] if input.ndim == 1 else input).to(self.device)
-        if tokens.ndim != 2 or tokens.is_floating_point() or tokens.numel() == 0:
+        if input.is_nested or input.layout != torch.strided or input.device.type == "meta":
+            raise ValueError(f"input: expected token ids [batch pos], got a {input.layout} tensor on {input.device}")
+        tokens = input[None] if input.ndim == 1 else input
+        if tokens.ndim != 2 or not is_whole_dtype(tokens.dtype) or tokens.numel() == 0:
             raise ValueError(f"input: expected token ids [batch pos], got {tokens.dtype} {list(tokens.shape)}")
+        tokens = tokens.to(self.device, torch.long)
         if int(tokens.min()) < 0 or int(tokens.max()) >= self.d_vocab:
             raise ValueError(
                 f"input: expected token ids in 0..{self.d_vocab - 1}, got {int(tokens.min())}..{int(tokens.max())}"

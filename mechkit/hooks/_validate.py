@@ -46,12 +46,24 @@ def check_logits(model: HookedModel, probe: Tensor) -> float:
     with torch.no_grad():
         logits = model.bridge(tokens)
     difference = _relative(logits, probe)
+    if difference != difference and (where := _nonfinite_weight(model)) is not None:
+        raise ValueError(
+            f"model: expected finite weights; those of {model.name} hold NaN or infinite numbers, first in {where!r}. Is its "
+            "file damaged?"
+        )
     if not difference <= _allowed(model, difference) and (adapter := _adapter(model)) is not None:
         raise ValueError(
             f"model: with the adapter on {adapter!r} {model.name} ({model.cfg.architecture}) is not computed faithfully (logits "
             f"are off by {difference:.1e}). Merge it into the weights first (merge_and_unload() in peft)"
         )
     return _checked(model, "logits against the Hugging Face model", difference)
+
+
+def _nonfinite_weight(model: HookedModel) -> str | None:
+    """The first parameter that holds a NaN or an infinite number."""
+    named = model.bridge.original_model.named_parameters()
+    name = next((name for name, weight in named if not bool(weight.isfinite().all())), None)
+    return None if name is None else name.replace("._original_component", "")
 
 
 def _adapter(model: HookedModel) -> str | None:

@@ -129,10 +129,25 @@ class Weights(Facts):
         self, resid: Float[Tensor, "... d_model"], tokens: Int[Tensor, "token"] | None = None
     ) -> Float[Tensor, "... token"]:
         """The logits that a final residual stream gives, of `tokens` alone (all by default): final norm, unembedding, the
-        architecture's scaling or soft cap of logits, and whatever else the model's own head computes."""
+        architecture's scaling or soft cap of logits, and whatever else the model's own head computes.
+
+        Raises:
+            ValueError: a stream of another width, or of whole numbers; tokens that the vocabulary lacks.
+        """
+        check_stream(resid, self.d_model)
+        if tokens is not None and tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.d_vocab:
+            raise ValueError(f"tokens: expected token ids in 0..{self.d_vocab - 1}, got {tokens.tolist()[:5]}")
         return read_logits(self, resid, tokens)  # type: ignore[arg-type]
 
     def scale_logits(self, logits: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """What the architecture does to logits after the unembedding, entry by entry: scaling, or a soft cap."""
         transformed: Tensor = self.bridge.adapter.apply_output_logits_transform(logits)
         return transformed
+
+
+def check_stream(resid: Tensor, d_model: int) -> None:
+    """Raises `ValueError` unless a tensor can be a residual stream of this width."""
+    if not resid.is_floating_point() or resid.shape[-1:] != (d_model,):
+        raise ValueError(
+            f"resid: expected floating-point numbers [... {d_model}] (d_model), got {resid.dtype} {list(resid.shape)}"
+        )

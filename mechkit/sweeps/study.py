@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mechkit._check import checked
+from mechkit._check import checked, plain
 from mechkit._files import decoding
 from mechkit._version import __version__
 from mechkit.hooks import find_model
@@ -79,7 +79,7 @@ class Study:
         retries: int = 2,
     ) -> None:
         settings = {"name": name, "store": os.fspath(store), "budget": budget, "shard": shard, "retries": retries}
-        parts = {"model": models, "task": tasks, "technique": techniques}
+        parts = {"model": plain(models), "task": plain(tasks), "technique": plain(techniques)}
         self._take(check(settings, parts, Problems("study")))
 
     def _take(self, statement: Statement) -> None:
