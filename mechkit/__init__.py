@@ -1,93 +1,98 @@
-"""mechkit: mechanistic interpretability with exact, fast sweeps, labelled results and pictures that one can trust."""
+"""mechkit: mechanistic interpretability with exact, fast sweeps, labelled results and pictures that one can trust.
 
+A name is loaded when it is first asked for, so that `import mechkit` takes no time. `__init__.pyi` has the same names, for
+editors and type checkers; `tests/test_names.py` compares the two.
+"""
+
+import importlib as _importlib
+import sys as _sys
 import typing as _typing
 
-from mechkit import circuits as circuits
-from mechkit import plot as plot
-from mechkit import tasks as tasks
-from mechkit import zoo as zoo
-from mechkit._gap import GapWarning as GapWarning
 from mechkit._version import __version__ as __version__
-from mechkit.attribution import OVSVD as OVSVD
-from mechkit.attribution import Comparison as Comparison
-from mechkit.attribution import Erasure as Erasure
-from mechkit.attribution import TopTokens as TopTokens
-from mechkit.attribution import TunedLens as TunedLens
-from mechkit.attribution import ablation as ablation
-from mechkit.attribution import activation_patching as activation_patching
-from mechkit.attribution import atp_star as atp_star
-from mechkit.attribution import attention_flow as attention_flow
-from mechkit.attribution import attention_patterns as attention_patterns
-from mechkit.attribution import attention_relevance as attention_relevance
-from mechkit.attribution import attention_rollout as attention_rollout
-from mechkit.attribution import attribution_patching as attribution_patching
-from mechkit.attribution import compare as compare
-from mechkit.attribution import composition_scores as composition_scores
-from mechkit.attribution import direct_logit_attribution as direct_logit_attribution
-from mechkit.attribution import dla_erasure_check as dla_erasure_check
-from mechkit.attribution import gradient_x_input as gradient_x_input
-from mechkit.attribution import head_scores as head_scores
-from mechkit.attribution import hidden_states as hidden_states
-from mechkit.attribution import integrated_gradients as integrated_gradients
-from mechkit.attribution import logit_lens as logit_lens
-from mechkit.attribution import neuron_attribution as neuron_attribution
-from mechkit.attribution import ov_circuit as ov_circuit
-from mechkit.attribution import ov_svd as ov_svd
-from mechkit.attribution import patchscope as patchscope
-from mechkit.attribution import qk_circuit as qk_circuit
-from mechkit.attribution import relp as relp
-from mechkit.attribution import token_integrated_gradients as token_integrated_gradients
-from mechkit.attribution import top_tokens as top_tokens
-from mechkit.attribution import verify as verify
-from mechkit.circuits import Circuit as Circuit
-from mechkit.circuits import CircuitReport as CircuitReport
-from mechkit.circuits import EdgeScores as EdgeScores
-from mechkit.circuits import FaithfulnessCurve as FaithfulnessCurve
-from mechkit.circuits import Graph as Graph
-from mechkit.circuits import acdc as acdc
-from mechkit.circuits import edge_attribution as edge_attribution
-from mechkit.circuits import edge_patching as edge_patching
-from mechkit.circuits import evaluate_circuit as evaluate_circuit
-from mechkit.circuits import faithfulness_curve as faithfulness_curve
-from mechkit.circuits import find_circuit as find_circuit
-from mechkit.circuits import learn_mask as learn_mask
-from mechkit.circuits import optimal_ablation as optimal_ablation
-from mechkit.circuits import path_patching as path_patching
-from mechkit.hooks import SITES as SITES
-from mechkit.hooks import ActivationCache as ActivationCache
-from mechkit.hooks import Edit as Edit
-from mechkit.hooks import HookedModel as HookedModel
-from mechkit.hooks import sweep as sweep
-from mechkit.metrics import Metric as Metric
-from mechkit.metrics import accuracy as accuracy
-from mechkit.metrics import kl_divergence as kl_divergence
-from mechkit.metrics import log_prob as log_prob
-from mechkit.metrics import logit_diff as logit_diff
-from mechkit.metrics import metric_factory as metric_factory
-from mechkit.metrics import prob_diff as prob_diff
-from mechkit.prompts import PromptPairs as PromptPairs
-from mechkit.prompts import Prompts as Prompts
-from mechkit.result import Cost as Cost
-from mechkit.result import Result as Result
 
-if _typing.TYPE_CHECKING:
-    from mechkit import sweeps as sweeps
-    from mechkit.plot import report as report
-    from mechkit.sweeps import Study as Study
+_MODULE_OF = {
+    "PromptPairs": "mechkit.prompts",
+    "Prompts": "mechkit.prompts",
+    "Metric": "mechkit.metrics",
+    "accuracy": "mechkit.metrics",
+    "kl_divergence": "mechkit.metrics",
+    "log_prob": "mechkit.metrics",
+    "logit_diff": "mechkit.metrics",
+    "metric_factory": "mechkit.metrics",
+    "prob_diff": "mechkit.metrics",
+    "Cost": "mechkit.result",
+    "Result": "mechkit.result",
+    "ActivationCache": "mechkit.hooks",
+    "Edit": "mechkit.hooks",
+    "HookedModel": "mechkit.hooks",
+    "SITES": "mechkit.hooks",
+    "sweep": "mechkit.hooks",
+    "Comparison": "mechkit.attribution",
+    "Erasure": "mechkit.attribution",
+    "OVSVD": "mechkit.attribution",
+    "TopTokens": "mechkit.attribution",
+    "TunedLens": "mechkit.attribution",
+    "ablation": "mechkit.attribution",
+    "activation_patching": "mechkit.attribution",
+    "atp_star": "mechkit.attribution",
+    "attention_flow": "mechkit.attribution",
+    "attention_patterns": "mechkit.attribution",
+    "attention_relevance": "mechkit.attribution",
+    "attention_rollout": "mechkit.attribution",
+    "attribution_patching": "mechkit.attribution",
+    "compare": "mechkit.attribution",
+    "composition_scores": "mechkit.attribution",
+    "direct_logit_attribution": "mechkit.attribution",
+    "dla_erasure_check": "mechkit.attribution",
+    "gradient_x_input": "mechkit.attribution",
+    "head_scores": "mechkit.attribution",
+    "hidden_states": "mechkit.attribution",
+    "integrated_gradients": "mechkit.attribution",
+    "logit_lens": "mechkit.attribution",
+    "neuron_attribution": "mechkit.attribution",
+    "ov_circuit": "mechkit.attribution",
+    "ov_svd": "mechkit.attribution",
+    "patchscope": "mechkit.attribution",
+    "qk_circuit": "mechkit.attribution",
+    "relp": "mechkit.attribution",
+    "token_integrated_gradients": "mechkit.attribution",
+    "top_tokens": "mechkit.attribution",
+    "verify": "mechkit.attribution",
+    "Circuit": "mechkit.circuits",
+    "CircuitReport": "mechkit.circuits",
+    "EdgeScores": "mechkit.circuits",
+    "FaithfulnessCurve": "mechkit.circuits",
+    "Graph": "mechkit.circuits",
+    "acdc": "mechkit.circuits",
+    "edge_attribution": "mechkit.circuits",
+    "edge_patching": "mechkit.circuits",
+    "evaluate_circuit": "mechkit.circuits",
+    "faithfulness_curve": "mechkit.circuits",
+    "find_circuit": "mechkit.circuits",
+    "learn_mask": "mechkit.circuits",
+    "optimal_ablation": "mechkit.circuits",
+    "path_patching": "mechkit.circuits",
+    "report": "mechkit.plot",
+    "Study": "mechkit.sweeps",
+    "GapWarning": "mechkit._gap",
+}
+_PACKAGES = ("circuits", "plot", "sweeps", "tasks", "zoo")  # public as they are: `mk.tasks.ioi`
+_MODULES = {*_PACKAGES, *(module.removeprefix("mechkit.") for module in _MODULE_OF.values())}
 
-_LATE = ("Study", "report", "sweeps")  # these import what is slow to import: plotly, pydantic
+
+__all__ = [*_PACKAGES, *_MODULE_OF]
 
 
 def __getattr__(name: str) -> _typing.Any:
-    if name == "report":
-        return plot.report
-    if name in ("Study", "sweeps"):
-        import importlib
-
-        found = importlib.import_module("mechkit.sweeps")
-        return found if name == "sweeps" else found.Study
-    raise AttributeError(f"module 'mechkit' has no attribute {name!r}")
+    if name in _MODULE_OF:
+        value = getattr(_importlib.import_module(_MODULE_OF[name]), name)
+    elif name in _MODULES:
+        value = _importlib.import_module(f"mechkit.{name}")
+    else:
+        raise AttributeError(f"module 'mechkit' has no attribute {name!r}", name=name, obj=_sys.modules[__name__])
+    globals()[name] = value  # so that this function is asked once
+    return value
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *_LATE]
+    return sorted({*globals(), *__all__})

@@ -19,6 +19,9 @@ instrument_shapes_alone()
 
 import mechkit as mk  # noqa: E402
 
+for _name in ("attribution", "circuits", "hooks", "plot", "tasks", "zoo"):
+    getattr(mk, _name)  # loaded here, so that what the import of another library warns of is no test's failure
+
 _raises = pytest.raises
 
 

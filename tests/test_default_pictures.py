@@ -17,6 +17,7 @@ from mechkit.plot import Figure
 OTHERS = {
     *("HookedModel", "ActivationCache", "Prompts", "PromptPairs", "Result", "Cost", "Metric", "Edit", "Graph", "SITES"),
     *("accuracy", "kl_divergence", "log_prob", "logit_diff", "metric_factory", "prob_diff", "report", "GapWarning"),
+    "Study",
 }
 CLASSES = {
     *("Circuit", "CircuitReport", "Comparison", "EdgeScores", "Erasure", "FaithfulnessCurve", "OVSVD", "TopTokens"),
@@ -87,11 +88,7 @@ def techniques(model: mk.HookedModel, pairs: mk.PromptPairs, metric: mk.Metric) 
 
 def test_every_public_technique_has_a_default_picture(question) -> None:
     found = techniques(*question)
-    public = {
-        name
-        for name, value in vars(mk).items()
-        if not name.startswith("_") and not inspect.ismodule(value) and name not in OTHERS | CLASSES
-    }
+    public = {name for name in mk.__all__ if not inspect.ismodule(getattr(mk, name)) and name not in OTHERS | CLASSES}
     assert public == set(found)
     drawn = {}
     for name, (_, result) in found.items():

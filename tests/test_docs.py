@@ -189,9 +189,9 @@ def test_nothing_of_this_machine_is_in_the_pages(site):
 
 
 def public_names() -> set[str]:
-    """What `mechkit/__init__.py` imports for others."""
+    """What `mechkit/__init__.pyi` imports for others; `tests/test_names.py` compares it with what is loaded."""
     names = set()
-    for node in ast.walk(ast.parse(Path(mk.__file__).read_text())):
+    for node in ast.walk(ast.parse(Path(mk.__file__).with_suffix(".pyi").read_text())):
         if isinstance(node, ast.ImportFrom):
             names |= {alias.asname or alias.name for alias in node.names}
     return {name for name in names if not name.startswith("_")}

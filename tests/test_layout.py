@@ -353,6 +353,13 @@ def loaded_by(statement: str) -> set[str]:
 def test_import_is_light() -> None:
     loaded = loaded_by("import mechkit")
     assert "mechkit" in loaded
+    assert loaded & (HEAVY | {"torch", "transformers"}) == set()
+
+
+def test_import_of_every_part_is_light() -> None:
+    parts = "attribution, circuits, hooks, plot, sweeps, tasks, zoo"
+    loaded = loaded_by(f"from mechkit import {parts}")
+    assert "torch" in loaded
     assert loaded & HEAVY == set()
 
 

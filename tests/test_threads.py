@@ -231,7 +231,7 @@ def test_wrappers_of_the_same_modules_share_a_lock_and_copies_have_their_own(mod
 
 def test_no_public_function_runs_a_model_without_its_lock():
     """Every public function whose signature has a `model`, and every classmethod that fits something."""
-    functions = [mk.TunedLens.fit, *(thing for thing in vars(mk).values() if inspect.isfunction(thing))]
+    functions = [mk.TunedLens.fit, *(thing for name in mk.__all__ if inspect.isfunction(thing := getattr(mk, name)))]
     with_model = [fn for fn in functions if "model" in inspect.signature(fn).parameters]
     assert len(with_model) > 30
     assert [fn.__qualname__ for fn in with_model if not hasattr(fn, "_one_at_a_time")] == []
