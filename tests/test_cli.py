@@ -397,7 +397,7 @@ def test_ctrl_c_and_going_on(tmp_path):
     head = STUDY.partition("[[technique]]")[0].replace("grid.seed = [0, 1]", f"grid.seed = {list(range(8))}")
     technique = f'name = "study_helpers:waits"\nlog = "{log}"\ngate = "{gate}"\nfree = 2\n'
     file.write_text(f"{head}[[technique]]\n{technique}")
-    command = [sys.executable, "-m", "mechkit.cli", "run", str(file), "--allow-code"]
+    command = [sys.executable, "-m", "mechkit", "run", str(file), "--allow-code"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
     begun = subprocess.Popen(
         command,

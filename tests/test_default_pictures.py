@@ -17,7 +17,6 @@ from mechkit.plot import Figure
 OTHERS = {
     *("HookedModel", "ActivationCache", "Prompts", "PromptPairs", "Result", "Cost", "Metric", "Edit", "Graph", "SITES"),
     *("accuracy", "kl_divergence", "log_prob", "logit_diff", "metric_factory", "prob_diff", "report", "GapWarning"),
-    "Study",
 }
 CLASSES = {
     *("Circuit", "CircuitReport", "Comparison", "EdgeScores", "Erasure", "FaithfulnessCurve", "OVSVD", "TopTokens"),

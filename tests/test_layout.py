@@ -35,6 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sweeps": {"zoo", "tasks", "circuits", "attribution", "hooks", *_DATA},
     "plot": {"attribution", "circuits", "prompts", "metrics", "result"},
     "cli": {"sweeps", "plot", "zoo", "tasks", "circuits", "attribution", "hooks", *_DATA},
+    "__main__": {"cli"},
 }
 LATE = {"_drawn": "plot"}  # helper -> what it may import when it is called: results find their pictures by it
 OWNERS = {
