@@ -8,6 +8,7 @@ import importlib.util
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mechkit._check import ArgumentTypeError, shown
+from mechkit.hooks._gguf import load_gguf
 from mechkit.hooks._memory import out_of_memory
 from mechkit.hooks._quantized import PLAIN
 
@@ -43,16 +45,29 @@ def load_hf(
         ValueError: an argument that would change the weights, the file or folder is not there, a package that the format needs
             is not installed (it is named), or transformers cannot read a causal language model and a tokenizer there.
     """
-    from transformers import AutoConfig, AutoTokenizer
-
     _check_arguments(dtype, kwargs)
     source, arguments = _locate(str(name))
-    common = {"trust_remote_code": trust_remote_code, **arguments}
+    common: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if revision is not None:
         common["revision"] = revision
-    if "gguf_file" in arguments and importlib.util.find_spec("gguf") is None:
+    gguf_file = arguments.get("gguf_file")
+    if gguf_file and importlib.util.find_spec("gguf") is None:
         raise ValueError(f"{name!r} is a GGUF file; reading one needs the package `gguf` (pip install gguf)")
-    with warnings.catch_warnings(), _reading(str(name), kwargs):
+    with _reading(str(name), kwargs):
+        if gguf_file and not kwargs:  # these may change what is loaded
+            read = partial(_read, dtype=dtype, common={})
+            model, tokenizer = load_gguf(Path(source) / gguf_file, dtype, read)
+        else:
+            model, tokenizer = _read(source, arguments, dtype=dtype, common=common, **kwargs)
+    return model.eval(), tokenizer
+
+
+def _read(source: str, arguments: dict[str, str], *, dtype: torch.dtype, common: dict[str, Any], **kwargs: Any) -> Any:
+    """The model and the tokenizer, as transformers reads them."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    common = {**common, **arguments}
+    with warnings.catch_warnings():
         config = AutoConfig.from_pretrained(source, **common)
         model_class = _model_class(config)
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -61,7 +76,7 @@ def load_hf(
             source, config=config, dtype=dtype, attn_implementation="eager", **common, **kwargs
         )
         tokenizer = AutoTokenizer.from_pretrained(source, config=config, **common)
-    return model.eval(), tokenizer
+    return model, tokenizer
 
 
 def _check_arguments(dtype: torch.dtype, further: Mapping[str, Any]) -> None:

