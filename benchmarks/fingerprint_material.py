@@ -20,14 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 # Where the library's word for something is not the one in the keys below: {technique: {word in the key: the library's}}.
 # A rename in the library is a line here, and leaves the keys as they are.
 RENAMED = {
-    "ablation": {"position_mean": "pos_mean"},
-    "dla_erasure_check": {"position_mean": "mean"},
     "attention_rollout": {"head_fusion": "heads"},
     "attention_flow": {"head_fusion": "heads"},
-    **{
-        technique: {"position_mean": "position-mean"}
-        for technique in ("evaluate_circuit", "faithfulness_curve", "acdc", "learn_mask", "find_circuit")
-    },
 }
 
 N_LAYERS = 3

@@ -233,19 +233,23 @@ def read_tensors(
     return tensors, header
 
 
-# A text that a spreadsheet would take for a formula, or that is marked as ours already.
-_FORMULA = re.compile(r"'*[=+\-@\t\r]")
-GUARDED = r"^('*[=+\-@\t\r])"  # the same, for pyarrow
+# How a text begins that a spreadsheet would take for a formula, with the signs as East Asian keyboards write them.
+_FORMULA = r"[=+\-@\t\r\n＝＋－＠]"
+# A text that reads as a number, or as True or False.
+_TYPED = r"\s*(?:[\d_]*\.?[\d_]+(?:[eE][+-]?\d+)?|[\d_]+\.|(?i:nan|inf|infinity|true|false))\s*$"
+_MARKED = re.compile(f"'*(?:{_FORMULA}|{_TYPED})")
+GUARDED = f"^('*{_FORMULA}|'+{_TYPED})"  # for pyarrow: what has to be marked lest it be run, or taken for marked
 
 
 def guarded(text: str) -> str:
-    """A text cell of a CSV file such that no spreadsheet runs it: `=1+1` becomes `'=1+1`. `unguarded` takes that back."""
-    return f"'{text}" if _FORMULA.match(text) else text
+    """A text cell of a CSV file such that no spreadsheet runs it, and that is read again as a text: `=1+1` becomes `'=1+1`, and
+    `1e5` becomes `'1e5`. `unguarded` takes that back."""
+    return f"'{text}" if _MARKED.match(text) else text
 
 
 def unguarded(text: str) -> str:
     """The inverse of `guarded`."""
-    return text[1:] if text.startswith("'") and _FORMULA.match(text) else text
+    return text[1:] if text.startswith("'") and _MARKED.match(text) else text
 
 
 def _size(n: int) -> str:

@@ -82,7 +82,7 @@ def caution(numerator: np.ndarray, denominator: np.ndarray) -> str:
     """
     n, reasons = len(numerator), []
     if n < FEW:
-        reasons.append(f"{n} prompts are few (expected {FEW} or more)")
+        reasons.append(f"{n} {'prompt is' if n == 1 else 'prompts are'} few (expected {FEW} or more)")
     with np.errstate(divide="ignore", invalid="ignore"):
         residual = numerator - numerator.sum() / denominator.sum() * denominator
         skewness = float((residual**3).mean() / (residual**2).mean() ** 1.5)

@@ -272,12 +272,12 @@ def as_metric(metric: Any) -> Metric | CallableMetric:
 
 def one_a_prompt(metric: Metric | CallableMetric, value: Any, n_prompts: int) -> Tensor:
     """What a metric gave, or `ValueError` unless it is one value a prompt."""
-    if isinstance(value, Tensor) and value.shape == (n_prompts,):
+    if isinstance(value, Tensor) and value.shape == (n_prompts,) and not value.is_complex():
         return value
-    got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
     raise ValueError(
-        f"metric {metric.name!r}: expected one value a prompt, a tensor of shape [{n_prompts}], got {got}. Do not average inside "
-        "the metric: results keep the prompt axis"
+        f"metric {metric.name!r}: expected one real value a prompt, a tensor of shape [{n_prompts}], got {got}. Do not average "
+        "inside the metric: results keep the prompt axis"
     )
 
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from mechkit._check import checked
+from mechkit._check import checked, is_whole_dtype, shown
 
 Answer = str | int
 AnswerSet = Answer | Sequence[Answer]
@@ -51,10 +51,12 @@ class Prompts:
         if not self.tokens:
             raise ValueError("tokens: expected at least one prompt, got none")
         for i, row in enumerate(self.tokens):
-            if row.ndim != 1 or row.is_floating_point() or len(row) == 0:
+            if row.ndim != 1 or not is_whole_dtype(row.dtype) or len(row) == 0:
                 raise ValueError(
                     f"tokens[{i}]: expected a non-empty 1-D tensor of token ids, got {row.dtype} {list(row.shape)}"
                 )
+            if int(row.min()) < 0:
+                raise ValueError(f"tokens[{i}]: expected ids of 0 or more, got {int(row.min())}")
         if self.str_tokens is not None and [len(s) for s in self.str_tokens] != [len(t) for t in self.tokens]:
             raise ValueError("str_tokens: expected one string for each token of each prompt")
 
@@ -62,17 +64,24 @@ class Prompts:
     @checked
     def from_tokens(cls, tokens: Tensor | Iterable[Tensor | Sequence[int]], model: Tokenizes | None = None) -> Prompts:
         """From a `[prompt pos]` tensor without padding, or a list of prompts of any lengths."""
-        rows = tuple(_integers(row) for row in tokens)
+        if isinstance(tokens, Tensor) and tokens.ndim != 2:
+            raise ValueError(
+                f"tokens: expected [prompt pos], got shape {list(tokens.shape)}{'; write tokens[None]' * (tokens.ndim == 1)}"
+            )
+        rows = tuple(_integers(row, f"tokens[{i}]") for i, row in enumerate(tokens))
         if model is not None:
             for i, row in enumerate(rows):
-                if len(row) and (int(row.min()) < 0 or int(row.max()) >= model.d_vocab):
+                if row.ndim != 1 or len(row) == 0 or not is_whole_dtype(row.dtype):
+                    continue  # refused below
+                if int(row.min()) < 0 or int(row.max()) >= model.d_vocab:
                     raise ValueError(f"tokens[{i}]: expected ids in 0..{model.d_vocab - 1}, got {row.tolist()}")
-                if len(row) and _begins_with_padding(model, row):
+                if _begins_with_padding(model, row):
                     raise ValueError(
                         f"tokens[{i}]: begins with padding, which would be read as text. Pass each prompt unpadded: "
                         "prompts may differ in length"
                     )
-        return cls(rows, _labels(model, rows))
+        prompts = cls(rows)
+        return replace(prompts, str_tokens=_labels(model, rows))
 
     @classmethod
     @checked
@@ -161,8 +170,8 @@ class PromptPairs:
         lengths = self.clean.lengths
         named = {}
         for name, values in {**self.positions, "END": self.positions.get("END", lengths - 1)}.items():
-            index = _integers(values)
-            if index.is_floating_point():
+            index = _integers(values, f"positions[{name!r}]")
+            if not is_whole_dtype(index.dtype):
                 raise ValueError(f"positions[{name!r}]: expected integers, got {index.dtype} {index.tolist()}")
             if index.shape != lengths.shape:
                 raise ValueError(f"positions[{name!r}]: expected {len(lengths)} values, got shape {list(index.shape)}")
@@ -239,7 +248,7 @@ class PromptPairs:
                 raise ValueError(f"answers of pair {i}: expected (right, wrong), got {pair!r}")
             right.append(_answer_ids(model, pair[0], f"right answer of pair {i}"))
             wrong.append(_answer_ids(model, pair[1], f"wrong answer of pair {i}"))
-        named = {name: torch.as_tensor(index) for name, index in (positions or {}).items()}
+        named = {name: _integers(index, f"positions[{name!r}]") for name, index in (positions or {}).items()}
         return cls(clean, corrupted, tuple(right), tuple(wrong), named, task)
 
     def __len__(self) -> int:
@@ -314,10 +323,13 @@ def _first_difference(a: Tensor, b: Tensor) -> int:
     return int(different[0]) if len(different) else len(a)
 
 
-def _integers(values: Any) -> Tensor:
-    """On the CPU as 64-bit integers; numbers with a fraction stay as they are, for the caller to refuse."""
-    tensor = torch.as_tensor(values).cpu()
-    return tensor if tensor.is_floating_point() else tensor.long()
+def _integers(values: Any, where: str) -> Tensor:
+    """On the CPU as 64-bit integers; what are no whole numbers stay as they are, for the caller to refuse."""
+    try:
+        tensor = torch.as_tensor(values).cpu()
+    except (OverflowError, RuntimeError, TypeError, ValueError):  # 2**70
+        raise ValueError(f"{where}: expected whole numbers of 64 bits, got {shown(values)}") from None
+    return tensor.long() if is_whole_dtype(tensor.dtype) else tensor
 
 
 def _labels(model: Tokenizes | None, rows: Sequence[Tensor]) -> tuple[tuple[str, ...], ...] | None:
@@ -335,9 +347,9 @@ def _answer_ids(model: Tokenizes | None, answer: AnswerSet, where: str) -> tuple
                 one = model.to_single_token(one)
             except ValueError as error:
                 raise ValueError(f"{where}: {error}") from None
-        one = int(one)
-        if one < 0 or (model is not None and one >= model.d_vocab):
-            top = "" if model is None else f"..{model.d_vocab - 1}"
-            raise ValueError(f"{where}: expected a token id in 0{top}, got {one}")
+        one, n = int(one), 2**63 if model is None else model.d_vocab
+        if not 0 <= one < n:
+            wanted = "of 0 or more" if model is None and one < 0 else f"in 0..{n - 1}"
+            raise ValueError(f"{where}: expected a token id {wanted}, got {one}")
         ids.append(one)
     return tuple(ids)

@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechkit._check import checked
+from mechkit._check import checked, plain
 from mechkit._drawn import Drawn
 from mechkit._files import decoding, read_tensors, write_tensors
 from mechkit._gap import warn_of_gap
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 Label = int | str
 _SCHEMA_VERSION = 1
+_DRAWS = 2**29  # prompts that are drawn in all resamples together, at most: 4 GiB of counts
 _PREFIXES = {"layer": "L", "head": "H", "neuron": "N"}
 
 
@@ -195,7 +196,7 @@ class Result(Drawn):
         Raises:
             ValueError: if there is no such dim, or a number is infinite.
         """
-        self._check_dim(dim)
+        self._check_dim(dim, "dim")
         self._check_finite()
         axis, absent = self.dims.index(dim), self.values.isnan()
         ragged = bool((absent.any(axis) & ~absent.all(axis)).any())
@@ -293,8 +294,8 @@ class Result(Drawn):
         return result
 
     def _sel(self, dim: str, wanted: Any) -> "Result":
-        self._check_dim(dim)
-        wanted = wanted.tolist() if hasattr(wanted, "tolist") else wanted
+        self._check_dim(dim, "sel")
+        wanted = plain(wanted)
         many = isinstance(wanted, (list, tuple, slice, range, set, frozenset))
         indices = _find(self.coords[dim], list(wanted) if many and not isinstance(wanted, slice) else wanted, dim)
 
@@ -351,6 +352,7 @@ class Result(Drawn):
                 "ci: expected 0 < level < 1, n_resamples >= 1 and method 'percentile', 'basic' or 'studentized', "
                 f"got {level!r}, {n_resamples!r} and {method!r}"
             )
+        self._check_draws(n_resamples)
         numerator, denominator, unit = self.values, torch.ones_like(self.values), self.unit
         if normalized:
             self.mean("prompt").normalized()  # refuses missing baselines and gaps of 0
@@ -382,13 +384,14 @@ class Result(Drawn):
             A result without `'prompt'` and without baselines, unit `'p'`; NaN where a cell does not exist.
 
         Raises:
-            ValueError: if there are fewer than two prompts, `n_resamples < 1`, or a number is infinite.
+            ValueError: if there are fewer than two prompts, `n_resamples < 1` or more than memory holds, or a number is infinite.
         """
         from scipy.stats import false_discovery_control
 
         self._check_prompts("p_values")
         if n_resamples < 1:
             raise ValueError(f"p_values: expected n_resamples >= 1, got {n_resamples!r}")
+        self._check_draws(min(n_resamples, 2 ** len(self.coords["prompt"])))
         effects = self._by_prompt(self.effect().values if self.baseline else self.values)
         p = sign_flip_test(effects, n_resamples, np.random.default_rng(seed))
         present = ~np.isnan(p)
@@ -487,9 +490,17 @@ class Result(Drawn):
             return cells.reshape([1] if "prompt" in self.dims and self.shape[self.dims.index("prompt")] == 1 else [])
         return cells.flatten() if varying == {"prompt"} else cells.expand(self.shape)
 
-    def _check_dim(self, dim: str) -> None:
+    def _check_dim(self, dim: str, where: str) -> None:
         if dim not in self.dims:
-            raise ValueError(f"expected one of the dims {self.dims}, got {dim!r}")
+            raise ValueError(f"{where}: expected one of the dims {self.dims}, got {dim!r}")
+
+    def _check_draws(self, n: int) -> None:
+        """Raises `ValueError` for more resamples than fit into a few gigabytes."""
+        most = _DRAWS // len(self.coords["prompt"])
+        if n > most:
+            raise ValueError(
+                f"n_resamples: expected at most {most:,} for {len(self.coords['prompt'])} prompts, got {n:,}"
+            )
 
     def _check_finite(self) -> None:
         """An infinity would become NaN in a sum or a difference, and so a cell that seems not to exist."""

@@ -35,7 +35,7 @@ def z_of(model, prompts, layer, head):
     return [model.run_with_cache(t, ("z", layer))[1]["z", layer][0, :, head].detach() for t in prompts.tokens]
 
 
-@pytest.mark.parametrize("mode", ["zero", "mean", "pos_mean"])
+@pytest.mark.parametrize("mode", ["zero", "mean", "position_mean"])
 def test_zero_and_means(model, mode):
     pairs = make_pairs()  # ragged
     metric = whole_vocabulary(pairs)
@@ -49,7 +49,7 @@ def test_zero_and_means(model, mode):
         value = {
             "zero": lambda i, n: 0.0,
             "mean": lambda i, n, mean=mean: mean,
-            "pos_mean": lambda i, n, at=at: torch.stack(at[:n]),
+            "position_mean": lambda i, n, at=at: torch.stack(at[:n]),
         }[mode]
         expected = by_hand(model, pairs, metric, layer, head, value)
         assert torch.allclose(result.values[layer, head], expected, atol=1e-10, rtol=0)
@@ -119,7 +119,7 @@ def test_refuses_what_has_no_meaning(model):
     with pytest.raises(ValueError, match="one value for each source position"):
         mk.ablation(model, pairs, metric, site="pattern", mode="mean")
     with pytest.raises(ValueError, match="reference: expected prompts of at least 7 tokens"):
-        mk.ablation(model, pairs, metric, mode="pos_mean", reference=make_pairs(((5, 1),)))
+        mk.ablation(model, pairs, metric, mode="position_mean", reference=make_pairs(((5, 1),)))
     with pytest.raises(ValueError, match="a zero score is not zero attention"):
         mk.ablation(model, pairs, metric, site="attn_scores", mode="zero")
     with pytest.raises(ValueError, match="source: expected 3 prompts, one for each base prompt; got 1"):

@@ -149,7 +149,7 @@ def test_a_small_model_against_the_reference(family, task_metric, thresholds):
         ("gpt2", 1.0, whole_vocabulary, "resample"),
         ("llama", 0.05, None, "resample"),
         ("llama", 0.3, mk.logit_diff, "zero"),
-        ("gptj", 0.3, None, "position-mean"),
+        ("gptj", 0.3, None, "position_mean"),
         ("gemma2", 0.2, None, "resample"),
         ("llama_mqa", 0.5, mk.logit_diff, "mean"),
     ],

@@ -141,11 +141,11 @@ def test_what_means_and_zeros_are(family):
     def mean(name: str, j: int, ablation: str) -> Tensor:
         if ablation == "zero":
             return torch.zeros_like(wrote[j][name])
-        if ablation == "position-mean":
+        if ablation == "position_mean":
             return torch.stack([w[name] for w in wrote if len(w[name]) == len(wrote[j][name])]).mean(0)
         return torch.cat([w[name] for w in wrote]).mean(0).expand_as(wrote[j][name])
 
-    for ablation in ("zero", "mean", "position-mean"):
+    for ablation in ("zero", "mean", "position_mean"):
         empty = evaluator(family, ablation).evaluate(full_and_empty(graph)[1:])[0]
         for j in range(3):
             change = sum(mean(w.name, j, ablation) - clean[j].wrote[w.name] for w in graph.writers)
@@ -212,7 +212,7 @@ def test_layers_below_the_first_missing_edge_may_be_skipped(family):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2"])
-@pytest.mark.parametrize("ablation", ["resample", "mean", "position-mean"])
+@pytest.mark.parametrize("ablation", ["resample", "mean", "position_mean"])
 def test_small_memory_and_pairs_by_themselves(family, ablation):
     model, pairs = model_of(family), make_pairs()
     ev = evaluator(family, ablation)

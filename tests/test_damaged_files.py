@@ -426,3 +426,35 @@ def test_no_spreadsheet_runs_a_text_cell(tmp_path: Path) -> None:
     back, exact = read_table(path), figure.table()
     for name, column in exact.items():
         assert str(back[name].tolist()) == str(np.asarray(column).tolist()), name  # as text, since NaN is not NaN
+
+
+@pytest.mark.parametrize(
+    "label",
+    [
+        "\n=1",
+        "＝1",
+        "＋1",
+        "－1",
+        "＠x",
+        "1e5",
+        "5",
+        " 7",
+        "1_000",
+        ".5",
+        "nan",
+        "Infinity",
+        "True",
+        "'5",
+        "''=1",
+        "'a",
+        "5 a",
+        "-5",
+    ],
+)
+def test_labels_of_figures_come_back_as_they_were(label: str, tmp_path: Path) -> None:
+    result = mk.Result(torch.zeros(1), ("token",), {"token": (label,)}, {}, "", "m", "u", {})
+    path = mk.plot.bars(result).save(tmp_path / "bars.csv")
+    columns = [column.tolist() for column in read_table(path).values()]
+    assert [label] in columns, columns
+    cells = [cell for row in csv.reader(io.StringIO(path.read_bytes().decode(), newline="")) for cell in row]
+    assert not [cell for cell in cells if cell[:1] in tuple("=+@\t\r\n＝＋－＠")]

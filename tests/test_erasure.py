@@ -35,7 +35,7 @@ def test_a_writer_and_an_eraser():
     assert kept.erasers() == ()
 
 
-@pytest.mark.parametrize("mode", ["zero", "mean"])
+@pytest.mark.parametrize("mode", ["zero", "mean", "position_mean"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_parts_sum_to_the_total_effect(family, mode):
     model, pairs = make_model(family), make_pairs(((7, 2), (7, 4)))
@@ -43,9 +43,7 @@ def test_the_parts_sum_to_the_total_effect(family, mode):
     head = (1, 2)
     found = mk.dla_erasure_check(model, pairs, metric, head, mode=mode)
     tolerance = 1e-3 if family == "mixtral" else 1e-4
-    exact = mk.ablation(
-        model, pairs, metric, "z", "layer head", mode="zero" if mode == "zero" else "pos_mean", progress=False
-    )
+    exact = mk.ablation(model, pairs, metric, "z", "layer head", mode=mode, progress=False)
     total = -exact.effect().values[head]
     size = max(1.0, float(total.abs().max()))
     assert torch.allclose(found.total.values, total.double(), atol=tolerance * size)
@@ -77,7 +75,8 @@ def test_bad_arguments():
         ({"head": (4, 0)}, "head"),
         ({"head": (0, 4)}, "head"),
         ({"head": (0, 0), "mode": "resample"}, "mode"),
-        ({"head": (0, 0), "mode": "mean"}, "mean"),
+        ({"head": (0, 0), "mode": "mean"}, "mode: 'mean' needs"),
+        ({"head": (0, 0), "mode": "position_mean"}, "mode: 'position_mean' needs"),
     ):
         with pytest.raises(ValueError, match=match):
             mk.dla_erasure_check(model, pairs, metric, **arguments)

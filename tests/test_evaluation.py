@@ -36,7 +36,7 @@ def faithfulness(evaluator: Evaluator, members: torch.Tensor) -> float:
     return float((value - nothing) / (clean - nothing))
 
 
-@pytest.mark.parametrize("ablation", ["resample", "zero", "mean", "position-mean"])
+@pytest.mark.parametrize("ablation", ["resample", "zero", "mean", "position_mean"])
 def test_the_numbers_are_what_their_definitions_say(llama, pairs, exact, ablation):
     metric = whole_vocabulary(pairs)
     circuit = mk.Circuit.from_scores(exact, n_edges=100)
@@ -68,7 +68,7 @@ def test_the_numbers_are_what_their_definitions_say(llama, pairs, exact, ablatio
 
 def test_full_and_empty_circuits(llama, pairs):
     metric = whole_vocabulary(pairs)
-    for ablation in ("resample", "zero", "mean", "position-mean"):
+    for ablation in ("resample", "zero", "mean", "position_mean"):
         full = mk.evaluate_circuit(
             mk.Circuit.full(llama), llama, pairs, metric, ablation=ablation, random=0, sets=0, minimality=None
         )
@@ -250,3 +250,16 @@ def test_callable_metrics_see_whole_prompts(llama):
     called = mk.evaluate_circuit(circuit, llama, pairs, lambda logits: logits[:, -1] @ weights, **args)
     assert torch.allclose(known.runs.values, called.runs.values, atol=1e-9)
     assert math.isclose(known.faithfulness.value, called.faithfulness.value, abs_tol=1e-9)
+
+
+def test_constants_are_numbers_of_the_models_width(llama, pairs):
+    graph, width = mk.Graph.of(llama), llama.d_model
+    bad = torch.zeros(len(graph.writers), width, dtype=torch.float64)
+    bad[2, 3] = torch.nan
+    with pytest.raises(
+        ValueError, match=f"values: expected finite numbers, got NaN or infinite ones for '{graph.writers[2].name}'"
+    ):
+        Constants(bad, graph)
+    narrow = Constants(torch.zeros(len(graph.writers), 7, dtype=torch.float64), graph)
+    with pytest.raises(ValueError, match=rf"ablation: expected constants of {width} numbers each \(d_model\)"):
+        mk.evaluate_circuit(mk.Circuit.full(llama), llama, pairs, whole_vocabulary(pairs), ablation=narrow)

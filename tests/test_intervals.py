@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from families import GQA, build_of
 from test_exact import make_model, make_pairs, whole_vocabulary
 
 import mechkit as mk
@@ -87,7 +88,7 @@ def test_cautions_and_warnings_have_reasons():
         UserWarning, match=r"faithfulness: the 95 % interval covers less often .* 4 of 60 prompts carry half"
     ):
         skewed.warn()
-    assert caution(np.array([1.0]), np.array([1.0])) == "1 prompts are few (expected 30 or more)"
+    assert caution(np.array([1.0]), np.array([1.0])) == "1 prompt is few (expected 30 or more)"
     model, pairs = make_model("gpt2"), make_pairs(((7, 2), (7, 3)))
     with pytest.warns(UserWarning, match="2 prompts are few"):
         report = mk.evaluate_circuit(
@@ -95,6 +96,38 @@ def test_cautions_and_warnings_have_reasons():
         )
     assert "the interval covers less often than 95 %: 2 prompts are few" in repr(report)
     assert math.isnan(report.random_p)
+
+
+def test_a_learned_mask_says_what_its_interval_is_worth():
+    model, pairs = make_model("gpt2"), make_pairs(((7, 2), (7, 3)))
+    with pytest.warns(UserWarning, match="faithfulness: the 95 % interval covers less often .*2 prompts are few"):
+        mask = mk.learn_mask(model, pairs, steps=1, held_out=0, progress=False)
+    assert "training prompts; the interval covers less often than 95 %: 2 prompts are few" in repr(mask)
+
+
+@pytest.mark.parametrize("edges", [["input->logits"], None], ids=["one edge", "all edges"])
+def test_random_circuits_that_are_the_circuit_are_as_near_as_it_is(edges):
+    """Whatever the size of their batches rounds otherwise: in float32 the numbers of one circuit differ between batches."""
+    model = mk.HookedModel.from_hf(build_of("llama", GQA | {"num_hidden_layers": 3}, dtype=torch.float32), name="llama")
+    tokens = torch.randint(3, 61, (7, 9), generator=torch.Generator().manual_seed(0))
+    other = tokens.clone()
+    other[:, 3] = (other[:, 3] + 5) % 58 + 3
+    pairs = mk.PromptPairs.from_tokens(tokens, other, [(5, 9)] * 7)
+    circuit = mk.Circuit.full(model)
+    if edges is not None:
+        circuit = mk.Circuit.random(model, 1, 0)
+    quiet = {"sets": 0, "minimality": None, "progress": False}
+    report = mk.evaluate_circuit(circuit, model, pairs, mk.logit_diff, random=70, **quiet)
+    assert report.random_p == 1
+    assert report.n_distinct == 1
+    assert "70 random circuits (1 different ones)" in repr(report)
+    shaken = replace(report, random=tuple(one * (1 - 1e-6) - 1e-6 for one in report.random))
+    assert shaken.random_p == 1
+    farther = replace(report, random=tuple(one + math.copysign(0.1, one - 1) for one in report.random))
+    assert farther.random_p == 1 / 71  # control
+    some = mk.evaluate_circuit(mk.Circuit.random(model, 20, 0), model, pairs, mk.logit_diff, random=3, **quiet)
+    assert some.n_distinct == 3
+    assert "3 random circuits: " in repr(some)
 
 
 def test_a_circuit_is_ranked_among_random_ones():

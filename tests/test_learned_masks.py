@@ -267,7 +267,7 @@ def _naive_gates(model: mk.HookedModel, clean: Tensor, corrupted: Tensor, gates:
     return naive._logits(bridge, corrupted, stream("logits"))
 
 
-@pytest.mark.parametrize("ablation", ["resample", "zero", "mean", "position-mean"])
+@pytest.mark.parametrize("ablation", ["resample", "zero", "mean", "position_mean"])
 def test_open_gates_give_the_clean_run_and_closed_ones_the_ablated_run(ablation: Any) -> None:
     model, pairs = family("gpt2"), ragged(3)
     with frozen_parameters(model):

@@ -269,7 +269,7 @@ def test_refuses(changes: dict[str, Any], message: str) -> None:
 def test_refuses_text_answers_without_a_model_and_a_negative_id() -> None:
     with pytest.raises(ValueError, match=r"wrong answer of pair 1: ' Mary' is text; pass `model=`"):
         id_pairs([(1, 2), (3, " Mary")])
-    with pytest.raises(ValueError, match=r"right answer of pair 1: expected a token id in 0, got -3"):
+    with pytest.raises(ValueError, match=r"right answer of pair 1: expected a token id of 0 or more, got -3"):
         id_pairs([(1, 2), (-3, 4)])
 
 
@@ -281,3 +281,27 @@ def test_refuses_when_made_directly_too() -> None:
         replace(made, wrong=((JOHN,),))
     with pytest.raises(ValueError, match=r"pair 0: .*equal token length, got 15 and 9"):
         replace(made, corrupted=made.corrupted[[1, 0]])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ([[1, 2**70]], r"tokens\[0\]: expected whole numbers of 64 bits, got \[1, 1180591620717411303424\]"),
+        ([[1, -2]], r"tokens\[0\]: expected ids of 0 or more, got -2"),
+        (torch.tensor([[True, False]]), r"tokens\[0\]: expected a non-empty 1-D tensor of token ids, got torch\.bool"),
+        (torch.zeros(1, 1, 2, dtype=torch.long), r"tokens: expected \[prompt pos\], got shape \[1, 1, 2\]"),
+    ],
+    ids=str,
+)
+def test_what_is_no_token_id_is_refused(tokens: Any, message: str) -> None:
+    for model in (None, WordTokenizer()):
+        with pytest.raises(ValueError, match=message if model is None else r"tokens(\[0\])?: expected"):
+            Prompts.from_tokens(tokens, model)
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"), [(-5, "of 0 or more, got -5"), (2**70, r"in 0\.\.9223372036854775807, got 11")]
+)
+def test_answers_are_token_ids(answer: int, expected: str) -> None:
+    with pytest.raises(ValueError, match=f"right answer of pair 0: expected a token id {expected}"):
+        PromptPairs.from_tokens([[1]], [[2]], [(answer, 6)])

@@ -356,6 +356,45 @@ def test_sel_names_what_exists() -> None:
 # Statistics
 
 
+@pytest.mark.parametrize("mask", [[False, True], np.array([False, True]), torch.tensor([False, True])], ids=str)
+def test_a_mask_chooses_where_it_is_true(mask: Any) -> None:
+    """And is no list of the labels 0 and 1, which False and True are equal to."""
+    result = Result(torch.tensor([10.0, 20.0]), ("layer",), {"layer": (0, 1)}, {}, "", "m", "u", {})
+    chosen = result.sel(layer=mask)
+    assert (chosen.values.tolist(), chosen.coords["layer"]) == ([20.0], (1,))
+    with pytest.raises(ValueError, match="sel: expected a mask of 2 booleans for 'layer', got 3"):
+        result.sel(layer=[True, False, True])
+    for label in (True, np.bool_(True), [True, 1]):
+        with pytest.raises(ValueError, match="sel: expected labels of 'layer'"):
+            result.sel(layer=label)  # type: ignore[arg-type]
+
+
+def test_labels_of_other_libraries_are_labels() -> None:
+    result = Result(torch.tensor([10.0, 20.0]), ("layer",), {"layer": (0, 1)}, {}, "", "m", "u", {})
+    for wanted in ([1], np.array([1]), torch.tensor([1]), [torch.tensor(1)], [np.int64(1)], {1: "a"}.keys()):
+        assert result.sel(layer=wanted).values.tolist() == [20.0]  # type: ignore[arg-type]
+
+
+def test_a_dim_that_is_not_there_is_said_of_its_argument() -> None:
+    result = Result(torch.zeros(2), ("layer",), {"layer": (0, 1)}, {}, "", "m", "u", {})
+    with pytest.raises(ValueError, match=r"dim: expected one of the dims \('layer',\), got 'nope'"):
+        result.mean("nope")
+    with pytest.raises(ValueError, match=r"sel: expected one of the dims \('layer',\), got 'nope'"):
+        result.sel(nope=0)
+
+
+def test_resamples_fit_into_memory() -> None:
+    coords = {"prompt": tuple(range(40))}
+    result = Result(torch.arange(40.0), ("prompt",), coords, {}, "", "m", "u", {})
+    for ask in (result.ci, result.p_values):
+        with pytest.raises(
+            ValueError, match="n_resamples: expected at most 13,421,772 for 40 prompts, got 1,000,000,000,000"
+        ):
+            ask(n_resamples=10**12)
+    few = result.sel(prompt=[1, 2, 3])
+    assert float(few.p_values(n_resamples=10**12).values) == 0.25  # exact, of 8 sign flips
+
+
 def test_ci_covers_the_true_mean_about_as_often_as_it_says() -> None:
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(20, 40, 40, generator=generator) * 2 + 1  # 800 cells with true mean 1

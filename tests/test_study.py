@@ -46,7 +46,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"name": "activation_patching", "site": "embed", "over": "pos", "metric": "kl_divergence"},
     {"name": "activation_patching", "metric": {"name": "log_prob", "position": "CHANGED"}},
     {"name": "ablation", "site": "mlp_post", "over": "layer neuron", "mode": "zero", "neurons": [0, 7]},
-    {"name": "ablation", "site": "resid_mid", "over": "layer pos", "mode": "pos_mean"},
+    {"name": "ablation", "site": "resid_mid", "over": "layer pos", "mode": "position_mean"},
     {"name": "ablation", "site": "z", "over": "layer head pos", "mode": "mean"},
     {"name": "attribution_patching", "site": "resid_pre", "over": "pos layer"},
     {"name": "atp_star", "site": "z", "over": "layer head pos"},

@@ -229,6 +229,24 @@ def test_wrappers_of_the_same_modules_share_a_lock_and_copies_have_their_own(mod
     assert patched.provenance["replay"] == "suffix"
 
 
+def test_hooks_of_a_with_stay_on_no_copy(model):
+    refused = pytest.raises(ValueError, match="model: it has hooks on it, which nobody would take off its copy")
+    with model.hooks([(("z", 0), lambda z, hook: torch.zeros_like(z))]), refused:
+        copy.deepcopy(model)
+    copied = copy.deepcopy(model)
+    assert torch.equal(copied(CLEAN), model(CLEAN))
+    assert not copied.has_hooks
+
+
+def test_a_copy_waits_as_long(model):
+    before = model.lock.timeout
+    model.lock.timeout = 7.5
+    try:
+        assert copy.deepcopy(model).lock.timeout == 7.5
+    finally:
+        model.lock.timeout = before
+
+
 def test_no_public_function_runs_a_model_without_its_lock():
     """Every public function whose signature has a `model`, and every classmethod that fits something."""
     functions = [mk.TunedLens.fit, *(thing for name in mk.__all__ if inspect.isfunction(thing := getattr(mk, name)))]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
+import pickle
 
 import pytest
 import torch
@@ -246,6 +248,14 @@ def test_the_first_position_may_be_huge():
             for one in (lens, None)
         )
         assert float(tuned) < 0.8 * float(plain)
+
+
+def test_a_lens_can_be_copied_and_sent_to_another_process():
+    lens = TunedLens(torch.ones(1, 3, 3), torch.ones(1, 3), (0,), 2, {"model": "tiny"})
+    for again in (copy.deepcopy(lens), pickle.loads(pickle.dumps(lens))):
+        assert again.hash() == lens.hash()
+        assert dict(again.provenance) == {"model": "tiny"}
+        assert again.A is not lens.A
 
 
 def test_save_and_load(tmp_path):

@@ -19,7 +19,7 @@ import pytest
 import torch
 from families import build_hf
 from torch import nn
-from valid_calls import Material, valid_calls
+from valid_calls import Material, Words, valid_calls
 from words import make_tokenizer
 
 import mechkit as mk
@@ -491,6 +491,74 @@ def test_weights_that_are_no_numbers_are_named() -> None:
     hf.transformer.h[1].mlp.c_fc.weight.data[0, 0] = NAN
     with pytest.raises(ValueError, match=r"hold NaN or infinite numbers, first in 'transformer.h.1.mlp.c_fc.weight'"):
         mk.HookedModel.from_hf(hf, name="tiny")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "cure"),
+    [
+        (torch.zeros(1, 5), "A function of your own is called with logits"),
+        (TOKENS, r"Make them: PromptPairs\.from_tokens\(clean, corrupted, answers\)"),
+    ],
+    ids=["logits", "token ids"],
+)
+def test_tensors_for_pairs_are_told_the_cure(material: Material, tokens: torch.Tensor, cure: str) -> None:
+    with pytest.raises(TypeError, match=f"pairs: expected PromptPairs, got a tensor .*{cure}"):
+        mk.activation_patching(material.model, tokens, material.metric)  # type: ignore[arg-type]
+
+
+def test_token_ids_for_prompts_are_told_the_cure(material: Material) -> None:
+    for tokens in (TOKENS, TOKENS.numpy()):
+        with pytest.raises(TypeError, match=r"prompts: .*Make them: Prompts\.from_tokens\(tokens\)"):
+            mk.logit_lens(material.model, tokens)  # type: ignore[arg-type]
+    assert mk.logit_lens(material.model, mk.Prompts.from_tokens(TOKENS), tokens=[4], progress=False).shape[-1] == 1
+
+
+def test_cures_work(material: Material) -> None:
+    pairs = {"clean": [[1, 2, 3]], "corrupted": [[1, 4, 3]], "answers": [(5, 6)]}
+    with pytest.raises(TypeError, match=r"tokens\[0\]: .*Write tokens=\[\[…\]\], each in a list of its own"):
+        mk.Prompts.from_tokens([1, 2, 3])
+    assert len(mk.Prompts.from_tokens([[1, 2, 3]])) == 1
+    with pytest.raises(TypeError, match=r"positions\['S'\]: .*Write positions=\{'S': \[1\]\}"):
+        mk.PromptPairs.from_tokens(**pairs, positions={"S": 1})
+    assert mk.PromptPairs.from_tokens(**pairs, positions={"S": [1]}).positions["S"].tolist() == [1]
+    with pytest.raises(ValueError, match=r"tokens: expected \[prompt pos\], got shape \[3\]; write tokens\[None\]"):
+        mk.Prompts.from_tokens(torch.tensor([1, 2, 3]), material.model)
+    assert len(mk.Prompts.from_tokens(torch.tensor([1, 2, 3])[None], material.model)) == 1
+
+
+@pytest.mark.parametrize("word", ["pos_mean", "position-mean"])
+def test_other_words_for_the_mean_at_each_position_are_told_ours(material: Material, word: str) -> None:
+    here = material.model, material.pairs, material.metric
+    with pytest.raises(ValueError, match=r"mode: expected .*Did you mean 'position_mean'\?"):
+        mk.ablation(*here, mode=word)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"mode: expected .*Did you mean 'position_mean'\?"):
+        mk.dla_erasure_check(*here, head=(0, 1), mode=word)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"ablation: expected .*'position_mean'"):
+        mk.evaluate_circuit(material.circuit, *here, ablation=word)  # type: ignore[arg-type]
+
+
+def test_edges_and_nodes_are_said_of_their_argument(material: Material) -> None:
+    here = material.model, material.pairs, material.metric
+    with pytest.raises(ValueError, match="edges: writer: expected 'input'"):
+        mk.edge_patching(*here, edges=["mo->logits"])
+    with pytest.raises(ValueError, match="edges: reader: expected"):
+        mk.Circuit.from_edges(material.model, ["m0->logit"])
+    with pytest.raises(ValueError, match="senders: writer: expected 'input'"):
+        mk.path_patching(*here, senders=["mo"])
+    with pytest.raises(ValueError, match="receivers: reader: expected"):
+        mk.path_patching(*here, senders=["m0"], receivers=["logit"])
+
+
+def test_a_metric_is_a_real_number(material: Material) -> None:
+    for metric in (lambda logits: logits[:, -1, 5] * (1 + 2j), lambda logits: logits[:, -1, 5].to(torch.complex64)):
+        with pytest.raises(ValueError, match=r"expected one real value a prompt, .* got torch.complex64"):
+            mk.activation_patching(material.model, material.pairs, metric, progress=False)
+
+
+def test_no_task_makes_prompts_without_end(material: Material) -> None:
+    for task in (mk.tasks.ioi, mk.tasks.docstring, mk.tasks.greater_than):
+        with pytest.raises(ValueError, match="n: expected 1 to 100,000 pairs, got 10,000,000"):
+            task(Words(), n=10**7)
 
 
 def test_signature_and_docstring_are_the_functions_own() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping
 
@@ -841,3 +842,10 @@ def test_token_layouts_do_not_overlap():
     assert _greater_than.BOS < _greater_than.FILLER < _greater_than.YEAR
     assert _cue.OFF + len(_cue.STRENGTHS) == _cue.RIGHT < _cue.WRONG < _cue.D_VOCAB - _cue.N_FILLERS + 1
     assert _saturated.END + 1 + _saturated.N_PAYLOADS == _saturated.D_VOCAB
+
+
+def test_a_known_model_can_be_copied() -> None:
+    known = zoo.linear(n=1)
+    again = copy.deepcopy(known)
+    assert again.model.bridge is not known.model.bridge
+    assert (dict(again.roles), again.circuit) == (dict(known.roles), known.circuit)

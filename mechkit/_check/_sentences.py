@@ -93,7 +93,7 @@ def shown(value: Any) -> str:
 def _cure(fault: Fault, name: str) -> str:
     """What to write instead, for mistakes that are often made."""
     expected, value = fault.expected, fault.value
-    kind = type(value).__name__
+    kind, either = type(value).__name__, "or Prompts" in expected  # prompts do as well as pairs
     if "HookedModel" in expected:
         if isinstance(value, str):
             return f"Load it: HookedModel.from_pretrained({value!r})"
@@ -104,25 +104,42 @@ def _cure(fault: Fault, name: str) -> str:
     elif "PromptPairs" in expected:
         if kind == "Result":
             return "A result keeps no prompts: pass the pairs that it was computed from"
+        if either and isinstance(value, str | list | tuple):
+            return "Make them: Prompts.from_text(model, text)"
         if isinstance(value, str | list | tuple):
             return "Make them: PromptPairs.from_text(model, clean, corrupted, answers)"
         if kind == "Prompts":
             return "Pairs are a clean and a corrupted prompt each: PromptPairs.from_tokens(clean, corrupted, answers)"
         if kind == "HookedModel":
             return "The model comes first, then the prompts"
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
             return "A function of your own is called with logits, unless it is marked with mk.metric_factory"
+        if either and isinstance(value, torch.Tensor | np.ndarray):
+            return "Make them: Prompts.from_tokens(tokens)"
+        if isinstance(value, torch.Tensor | np.ndarray):
+            return "Make them: PromptPairs.from_tokens(clean, corrupted, answers)"
     elif "Prompts" in expected and isinstance(value, str | list | tuple):
         return "Make them: Prompts.from_text(model, text)"
-    elif "Prompts" in expected and isinstance(value, torch.Tensor):
-        return "Make them: Prompts.from_tokens(tokens, model)"
+    elif "Prompts" in expected and isinstance(value, torch.Tensor | np.ndarray):
+        return "Make them: Prompts.from_tokens(tokens)"
     elif "Metric" in expected:
         return "Make one: mechkit.logit_diff(pairs)"
     if isinstance(value, set | frozenset) and "a list" in expected:
         return f"A set has no order: write {name}=sorted(...)"
     fits = (isinstance(value, str) and "string" in expected) or (isinstance(value, int) and "whole number" in expected)
     if fits and "a list" in expected:
-        return f"Write {name}=[{value!r}]"
+        if not fault.where:
+            return f"Write {name}=[{value!r}]"
+        several = fault.where.removeprefix("[").removesuffix("]").isdecimal()  # of several items, or one by its name
+        return (
+            f"Write {name}=[[…]], each in a list of its own"
+            if several
+            else f"Write {name}={{{fault.where[1:-1]}: [{value!r}]}}"
+        )
+    if isinstance(value, str) and (
+        near := difflib.get_close_matches(value.replace("-", "_"), re.findall("'([^']+)'", expected), n=1)
+    ):
+        return f"Did you mean {near[0]!r}?"
     return ""
 
 

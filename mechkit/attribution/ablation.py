@@ -26,7 +26,7 @@ from mechkit.metrics import AnyMetric, metric_for
 from mechkit.prompts import PromptPairs, Prompts
 from mechkit.result import Result
 
-MODES = ("zero", "mean", "pos_mean", "resample")
+MODES = ("zero", "mean", "position_mean", "resample")
 
 
 @checked
@@ -38,7 +38,7 @@ def ablation(
     site: str = "z",
     over: str = "layer head",
     *,
-    mode: Literal["zero", "mean", "pos_mean", "resample"] = "mean",
+    mode: Literal["zero", "mean", "position_mean", "resample"] = "mean",
     reference: Prompts | PromptPairs | None = None,
     layers: Sequence[int] | None = None,
     heads: Sequence[int] | None = None,
@@ -56,7 +56,7 @@ def ablation(
         prompts: The prompts to run: the clean ones of pairs.
         metric: As for `activation_patching`.
         site, over, layers, heads, positions, neurons: As for `activation_patching`.
-        mode: `"zero"`; `"mean"`, over all prompts and positions of the reference; `"pos_mean"`, over its prompts at each
+        mode: `"zero"`; `"mean"`, over all prompts and positions of the reference; `"position_mean"`, over its prompts at each
             position counted from the start (those that are long enough); `"resample"`, the same place in another prompt
             of equal length.
         reference: Where means and samples come from: the clean prompts themselves by default. For `"resample"` a given
@@ -140,16 +140,16 @@ def _replacements(
         return {key: zero.reshape([1] * (1 + len(grid.site.dims))) for key in keys}
     if "src" in grid.site.dims and (mode == "mean" or len(reference.by_length() | base.by_length()) > 1):
         raise ValueError(
-            f"mode: site {grid.site.name!r} has one value for each source position; expected mode='pos_mean' with prompts "
+            f"mode: site {grid.site.name!r} has one value for each source position; expected mode='position_mean' with prompts "
             f"of one length (or 'zero', 'resample'), got {mode!r}"
         )
-    if mode == "pos_mean" and int(base.lengths.max()) > int(reference.lengths.max()):
+    if mode == "position_mean" and int(base.lengths.max()) > int(reference.lengths.max()):
         raise ValueError(
             f"reference: expected prompts of at least {int(base.lengths.max())} tokens, so that every position has a mean; "
             f"the longest has {int(reference.lengths.max())}"
         )
     means = _position_means(model, keys, grid.site.axis("pos"), reference, Budget.of(model, budget))
-    if mode == "pos_mean":
+    if mode == "position_mean":
         kept = int(base.lengths.max())
         return {key: mean.narrow(grid.site.axis("pos"), 0, kept).to(model.dtype) for key, (mean, _) in means.items()}
     axis = grid.site.axis("pos")

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -83,7 +83,7 @@ def dla_erasure_check(
     metric: Direction,
     head: tuple[int, int],
     *,
-    mode: str = "zero",
+    mode: Literal["zero", "mean", "position_mean"] = "zero",
     budget: int | None = None,
 ) -> Erasure:
     """Measures how much of a head's direct effect on the metric later components remove, and which of them.
@@ -93,15 +93,15 @@ def dla_erasure_check(
         prompts: The prompts to run: the clean ones of pairs.
         metric: As for `direct_logit_attribution`: linear in the logits, a token, or a direction.
         head: `(layer, head)`.
-        mode: What the head's output is replaced with: `"zero"`, or `"mean"`, its mean over the prompts of equal length, position
-            by position (for a head whose output is mostly the same everywhere).
+        mode: What the head's output is replaced with: `"zero"`; or, for a head whose output is mostly the same everywhere, its
+            mean over the prompts of equal length, `"position_mean"` position by position, `"mean"` over all positions.
         budget: Bytes of working memory; default half of what the device has free (1 GiB on a CPU).
 
     Returns:
         An `Erasure`. Effects are run minus ablated run: positive where the head (through that component) pushed the metric up.
 
     Raises:
-        ValueError: no such head or mode; `"mean"` over a single prompt of a length; a metric that is not linear in the logits;
+        ValueError: no such head or mode; a mean over a single prompt of a length; a metric that is not linear in the logits;
             training mode.
     """
     if not (isinstance(head, tuple | list) and len(head) == 2 and all(hasattr(i, "__index__") for i in head)):
@@ -111,21 +111,21 @@ def dla_erasure_check(
         raise ValueError(
             f"head: expected (layer, head) within {model.n_layers} layers and {model.n_heads} heads, got {head}"
         )
-    if mode not in ("zero", "mean"):
-        raise ValueError(f"mode: expected 'zero' or 'mean', got {mode!r}")
     model.check_every_layer(["z", "attn_out"], "the erasure check")
     base, _, task = split_prompts(prompts)
     check_can_run(model, {"prompt": base})
     direction = as_direction(model, metric, prompts)
     groups = base.by_length()
-    if mode == "mean" and min(len(ids) for ids in groups.values()) < 2:
-        raise ValueError("mode: 'mean' needs at least 2 prompts of each length; use 'zero', or prompts of one length")
+    if mode != "zero" and min(len(ids) for ids in groups.values()) < 2:
+        raise ValueError(
+            f"mode: {mode!r} needs at least 2 prompts of each length; use 'zero', or prompts of one length"
+        )
     names = _writers(model, (layer, index))
     direct, total = (torch.zeros(len(base), dtype=torch.float64) for _ in range(2))
     written = torch.zeros(len(names), len(base), dtype=torch.float64)
     room = Budget.of(model, budget)
     for length, ids in groups.items():
-        at_once = len(ids) if mode == "mean" else room.prompts_at_once(model, length, [])
+        at_once = len(ids) if mode != "zero" else room.prompts_at_once(model, length, [])
         for part in (ids[first : first + at_once] for first in range(0, len(ids), at_once)):
             change, total[part] = _what_ablation_takes(model, base, part, direction, (layer, index), mode)
             direct[part] = change.pop(f"L{layer}H{index}")
@@ -170,7 +170,8 @@ def _what_ablation_takes(
 
     def ablate(z: Tensor, hook: Any) -> Tensor:
         z = z.clone()
-        z[:, :, head[1]] = 0 if mode == "zero" else z[:, :, head[1]].mean(0)
+        averaged = () if mode == "zero" else (0,) if mode == "position_mean" else (0, 1)
+        z[:, :, head[1]] = z[:, :, head[1]].mean(averaged, keepdim=True) if averaged else 0
         return z
 
     layers = {"layer": range(head[0], model.n_layers), "head": range(model.n_heads)}

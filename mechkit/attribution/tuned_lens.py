@@ -81,6 +81,9 @@ class TunedLens(Drawn):
             )
         object.__setattr__(self, "provenance", MappingProxyType(dict(self.provenance)))
 
+    def __reduce__(self) -> tuple[Any, ...]:  # a mappingproxy can be neither pickled nor deep-copied
+        return TunedLens, (self.A, self.b, self.layers, self.n_layers, dict(self.provenance))
+
     @classmethod
     @checked
     @one_at_a_time

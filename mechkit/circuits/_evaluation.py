@@ -7,7 +7,7 @@ Ablated values (what a reader sees of a writer whose edge is missing):
 | `"resample"` | the writer's in the corrupted run |
 | `"zero"` | nothing (an MLP's own output bias goes too; that of the attention, which is of no head, stays) |
 | `"mean"` | its mean over all corrupted prompts and positions |
-| `"position-mean"` | its mean over the corrupted prompts of the same length at each position |
+| `"position_mean"` | its mean over the corrupted prompts of the same length at each position |
 | `Constants` | given vectors, such as `optimal_ablation` finds |
 """
 
@@ -45,9 +45,9 @@ from mechkit.hooks._nonfinite import where_it_began
 from mechkit.metrics import CallableMetric, Metric, metric_for
 from mechkit.prompts import PromptPairs
 
-Ablation = Literal["resample", "zero", "mean", "position-mean"]
+Ablation = Literal["resample", "zero", "mean", "position_mean"]
 Circuits = Bool[Tensor, "circuit writer reader"] | Float[Tensor, "circuit writer reader"]  # masks, or gates from 0 to 1
-ABLATIONS = ("resample", "zero", "mean", "position-mean")
+ABLATIONS = ("resample", "zero", "mean", "position_mean")
 
 
 @checked
@@ -72,6 +72,11 @@ class Constants:
             raise ValueError(
                 f"values: expected floating-point [{self.graph.n_cells[0]} d_model], one row a writer, got {self.values.dtype} "
                 f"{list(self.values.shape)}"
+            )
+        if not bool(self.values.isfinite().all()):
+            row = int((~self.values.isfinite()).any(1).nonzero()[0])
+            raise ValueError(
+                f"values: expected finite numbers, got NaN or infinite ones for {self.graph.writers[row].name!r}"
             )
 
     def written(self) -> Written:
@@ -148,6 +153,10 @@ class Evaluator:
         self.graph, self.parts, self.budget = Graph.of(model), Parts(model), Budget.of(model, budget)
         if isinstance(ablation, Constants) and ablation.graph != self.graph:
             raise ValueError(f"ablation: expected constants for {self.graph}, got some for {ablation.graph}")
+        if isinstance(ablation, Constants) and ablation.values.shape[1] != model.d_model:
+            raise ValueError(
+                f"ablation: expected constants of {model.d_model} numbers each (d_model), got {list(ablation.values.shape)}"
+            )
         self.parts.check(pairs.clean.tokens[0][None].to(model.device))
         wide = wide_dtype(model.dtype)
         runs = ("clean", "corrupted", "ablated")
@@ -274,14 +283,14 @@ class Evaluator:
             return constants.written().map(lambda x: x.to(self.model.device, self.model.dtype))
         if self._means is None:
             self._means = self._mean_written()
-        return self._means[length if self.ablation == "position-mean" else 0]
+        return self._means[length if self.ablation == "position_mean" else 0]
 
     @torch.no_grad()
     def _mean_written(self) -> dict[int, Written]:
         """Means over the corrupted prompts: by length and position, or (under 0) over everything."""
         sums: dict[int, list[Tensor]] = {}
         counts: dict[int, int] = {}
-        by_position = self.ablation == "position-mean"
+        by_position = self.ablation == "position_mean"
         for length, ids in self.pairs.corrupted.by_length().items():
             sites = self.parts.writer_sites()
             at_once = self.budget.prompts_at_once(self.model, length, sites)

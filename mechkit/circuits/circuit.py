@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mechkit._check import checked
+from mechkit._check import checked, naming
 from mechkit._drawn import Drawn
 from mechkit.circuits import _selection
 from mechkit.circuits._provenance import merged
@@ -195,7 +195,8 @@ class Circuit(Drawn):
         if isinstance(edges, str):
             raise ValueError(f"edges: expected a list of edges, got {edges!r}; write [{edges!r}]")
         empty = cls.empty(model, task=task)
-        members = _selection.members_at(empty.graph, [empty._index(edge) for edge in edges])
+        with naming("edges"):
+            members = _selection.members_at(empty.graph, [empty._index(edge) for edge in edges])
         return replace(empty, members=members, provenance={**empty.provenance, "selection": {"method": "by hand"}})
 
     @classmethod

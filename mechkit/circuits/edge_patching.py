@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mechkit._check import checked
+from mechkit._check import checked, naming
 from mechkit.attribution._nodes import AnyMetric, Study
 from mechkit.circuits._provenance import circuit_provenance, merged
 from mechkit.circuits._reads import Changes, runs_agree, stream
@@ -127,7 +127,8 @@ def chosen_edges(
     edges = list(edges)
     if odd := [edge for edge in edges if not isinstance(edge, str | Edge | ScoredEdge)]:
         raise ValueError(f"edges: expected edges or their names, got {odd[0]!r}")
-    found = [graph.edge(edge if isinstance(edge, str) else edge.name) for edge in edges]
+    with naming("edges"):
+        found = [graph.edge(edge if isinstance(edge, str) else edge.name) for edge in edges]
     if not found:
         raise ValueError("edges: expected at least one edge, got none")
     if len(set(found)) != len(found):

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     import pandas
 
 _AT_ONCE = 64  # circuits whose masks are held together
+ROUNDING = 100  # units in the last place of the metric's largest value, by which two runs of one circuit may differ
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ class CircuitReport(Drawn):
         faithfulness: Over all prompts.
         found_on, held_out: Over the prompts that the circuit was found on, and over the others; `None` where there are none.
         random: Faithfulness of random circuits of as many edges; `random_p` is the circuit's rank among them.
+        n_distinct: How many of the random circuits are different ones: of a few edges there are not many circuits.
         completeness: Of the whole circuit's component sets, by how far they are from complete.
         minimality: Name of a component (or edge) -> by how much faithfulness changes without it, the largest change first.
         cost: Block-tokens; one of a circuit's counts up to twice a plain block's work.
@@ -123,6 +125,7 @@ class CircuitReport(Drawn):
     completeness: tuple[Completeness, ...]
     minimality: Mapping[str, float]
     cost: Cost = field(default_factory=lambda: Cost(0, 0))
+    n_distinct: int = 0
 
     @property
     def gap(self) -> float:
@@ -133,11 +136,19 @@ class CircuitReport(Drawn):
     @property
     def random_p(self) -> float:
         """How likely a random circuit of as many edges is as near to the model: the share, the circuit itself included, whose
-        faithfulness is at most as far from 1. With n random circuits it is never below 1 / (n + 1); NaN if none was run."""
+        faithfulness is at most as far from 1, rounding aside. With n random circuits it is never below 1 / (n + 1); NaN if none
+        was run."""
         if not self.random:
             return float("nan")
-        off = abs(1 - self.faithfulness.value)
+        off = abs(1 - self.faithfulness.value) + self._rounding
         return (1 + sum(abs(1 - one) <= off for one in self.random)) / (1 + len(self.random))
+
+    @property
+    def _rounding(self) -> float:
+        """How far two runs of one circuit, in batches of other sizes, may be apart in faithfulness."""
+        clean, empty = (float(self.runs.baseline[name].double().mean()) for name in ("clean", "corrupted"))
+        size = max(abs(clean), abs(empty), float(self.runs.values.double().abs().max()))
+        return ROUNDING * torch.finfo(self.runs.values.dtype).eps * size / abs(clean - empty)
 
     @property
     def incompleteness(self) -> float:
@@ -160,7 +171,8 @@ class CircuitReport(Drawn):
                 lines.append(f"{name}: {ratio}, n = {ratio.n_prompts}")
         if self.random:
             spread = f"{min(self.random):.3f} to {max(self.random):.3f}"
-            lines.append(f"{len(self.random)} random circuits: {spread}, p = {self.random_p:.2g}")
+            few = f" ({self.n_distinct} different ones)" if 0 < self.n_distinct < len(self.random) else ""
+            lines.append(f"{len(self.random)} random circuits{few}: {spread}, p = {self.random_p:.2g}")
         if self.completeness:
             lines.append(f"incompleteness {self.incompleteness:.3f} over {len(self.completeness)} sets")
         if self.minimality:
@@ -193,7 +205,7 @@ def evaluate_circuit(
         model, pairs: As for `activation_patching`.
         metric: As there; `kl_divergence(pairs)` works too (faithfulness is then the share of the divergence that is gone).
         ablation: What a reader sees of a writer without an edge: `"resample"` (the corrupted run's value), `"zero"`, `"mean"`
-            (over all corrupted prompts and positions), `"position-mean"` (at each position, over prompts of one length), or
+            (over all corrupted prompts and positions), `"position_mean"` (at each position, over prompts of one length), or
             `Constants`, such as `optimal_ablation` gives.
         random: How many random circuits of as many edges are run too: the circuit's rank among them is a p-value.
         sets: How many random sets of the circuit's components are left out for completeness.
@@ -221,9 +233,8 @@ def evaluate_circuit(
         raise ValueError(f"random, sets: expected whole numbers of 0 or more, got {random!r} and {sets!r}")
     evaluator = Evaluator(model, pairs, metric, ablation, budget)
     graph, generator = evaluator.graph, torch.Generator().manual_seed(seed)
-    runs: dict[str, Bool[Tensor, "writer reader"]] = {"circuit": circuit.members}
-    for i in range(random):
-        runs[f"random {i}"] = Circuit.random(graph, circuit.n_edges, seed + i).members
+    others = {f"random {i}": Circuit.random(graph, circuit.n_edges, seed + i).members for i in range(random)}
+    runs: dict[str, Bool[Tensor, "writer reader"]] = {"circuit": circuit.members, **others}
     left_out = _component_sets(circuit, sets, generator)
     for i, names in enumerate(left_out):
         runs[f"circuit without set {i}"] = _without(circuit.members, circuit, names)
@@ -237,6 +248,8 @@ def evaluate_circuit(
         runs |= {f"without {edge.name}": circuit.without(edge).members for edge in circuit}
     result = run_circuits(evaluator, runs, pairs, ablation, progress)
     faithful = dict(zip(runs, result.mean("prompt").normalized().values.double().tolist(), strict=True))
+    # A random circuit may be the circuit: its number differs by what another batch rounds otherwise.
+    faithful |= {name: faithful["circuit"] for name, one in others.items() if torch.equal(one, circuit.members)}
     constants = ablation.prompts if isinstance(ablation, Constants) else ()
     found_on, held_out = seen_prompts(circuit.provenance, pairs, constants)
     alone = result.sel(run=["circuit"])
@@ -257,6 +270,7 @@ def evaluate_circuit(
         completeness=tuple(sorted(complete, key=lambda c: -abs(c.difference))),
         minimality=dict(sorted(changes.items(), key=lambda item: -abs(item[1]))),
         cost=result.cost or Cost(0, 0),
+        n_distinct=len({one.numpy(force=True).tobytes() for one in others.values()}),
     )
 
 

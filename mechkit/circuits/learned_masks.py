@@ -124,7 +124,9 @@ class LearnedMask(Drawn):
     def __repr__(self) -> str:
         where = "training" if self.held_out is None else "held-out"
         size = f"one gate for each {self.over}; circuit of {self.circuit().n_edges:,} edges"
-        return f"LearnedMask({size}, faithfulness {self.faithfulness} on {where} prompts)"
+        found = self.faithfulness
+        caution = f"; the interval covers less often than 95 %: {found.caution}" if found.caution else ""
+        return f"LearnedMask({size}, faithfulness {found} on {where} prompts{caution})"
 
 
 @checked
@@ -210,7 +212,9 @@ def learn_mask(
     coords: dict[str, Any] = {"quantity": QUANTITIES, "step": tuple(range(steps))}
     trained = Result(history, tuple(coords), coords, {}, "", "training", "", provenance, cost)
     on_others = evaluate(test) if test else None
-    return LearnedMask(runs["gates"], scores, over, trained, evaluate(train), on_others, cost)
+    mask = LearnedMask(runs["gates"], scores, over, trained, evaluate(train), on_others, cost)
+    mask.faithfulness.warn()
+    return mask
 
 
 @dataclass(frozen=True)

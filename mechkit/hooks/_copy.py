@@ -2,6 +2,7 @@
 
 `copy.deepcopy` alone fails on what the last run left behind (TransformerLens keeps an attention pattern, with its graph), and
 where TransformerLens has replaced a module's `forward` by a function that remembers the module, the copy would run the original.
+Hooks of a `with model.hooks(...)` would stay on the copy, so that there is none meanwhile.
 """
 
 from __future__ import annotations
@@ -12,9 +13,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mechkit.hooks._lock import HOOKED, lock_of
+
 
 def deep_copy(bridge: nn.Module, attributes: dict[str, Any], memo: dict[int, Any]) -> dict[str, Any]:
-    """A deep copy of a HookedModel's attributes, of which `bridge` is one."""
+    """A deep copy of a HookedModel's attributes, of which `bridge` is one.
+
+    Raises:
+        ValueError: hooks are on the model for the length of a `with`, which would be on the copy for ever.
+    """
+    if lock_of(bridge).is_held(HOOKED):
+        raise ValueError(
+            "model: it has hooks on it, which nobody would take off its copy. Copy it outside `with model.hooks(...)`"
+        )
     for module in bridge.modules():
         for value in vars(module).values():
             if isinstance(value, Tensor) and not value.is_leaf:
@@ -24,6 +35,7 @@ def deep_copy(bridge: nn.Module, attributes: dict[str, Any], memo: dict[int, Any
         forward = module.__dict__.get("forward")
         if isinstance(forward, FunctionType):
             module.__dict__["forward"] = _rebound(forward, memo)
+    lock_of(copied["bridge"]).timeout = lock_of(bridge).timeout
     return copied
 
 

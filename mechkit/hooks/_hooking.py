@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from mechkit.hooks._lock import lock_of
+from mechkit.hooks._lock import HOOKED, lock_of
 from mechkit.hooks._projections import output_weight, write_scale
 from mechkit.hooks._sites import parse_hook_name
 
@@ -55,7 +55,7 @@ class Hooks:
     def __init__(self, bridge: Any) -> None:
         self._bridge = bridge
         self._removers: list[Callable[[], None]] = []
-        self._held = lock_of(bridge).held("has hooks on it")
+        self._held = lock_of(bridge).held(HOOKED)
 
     def __enter__(self) -> Hooks:
         self._held.__enter__()

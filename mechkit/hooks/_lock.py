@@ -30,6 +30,7 @@ R = TypeVar("R")
 TIMEOUT = 30.0  # seconds without a sign of life, in the user's own code
 _WITHIN_A_CALL = 20  # times as long: one forward pass may take minutes
 _BY_USER = "holds model.lock"
+HOOKED = "has hooks on it"
 _LOOK_AGAIN = 1.0  # seconds after which one that waits looks whether the holder's thread still lives
 
 
@@ -84,6 +85,11 @@ class ModelLock:
             yield
         finally:
             self._give_up(hold)
+
+    def is_held(self, what: str) -> bool:
+        """Whether it is held for this reason."""
+        with self._changed:
+            return any(hold.what == what for hold in self._holds)
 
     def _take(self, what: str, idle: bool) -> _Hold:
         hold, me = _Hold(what, idle), threading.current_thread()

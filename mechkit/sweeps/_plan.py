@@ -136,7 +136,7 @@ def _prompts_are_independent(job: Job) -> bool:
 
 
 def _uses_means(job: Job) -> bool:
-    return job.technique.arguments.get("mode") in ("mean", "pos_mean")
+    return job.technique.arguments.get("mode") in ("mean", "position_mean")
 
 
 def _positions(job: Job, prompts: PromptPairs | Prompts) -> tuple[Label, ...]:

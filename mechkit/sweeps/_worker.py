@@ -343,7 +343,7 @@ class Worker:
                 given["metric"] = found[plan.order[start:stop]] if isinstance(found, Metric) else found
             elif job.metric is not None:
                 given["metric"] = self._metric(job, prompts)
-            if given.get("mode") in ("mean", "pos_mean"):
+            if given.get("mode") in ("mean", "position_mean"):
                 given["reference"] = whole
         ours = not registry.is_code(job.technique.name)
         room = max(LEAST_BUDGET, self._bytes(model) >> lost)

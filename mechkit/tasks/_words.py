@@ -9,11 +9,13 @@ from torch import Tensor
 
 from mechkit.prompts import PromptPairs, Tokenizes
 
+_MOST = 100_000  # pairs
+
 
 def check_arguments(model: Tokenizes, n: int) -> None:
-    """Raises `ValueError` for `n` below 1 and for a model without a tokenizer."""
-    if n < 1:
-        raise ValueError(f"n: expected at least 1 pair, got {n}")
+    """Raises `ValueError` for `n` below 1 or above 100,000, and for a model without a tokenizer."""
+    if not 1 <= n <= _MOST:
+        raise ValueError(f"n: expected 1 to {_MOST:,} pairs, got {n:,}")
     if getattr(model, "tokenizer", model) is None:
         raise ValueError("model: expected one with a tokenizer, because the prompts are text; this one has none")
 

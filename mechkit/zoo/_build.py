@@ -76,6 +76,9 @@ class Known:
         object.__setattr__(self, "roles", MappingProxyType(dict(self.roles)))
         object.__setattr__(self, "circuit", frozenset(self.circuit))
 
+    def __reduce__(self) -> tuple[Any, ...]:  # a mappingproxy can be neither pickled nor deep-copied
+        return Known, (self.model, self.pairs, self.metric, dict(self.roles), self.circuit)
+
 
 class HandWritten:
     """A GPT-2 whose weights are all zero until they are written, in terms of named features.
