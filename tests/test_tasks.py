@@ -109,7 +109,7 @@ def test_beginning_of_sequence_shifts_positions_by_one(smollm2: HookedModel, tas
 @pytest.mark.parametrize("make", [greater_than, docstring])
 def test_refuses(make: Callable[..., PromptPairs]) -> None:
     for n in (0, -3):
-        with pytest.raises(ValueError, match=f"n: expected at least 1 pair, got {n}"):
+        with pytest.raises(ValueError, match=f"n: expected 1 to 100,000 pairs, got {n}"):
             make(SmallTokenizer(), n=n)
     model = SmallTokenizer()
     model.tokenizer = None  # type: ignore[assignment]
