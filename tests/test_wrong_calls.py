@@ -79,7 +79,7 @@ BY_NAME: dict[str, list[Any]] = {
     "tasks": [3, None, [3], ["nonsense"], [{"name": "ioi", "n": -1}], [{"name": "ioi", "grid": {"seed": 3}}]],
     "fwd_hooks": [3, "z", [3], [("z",)], [("nonsense", print)], [("z", 3)]],
     "bwd_hooks": [3, "z", [3], [("z",)], [("nonsense", print)], [("z", 3)]],
-    "device": ["nowhere", 3.5, [1]],
+    "device": ["nowhere", 3.5, [1], "meta", *([] if torch.backends.mps.is_available() else ["mps"])],
     "dtype": ["float33", 3, float],
     "input": [None, 3, 3.5, torch.zeros(1, 2), [3.5], torch.tensor([[9999]]), []],
     "names": [3, "nonsense", [3], [], ("z", 99), None, ("z", "a")],
@@ -373,6 +373,12 @@ def test_whole_numbers_of_any_size_are_token_ids(material: Material, dtype: torc
 )
 def test_what_is_no_row_of_token_ids_is_refused(material: Material, tokens: torch.Tensor) -> None:
     assert complaint("input", material.model.forward, {"input": tokens}) is None
+
+
+def test_labels_are_of_token_ids(material: Material) -> None:
+    with pytest.raises(ValueError, match=r"text: expected a text or token ids, got torch.float32 \[1, 5\]"):
+        material.model.to_str_tokens(TOKENS.float())
+    assert material.model.to_str_tokens(TOKENS) == ["4", "9", "11", "7", "5"]
 
 
 def test_a_model_is_called_as_its_forward_is(material: Material) -> None:

@@ -160,8 +160,14 @@ def _device_fault(value: Any) -> Fault | None:
         device = torch.device(value)
     except RuntimeError:
         return Fault("", False, "a device, such as 'cpu' or 'cuda:0'", value)
-    missing = device.type == "cuda" and not torch.cuda.is_available()
-    return Fault("", False, "a device that is there (this machine has no CUDA)", value) if missing else None
+    if device.type == "meta":
+        return Fault("", False, "a device that holds numbers", value)
+    there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(device.type, lambda: True)()
+    return (
+        None
+        if there
+        else Fault("", False, f"a device that is there (this machine has no {device.type.upper()})", value)
+    )
 
 
 def _nothing() -> Kind:

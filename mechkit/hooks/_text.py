@@ -53,6 +53,8 @@ class Text(Facts):
     @one_at_a_time
     def to_str_tokens(self, text: str | Tensor, prepend_bos: bool | None = None) -> list[str]:
         """Each token as text; without a tokenizer, its id."""
+        if isinstance(text, Tensor) and not is_whole_dtype(text.dtype):
+            raise ValueError(f"text: expected a text or token ids, got {text.dtype} {list(text.shape)}")
         if self.tokenizer is None and isinstance(text, Tensor):
             return [str(int(t)) for t in text.flatten()]
         tokens = self.to_tokens(text, prepend_bos)[0] if isinstance(text, str) else text
