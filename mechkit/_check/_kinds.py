@@ -162,12 +162,11 @@ def _device_fault(value: Any) -> Fault | None:
         return Fault("", False, "a device, such as 'cpu' or 'cuda:0'", value)
     if device.type == "meta":
         return Fault("", False, "a device that holds numbers", value)
-    there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(device.type, lambda: True)()
-    return (
-        None
-        if there
-        else Fault("", False, f"a device that is there (this machine has no {device.type.upper()})", value)
+    missing = (device.type == "cuda" and not torch.cuda.is_available()) or (
+        device.type == "mps" and not torch.backends.mps.is_available()
     )
+    expected = f"a device that is there (this machine has no {device.type.upper()})"
+    return Fault("", False, expected, value) if missing else None
 
 
 def _nothing() -> Kind:

@@ -24,7 +24,7 @@ then whole forward passes are run for all rows; the reason is reported.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from mechkit.hooks._model import HookedModel
 
 Mask = Bool[np.ndarray, "cell prompt"]
+_Where = Literal["first", "middle", "behind it", "last"]  # among the blocks where rows join
 
 STREAM = ("resid_pre", "resid_post")  # sites that are written between blocks: no hook is needed
 _BROKEN = (ValueError, TypeError, AttributeError, AssertionError, IndexError, KeyError, RuntimeError)  # ours among them
@@ -354,22 +355,27 @@ def _sample(
 ) -> list[Rows]:
     """A few rows where a wrong assumption would show, those that start at the same position together.
 
-    Rows that start early and join early and late, one that starts and joins in the middle, and one that starts and joins late (an
-    edit of the last block at an early position would show nowhere); and a row of each kind that is presumed to change nothing (no
-    position changes, or only such as are not read). With `few` two of them. Where some block has no mask that could be looked at,
-    what it reads is not known: then there is a row of every start.
+    1. Rows that start early and join at the first block and one behind the middle; one that starts and joins in the middle (two
+       neighbouring blocks, since what is wrong may be so in every other one); one that starts and joins late (an edit of the last
+       block at an early position would show nowhere).
+    2. A row of each kind that is presumed to change nothing: no position changes, or only such as are not read.
+    3. Where some block has no mask that could be looked at, what it reads is not known: then a row of every start.
+
+    With `few` two rows of 1 are enough.
     """
     plan, turn = chunk.state.plan, chunk.state.proof.turn
     chosen: list[tuple[int, int]] = []
     taken = np.zeros(len(chunk.ids), np.int64)
     taken[0] = 1
 
-    def choose(wanted: Mask, share: float) -> None:
-        """One of the wanted rows: of those in order of the block where they join, the one at this share of the way."""
+    def choose(wanted: Mask, where: _Where) -> None:
+        """One of the wanted rows, of those that join at the first block, in the middle, a block later, or at the last."""
         cell, prompt = np.nonzero(wanted)
         if len(cell):
             entry = np.unique(plan.entry[cell])
-            of_entry = np.flatnonzero(plan.entry[cell] == entry[round(share * (len(entry) - 1))])
+            last, middle = len(entry) - 1, (len(entry) - 1) // 2
+            at = {"first": 0, "middle": middle, "behind it": min(middle + 1, last), "last": last}[where]
+            of_entry = np.flatnonzero(plan.entry[cell] == entry[at])
             # Of the prompts that were taken least often (the first one would hide rows that are taken for the first prompt's),
             # and not always the same head.
             of_entry = of_entry[taken[prompt[of_entry]] == taken[prompt[of_entry]].min()]
@@ -380,14 +386,14 @@ def _sample(
     if len(used := np.unique(start[moving])):
         # Not all at an even distance, which may be where blocks of positions that see each other begin.
         early, middle, late = (moving & (start == used[i]) for i in (0, min(len(used) // 2 | 1, len(used) - 1), -1))
-        kinds = [(middle, 0.5), (early, 0.67), (late, 1.0)]
-        for wanted, share in [(early, 0.0), *([kinds[turn % 3]] if few else kinds)]:
-            choose(wanted, share)
+        kinds: list[tuple[Mask, _Where]] = [(middle, "middle"), (early, "behind it"), (late, "last")]
+        for wanted, where in [(early, "first"), *([kinds[turn % 3]] if few else kinds)]:
+            choose(wanted, where)
     if not all(_masks(chunk.run)):
         for begin in np.setdiff1d(used, [start[row] for row in chosen]):
-            choose(moving & (start == begin), 0.0)
+            choose(moving & (start == begin), "first")
     for wanted in () if few and chosen else still:
-        choose(wanted, 0.0)
+        choose(wanted, "first")
     # An order in which rows join: the replay wants them sorted.
     at = {row: min(int(start[row]), chunk.run.length) for row in sorted(chosen, key=lambda row: plan.entry[row[0]])}
     found = []
