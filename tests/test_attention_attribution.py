@@ -539,7 +539,9 @@ def test_metrics_that_are_refused():
         relevance(mk.Metric("high", "", 3, pairs.clean.lengths - 1, torch.tensor([D_VOCAB]), outside.read))
     with pytest.raises(ValueError, match="needs prompts of one length"):
         relevance(lambda logits: logits[:, -1, 0])
-    with pytest.raises(ValueError, match=r"expected one value a prompt, a tensor of shape \[1\], got shape \[\]"):
+    with pytest.raises(
+        ValueError, match=r"expected one real value a prompt, a tensor of shape \[1\], got torch.float64 \[\]"
+    ):
         relevance(lambda logits: logits.mean(), pairs[[0]])
     with pytest.raises(TypeError, match="metric: expected a Metric"):
         relevance(3.0)

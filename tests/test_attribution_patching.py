@@ -192,9 +192,9 @@ def test_the_embedding_and_an_encoder_run_whole():
     ("metric", "match"),
     [
         (mk.accuracy, "no gradient path"),
-        (lambda pairs: lambda logits: logits[:, -1, 5].mean(), "one value a prompt"),
+        (lambda pairs: lambda logits: logits[:, -1, 5].mean(), "one real value a prompt"),
         (lambda pairs: lambda logits: logits.detach()[:, -1, 5], "no gradient path"),
-        (lambda pairs: lambda logits: 3.0, "one value a prompt"),
+        (lambda pairs: lambda logits: 3.0, "one real value a prompt"),
         (lambda pairs: mk.logit_diff(pairs[[0]]), "made for 1 prompts"),
         (lambda pairs: 3, "callable"),
     ],

@@ -134,7 +134,7 @@ def test_callable_metric_sees_all_prompts_in_order_and_full_logits(llama):
         assert torch.allclose(found.values, small.values, atol=1e-10, rtol=0)
     with pytest.raises(ValueError, match="plain callable needs prompts of one length"):
         mk.activation_patching(llama, make_pairs(), last_logit_of_each, progress=False)
-    with pytest.raises(ValueError, match="one value a prompt"):
+    with pytest.raises(ValueError, match="one real value a prompt"):
         mk.activation_patching(llama, pairs, lambda logits: logits.mean(), progress=False)
 
 

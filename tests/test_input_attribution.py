@@ -440,7 +440,7 @@ def test_neurons_of_other_dims_and_budgets(family, path):
     ("run", "arguments", "match"),
     [
         (gradient_x_input, {"metric": mk.accuracy}, "no gradient path"),
-        (gradient_x_input, {"metric": lambda pairs: lambda logits: logits[:, -1, 5].mean()}, "one value a prompt"),
+        (gradient_x_input, {"metric": lambda pairs: lambda logits: logits[:, -1, 5].mean()}, "one real value a prompt"),
         (gradient_x_input, {"metric": lambda pairs: mk.logit_diff(pairs[[0]])}, "made for 1 prompts"),
         (gradient_x_input, {"metric": lambda pairs: lambda logits: logits[:, -1, 5] / 0}, "finite"),
         (gradient_x_input, {"budget": 0}, "budget"),

@@ -226,8 +226,8 @@ def test_prompts_repeat_only_when_there_are_no_more() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"n": 0}, r"n: expected at least 1 pair, got 0"),
-        ({"n": -3}, r"n: expected at least 1 pair, got -3"),
+        ({"n": 0}, r"n: expected 1 to 100,000 pairs, got 0"),
+        ({"n": -3}, r"n: expected 1 to 100,000 pairs, got -3"),
         ({"corruption": "names"}, r"corruption: expected 'name' or 'swap', got 'names'"),
         ({"templates": []}, r"templates: expected a non-empty list"),
         ({"templates": OWN[0]}, r"templates: expected a list of strings"),

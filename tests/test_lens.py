@@ -323,7 +323,7 @@ def test_a_model_whose_logits_are_something_else_is_refused():
     """A hook that mixes positions stands for an architecture whose logits are no function of the last block's output alone."""
     model, pairs = make_model("llama"), make_pairs()
     handle = model.bridge.unembed.register_forward_hook(lambda module, args, logits: logits + torch.rand(logits.shape))
-    with pytest.raises(ValueError, match="is not a function of the last block's output alone"):
+    with pytest.raises(ValueError, match="is not a function of the last block's output at the same position alone"):
         logit_lens(model, pairs, progress=False)
     handle.remove()
     logit_lens(model, pairs, progress=False)

@@ -70,6 +70,9 @@ class PrefixCache:
         return joined
 
 
+_OF_ALL_PROMPTS = ("alibi", "position_ids", "position_embeddings")  # and masks, which are 4-D
+
+
 class _KeysAndValues(Exception):
     """Carries a layer's keys and values out of its attention, which needs nothing else computed."""
 
@@ -263,7 +266,8 @@ class Replayer:
         for call in self.run.calls:
             for name, value in call.items():
                 for part in value if isinstance(value, tuple) else (value,):
-                    if isinstance(part, Tensor) and id(part) not in looked_at and name != "position_bias":
+                    known = isinstance(part, Tensor) and (part.ndim == 4 or name in _OF_ALL_PROMPTS)
+                    if known and id(part) not in looked_at:
                         looked_at.add(id(part))
                         if not self._same_for_all(part):
                             return name

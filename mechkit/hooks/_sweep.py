@@ -35,6 +35,7 @@ from mechkit.hooks._measure import logits_at_hand
 from mechkit.hooks._memory import Budget, out_of_memory
 from mechkit.hooks._nonfinite import first_nonfinite, told, where_it_began
 from mechkit.hooks._proof import BatchRefutedError, check_batch, proved_replayer
+from mechkit.hooks._readout import read_logits
 from mechkit.hooks._record import record
 from mechkit.hooks._replay import Replayer, attach_edit, why_not
 from mechkit.metrics import AnyMetric, Metric, as_metric
@@ -313,7 +314,7 @@ def _answer_batch(chunk: Chunk, replayer: Replayer | None, rows: Rows) -> Tensor
             resid = replayer.replay(state.plan, rows, chunk.lookup, state.reads_last)
             check_batch(chunk, rows, resid)
             resid = resid[:, 0] if state.reads_last else chunk.at_positions(resid, rows.prompt, rows.start)
-            logits = state.model.unembed(resid, state.read_tokens)
+            logits = read_logits(state.model, resid, state.read_tokens)
         return chunk.read(logits, rows.prompt)
     if replayer is None:
         return chunk.call(logits_at_hand(whole_forward(chunk, rows)), rows.prompt)
@@ -322,7 +323,7 @@ def _answer_batch(chunk: Chunk, replayer: Replayer | None, rows: Rows) -> Tensor
 
     def logits_of(some: np.ndarray) -> Tensor:
         before = chunk.run.resid[-1][to_device(rows.prompt[some], suffix.device), : rows.start]
-        return state.model.unembed(torch.cat([before, suffix[to_device(some, suffix.device)]], 1))
+        return read_logits(state.model, torch.cat([before, suffix[to_device(some, suffix.device)]], 1))
 
     return chunk.call(logits_of, rows.prompt)
 
