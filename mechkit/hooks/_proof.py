@@ -215,8 +215,8 @@ def check_batch(chunk: Chunk, rows: Rows, found: Float[Tensor, "row pos d_model"
         BatchRefutedError: they differ by more than rounding.
     """
     proof = chunk.state.proof
-    for i, key in enumerate(zip(rows.cell.tolist(), rows.prompt.tolist(), strict=True) if proof.finals else ()):
-        if (expected := proof.finals.get(key)) is not None:
+    for (cell, prompt), expected in proof.finals.items():
+        for i in np.flatnonzero((rows.cell == cell) & (rows.prompt == prompt)):
             rounding = proof.candidates[0].rounding
             off = rounding.off(found[i : i + 1], expected[None, -found.shape[1] :])
             if not off <= rounding.of_logits:

@@ -128,11 +128,9 @@ def sweep(
 
 
 def _sweep_all(state: State, bar: tqdm) -> None:
-    """Prompts of one length after the other, as many at a time as fit."""
+    """Prompts of one length after the other, the longest first, as many at a time as fit."""
     model, plan = state.model, state.plan
-    for length, prompts in sorted(
-        state.base.by_length().items(), reverse=True
-    ):  # a proof holds for shorter prompts too
+    for length, prompts in sorted(state.base.by_length().items(), reverse=True):
         todo = list(prompts)
         while todo:
             at_once = len(todo)
