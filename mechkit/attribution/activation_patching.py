@@ -145,5 +145,5 @@ def _check_cache(cache: ActivationCache, model: HookedModel, source: Prompts, gr
             raise ValueError(f"source_cache: it holds no {site!r} of layer {layer}; cache that site too")
         if (dtype := cache[site, layer].dtype) != model.dtype:
             raise ValueError(
-                f"source_cache: expected {site!r} in the model's {model.dtype}, got {dtype}, which is rounded"
+                f"source_cache: expected {site!r} in the model's {model.dtype}, got {dtype}; record it without dtype="
             )

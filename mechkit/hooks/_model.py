@@ -208,6 +208,7 @@ class HookedModel(Surface, Weights, Generate):
     # -- running -------------------------------------------------------------------------------------------------------
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The same as `forward`."""
         return self.forward(*args, **kwargs)
 
     @checked
