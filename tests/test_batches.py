@@ -95,7 +95,7 @@ def test_a_batch_that_runs_out_of_memory_changes_no_value(failing, where, kind, 
     metric = whole_vocabulary(pairs) if kind == "metric" else lambda logits: logits[:, -1, 5] - logits[:, 0, 3]
     expected = swept(model, pairs, metric=metric)
     before = len(batches)
-    target, name = (_sweep.Replayer, "replay") if where == "replay" else (type(model), "unembed")
+    target, name = (_sweep.Replayer, "replay") if where == "replay" else (_sweep, "read_logits")
     original, calls, halved = getattr(target, name), [], []
     halve = Budget.halve
     monkeypatch.setattr(Budget, "halve", lambda self: halved.append(1) or halve(self))

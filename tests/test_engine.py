@@ -35,9 +35,9 @@ def test_cost_counts_only_what_a_change_can_reach(llama):
     result = mk.activation_patching(llama, pairs, metric, site="z", progress=False)
     base_and_source = 2 * LENGTH * N_LAYERS
     rows = sum(llama.n_heads * 3 * (N_LAYERS - layer) for layer in range(N_LAYERS))
-    # The proof: an unedited whole pass; every block from position 4 on, plain and hooked; four rows that join at layers 0, 2, 2
-    # and 3, once replayed and once by whole passes.
-    proof = LENGTH * N_LAYERS + 2 * 3 * N_LAYERS + 3 * (4 + 2 + 2 + 1) + 4 * LENGTH * N_LAYERS
+    # The proof: an unedited whole pass; every block from position 4 on, plain and hooked; a row that joins at each
+    # layer, once replayed and once by whole passes.
+    proof = LENGTH * N_LAYERS + 2 * 3 * N_LAYERS + 3 * (4 + 3 + 2 + 1) + 4 * LENGTH * N_LAYERS
     assert result.cost.block_tokens == base_and_source + rows + proof
     assert result.cost.naive_block_tokens == N_LAYERS * llama.n_heads * LENGTH * N_LAYERS
 
