@@ -74,7 +74,7 @@ def overhead(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             [{"name": "activation_patching", **arguments}],
             store=folder / f"overhead{i}",
         )
-        report = study.run(mk.sweeps.InProcess(loaded={args.model: model}), progress=False)
+        report = study.run(mk.studies.InProcess(loaded={args.model: model}), progress=False)
         assert not report.failed, report
         return study, report
 

@@ -35,7 +35,7 @@ args.out.mkdir(parents=True, exist_ok=True)
 # ## State, check, run
 #
 # The file is checked whole before anything runs. `run` computes what the store does not hold yet, so that a second call takes
-# a second. Another executor is one argument: `mk.sweeps.Processes()` is a process a GPU, `mk.sweeps.Ray("ray://…")` a cluster.
+# a second. Another executor is one argument: `mk.studies.Processes()` is a process a GPU, `mk.studies.Ray("ray://…")` a cluster.
 
 # %%
 study = mk.Study.from_toml(args.study, store=args.store)

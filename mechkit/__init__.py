@@ -23,10 +23,10 @@ _MODULE_OF = {
     "Cost": "mechkit.result",
     "Result": "mechkit.result",
     "ActivationCache": "mechkit.hooks",
-    "Edit": "mechkit.hooks",
+    "Edit": "mechkit.engine",
     "HookedModel": "mechkit.hooks",
     "SITES": "mechkit.hooks",
-    "sweep": "mechkit.hooks",
+    "sweep": "mechkit.engine",
     "Comparison": "mechkit.attribution",
     "Erasure": "mechkit.attribution",
     "OVSVD": "mechkit.attribution",
@@ -73,13 +73,13 @@ _MODULE_OF = {
     "optimal_ablation": "mechkit.circuits",
     "path_patching": "mechkit.circuits",
     "report": "mechkit.plot",
-    "Study": "mechkit.sweeps",
+    "Study": "mechkit.studies",
     "GapWarning": "mechkit._gap",
 }
-_PACKAGES = ("circuits", "plot", "sweeps", "tasks", "zoo")  # public as they are: `mk.tasks.ioi`
+_PACKAGES = ("circuits", "plot", "studies", "tasks", "zoo")  # public as they are: `mk.tasks.ioi`
 _MODULES = {*_PACKAGES, *(module.removeprefix("mechkit.") for module in _MODULE_OF.values())}
 
-_EXTRA = {"Study", "sweeps"}  # need what a plain installation lacks, so that `from mechkit import *` leaves them out
+_EXTRA = {"Study", "studies"}  # need what a plain installation lacks, so that `from mechkit import *` leaves them out
 
 __all__ = [name for name in (*_PACKAGES, *_MODULE_OF) if name not in _EXTRA]
 

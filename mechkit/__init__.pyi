@@ -2,7 +2,7 @@
 
 from mechkit import circuits as circuits
 from mechkit import plot as plot
-from mechkit import sweeps as sweeps
+from mechkit import studies as studies
 from mechkit import tasks as tasks
 from mechkit import zoo as zoo
 from mechkit._gap import GapWarning as GapWarning
@@ -52,11 +52,11 @@ from mechkit.circuits import find_circuit as find_circuit
 from mechkit.circuits import learn_mask as learn_mask
 from mechkit.circuits import optimal_ablation as optimal_ablation
 from mechkit.circuits import path_patching as path_patching
+from mechkit.engine import Edit as Edit
+from mechkit.engine import sweep as sweep
 from mechkit.hooks import SITES as SITES
 from mechkit.hooks import ActivationCache as ActivationCache
-from mechkit.hooks import Edit as Edit
 from mechkit.hooks import HookedModel as HookedModel
-from mechkit.hooks import sweep as sweep
 from mechkit.metrics import Metric as Metric
 from mechkit.metrics import accuracy as accuracy
 from mechkit.metrics import kl_divergence as kl_divergence
@@ -69,4 +69,4 @@ from mechkit.prompts import PromptPairs as PromptPairs
 from mechkit.prompts import Prompts as Prompts
 from mechkit.result import Cost as Cost
 from mechkit.result import Result as Result
-from mechkit.sweeps import Study as Study
+from mechkit.studies import Study as Study

@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     import rich.table
 
     from mechkit.hooks import HookedModel
-    from mechkit.sweeps import Status, Study
-    from mechkit.sweeps import Table as Results
-    from mechkit.sweeps._executors import Executor
+    from mechkit.studies import Status, Study
+    from mechkit.studies import Table as Results
+    from mechkit.studies._executors import Executor
 
 WIDTH = 200  # columns of a table that is not printed on a terminal
 REFRESH = 2.0  # seconds between two looks of `status --watch`
@@ -100,7 +100,7 @@ def run(
 
 def _executor(kind: Kind, workers: int | None, address: str | None, devices: Sequence[str]) -> Executor:
     """The executor that the options ask for; raises `ValueError` for options that do not go together."""
-    from mechkit.sweeps import InProcess, Processes, Ray
+    from mechkit.studies import InProcess, Processes, Ray
 
     if address is not None and kind is not Kind.ray:
         raise ValueError(f"address: expected --executor ray with an address, got --executor {kind}")
@@ -158,7 +158,7 @@ def _watch(study: Study, verify: bool) -> None:
 
 
 def _status_table(found: Status) -> rich.table.Table:
-    from mechkit.sweeps._status import duration
+    from mechkit.studies._status import duration
 
     table = _table("model", "task", "technique", "state", "done#", "shards#", "time#", "error")
     colours = {"done": "green", "running": "cyan", "failed": "red", "partial": "yellow"}
@@ -248,8 +248,9 @@ def info(
     with _told():
         import torch
 
-        from mechkit.hooks import HookedModel, check_tokens, find_model
-        from mechkit.sweeps._executors import check_device
+        from mechkit.engine import check_tokens
+        from mechkit.hooks import HookedModel, find_model
+        from mechkit.studies._executors import check_device
 
         which: dict[str, Any] = {"revision": revision, "trust_remote_code": allow_remote_code}
         find_model(model, **which)
@@ -296,7 +297,7 @@ def _validation(model: HookedModel) -> rich.table.Table:
 
 def _sweeps(model: HookedModel, prompts: int, length: int) -> rich.table.Table:
     """What activation patching takes at most: pairs that differ later, or cells that are left out, make it less."""
-    from mechkit.hooks import Budget
+    from mechkit.engine import Budget
 
     title = f"{prompts} pairs of {length} tokens that differ from the first token on. Block-token: a block's work on a token"
     numbers = ("cells#", "prompts at once#", "recorded a pair#", "block-tokens#", "naive#", "fewer#")
@@ -350,7 +351,7 @@ def _recorded(model: HookedModel, sites: Sequence[tuple[str, int]], length: int)
 @app.command()
 def techniques() -> None:
     """What a study may name: techniques with their arguments, tasks, metrics."""
-    from mechkit.sweeps import _registry as registry
+    from mechkit.studies import _registry as registry
 
     table = _table("technique", "works on", "metric", "shards by", "arguments")
     for name, row in registry.TECHNIQUES.items():
@@ -366,7 +367,7 @@ def techniques() -> None:
 
 def _arguments(function: Any) -> str:
     """Those that a study may set, with their defaults."""
-    from mechkit.sweeps._registry import _settable
+    from mechkit.studies._registry import _settable
 
     defaults = [(name, parameter.default) for name, parameter in _settable(function).items()]
     return ", ".join(name if value is Parameter.empty else f"{name}={value!r}" for name, value in defaults)
@@ -379,7 +380,7 @@ def _arguments(function: Any) -> str:
 def _told(interrupted: str = "interrupted") -> Iterator[None]:
     """What a user can mend becomes a message on stderr and exit code 2; Ctrl-C, a line and 130."""
     try:
-        from mechkit.sweeps import StoreError  # takes seconds, in which there may be a Ctrl-C
+        from mechkit.studies import StoreError
 
         try:
             yield
@@ -393,7 +394,7 @@ def _told(interrupted: str = "interrupted") -> Iterator[None]:
 
 def _open(path: str, store: str | None, allow_code: bool) -> Study:
     """The study of a file, or all that a store knows; raises `ValueError` for a file that is wrong, or no study."""
-    from mechkit.sweeps import Study
+    from mechkit.studies import Study
 
     if allow_code and "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))  # functions are looked for in this folder, as `python -m` does

@@ -17,9 +17,9 @@ from unittest.mock import patch
 import torch
 
 import mechkit as mk
-from mechkit.hooks import _replay, _sweep
-from mechkit.hooks._plain import PlainBlocks
-from mechkit.hooks._replay import PrefixCache, Replayer
+from mechkit.engine import _replay, _sweep
+from mechkit.engine._plain import PlainBlocks
+from mechkit.engine._replay import PrefixCache, Replayer
 
 Defect = Callable[[], Any]
 

@@ -17,7 +17,7 @@ import torch
 from families import D_VOCAB, build_hf
 
 import mechkit as mk
-from mechkit.sweeps import _registry as registry
+from mechkit.studies import _registry as registry
 
 LENGTHS = (6, 4, 5, 4, 6, 3, 5)  # of tiny_pairs' prompts, over and over
 
@@ -194,7 +194,7 @@ def chunks(store: str | os.PathLike[str]) -> dict[str, bytes]:
     return {name: data for name, data in files(store).items() if name.startswith("data/") and "/values/c/" in name}
 
 
-def parquet(study: mk.sweeps.Study, path: Path) -> bytes:
+def parquet(study: mk.studies.Study, path: Path) -> bytes:
     return study.results().to_parquet(path).read_bytes()
 
 
@@ -259,7 +259,7 @@ if os.environ.get(WARM):
     import pyarrow.parquet  # noqa: F401
     import zarr  # noqa: F401
 
-    import mechkit.sweeps
+    import mechkit.studies
 
     torch.set_num_threads(1)
     tiny_llama()

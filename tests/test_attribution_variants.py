@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from test_exact import make_model, make_pairs, whole_vocabulary
 
 import mechkit as mk
-from mechkit.attribution._paths import quadrature
 from mechkit.attribution.atp_star import replaced_columns
 from mechkit.attribution.relp import relevance_rules
-from mechkit.hooks import frozen_parameters
+from mechkit.engine import frozen_parameters
+from mechkit.experiment.quadrature import quadrature
 
 
 def effects(result: mk.Result) -> torch.Tensor:

@@ -9,9 +9,9 @@ from families import build_hf
 from test_exact import LENGTH, SHAPES, make_model, make_pairs, whole_vocabulary
 
 import mechkit as mk
-from mechkit.hooks import _sweep
-from mechkit.hooks._memory import Budget
-from mechkit.hooks._precision import TOLERANCE
+from mechkit._precision import TOLERANCE
+from mechkit.engine import _sweep
+from mechkit.engine._memory import Budget
 
 # Largest difference between two sweeps, as a share of the spread of the values (of 1 logit in float64)
 BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5, **{d: TOLERANCE[d] for d in (torch.bfloat16, torch.float16)}}

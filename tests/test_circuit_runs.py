@@ -21,7 +21,8 @@ import mechkit as mk
 from mechkit.circuits import Constants, Graph
 from mechkit.circuits._evaluation import ABLATIONS, Evaluator
 from mechkit.circuits._runs import CircuitRuns, Written
-from mechkit.hooks import Parts, frozen_parameters, record
+from mechkit.engine import frozen_parameters
+from mechkit.hooks import Parts, record
 
 
 def random_circuits(graph: Graph, *shares: float, seed: int = 0) -> Tensor:

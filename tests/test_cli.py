@@ -20,8 +20,8 @@ from typer.testing import CliRunner
 
 import mechkit as mk
 from mechkit import cli, hooks
-from mechkit.sweeps import InProcess, Processes, Ray
-from mechkit.sweeps import _registry as registry
+from mechkit.studies import InProcess, Processes, Ray
+from mechkit.studies import _registry as registry
 
 ROOT = Path(__file__).parents[1]
 STUDY = """
@@ -111,7 +111,7 @@ def test_the_help_imports_little():
         "ray",
     }
     show = "mechkit.cli.app(['--help'], standalone_mode=False)"
-    code = f"import sys, mechkit.cli; {show}; {probe}; import mechkit.sweeps; {probe}"
+    code = f"import sys, mechkit.cli; {show}; {probe}; import mechkit.studies; {probe}"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     *_, before, after = (set(line.split()) for line in run.stdout.splitlines())
     assert "typer" in before

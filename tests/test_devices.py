@@ -11,8 +11,8 @@ from test_exact import LENGTH, make_model, make_pairs, whole_vocabulary
 from torch import nn
 
 import mechkit as mk
-from mechkit.hooks import _memory
-from mechkit.hooks._plain import PlainBlocks
+from mechkit.engine import _memory
+from mechkit.engine._plain import PlainBlocks
 
 accelerate = pytest.importorskip("accelerate")
 

@@ -505,7 +505,7 @@ def test_more_refusals():
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_a_proof_that_fails_leads_to_whole_runs(family, monkeypatch):
     """The first unedited runs are the proof that suffixes may be run; where it fails, everything is run again, whole."""
-    from mechkit.hooks import GradientRuns
+    from mechkit.engine import GradientRuns
 
     model, pairs = model_of(family), make_pairs()
     metric = whole_vocabulary(pairs)

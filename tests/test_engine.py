@@ -9,8 +9,8 @@ from test_exact import LENGTH, make_model, make_pairs, whole_vocabulary
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 import mechkit as mk
-from mechkit.hooks import _memory, _sweep
-from mechkit.hooks._edits import EditPlan
+from mechkit.engine import _memory, _sweep
+from mechkit.engine._edits import EditPlan
 
 
 @pytest.fixture(scope="module")

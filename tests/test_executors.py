@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import mechkit as mk
-from mechkit.sweeps import InProcess, Processes, Ray
+from mechkit.studies import InProcess, Processes, Ray
 
 HERE = Path(__file__).parent
 

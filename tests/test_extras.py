@@ -47,7 +47,7 @@ def test_the_extra_is_what_is_looked_for() -> None:
 
 
 @pytest.mark.parametrize(
-    "statement", ["import mechkit; mechkit.Study", "from mechkit import Study", "import mechkit.sweeps"]
+    "statement", ["import mechkit; mechkit.Study", "from mechkit import Study", "import mechkit.studies"]
 )
 def test_studies_name_what_is_missing(statement: str) -> None:
     run = run_without(("zarr", "pyarrow"), statement)

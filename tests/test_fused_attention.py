@@ -8,7 +8,7 @@ from families import FAMILIES, build_hf
 from test_exact import make_model, make_pairs, whole_vocabulary
 
 import mechkit as mk
-from mechkit.hooks import _plain, _proof
+from mechkit.engine import _plain, _proof
 
 # Scores that are capped, biased by distance, or computed by a class of its own that has no fused form
 EAGER = {"gemma2", "bloom", "gptj", "gpt_neo"}

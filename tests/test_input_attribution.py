@@ -10,9 +10,10 @@ from families import D_VOCAB, FAMILIES, build_hf
 from test_exact import make_model, make_pairs, whole_vocabulary
 
 import mechkit as mk
-from mechkit.attribution._paths import quadrature
 from mechkit.attribution.input_attribution import gradient_x_input, neuron_attribution, token_integrated_gradients
-from mechkit.hooks import SITES, Budget
+from mechkit.engine import Budget
+from mechkit.experiment.quadrature import quadrature
+from mechkit.hooks import SITES
 from mechkit.zoo import linear
 
 # The families that transformers computes in float64 throughout; in the others a norm or a softmax is in float32.

@@ -23,26 +23,29 @@ ROOT = Path(__file__).resolve().parents[1]
 # What each place of the package may import of mechkit, besides itself and the helpers (mechkit/_x.py), which import
 # nothing of it. mechkit/__init__.py, the public surface, may import all. CONTRIBUTING.md has the same table in words.
 _DATA = {"prompts", "metrics", "result"}
+_SHARED = {"experiment", "engine", "hooks", *_DATA}
 MAY_IMPORT: dict[str, set[str]] = {
     "prompts": set(),
     "metrics": {"prompts"},
     "result": set(),
     "hooks": _DATA,
-    "attribution": {"hooks", *_DATA},
-    "circuits": {"attribution", "hooks", *_DATA},
+    "engine": {"hooks", *_DATA},
+    "experiment": {"engine", "hooks", *_DATA},
+    "attribution": _SHARED,
+    "circuits": {"attribution", *_SHARED},
     "tasks": {"prompts", "hooks"},
     "zoo": {"hooks", "circuits", "prompts", "metrics"},
-    "sweeps": {"zoo", "tasks", "circuits", "attribution", "hooks", *_DATA},
+    "studies": {"zoo", "tasks", "circuits", "attribution", *_SHARED},
     "plot": {"attribution", "circuits", "prompts", "metrics", "result"},
-    "cli": {"sweeps", "plot", "zoo", "tasks", "circuits", "attribution", "hooks", *_DATA},
+    "cli": {"studies", "plot", "zoo", "tasks", "circuits", "attribution", *_SHARED},
     "__main__": {"cli"},
 }
 LATE = {"_drawn": "plot"}  # helper -> what it may import when it is called: results find their pictures by it
 OWNERS = {
     "transformer_lens": "hooks",
     "plotly": "plot",
-    "zarr": "sweeps",
-    "ray": "sweeps",
+    "zarr": "studies",
+    "ray": "studies",
 }  # third-party package -> the one place that imports it
 HEAVY = {
     "transformer_lens",
@@ -157,7 +160,7 @@ def one_way(path: str, source: str) -> Iterator[str]:
 
 
 def one_owner(path: str, source: str) -> Iterator[str]:
-    """transformer_lens is imported in mechkit/hooks/ only, plotly in mechkit/plot/ only, zarr and ray in mechkit/sweeps/ only."""
+    """Each package of `OWNERS` is imported in one place of mechkit only."""
     for found in imports(path, source):
         owner = OWNERS.get(found.top)
         if owner and not found.typing_only and place_of(path) != owner:
@@ -269,7 +272,7 @@ BAD: list[tuple[Rule, str, str]] = [
     (one_way, "mechkit/circuits/a.py", "from mechkit.tasks import ioi"),
     (one_way, "mechkit/tasks/ioi.py", "from mechkit.metrics import logit_diff"),
     (one_way, "mechkit/zoo/a.py", "from mechkit.attribution import ablation"),
-    (one_way, "mechkit/sweeps/a.py", "from mechkit.plot import heatmap"),
+    (one_way, "mechkit/studies/a.py", "from mechkit.plot import heatmap"),
     (one_way, "mechkit/plot/a.py", "from mechkit.hooks import HookedModel"),
     (one_way, "mechkit/plot/a.py", "if not TYPE_CHECKING:\n    from mechkit.hooks import HookedModel"),
     (one_way, "mechkit/plot/a.py", "if TYPE_CHECKING:\n    pass\nelse:\n    from mechkit.hooks import HookedModel"),
@@ -283,15 +286,15 @@ BAD: list[tuple[Rule, str, str]] = [
     (one_owner, "mechkit/__init__.py", "from transformer_lens import TransformerBridge"),
     (one_owner, "mechkit/result.py", "def f():\n    import plotly.express as px"),
     (one_owner, "mechkit/cli.py", "def f():\n    import ray"),
-    (one_way, "mechkit/hooks/_a.py", "from mechkit.sweeps import Study"),
-    (one_way, "mechkit/sweeps/a.py", "from mechkit.cli import app"),
-    (light, "mechkit/sweeps/a.py", "import zarr"),
+    (one_way, "mechkit/hooks/_a.py", "from mechkit.studies import Study"),
+    (one_way, "mechkit/studies/a.py", "from mechkit.cli import app"),
+    (light, "mechkit/studies/a.py", "import zarr"),
     (light, "mechkit/hooks/_model.py", "import transformer_lens"),
     (light, "mechkit/hooks/_model.py", "import importlib\nbridge = importlib.import_module('transformer_lens')"),
     (light, "mechkit/result.py", "try:\n    import pandas as pd\nexcept ImportError:\n    pd = None"),
     (light, "mechkit/result.py", "class A:\n    import xarray"),
     (light, "mechkit/result.py", "from scipy.stats import bootstrap"),
-    (light, "mechkit/sweeps/a.py", "import ray"),
+    (light, "mechkit/studies/a.py", "import ray"),
     (light, "mechkit/plot/__init__.py", "import plotly.graph_objects as go"),
     (light, "mechkit/plot/a.py", "import pandas"),
     (no_pickle, "mechkit/result.py", "def f():\n    import pickle"),
@@ -358,7 +361,7 @@ def test_import_is_light() -> None:
 
 
 def test_import_of_every_part_is_light() -> None:
-    parts = "attribution, circuits, hooks, plot, sweeps, tasks, zoo"
+    parts = "attribution, circuits, engine, experiment, hooks, plot, studies, tasks, zoo"
     loaded = loaded_by(f"from mechkit import {parts}")
     assert "torch" in loaded
     assert loaded & HEAVY == set()

@@ -20,7 +20,7 @@ from mechkit.circuits.circuit import Circuit
 from mechkit.circuits.evaluation import evaluate_circuit
 from mechkit.circuits.graph import Graph
 from mechkit.circuits.learned_masks import LearnedMask, Settings, _Gates, learn_mask
-from mechkit.hooks import frozen_parameters
+from mechkit.engine import frozen_parameters
 from tests import reference_circuits as naive
 from tests.families import FAMILIES, build_hf
 

@@ -107,5 +107,5 @@ def test_shapes_are_checked_in_modules_that_are_loaded_late() -> None:
     loaded = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "mechkit"}
     missed = [name for name, module in loaded.items() if "jaxtyping" not in type(module.__spec__.loader).__module__]
     assert missed == []
-    assert "mechkit.sweeps._table" in loaded
+    assert "mechkit.studies._table" in loaded
     assert "jaxtyping" not in type(json.__spec__.loader).__module__

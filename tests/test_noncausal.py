@@ -10,8 +10,8 @@ from reference_circuits import patch_edge, run_circuit, whole_run
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import mechkit as mk
-from mechkit.hooks import agree_before_difference, frozen_parameters
-from mechkit.hooks._gradients import GradientRuns
+from mechkit.engine import agree_before_difference, frozen_parameters
+from mechkit.engine._gradients import GradientRuns
 
 # (length, positions that differ): several first differences, two lengths, and prompts that do not differ.
 SHAPES = ((9, (6,)), (9, (4, 6)), (7, (5,)), (9, ()), (7, (6,)))

@@ -146,7 +146,7 @@ def test_masks_of_a_models_own(name, separator_in):
 
 
 def test_which_masks_show_later_positions():
-    from mechkit.hooks._causality import shows_later_positions
+    from mechkit.engine._causality import shows_later_positions
 
     causal = torch.ones(4, 4, dtype=torch.bool).tril()
     ahead = causal.clone()

@@ -28,9 +28,9 @@ import pytest
 import study_helpers as helpers
 
 import mechkit as mk
-from mechkit.sweeps import StoreError, _run
-from mechkit.sweeps._job import canonical
-from mechkit.sweeps._store import Store, sha256
+from mechkit.studies import StoreError, _run
+from mechkit.studies._job import canonical
+from mechkit.studies._store import Store, sha256
 
 STATED: dict[str, Any] = {
     "models": [{"name": "study_helpers:tiny_llama", "dtype": "float64", "label": "llama"}],
@@ -251,7 +251,7 @@ def test_damage_is_found_said_and_mended(copy, what, monkeypatch):
 def _count(monkeypatch: pytest.MonkeyPatch, log: Path) -> None:
     from dataclasses import replace
 
-    from mechkit.sweeps import _registry as registry
+    from mechkit.studies import _registry as registry
 
     row = registry.TECHNIQUES["activation_patching"]
     counted = replace(row, function=helpers.counted(row.function, log))
@@ -432,7 +432,7 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, {room}))
 try:
     test_store.study({store!r}).run(progress=False)
-except mk.sweeps.StoreError as error:
+except mk.studies.StoreError as error:
     print("refused:", error)
 """
 

@@ -23,8 +23,8 @@ from families import D_VOCAB, build_hf
 
 import mechkit as mk
 from mechkit.circuits import EdgeScores
-from mechkit.sweeps import _registry as registry
-from mechkit.sweeps import _run
+from mechkit.studies import _registry as registry
+from mechkit.studies import _run
 
 LLAMA: dict[str, Any] = {"name": "study_helpers:tiny_llama", "dtype": "float64", "label": "llama"}
 GPT2: dict[str, Any] = {"name": "study_helpers:tiny_gpt2", "dtype": "float64", "label": "gpt2"}
@@ -453,7 +453,7 @@ def test_what_has_changed_is_computed_again(tmp_path, monkeypatch, what):
     else:
         task = {"name": "study_helpers:pairs_of_file", "path": str(file)}
 
-    def run(number: str) -> mk.sweeps.RunReport:
+    def run(number: str) -> mk.studies.RunReport:
         file.write_text(number)
         return study(tmp_path / "store", models=[model], tasks=[task]).run(progress=False)
 
@@ -486,7 +486,7 @@ def test_another_mechkit_reuses_nothing(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"jobs of mechkit 0\.0\.0"):
         old.run(progress=False)
     with monkeypatch.context() as then:
-        then.setattr("mechkit.sweeps.study.__version__", "0.0.0")
+        then.setattr("mechkit.studies.study.__version__", "0.0.0")
         old.run(progress=False)
     n = calls()
     new = study(tmp_path / "store")
@@ -521,7 +521,7 @@ def test_a_model_in_a_folder_is_not_loaded_when_all_is_done(folder, tmp_path, mo
 
 
 def test_a_changed_config_is_computed_again(folder, tmp_path):
-    def run() -> mk.sweeps.RunReport:
+    def run() -> mk.studies.RunReport:
         return study(tmp_path / "store", models=[str(folder)], tasks=[PAIRS]).run(progress=False)
 
     first = run()
@@ -539,7 +539,7 @@ def test_changed_prompts_of_a_model_in_a_folder_are_noticed(folder, tmp_path):
     """The model's files are the same, and what the task makes is not."""
     file = tmp_path / "number"
 
-    def run(number: str) -> mk.sweeps.RunReport:
+    def run(number: str) -> mk.studies.RunReport:
         file.write_text(number)
         task = {"name": "study_helpers:pairs_of_file", "path": str(file)}
         return study(tmp_path / "store", models=[str(folder)], tasks=[task]).run(progress=False)
@@ -808,8 +808,8 @@ def test_two_studies_in_one_store(tmp_path, monkeypatch):
 def test_models_at_hand(tmp_path):
     model = helpers.tiny_gpt2()
     stated = study(tmp_path, models=[{"name": "at-hand", "dtype": "float64"}])
-    assert not stated.run(mk.sweeps.InProcess(loaded={"at-hand": model}), progress=False).failed
+    assert not stated.run(mk.studies.InProcess(loaded={"at-hand": model}), progress=False).failed
     assert_same(stated.results().result(), direct(stated.jobs[0], model, helpers.tiny_pairs(model, N)))
     wrong = study(tmp_path / "other", models=["at-hand"])
-    report = wrong.run(mk.sweeps.InProcess(loaded={"at-hand": model}), progress=False)
+    report = wrong.run(mk.studies.InProcess(loaded={"at-hand": model}), progress=False)
     assert "stated as float32, and is torch.float64" in next(iter(report.failed.values()))

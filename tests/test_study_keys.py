@@ -15,7 +15,7 @@ import torch
 from study_helpers import fresh_llama, one_thread, tiny_llama
 
 import mechkit as mk
-from mechkit.sweeps import InProcess
+from mechkit.studies import InProcess
 
 MODEL = {"name": "study_helpers:tiny_llama", "dtype": "float64", "label": "llama"}
 TASK = {"name": "study_helpers:tiny_pairs", "label": "pairs"}
@@ -91,7 +91,7 @@ def test_a_loaded_model_is_the_one_that_is_stated(tmp_path):
 
 def test_a_model_that_could_not_be_hashed_is_not_gone_on_with(tmp_path, monkeypatch):
     """Its shards would have been kept under the hash of the model before it."""
-    from mechkit.sweeps import _worker
+    from mechkit.studies import _worker
 
     (job,) = study(tmp_path / "store").jobs
     worker = _worker.Worker(_worker.Settings(str(tmp_path / "store")))
@@ -105,7 +105,7 @@ def test_a_model_that_could_not_be_hashed_is_not_gone_on_with(tmp_path, monkeypa
 
 
 def test_memory_of_a_model_that_failed_to_load_is_given_back(tmp_path, monkeypatch):
-    from mechkit.sweeps import _worker
+    from mechkit.studies import _worker
 
     class Half:
         """As a model of which a part is loaded: in a cycle, which only the collector takes away."""
@@ -137,7 +137,7 @@ def test_memory_of_a_model_that_failed_to_load_is_given_back(tmp_path, monkeypat
 
 def test_prompts_that_differ_from_call_to_call_are_refused(tmp_path):
     """A task without a seed: what a second worker would make are other prompts than those that were planned."""
-    from mechkit.sweeps._worker import PlanTask, Settings, ShardTask, Worker
+    from mechkit.studies._worker import PlanTask, Settings, ShardTask, Worker
 
     drawn = tmp_path / "seed"
     drawn.write_text("0")
@@ -219,7 +219,7 @@ def test_a_failure_is_no_damage(tmp_path):
 def test_what_json_lacks_is_refused_or_made_plain(tmp_path):
     import numpy as np
 
-    from mechkit.sweeps._registry import plain
+    from mechkit.studies._registry import plain
 
     assert plain({"a": (Path("x"), np.int64(3), range(2))}) == {"a": ["x", 3, [0, 1]]}
     assert json.dumps(plain(np.float32(0.5))) == "0.5"

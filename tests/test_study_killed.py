@@ -13,7 +13,7 @@ import pytest
 import study_helpers as helpers
 
 import mechkit as mk
-from mechkit.sweeps._worker import weights_digest
+from mechkit.studies._worker import weights_digest
 
 STATED: dict[str, Any] = {
     "models": [{"name": "study_helpers:tiny_llama", "dtype": "float64", "label": "llama"}],

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mechkit as mk
-from mechkit.sweeps import _spec as spec
+from mechkit.studies import _spec as spec
 
 ALLOWED = dict.fromkeys(("trust_remote_code",), True)
 GOOD = """

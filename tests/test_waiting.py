@@ -16,8 +16,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mechkit as mk
-from mechkit.hooks import _sweep
-from mechkit.hooks._memory import Budget
+from mechkit.engine import _sweep
+from mechkit.engine._memory import Budget
 
 aten = torch.ops.aten
 WAITING_OPS = {aten._local_scalar_dense, aten.nonzero, aten.item, aten.equal, aten.is_nonzero, aten.masked_select}

@@ -14,7 +14,8 @@ from torch import Tensor
 
 import mechkit as mk
 from mechkit import zoo
-from mechkit.hooks import SITES, Edit
+from mechkit.engine import Edit
+from mechkit.hooks import SITES
 from mechkit.zoo import _build, _cue, _greater_than, _induction, _saturated, _serial_ioi
 
 MODELS: dict[str, Callable[..., zoo.Known]] = {

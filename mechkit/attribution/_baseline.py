@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechkit.attribution._nodes import Chunk, Study
+from mechkit.experiment.estimates import Chunk, Study
 from mechkit.hooks import HookedModel
 
 

@@ -14,17 +14,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechkit._precision import widen
 from mechkit._version import __version__
+from mechkit.engine import check_can_run
 from mechkit.hooks import (
     FrozenNorm,
     HookedModel,
     adds_positions,
-    check_can_run,
     head_bias,
     head_weight,
     post_norm,
     record,
-    widen,
     write_scale,
 )
 from mechkit.hooks import final_norm as frozen_final_norm

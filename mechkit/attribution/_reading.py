@@ -17,8 +17,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechkit.attribution._cells import provenance_of
-from mechkit.hooks import HookedModel, check_metric, final_norm, widen
+from mechkit._precision import widen
+from mechkit.engine import check_metric
+from mechkit.experiment.axes import provenance_of
+from mechkit.hooks import HookedModel, final_norm
 from mechkit.metrics import CallableMetric, Metric, makes_metrics, metric_for
 from mechkit.prompts import PromptPairs, Prompts
 from mechkit.result import Cost, Result

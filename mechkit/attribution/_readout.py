@@ -25,21 +25,19 @@ from jaxtyping import Float, Int, Num
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mechkit.attribution._cells import Axes
+from mechkit._precision import wide_dtype, widen
+from mechkit.engine import Budget, check_can_run
+from mechkit.experiment.axes import Axes
 from mechkit.hooks import (
     SITES,
-    Budget,
     FrozenNorm,
     HookedModel,
-    check_can_run,
     check_linear_readout,
     check_readout,
     final_norm,
     into_post_norm,
     post_norm,
     record,
-    wide_dtype,
-    widen,
     write_scale,
 )
 from mechkit.hooks._nonfinite import where_it_began

@@ -30,18 +30,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from mechkit._precision import wide_dtype, widen
 from mechkit.attribution._readout import COPIES
 from mechkit.attribution.logit_lens import kl
-from mechkit.hooks import (
-    Budget,
-    HookedModel,
-    check_readout,
-    final_norm,
-    is_linear_readout,
-    record,
-    wide_dtype,
-    widen,
-)
+from mechkit.engine import Budget
+from mechkit.hooks import HookedModel, check_readout, final_norm, is_linear_readout, record
 from mechkit.prompts import Prompts
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0)  # relative to the mean eigenvalue of the covariance

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from mechkit._check import checked
-from mechkit.attribution._cells import Grid, make_grid, split_prompts, to_result
-from mechkit.hooks import Budget, HookedModel, check_can_run, one_at_a_time, record, sweep
+from mechkit.engine import Budget, check_can_run, sweep
+from mechkit.experiment.axes import Grid, make_grid, split_prompts, to_result
+from mechkit.hooks import HookedModel, one_at_a_time, record
 from mechkit.metrics import AnyMetric, metric_for
 from mechkit.prompts import PromptPairs, Prompts
 from mechkit.result import Result

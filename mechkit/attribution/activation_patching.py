@@ -16,8 +16,9 @@ from collections.abc import Sequence
 from typing import Literal
 
 from mechkit._check import checked
-from mechkit.attribution._cells import Grid, make_grid, to_result
-from mechkit.hooks import ActivationCache, HookedModel, one_at_a_time, sweep
+from mechkit.engine import sweep
+from mechkit.experiment.axes import Grid, make_grid, to_result
+from mechkit.hooks import ActivationCache, HookedModel, one_at_a_time
 from mechkit.metrics import AnyMetric, metric_for
 from mechkit.prompts import PromptPairs, Prompts
 from mechkit.result import Result

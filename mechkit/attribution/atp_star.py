@@ -26,17 +26,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechkit._check import checked
-from mechkit.attribution._cells import Chosen
-from mechkit.attribution._nodes import AnyMetric, Chunk, Key, Study, check_one_site, hook_name, make_study
 from mechkit.attribution.attribution_patching import check_reached, tapped
 from mechkit.attribution.integrated_gradients import runs_of, unedited
-from mechkit.hooks import (
-    SITES,
-    HookedModel,
-    frozen_parameters,
-    get_site,
-    one_at_a_time,
-)
+from mechkit.engine import frozen_parameters
+from mechkit.experiment.axes import Chosen
+from mechkit.experiment.estimates import AnyMetric, Chunk, Key, Study, check_one_site, hook_name, make_study
+from mechkit.hooks import SITES, HookedModel, get_site, one_at_a_time
 from mechkit.prompts import PromptPairs
 from mechkit.result import Result
 

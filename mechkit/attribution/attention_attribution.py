@@ -38,19 +38,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mechkit._check import checked
-from mechkit.attribution._cells import position_labels, provenance_of, split_prompts
-from mechkit.hooks import (
-    Budget,
-    HookedModel,
-    call_metric,
-    check_can_run,
-    check_metric,
-    logits_at_hand,
-    one_at_a_time,
-    read_metric,
-    wide_dtype,
-    widen,
-)
+from mechkit._precision import wide_dtype, widen
+from mechkit.engine import Budget, call_metric, check_can_run, check_metric, logits_at_hand, read_metric
+from mechkit.experiment.axes import position_labels, provenance_of, split_prompts
+from mechkit.hooks import HookedModel, one_at_a_time
 from mechkit.metrics import AnyMetric, CallableMetric, Metric, metric_for
 from mechkit.prompts import PromptPairs, Prompts
 from mechkit.result import Result

@@ -20,8 +20,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mechkit._check import checked
-from mechkit.attribution._cells import choose_indices, position_labels, provenance_of, split_prompts
-from mechkit.hooks import Budget, HookedModel, check_can_run, one_at_a_time, record, widen
+from mechkit._precision import widen
+from mechkit.engine import Budget, check_can_run
+from mechkit.experiment.axes import choose_indices, position_labels, provenance_of, split_prompts
+from mechkit.hooks import HookedModel, one_at_a_time, record
 from mechkit.prompts import PromptPairs, Prompts
 from mechkit.result import Result
 

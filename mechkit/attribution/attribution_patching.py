@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from mechkit._check import checked
-from mechkit.attribution._cells import Chosen
-from mechkit.attribution._nodes import AnyMetric, Chunk, Key, Study, hook_name, make_study
-from mechkit.hooks import HookedModel, frozen_parameters, one_at_a_time
+from mechkit.engine import frozen_parameters
+from mechkit.experiment.axes import Chosen
+from mechkit.experiment.estimates import AnyMetric, Chunk, Key, Study, hook_name, make_study
+from mechkit.hooks import HookedModel, one_at_a_time
 from mechkit.prompts import PromptPairs
 from mechkit.result import Result
 

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from mechkit._check import checked
 from mechkit._drawn import Drawn
-from mechkit.attribution._cells import make_grid, position_labels
-from mechkit.attribution._nodes import TECHNIQUE
-from mechkit.hooks import HookedModel, one_at_a_time, sweep
+from mechkit.engine import sweep
+from mechkit.experiment.axes import make_grid, position_labels
+from mechkit.experiment.estimates import TECHNIQUE
+from mechkit.hooks import HookedModel, one_at_a_time
 from mechkit.metrics import AnyMetric, metric_for
 from mechkit.prompts import PromptPairs
 from mechkit.result import Cost, Label, Result

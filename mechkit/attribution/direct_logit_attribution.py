@@ -25,7 +25,11 @@ import torch
 from torch import Tensor
 
 from mechkit._check import checked
-from mechkit.attribution._cells import (
+from mechkit._precision import wide_dtype
+from mechkit.attribution._reading import Direction, as_direction, to_result
+from mechkit.attribution._stream import StreamRun, labels, needed
+from mechkit.engine import Budget, check_can_run
+from mechkit.experiment.axes import (
     choose_indices,
     choose_layers,
     choose_positions,
@@ -33,9 +37,7 @@ from mechkit.attribution._cells import (
     position_labels,
     split_prompts,
 )
-from mechkit.attribution._reading import Direction, as_direction, to_result
-from mechkit.attribution._stream import StreamRun, labels, needed
-from mechkit.hooks import SITES, Budget, HookedModel, check_can_run, mlp_weight, one_at_a_time, wide_dtype
+from mechkit.hooks import SITES, HookedModel, mlp_weight, one_at_a_time
 from mechkit.prompts import PromptPairs, Prompts
 from mechkit.result import Result
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from mechkit._check import checked
 from mechkit._drawn import Drawn
-from mechkit.attribution._cells import choose_indices
+from mechkit._precision import widen
 from mechkit.attribution._head_weights import (
     block_norm,
     embedded_chunks,
@@ -41,12 +41,8 @@ from mechkit.attribution._head_weights import (
     through_ov,
     weights_result,
 )
-from mechkit.hooks import (
-    HookedModel,
-    check_linear_readout,
-    one_at_a_time,
-    widen,
-)
+from mechkit.experiment.axes import choose_indices
+from mechkit.hooks import HookedModel, check_linear_readout, one_at_a_time
 from mechkit.result import Result
 
 Tokens = str | int | Sequence[str | int] | Tensor | None

@@ -31,8 +31,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mechkit._check import checked
+from mechkit._precision import widen
 from mechkit._random_tokens import repeated_rows
-from mechkit.attribution._cells import choose_indices, choose_positions, provenance_of, split_prompts
 from mechkit.attribution._head_weights import (
     CHUNK,
     embeddings,
@@ -43,16 +43,15 @@ from mechkit.attribution._head_weights import (
     weight_of,
     weights_result,
 )
+from mechkit.engine import Budget, check_can_run
+from mechkit.experiment.axes import choose_indices, choose_positions, provenance_of, split_prompts
 from mechkit.hooks import (
-    Budget,
     HookedModel,
-    check_can_run,
     check_linear_readout,
     check_readout,
     one_at_a_time,
     post_norm,
     record,
-    widen,
     write_scale,
 )
 from mechkit.prompts import PromptPairs, Prompts

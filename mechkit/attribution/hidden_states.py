@@ -19,8 +19,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mechkit._check import checked
-from mechkit.attribution._cells import choose_indices, provenance_of, split_prompts
-from mechkit.hooks import SITES, Budget, HookedModel, check_can_run, get_site, one_at_a_time, parse_hook_name, record
+from mechkit.engine import Budget, check_can_run
+from mechkit.experiment.axes import choose_indices, provenance_of, split_prompts
+from mechkit.hooks import SITES, HookedModel, get_site, one_at_a_time, parse_hook_name, record
 from mechkit.hooks._nonfinite import where_it_began
 from mechkit.prompts import PromptPairs, Prompts
 from mechkit.result import Cost, Result

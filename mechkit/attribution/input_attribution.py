@@ -40,12 +40,13 @@ from torch import Tensor
 
 from mechkit._check import checked
 from mechkit.attribution._baseline import Baseline
-from mechkit.attribution._cells import Chosen, provenance_of
-from mechkit.attribution._nodes import AnyMetric, Chunk, Key, Study, hook_name, make_single_study
-from mechkit.attribution._paths import Rule, along_activation, batches, metric_with, quadrature
 from mechkit.attribution.attribution_patching import check_reached, tapped
 from mechkit.attribution.integrated_gradients import unedited
-from mechkit.hooks import HookedModel, frozen_parameters, get_site, one_at_a_time
+from mechkit.engine import frozen_parameters
+from mechkit.experiment.axes import Chosen, provenance_of
+from mechkit.experiment.estimates import AnyMetric, Chunk, Key, Study, hook_name, make_single_study
+from mechkit.experiment.quadrature import Rule, along_activation, batches, metric_with, quadrature
+from mechkit.hooks import HookedModel, get_site, one_at_a_time
 from mechkit.metrics import Metric, metric_for
 from mechkit.prompts import PromptPairs, Prompts
 from mechkit.result import Cost, Result

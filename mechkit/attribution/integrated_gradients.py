@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 
 from mechkit._check import checked
-from mechkit.attribution._cells import Chosen
-from mechkit.attribution._nodes import AnyMetric, Chunk, Key, Study, check_one_site, hook_name, make_study
-from mechkit.attribution._paths import Rule, along_activation, batches, metric_with, quadrature
 from mechkit.attribution.attribution_patching import check_reached, tapped
-from mechkit.hooks import SITES, HookedModel, frozen_parameters, one_at_a_time
+from mechkit.engine import frozen_parameters
+from mechkit.experiment.axes import Chosen
+from mechkit.experiment.estimates import AnyMetric, Chunk, Key, Study, check_one_site, hook_name, make_study
+from mechkit.experiment.quadrature import Rule, along_activation, batches, metric_with, quadrature
+from mechkit.hooks import SITES, HookedModel, one_at_a_time
 from mechkit.prompts import PromptPairs
 from mechkit.result import Result
 

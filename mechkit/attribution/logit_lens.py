@@ -28,9 +28,10 @@ from torch import Tensor
 
 from mechkit._check import checked
 from mechkit._drawn import Drawn
-from mechkit.attribution._cells import Axes, make_axes, provenance_of, split_prompts
+from mechkit._precision import widen
 from mechkit.attribution._readout import Chunk, Logits, Reader, read_cells
-from mechkit.hooks import HookedModel, one_at_a_time, widen
+from mechkit.experiment.axes import Axes, make_axes, provenance_of, split_prompts
+from mechkit.hooks import HookedModel, one_at_a_time
 from mechkit.prompts import PromptPairs, Prompts
 from mechkit.result import Cost, Result
 

@@ -21,19 +21,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mechkit._check import checked
-from mechkit.attribution._cells import choose_indices, choose_positions, provenance_of, split_prompts
+from mechkit._precision import widen
 from mechkit.attribution.logit_lens import TopTokens, check_k, make_top_tokens
-from mechkit.hooks import (
-    SITES,
-    Budget,
-    HookedModel,
-    check_can_run,
-    check_tokens,
-    get_site,
-    one_at_a_time,
-    record,
-    widen,
-)
+from mechkit.engine import Budget, check_can_run, check_tokens
+from mechkit.experiment.axes import choose_indices, choose_positions, provenance_of, split_prompts
+from mechkit.hooks import SITES, HookedModel, get_site, one_at_a_time, record
 from mechkit.hooks._nonfinite import where_it_began
 from mechkit.prompts import PromptPairs, Prompts
 

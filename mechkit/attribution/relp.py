@@ -28,20 +28,11 @@ import torch
 from torch import Tensor
 
 from mechkit._check import checked
-from mechkit.attribution._cells import Chosen
-from mechkit.attribution._nodes import AnyMetric, check_one_site, make_study
 from mechkit.attribution.attribution_patching import first_order
-from mechkit.hooks import (
-    SITES,
-    FrozenNorm,
-    HookedModel,
-    attached_hooks,
-    check_linear_readout,
-    frozen_parameters,
-    get_site,
-    mlp_weight,
-    one_at_a_time,
-)
+from mechkit.engine import attached_hooks, frozen_parameters
+from mechkit.experiment.axes import Chosen
+from mechkit.experiment.estimates import AnyMetric, check_one_site, make_study
+from mechkit.hooks import SITES, FrozenNorm, HookedModel, check_linear_readout, get_site, mlp_weight, one_at_a_time
 from mechkit.prompts import PromptPairs
 from mechkit.result import Result
 

@@ -28,14 +28,10 @@ from torch import Tensor
 from mechkit._check import checked
 from mechkit._drawn import Drawn
 from mechkit._files import decoding, read_tensors, write_tensors
-from mechkit.attribution._cells import choose_indices, provenance_of, split_prompts
 from mechkit.attribution._tuned_fit import Settings, fit_translators
-from mechkit.hooks import (
-    HookedModel,
-    check_can_run,
-    check_stream,
-    one_at_a_time,
-)
+from mechkit.engine import check_can_run
+from mechkit.experiment.axes import choose_indices, provenance_of, split_prompts
+from mechkit.hooks import HookedModel, check_stream, one_at_a_time
 from mechkit.prompts import PromptPairs, Prompts
 
 _FORMAT = 1

@@ -24,23 +24,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechkit._check import checked
-from mechkit.attribution._nodes import AnyMetric, check_study
+from mechkit._precision import wide_dtype, widen
 from mechkit.circuits._runs import CircuitRuns, Written
 from mechkit.circuits.graph import Graph
-from mechkit.hooks import (
-    Budget,
-    HookedModel,
-    Parts,
-    Run,
-    agree_before_difference,
-    call_metric,
-    logits_at_hand,
-    read_metric,
-    record,
-    wide_dtype,
-    widen,
-)
-from mechkit.hooks._memory import out_of_memory
+from mechkit.engine import Budget, agree_before_difference, call_metric, logits_at_hand, read_metric
+from mechkit.experiment.estimates import AnyMetric, check_study
+from mechkit.hooks import HookedModel, Parts, Run, record
+from mechkit.hooks._devices import out_of_memory
 from mechkit.hooks._nonfinite import where_it_began
 from mechkit.metrics import CallableMetric, Metric, metric_for
 from mechkit.prompts import PromptPairs

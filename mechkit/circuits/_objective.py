@@ -13,8 +13,9 @@ from torch import Tensor
 
 from mechkit.circuits._evaluation import Chunk, Evaluator
 from mechkit.circuits._runs import CircuitRuns
-from mechkit.hooks import Budget, HookedModel, check_metric, check_parts, metric_of_some
-from mechkit.hooks._memory import out_of_memory
+from mechkit.engine import Budget, check_metric, check_parts, metric_of_some
+from mechkit.hooks import HookedModel
+from mechkit.hooks._devices import out_of_memory
 from mechkit.metrics import AnyMetric, CallableMetric, Metric, kl_divergence, metric_for
 from mechkit.prompts import PromptPairs
 

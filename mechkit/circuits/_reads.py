@@ -14,7 +14,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechkit.circuits.graph import Graph, Reader, Writer
-from mechkit.hooks import Parts, Run, agree_before_difference
+from mechkit.engine import agree_before_difference
+from mechkit.hooks import Parts, Run
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,8 +22,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mechkit._precision import widen
 from mechkit.circuits.graph import Graph
-from mechkit.hooks import Budget, CannotReplayError, HookedModel, Parts, Replayer, check_readout, record, widen
+from mechkit.engine import Budget, Replayer
+from mechkit.hooks import CannotReplayError, HookedModel, Parts, check_readout, record
 
 # How far the full circuit may be from the clean run, as a share of the logits' spread. Hugging Face's norms are float32 at most.
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.03}

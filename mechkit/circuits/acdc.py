@@ -23,12 +23,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mechkit._check import checked
-from mechkit.attribution._nodes import AnyMetric
 from mechkit.circuits._evaluation import Ablation, Constants, Evaluator, provenance_of_ablation
 from mechkit.circuits._objective import divergence, read_at
-from mechkit.circuits._provenance import circuit_provenance, merged
 from mechkit.circuits.circuit import Circuit
 from mechkit.circuits.graph import Edge
+from mechkit.experiment.estimates import AnyMetric
+from mechkit.experiment.provenance import circuit_provenance, merged
 from mechkit.hooks import HookedModel, one_at_a_time
 from mechkit.metrics import metric_for
 from mechkit.prompts import PromptPairs

@@ -28,9 +28,9 @@ from torch import Tensor
 from mechkit._check import checked, naming
 from mechkit._drawn import Drawn
 from mechkit.circuits import _selection
-from mechkit.circuits._provenance import merged
 from mechkit.circuits.edge_scores import EdgeScores, completeness_warning
 from mechkit.circuits.graph import Edge, Graph, Reader, Writer
+from mechkit.experiment.provenance import merged
 from mechkit.hooks import HookedModel
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@
 4. An edge's score is the change of its writer times the gradient of its reader, summed over positions.
 
 No copies of the stream are made for the readers: step 3 replaces them. Positions before the first difference are not run where
-the two runs agree there, and parameters have no gradients (see `mechkit.hooks._gradients`).
+the two runs agree there, and parameters have no gradients (see `mechkit.engine._gradients`).
 
 EAP: Syed, Rager and Conmy 2023, https://arxiv.org/abs/2310.10348. EAP-IG: Hanna, Pezzelle and Belinkov 2024,
 https://arxiv.org/abs/2403.17806; for activations, Marks et al. 2024, https://arxiv.org/abs/2403.19647. With the rules of RelP:
@@ -27,16 +27,17 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechkit._check import checked
-from mechkit.attribution._nodes import AnyMetric, Chunk, Study
-from mechkit.attribution._paths import Rule, batches, quadrature
 from mechkit.attribution.attribution_patching import tapped
 from mechkit.attribution.relp import relevance_rules
-from mechkit.circuits._provenance import circuit_provenance
-from mechkit.circuits._study import both_runs, chosen_positions, edge_study, where_it_counts
 from mechkit.circuits._writings import HookPairs, Writings
 from mechkit.circuits.edge_scores import EdgeScores
 from mechkit.circuits.graph import Graph
-from mechkit.hooks import SITES, HookedModel, Parts, agree_before_difference, frozen_parameters, one_at_a_time
+from mechkit.engine import agree_before_difference, frozen_parameters
+from mechkit.experiment.edges import both_runs, chosen_positions, edge_study, where_it_counts
+from mechkit.experiment.estimates import AnyMetric, Chunk, Study
+from mechkit.experiment.provenance import circuit_provenance
+from mechkit.experiment.quadrature import Rule, batches, quadrature
+from mechkit.hooks import SITES, HookedModel, Parts, one_at_a_time
 from mechkit.hooks._parts import CHECKED
 from mechkit.prompts import PromptPairs
 from mechkit.result import Cost
@@ -70,7 +71,7 @@ def edge_attribution(
         metric: A differentiable metric, or a callable `[batch pos d_vocab] -> [batch]` for prompts of one length.
         steps: Gradients along the path; 1 is EAP.
         rule: How they are placed, from the base run (0) to the other (1): `"left"`, `"right"`, `"midpoint"`, `"gauss-legendre"`,
-            `"stretched"` (see `mechkit.attribution._paths`), or `"clean-corrupted"`: one at each end, whatever `steps` says.
+            `"stretched"` (see `mechkit.experiment.quadrature`), or `"clean-corrupted"`: one at each end, whatever `steps` says.
             Default: the base run for one step, else `"stretched"`, the most accurate between embeddings.
         path: What moves. `"input"`: the embeddings, `steps` backward passes in all. `"activation"`: the output of each layer's
             heads, of each MLP, and the embedding, each by itself, with the base run before it: about 2 `n_layers` as many.

@@ -27,15 +27,16 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mechkit._check import checked, naming
-from mechkit.attribution._nodes import AnyMetric, Study
-from mechkit.circuits._provenance import circuit_provenance, merged
+from mechkit._precision import TOLERANCE
 from mechkit.circuits._reads import Changes, runs_agree, stream
-from mechkit.circuits._study import both_runs, chosen_positions, edge_study, where_it_counts
 from mechkit.circuits.circuit import Circuit
 from mechkit.circuits.edge_scores import EdgeScores, ScoredEdge
 from mechkit.circuits.graph import Edge, Graph, Reader, Writer
-from mechkit.hooks import Cell, Derived, Edit, HookedModel, Parts, Run, one_at_a_time, sweep
-from mechkit.hooks._precision import TOLERANCE
+from mechkit.engine import Cell, Derived, Edit, sweep
+from mechkit.experiment.edges import both_runs, chosen_positions, edge_study, where_it_counts
+from mechkit.experiment.estimates import AnyMetric, Study
+from mechkit.experiment.provenance import circuit_provenance, merged
+from mechkit.hooks import HookedModel, Parts, Run, one_at_a_time
 from mechkit.prompts import PromptPairs
 from mechkit.result import Cost
 

@@ -29,10 +29,10 @@ from tqdm.auto import tqdm
 from mechkit._check import checked
 from mechkit._drawn import Drawn
 from mechkit._statistics import caution
-from mechkit.attribution._nodes import AnyMetric
 from mechkit.circuits._evaluation import Ablation, Constants, Evaluator, provenance_of_ablation
-from mechkit.circuits._provenance import circuit_provenance, merged, prompt_hashes
 from mechkit.circuits.circuit import Circuit
+from mechkit.experiment.estimates import AnyMetric
+from mechkit.experiment.provenance import circuit_provenance, merged, prompt_hashes
 from mechkit.hooks import HookedModel, one_at_a_time
 from mechkit.prompts import PromptPairs
 from mechkit.result import Cost, Result

@@ -18,7 +18,6 @@ import torch
 
 from mechkit._check import checked
 from mechkit._drawn import Drawn
-from mechkit.attribution._nodes import AnyMetric
 from mechkit.circuits._evaluation import Ablation, Constants, Evaluator
 from mechkit.circuits.areas import FRACTIONS, cmd, cpr
 from mechkit.circuits.circuit import Circuit
@@ -30,7 +29,9 @@ from mechkit.circuits.evaluation import (
     split,
     warn_of_interval,
 )
-from mechkit.hooks import HookedModel, metric_of_some, one_at_a_time
+from mechkit.engine import metric_of_some
+from mechkit.experiment.estimates import AnyMetric
+from mechkit.hooks import HookedModel, one_at_a_time
 from mechkit.metrics import metric_for
 from mechkit.prompts import PromptPairs
 from mechkit.result import Result

@@ -21,7 +21,8 @@ from mechkit.circuits.edge_attribution import edge_attribution
 from mechkit.circuits.edge_patching import edge_patching
 from mechkit.circuits.edge_scores import EdgeScores, completeness_warning
 from mechkit.circuits.evaluation import CircuitReport, evaluate_circuit, split
-from mechkit.hooks import HookedModel, check_metric, metric_of_some, one_at_a_time
+from mechkit.engine import check_metric, metric_of_some
+from mechkit.hooks import HookedModel, one_at_a_time
 from mechkit.metrics import AnyMetric, metric_for
 from mechkit.prompts import PromptPairs
 

@@ -51,12 +51,13 @@ from mechkit._check import checked
 from mechkit._drawn import Drawn
 from mechkit.circuits._evaluation import Ablation, Constants, Evaluator, provenance_of_ablation
 from mechkit.circuits._objective import Objective, ObjectiveName, divergence, metric_maker, read_at, turns
-from mechkit.circuits._provenance import circuit_provenance, merged
 from mechkit.circuits.circuit import Circuit
 from mechkit.circuits.edge_scores import EdgeScores
 from mechkit.circuits.evaluation import Ratio, ratio, run_circuits, split
 from mechkit.circuits.graph import Graph
-from mechkit.hooks import HookedModel, frozen_parameters, one_at_a_time
+from mechkit.engine import frozen_parameters
+from mechkit.experiment.provenance import circuit_provenance, merged
+from mechkit.hooks import HookedModel, one_at_a_time
 from mechkit.metrics import AnyMetric
 from mechkit.prompts import PromptPairs
 from mechkit.result import Cost, Result

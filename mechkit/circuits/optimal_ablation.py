@@ -35,11 +35,12 @@ from mechkit._check import checked
 from mechkit._drawn import Drawn
 from mechkit.circuits._evaluation import Chunk, Constants, Evaluator
 from mechkit.circuits._objective import Objective, ObjectiveName, divergence, metric_maker, rows_of, turns
-from mechkit.circuits._provenance import circuit_provenance
 from mechkit.circuits._runs import Written
 from mechkit.circuits.circuit import Circuit
 from mechkit.circuits.graph import Graph, Writer
-from mechkit.hooks import HookedModel, frozen_parameters, one_at_a_time
+from mechkit.engine import frozen_parameters
+from mechkit.experiment.provenance import circuit_provenance
+from mechkit.hooks import HookedModel, one_at_a_time
 from mechkit.metrics import AnyMetric
 from mechkit.prompts import PromptPairs
 from mechkit.result import Cost, Result

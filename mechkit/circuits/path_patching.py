@@ -24,13 +24,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechkit._check import checked, naming
-from mechkit.attribution._cells import choose_positions, position_labels
-from mechkit.attribution._nodes import AnyMetric, Study
-from mechkit.circuits._provenance import circuit_provenance
 from mechkit.circuits._reads import Changes, runs_agree, stream
-from mechkit.circuits._study import chosen_positions, edge_study, where_it_counts
 from mechkit.circuits.graph import Graph, Reader, Writer
-from mechkit.hooks import Cell, Derived, Edit, HookedModel, Parts, Run, one_at_a_time, sweep
+from mechkit.engine import Cell, Derived, Edit, sweep
+from mechkit.experiment.axes import choose_positions, position_labels
+from mechkit.experiment.edges import chosen_positions, edge_study, where_it_counts
+from mechkit.experiment.estimates import AnyMetric, Study
+from mechkit.experiment.provenance import circuit_provenance
+from mechkit.hooks import HookedModel, Parts, Run, one_at_a_time
 from mechkit.prompts import PromptPairs
 from mechkit.result import Cost, Result
 

@@ -1,38 +1,19 @@
-"""HookedModel, sites, caches, and the replay engine. The only part of mechkit that imports transformer_lens."""
+"""HookedModel: the model, its sites and hook points, caches and weights. The only place that imports transformer_lens."""
 
 from mechkit.hooks._anatomy import PostNorm as PostNorm
 from mechkit.hooks._anatomy import adds_positions as adds_positions
 from mechkit.hooks._anatomy import into_post_norm as into_post_norm
 from mechkit.hooks._anatomy import post_norm as post_norm
 from mechkit.hooks._cache import ActivationCache as ActivationCache
-from mechkit.hooks._causality import agree_before_difference as agree_before_difference
-from mechkit.hooks._checks import check_can_run as check_can_run
-from mechkit.hooks._checks import check_tokens as check_tokens
-from mechkit.hooks._chunk import Derived as Derived
-from mechkit.hooks._edits import Cell as Cell
-from mechkit.hooks._edits import Edit as Edit
-from mechkit.hooks._gradients import GradientRuns as GradientRuns
-from mechkit.hooks._gradients import attached_hooks as attached_hooks
-from mechkit.hooks._gradients import frozen_parameters as frozen_parameters
-from mechkit.hooks._gradients import metric_values as metric_values
+from mechkit.hooks._devices import out_of_memory as out_of_memory
 from mechkit.hooks._identity import beside_weights as beside_weights
 from mechkit.hooks._load import find_model as find_model
 from mechkit.hooks._load import fingerprint as fingerprint
 from mechkit.hooks._lock import ModelLock as ModelLock
 from mechkit.hooks._lock import one_at_a_time as one_at_a_time
-from mechkit.hooks._measure import call_metric as call_metric
-from mechkit.hooks._measure import check_metric as check_metric
-from mechkit.hooks._measure import check_parts as check_parts
-from mechkit.hooks._measure import logits_at_hand as logits_at_hand
-from mechkit.hooks._measure import metric_of_some as metric_of_some
-from mechkit.hooks._measure import read_metric as read_metric
-from mechkit.hooks._memory import Budget as Budget
-from mechkit.hooks._memory import out_of_memory as out_of_memory
 from mechkit.hooks._model import HookedModel as HookedModel
 from mechkit.hooks._norms import FrozenNorm as FrozenNorm
 from mechkit.hooks._parts import Parts as Parts
-from mechkit.hooks._precision import wide_dtype as wide_dtype
-from mechkit.hooks._precision import widen as widen
 from mechkit.hooks._projections import head_bias as head_bias
 from mechkit.hooks._projections import head_weight as head_weight
 from mechkit.hooks._projections import mlp_bias as mlp_bias
@@ -45,12 +26,9 @@ from mechkit.hooks._readout import is_linear_readout as is_linear_readout
 from mechkit.hooks._record import CannotReplayError as CannotReplayError
 from mechkit.hooks._record import Run as Run
 from mechkit.hooks._record import record as record
-from mechkit.hooks._replay import Replayer as Replayer
 from mechkit.hooks._sites import SITES as SITES
 from mechkit.hooks._sites import Site as Site
 from mechkit.hooks._sites import get_site as get_site
 from mechkit.hooks._sites import parse_hook_name as parse_hook_name
-from mechkit.hooks._sweep import Answers as Answers
-from mechkit.hooks._sweep import sweep as sweep
 from mechkit.hooks._validate import ValidationReport as ValidationReport
 from mechkit.hooks._weights import check_stream as check_stream

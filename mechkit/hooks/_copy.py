@@ -8,7 +8,8 @@ Hooks of a `with model.hooks(...)` would stay on the copy, so that there is none
 from __future__ import annotations
 
 import copy
-from types import CellType, FunctionType
+from functools import partial
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 from torch import Tensor, nn
@@ -51,3 +52,15 @@ def _rebound(fn: FunctionType, memo: dict[int, Any]) -> FunctionType:
     again.__dict__.update(fn.__dict__)
     again.__kwdefaults__ = fn.__kwdefaults__
     return again
+
+
+def rebound(forward: Any, module: nn.Module, plain: nn.Module) -> Any:
+    """A replaced `forward` of a module, as one of its copy: else the copy would run the module with its bridges.
+
+    TransformerLens replaces Falcon's with a bound method; accelerate wraps those of modules that it moves in a `partial`.
+    """
+    if isinstance(forward, MethodType) and forward.__self__ is module:
+        return MethodType(forward.__func__, plain)
+    if isinstance(forward, partial) and forward.args and forward.args[0] is module:
+        return partial(forward.func, plain, *forward.args[1:], **forward.keywords)
+    return forward

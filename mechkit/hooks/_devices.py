@@ -42,3 +42,11 @@ def _accelerate_hooks(module: nn.Module) -> list[Any]:
     """The hooks of a module that say where it runs and where its weights are."""
     hook = getattr(module, "_hf_hook", None)
     return [one for one in getattr(hook, "hooks", [hook]) if hasattr(one, "execution_device")]
+
+
+_CPU_AND_MPS = ("can't allocate memory", "out of memory")
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether an exception means that the device ran out of memory (a GPU's own error type, or the CPU allocator's text)."""
+    return isinstance(error, torch.OutOfMemoryError) or any(t in str(error) for t in _CPU_AND_MPS)

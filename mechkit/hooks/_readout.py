@@ -25,11 +25,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mechkit.hooks import _precision as precision
-from mechkit.hooks._memory import out_of_memory
+from mechkit import _precision as precision
+from mechkit._precision import widen
+from mechkit.hooks._copy import rebound
+from mechkit.hooks._devices import out_of_memory
 from mechkit.hooks._norms import FrozenNorm
-from mechkit.hooks._plain import rebound
-from mechkit.hooks._precision import widen
 from mechkit.hooks._projections import is_plain_linear, only_looks
 
 if TYPE_CHECKING:

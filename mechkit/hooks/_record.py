@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechkit.hooks._devices import out_of_memory
 from mechkit.hooks._hooking import Hooks
 from mechkit.hooks._lock import one_at_a_time
-from mechkit.hooks._memory import out_of_memory
 from mechkit.hooks._readout import unembedding_only
 from mechkit.hooks._sites import SITES
 

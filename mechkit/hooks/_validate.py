@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mechkit._precision import ObservedDtypes
 from mechkit.hooks._heads import TOLERANCE, heads_errors
 from mechkit.hooks._load import probe_tokens
-from mechkit.hooks._precision import ObservedDtypes
 from mechkit.hooks._record import record
 
 if TYPE_CHECKING:

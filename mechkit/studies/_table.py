@@ -15,10 +15,10 @@ from mechkit._check import checked
 from mechkit._files import GUARDED, destination, replacing
 from mechkit.circuits import EdgeScores
 from mechkit.result import Result
-from mechkit.sweeps._job import Job
-from mechkit.sweeps._keep import Stored
-from mechkit.sweeps._registry import plain
-from mechkit.sweeps._store import DamagedError, Store
+from mechkit.studies._job import Job
+from mechkit.studies._records import Stored
+from mechkit.studies._registry import plain
+from mechkit.studies._store import DamagedError, Store
 
 if TYPE_CHECKING:
     import pandas

@@ -5,7 +5,7 @@ For each group of prompts of equal length, in chunks that fit the budget:
 1. Run the base prompts and record them (`Run`); run the source prompts and keep the sites that will be written.
 2. Find where each (cell, prompt) row starts to differ. Rows that differ nowhere, or only to the right of what the metric
    reads, have the base run's value and are not computed.
-3. Prove the replay (`mechkit.hooks._proof`): unedited blocks from every start that is used, and a few edited rows, against whole
+3. Prove the replay (`mechkit.engine._proof`): unedited blocks from every start that is used, and a few edited rows, against whole
    forward passes. Every sweep proves anew: a proof that is remembered goes stale when somebody patches the model.
 4. Replay the rest in batches of rows that start at the same position, sorted by block. A batch that does not fit the
    device is halved, and so is the budget. Nothing in between waits for the device: the answers are copied once a chunk.
@@ -24,20 +24,20 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mechkit._check import checked
+from mechkit.engine._checks import check_sweep
+from mechkit.engine._chunk import Chunk, Derived, State, Values, first_differences, whole_forward
+from mechkit.engine._edits import NEVER, Cell, EditPlan, Rows, rows_by_start
+from mechkit.engine._measure import logits_at_hand
+from mechkit.engine._memory import Budget
+from mechkit.engine._proof import BatchRefutedError, check_batch, proved_replayer
+from mechkit.engine._replay import Replayer, attach_edit, why_not
 from mechkit.hooks._cache import ActivationCache
-from mechkit.hooks._checks import check_sweep
-from mechkit.hooks._chunk import Chunk, Derived, State, Values, first_differences, whole_forward
-from mechkit.hooks._devices import to_device
-from mechkit.hooks._edits import NEVER, Cell, EditPlan, Rows, rows_by_start
+from mechkit.hooks._devices import out_of_memory, to_device
 from mechkit.hooks._hooking import Hooks
 from mechkit.hooks._lock import one_at_a_time
-from mechkit.hooks._measure import logits_at_hand
-from mechkit.hooks._memory import Budget, out_of_memory
 from mechkit.hooks._nonfinite import first_nonfinite, told, where_it_began
-from mechkit.hooks._proof import BatchRefutedError, check_batch, proved_replayer
 from mechkit.hooks._readout import read_logits
 from mechkit.hooks._record import record
-from mechkit.hooks._replay import Replayer, attach_edit, why_not
 from mechkit.metrics import AnyMetric, Metric, as_metric
 from mechkit.prompts import Prompts
 from mechkit.result import Cost

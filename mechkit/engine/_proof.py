@@ -31,16 +31,15 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mechkit.hooks._causality import agree_before_difference, shows_later_positions
-from mechkit.hooks._chunk import Candidate, Chunk, whole_streams
-from mechkit.hooks._devices import to_device
-from mechkit.hooks._edits import NEVER, Rows
-from mechkit.hooks._memory import out_of_memory
-from mechkit.hooks._plain import Attention, PlainBlocks, can_fuse
-from mechkit.hooks._precision import ObservedDtypes, Rounding
+from mechkit._precision import ObservedDtypes, Rounding
+from mechkit.engine._causality import agree_before_difference, shows_later_positions
+from mechkit.engine._chunk import Candidate, Chunk, whole_streams
+from mechkit.engine._edits import NEVER, Rows
+from mechkit.engine._plain import Attention, PlainBlocks, can_fuse
+from mechkit.engine._replay import Replayer, why_not
+from mechkit.hooks._devices import out_of_memory, to_device
 from mechkit.hooks._readout import unembeds_final_stream
 from mechkit.hooks._record import Run
-from mechkit.hooks._replay import Replayer, why_not
 from mechkit.metrics import Metric
 
 if TYPE_CHECKING:

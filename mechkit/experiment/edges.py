@@ -10,10 +10,11 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from mechkit.attribution._cells import choose_indices, choose_positions
-from mechkit.attribution._nodes import AnyMetric, Study, check_study
-from mechkit.hooks import Budget, HookedModel
-from mechkit.hooks._causality import same_so_far
+from mechkit.engine import Budget
+from mechkit.engine._causality import same_so_far
+from mechkit.experiment.axes import choose_indices, choose_positions
+from mechkit.experiment.estimates import AnyMetric, Study, check_study
+from mechkit.hooks import HookedModel
 from mechkit.metrics import metric_for
 from mechkit.prompts import PromptPairs, Prompts
 

@@ -16,14 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from mechkit.attribution._cells import make_axes, position_labels
 from mechkit.circuits import Graph
+from mechkit.experiment.axes import make_axes, position_labels
 from mechkit.hooks import HookedModel
 from mechkit.metrics import Metric
 from mechkit.prompts import PromptPairs, Prompts
 from mechkit.result import Label
-from mechkit.sweeps import _registry as registry
-from mechkit.sweeps._job import Job
+from mechkit.studies import _registry as registry
+from mechkit.studies._job import Job
 
 ROWS_CPU, ROWS_GPU = 4096, 2**18
 FEWEST = 4  # prompts that a shard has before its cells are cut: their base runs are shared by all cells

@@ -18,9 +18,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechkit._precision import widen
+from mechkit.engine._memory import Budget
 from mechkit.hooks._devices import to_device
-from mechkit.hooks._memory import Budget
-from mechkit.hooks._precision import widen
 from mechkit.metrics import CallableMetric, Metric, one_a_prompt
 from mechkit.prompts import PromptPairs, Prompts, chosen_prompts
 

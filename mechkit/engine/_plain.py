@@ -5,19 +5,18 @@
    `scaled_dot_product_attention`, which never writes a pattern down. The copies get a copy of the config that says so; the
    bridge's own blocks, in which things are edited, stay as they are.
 
-Neither is presumed to be equal: each sweep proves its blocks on a sample (`mechkit.hooks._proof`), the fused ones first.
+Neither is presumed to be equal: each sweep proves its blocks on a sample (`mechkit.engine._proof`), the fused ones first.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
-from functools import partial
-from types import MethodType
 from typing import Any, Literal
 
 from torch import nn
 
+from mechkit.hooks._copy import rebound
 from mechkit.hooks._devices import input_device
 
 Attention = Literal["sdpa", "eager"]
@@ -64,18 +63,6 @@ def _without_bridges(module: nn.Module, attention: Attention) -> nn.Module:
         if child is not None:
             plain._modules[name] = _without_bridges(child._modules.get("_original_component") or child, attention)
     return plain
-
-
-def rebound(forward: Any, module: nn.Module, plain: nn.Module) -> Any:
-    """A replaced `forward` of a module, as one of its copy: else the copy would run the module with its bridges.
-
-    TransformerLens replaces Falcon's with a bound method; accelerate wraps those of modules that it moves in a `partial`.
-    """
-    if isinstance(forward, MethodType) and forward.__self__ is module:
-        return MethodType(forward.__func__, plain)
-    if isinstance(forward, partial) and forward.args and forward.args[0] is module:
-        return partial(forward.func, plain, *forward.args[1:], **forward.keywords)
-    return forward
 
 
 def can_fuse(bridge: Any, calls: list[dict[str, Any]]) -> bool:

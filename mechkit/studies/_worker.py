@@ -22,16 +22,17 @@ from typing import Any
 import torch
 
 from mechkit.circuits import EdgeScores
-from mechkit.hooks import Budget, HookedModel, beside_weights, fingerprint, out_of_memory
+from mechkit.engine import Budget
+from mechkit.hooks import HookedModel, beside_weights, fingerprint, out_of_memory
 from mechkit.metrics import Metric, as_metric
 from mechkit.prompts import PromptPairs, Prompts
 from mechkit.result import Result
-from mechkit.sweeps import _registry as registry
-from mechkit.sweeps._files import StoreError
-from mechkit.sweeps._job import Job, ModelSpec, canonical
-from mechkit.sweeps._keep import finished, save
-from mechkit.sweeps._plan import Plan, Shard, make_plan, shard_arguments
-from mechkit.sweeps._store import DamagedError, Store
+from mechkit.studies import _registry as registry
+from mechkit.studies._files import StoreError
+from mechkit.studies._job import Job, ModelSpec, canonical
+from mechkit.studies._plan import Plan, Shard, make_plan, shard_arguments
+from mechkit.studies._records import finished, save
+from mechkit.studies._store import DamagedError, Store
 
 LEAST_BUDGET = 2**20
 

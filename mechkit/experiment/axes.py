@@ -10,7 +10,8 @@ from typing import Any, TypedDict, Unpack
 import torch
 
 from mechkit._version import __version__
-from mechkit.hooks import Answers, Cell, Edit, HookedModel, Site, get_site, parse_hook_name
+from mechkit.engine import Answers, Cell, Edit
+from mechkit.hooks import HookedModel, Site, get_site, parse_hook_name
 from mechkit.metrics import CallableMetric, Metric
 from mechkit.prompts import PromptPairs, Prompts
 from mechkit.result import Result

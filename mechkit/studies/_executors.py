@@ -19,8 +19,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from mechkit.hooks import HookedModel
-from mechkit.sweeps._files import StoreError
-from mechkit.sweeps._worker import Failed, Finished, Planned, Settings, Task, Worker
+from mechkit.studies._files import StoreError
+from mechkit.studies._worker import Failed, Finished, Planned, Settings, Task, Worker
 
 Outcome = Planned | Finished | Failed
 

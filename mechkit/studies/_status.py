@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from mechkit._check import checked
-from mechkit.sweeps._job import Job
-from mechkit.sweeps._keep import errors, finished, shard_names
-from mechkit.sweeps._plan import Plan
-from mechkit.sweeps._run import told
-from mechkit.sweeps._store import Store
+from mechkit.studies._job import Job
+from mechkit.studies._plan import Plan
+from mechkit.studies._records import errors, finished, shard_names
+from mechkit.studies._run import told
+from mechkit.studies._store import Store
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechkit.attribution._cells import Axes, Chosen, make_axes, provenance_of, split_prompts
-from mechkit.hooks import SITES, Budget, GradientRuns, HookedModel, check_can_run, check_metric, metric_values
+from mechkit._precision import wide_dtype
+from mechkit.engine import Budget, GradientRuns, check_can_run, check_metric, metric_values
+from mechkit.experiment.axes import Axes, Chosen, make_axes, provenance_of, split_prompts
+from mechkit.hooks import SITES, HookedModel
 from mechkit.hooks._nonfinite import where_it_began
-from mechkit.hooks._precision import wide_dtype
 from mechkit.metrics import AnyMetric as AnyMetric
 from mechkit.metrics import CallableMetric, Metric, metric_for
 from mechkit.prompts import PromptPairs, Prompts

@@ -17,11 +17,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mechkit.sweeps._executors import Executor, WorkerLostError
-from mechkit.sweeps._files import StoreError
-from mechkit.sweeps._job import Job, ModelSpec
-from mechkit.sweeps._store import DamagedError, Store
-from mechkit.sweeps._worker import Failed, Finished, Planned, PlanTask, Settings, ShardTask, Task
+from mechkit.studies._executors import Executor, WorkerLostError
+from mechkit.studies._files import StoreError
+from mechkit.studies._job import Job, ModelSpec
+from mechkit.studies._store import DamagedError, Store
+from mechkit.studies._worker import Failed, Finished, Planned, PlanTask, Settings, ShardTask, Task
 
 BEAT_EVERY, BEAT_LEAST = 5.0, 0.5  # seconds between two signs of life, at most and at least
 WAIT = 1.0
@@ -300,7 +300,7 @@ def check_schema(store: Store) -> None:
     """Refuses a store of another schema, whatever else is in it."""
     import json
 
-    from mechkit.sweeps._store import SCHEMA
+    from mechkit.studies._store import SCHEMA
 
     data = store.files.read("manifest.json")
     try:

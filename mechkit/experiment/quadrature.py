@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechkit.attribution._nodes import Chunk, Key, hook_name
+from mechkit.experiment.estimates import Chunk, Key, hook_name
 from mechkit.metrics import Metric
 
 Rule = Literal["left", "right", "midpoint", "gauss-legendre", "stretched"]

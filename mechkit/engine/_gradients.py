@@ -26,16 +26,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechkit.hooks._causality import ROUNDING, agree_before_difference, same_so_far
-from mechkit.hooks._devices import to_device
+from mechkit._precision import Rounding, widen
+from mechkit.engine._causality import ROUNDING, agree_before_difference, same_so_far
+from mechkit.engine._measure import call_metric, read_metric
+from mechkit.engine._replay import Replayer
+from mechkit.hooks._devices import out_of_memory, to_device
 from mechkit.hooks._hooking import HookFunction, Hooks
 from mechkit.hooks._lock import lock_of
-from mechkit.hooks._measure import call_metric, read_metric
-from mechkit.hooks._memory import out_of_memory
-from mechkit.hooks._precision import Rounding, widen
 from mechkit.hooks._readout import check_logits_of_stream, unembedding_only, unembeds_final_stream
 from mechkit.hooks._record import Run, record
-from mechkit.hooks._replay import Replayer
 from mechkit.metrics import CallableMetric, Metric
 
 if TYPE_CHECKING:

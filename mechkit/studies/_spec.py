@@ -24,11 +24,11 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mechkit._files import read_text
-from mechkit.attribution._cells import check_dims
+from mechkit.experiment.axes import check_dims
 from mechkit.hooks import get_site
-from mechkit.sweeps import _registry as registry
-from mechkit.sweeps._job import Call, Job, ModelSpec, canonical
-from mechkit.sweeps._problems import Key, Problems, line_of
+from mechkit.studies import _registry as registry
+from mechkit.studies._job import Call, Job, ModelSpec, canonical
+from mechkit.studies._problems import Key, Problems, line_of
 
 MAX_JOBS = 100_000  # jobs of one study, at most: ten times what was tried
 _FILE = 2**22  # bytes of a study file, at most

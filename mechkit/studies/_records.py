@@ -13,9 +13,9 @@ import torch
 
 from mechkit.circuits import EdgeScores, Graph
 from mechkit.result import Cost, Label, Result
-from mechkit.sweeps._job import Job
-from mechkit.sweeps._plan import Plan, Shard
-from mechkit.sweeps._store import DamagedError, Layout, Store, chunk_name, sha256
+from mechkit.studies._job import Job
+from mechkit.studies._plan import Plan, Shard
+from mechkit.studies._store import DamagedError, Layout, Store, chunk_name, sha256
 
 # Of one shard's prompts alone: the job's are the record's.
 OF_A_SHARD = ("n_prompts", "tokens_hash", "corrupted_hash", "budget", "prompts")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mechkit.hooks._edits import EditPlan
+from mechkit.engine._edits import EditPlan
 from mechkit.hooks._sites import SITES
 
 if TYPE_CHECKING:
@@ -91,11 +91,3 @@ def _item_size(model: HookedModel) -> int:
 def _free(gpu: torch.device) -> int:
     """Bytes that can be had on a GPU: what nobody has, and what torch keeps of what it no longer uses."""
     return torch.cuda.mem_get_info(gpu)[0] + torch.cuda.memory_reserved(gpu) - torch.cuda.memory_allocated(gpu)
-
-
-_CPU_AND_MPS = ("can't allocate memory", "out of memory")
-
-
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether an exception means that the device ran out of memory (a GPU's own error type, or the CPU allocator's text)."""
-    return isinstance(error, torch.OutOfMemoryError) or any(t in str(error) for t in _CPU_AND_MPS)

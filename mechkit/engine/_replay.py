@@ -23,10 +23,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechkit.engine._edits import EditGroup, EditPlan, Rows, ValueLookup, write
+from mechkit.engine._plain import PlainBlocks
 from mechkit.hooks._devices import to_device
-from mechkit.hooks._edits import EditGroup, EditPlan, Rows, ValueLookup, write
 from mechkit.hooks._hooking import Hooks
-from mechkit.hooks._plain import PlainBlocks
 from mechkit.hooks._record import CannotReplayError, Run, stream_of
 from mechkit.hooks._sites import SITES
 

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from mechkit.engine._edits import SOURCE, EditGroup
+from mechkit.engine._measure import check_metric
 from mechkit.hooks._context import check_length
-from mechkit.hooks._edits import SOURCE, EditGroup
-from mechkit.hooks._measure import check_metric
 from mechkit.hooks._projections import check_in_place
 from mechkit.prompts import Prompts
 
 if TYPE_CHECKING:
-    from mechkit.hooks._chunk import State
+    from mechkit.engine._chunk import State
     from mechkit.hooks._model import HookedModel
 
 

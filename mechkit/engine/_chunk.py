@@ -12,16 +12,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechkit._precision import Rounding, wide_dtype, widen
+from mechkit.engine._edits import EditPlan, Rows
+from mechkit.engine._measure import call_metric, logits_at_hand, read_metric
+from mechkit.engine._memory import Budget
+from mechkit.engine._plain import Attention
+from mechkit.engine._replay import attached_edits
 from mechkit.hooks._cache import ActivationCache
 from mechkit.hooks._devices import to_device
-from mechkit.hooks._edits import EditPlan, Rows
-from mechkit.hooks._measure import call_metric, logits_at_hand, read_metric
-from mechkit.hooks._memory import Budget
-from mechkit.hooks._plain import Attention
-from mechkit.hooks._precision import Rounding, wide_dtype, widen
 from mechkit.hooks._readout import head_device, unembedding_only
 from mechkit.hooks._record import Run, watched_streams
-from mechkit.hooks._replay import attached_edits
 from mechkit.hooks._sites import SITES
 from mechkit.metrics import CallableMetric, Metric
 from mechkit.prompts import Prompts
@@ -62,7 +62,7 @@ class Candidate:
 
 @dataclass(eq=False)
 class Proof:
-    """What a sweep has found out about its replay so far (see `mechkit.hooks._proof`).
+    """What a sweep has found out about its replay so far (see `mechkit.engine._proof`).
 
     Attributes:
         candidates: The kinds of block that have not been refuted, the fastest first.

@@ -42,8 +42,8 @@ import numpy as np
 
 from mechkit._version import __version__
 from mechkit.result import Label
-from mechkit.sweeps._files import HALF_WRITTEN, Files, StoreError
-from mechkit.sweeps._job import canonical
+from mechkit.studies._files import HALF_WRITTEN, Files, StoreError
+from mechkit.studies._job import canonical
 
 if TYPE_CHECKING:
     import zarr
@@ -52,7 +52,7 @@ SCHEMA = 1
 BEAT = 60.0  # seconds after which a runner that says nothing counts as gone, where no lock can be asked
 JOB = re.compile("[0-9a-f]{16}")  # a job's id
 CRC = 4  # bytes of crc32c at the end of a chunk
-log = logging.getLogger("mechkit.sweeps")
+log = logging.getLogger("mechkit.studies")
 
 
 class DamagedError(Exception):

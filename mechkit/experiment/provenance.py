@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from mechkit.attribution._cells import provenance_of
+from mechkit.experiment.axes import provenance_of
 from mechkit.hooks import HookedModel
 from mechkit.prompts import Prompts
 

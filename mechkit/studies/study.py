@@ -19,17 +19,17 @@ from mechkit._check import checked, plain
 from mechkit._files import decoding
 from mechkit._version import __version__
 from mechkit.hooks import find_model
-from mechkit.sweeps import _registry as registry
-from mechkit.sweeps._executors import Executor, InProcess
-from mechkit.sweeps._files import StoreError
-from mechkit.sweeps._job import Job
-from mechkit.sweeps._problems import Problems
-from mechkit.sweeps._run import RunReport, check_schema, read_manifest, run, watching
-from mechkit.sweeps._spec import Statement, check, read_toml
-from mechkit.sweeps._status import Status, status
-from mechkit.sweeps._store import Store
-from mechkit.sweeps._table import Table, counted, fits
-from mechkit.sweeps._worker import Settings
+from mechkit.studies import _registry as registry
+from mechkit.studies._executors import Executor, InProcess
+from mechkit.studies._files import StoreError
+from mechkit.studies._job import Job
+from mechkit.studies._problems import Problems
+from mechkit.studies._run import RunReport, check_schema, read_manifest, run, watching
+from mechkit.studies._spec import Statement, check, read_toml
+from mechkit.studies._status import Status, status
+from mechkit.studies._store import Store
+from mechkit.studies._table import Table, counted, fits
+from mechkit.studies._worker import Settings
 
 Entry = str | Mapping[str, Any]
 

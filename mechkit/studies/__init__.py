@@ -1,0 +1,17 @@
+"""Studies over models, tasks and techniques: on one machine or on Ray, resumed after anything, read back as one table."""
+
+# ruff: noqa: E402 - what the imports need is looked for first, so that what is missing is named in one sentence
+
+from mechkit._extras import need_studies
+
+need_studies("mechkit.Study")
+
+from mechkit.studies._executors import InProcess as InProcess
+from mechkit.studies._executors import Processes as Processes
+from mechkit.studies._executors import Ray as Ray
+from mechkit.studies._files import StoreError as StoreError
+from mechkit.studies._run import RunReport as RunReport
+from mechkit.studies._status import JobStatus as JobStatus
+from mechkit.studies._status import Status as Status
+from mechkit.studies._table import Table as Table
+from mechkit.studies.study import Study as Study
