@@ -13,9 +13,9 @@ from test_exact import make_model, make_pairs, whole_vocabulary
 
 import mechkit as mk
 from mechkit.attribution.atp_star import replaced_columns
-from mechkit.attribution.relp import relevance_rules
 from mechkit.engine import frozen_parameters
 from mechkit.experiment.quadrature import quadrature
+from mechkit.experiment.relevance import relevance_rules
 
 
 def effects(result: mk.Result) -> torch.Tensor:

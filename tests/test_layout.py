@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engine": {"hooks", *_DATA},
     "experiment": {"engine", "hooks", *_DATA},
     "attribution": _SHARED,
-    "circuits": {"attribution", *_SHARED},
+    "circuits": _SHARED,
     "tasks": {"prompts", "hooks"},
     "zoo": {"hooks", "circuits", "prompts", "metrics"},
     "studies": {"zoo", "tasks", "circuits", "attribution", *_SHARED},

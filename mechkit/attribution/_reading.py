@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mechkit._precision import widen
 from mechkit.engine import check_metric
-from mechkit.experiment.axes import provenance_of
+from mechkit.experiment.provenance import provenance_of
 from mechkit.hooks import HookedModel, final_norm
 from mechkit.metrics import CallableMetric, Metric, makes_metrics, metric_for
 from mechkit.prompts import PromptPairs, Prompts

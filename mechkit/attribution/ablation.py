@@ -21,7 +21,8 @@ from torch import Tensor
 
 from mechkit._check import checked
 from mechkit.engine import Budget, check_can_run, sweep
-from mechkit.experiment.axes import Grid, make_grid, split_prompts, to_result
+from mechkit.experiment.axes import Grid, make_grid, to_result
+from mechkit.experiment.positions import split_prompts
 from mechkit.hooks import HookedModel, one_at_a_time, record
 from mechkit.metrics import AnyMetric, metric_for
 from mechkit.prompts import PromptPairs, Prompts

@@ -26,11 +26,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechkit._check import checked
-from mechkit.attribution.attribution_patching import check_reached, tapped
-from mechkit.attribution.integrated_gradients import runs_of, unedited
 from mechkit.engine import frozen_parameters
 from mechkit.experiment.axes import Chosen
 from mechkit.experiment.estimates import AnyMetric, Chunk, Key, Study, check_one_site, hook_name, make_study
+from mechkit.experiment.passes import check_reached, runs_of, tapped, unedited
 from mechkit.hooks import SITES, HookedModel, get_site, one_at_a_time
 from mechkit.prompts import PromptPairs
 from mechkit.result import Result

@@ -40,7 +40,8 @@ from tqdm.auto import tqdm
 from mechkit._check import checked
 from mechkit._precision import wide_dtype, widen
 from mechkit.engine import Budget, call_metric, check_can_run, check_metric, logits_at_hand, read_metric
-from mechkit.experiment.axes import position_labels, provenance_of, split_prompts
+from mechkit.experiment.positions import position_labels, split_prompts
+from mechkit.experiment.provenance import provenance_of
 from mechkit.hooks import HookedModel, one_at_a_time
 from mechkit.metrics import AnyMetric, CallableMetric, Metric, metric_for
 from mechkit.prompts import PromptPairs, Prompts

@@ -22,7 +22,9 @@ from tqdm.auto import tqdm
 from mechkit._check import checked
 from mechkit._precision import widen
 from mechkit.engine import Budget, check_can_run
-from mechkit.experiment.axes import choose_indices, position_labels, provenance_of, split_prompts
+from mechkit.experiment.axes import choose_indices
+from mechkit.experiment.positions import position_labels, split_prompts
+from mechkit.experiment.provenance import provenance_of
 from mechkit.hooks import HookedModel, one_at_a_time, record
 from mechkit.prompts import PromptPairs, Prompts
 from mechkit.result import Result

@@ -15,22 +15,17 @@ https://arxiv.org/abs/2310.10348.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import Any, Literal, Unpack, overload
-
-import torch
-from torch import Tensor
+from collections.abc import Mapping, Sequence
+from typing import Literal, Unpack, overload
 
 from mechkit._check import checked
 from mechkit.engine import frozen_parameters
 from mechkit.experiment.axes import Chosen
-from mechkit.experiment.estimates import AnyMetric, Chunk, Key, Study, hook_name, make_study
+from mechkit.experiment.estimates import AnyMetric, make_study
+from mechkit.experiment.passes import first_order
 from mechkit.hooks import HookedModel, one_at_a_time
 from mechkit.prompts import PromptPairs
 from mechkit.result import Result
-
-Rules = Sequence[tuple[str, Callable[..., Tensor | None]]]
 
 
 class Options(Chosen, total=False):
@@ -98,61 +93,3 @@ def attribution_patching(
             first_order(study, chunk)
     results = {name: study.result(name) for name in study.axes}
     return results if isinstance(site, Mapping) else results[next(iter(results))]
-
-
-def first_order(study: Study, chunk: Chunk, rules: Rules = ()) -> None:
-    """Adds `(source - base) * gradient` of every node. `rules` are hooks that may change how the gradient flows back."""
-    assert study.source_is is not None
-    difference, source_final = source_activations(study, chunk)
-    silent = set(study.keys)
-
-    def keep(activation: Tensor, hook: Any, key: Key) -> Tensor:
-        difference[key].sub_(activation.detach())
-        return tapped(activation, partial(contract, key=key))
-
-    def contract(gradient: Tensor, key: Key) -> None:
-        silent.discard(key)
-        chunk.add(key, difference.pop(key) * gradient)
-
-    hooks = [(hook_name(key), partial(keep, key=key)) for key in study.keys]
-    base = chunk.tokens[study.base_is]
-    leaf, final = chunk.runs.forward(base, chunk.everyone, [*rules, *hooks], leaf=True)
-    chunk.keep_unedited({study.source_is: source_final, study.base_is: final})
-    assert leaf is not None
-    torch.autograd.grad(chunk.metric(final).sum(), leaf)
-    check_reached(study, silent)
-
-
-def tapped(activation: Tensor, fn: Callable[[Tensor], None]) -> Tensor:
-    """The activation, for a hook to return: `fn` gets the gradient that arrives at it. (A hook may be shown a reshaped copy
-    that the model does not go on with unless it is returned.)"""
-    if not activation.requires_grad:
-        return activation
-    seen = activation.view_as(activation)
-    seen.register_hook(fn)
-    return seen
-
-
-@torch.no_grad()
-def source_activations(study: Study, chunk: Chunk) -> tuple[dict[Key, Tensor], Tensor]:
-    """The source run's activations at every node (from `start` on), and what it ended in."""
-    kept: dict[Key, Tensor] = {}
-
-    def keep(activation: Tensor, hook: Any, key: Key) -> None:
-        kept[key] = activation.clone()
-
-    hooks = [(hook_name(key), partial(keep, key=key)) for key in study.keys]
-    _, final = chunk.runs.forward(chunk.tokens[str(study.source_is)], chunk.everyone, hooks)
-    if missing := [hook_name(key) for key in study.keys if key not in kept]:
-        raise ValueError(f"site: {', '.join(missing[:4])} is not computed in a forward pass of {study.model.name}")
-    return kept, final
-
-
-def check_reached(study: Study, silent: set[Key]) -> None:
-    """Refuses sites that no gradient came to: a 0 would look like a finding."""
-    if silent:
-        names = ", ".join(hook_name(key) for key in sorted(silent)[:4])
-        raise ValueError(
-            f"site: no gradient path from metric {study.metric.name!r} to {names} in {study.model.name}, so that nothing can be "
-            "estimated there; use activation_patching, which needs no gradient"
-        )

@@ -16,8 +16,9 @@ from torch import Tensor
 from mechkit._check import checked
 from mechkit._drawn import Drawn
 from mechkit.engine import sweep
-from mechkit.experiment.axes import make_grid, position_labels
+from mechkit.experiment.axes import make_grid
 from mechkit.experiment.estimates import TECHNIQUE
+from mechkit.experiment.positions import position_labels
 from mechkit.hooks import HookedModel, one_at_a_time
 from mechkit.metrics import AnyMetric, metric_for
 from mechkit.prompts import PromptPairs

@@ -29,14 +29,8 @@ from mechkit._precision import wide_dtype
 from mechkit.attribution._reading import Direction, as_direction, to_result
 from mechkit.attribution._stream import StreamRun, labels, needed
 from mechkit.engine import Budget, check_can_run
-from mechkit.experiment.axes import (
-    choose_indices,
-    choose_layers,
-    choose_positions,
-    common_width,
-    position_labels,
-    split_prompts,
-)
+from mechkit.experiment.axes import choose_indices, choose_layers, common_width
+from mechkit.experiment.positions import choose_positions, position_labels, split_prompts
 from mechkit.hooks import SITES, HookedModel, mlp_weight, one_at_a_time
 from mechkit.prompts import PromptPairs, Prompts
 from mechkit.result import Result

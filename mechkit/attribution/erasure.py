@@ -26,7 +26,7 @@ from mechkit._drawn import Drawn
 from mechkit.attribution._reading import Direction, as_direction, to_result
 from mechkit.attribution._stream import StreamRun, labels, needed
 from mechkit.engine import Budget, attached_hooks, check_can_run
-from mechkit.experiment.axes import split_prompts
+from mechkit.experiment.positions import split_prompts
 from mechkit.hooks import SITES, HookedModel, one_at_a_time
 from mechkit.metrics import Metric
 from mechkit.prompts import PromptPairs, Prompts

@@ -44,7 +44,9 @@ from mechkit.attribution._head_weights import (
     weights_result,
 )
 from mechkit.engine import Budget, check_can_run
-from mechkit.experiment.axes import choose_indices, choose_positions, provenance_of, split_prompts
+from mechkit.experiment.axes import choose_indices
+from mechkit.experiment.positions import choose_positions, split_prompts
+from mechkit.experiment.provenance import provenance_of
 from mechkit.hooks import (
     HookedModel,
     check_linear_readout,

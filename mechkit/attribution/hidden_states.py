@@ -20,7 +20,9 @@ from tqdm.auto import tqdm
 
 from mechkit._check import checked
 from mechkit.engine import Budget, check_can_run
-from mechkit.experiment.axes import choose_indices, provenance_of, split_prompts
+from mechkit.experiment.axes import choose_indices
+from mechkit.experiment.positions import split_prompts
+from mechkit.experiment.provenance import provenance_of
 from mechkit.hooks import SITES, HookedModel, get_site, one_at_a_time, parse_hook_name, record
 from mechkit.hooks._nonfinite import where_it_began
 from mechkit.prompts import PromptPairs, Prompts

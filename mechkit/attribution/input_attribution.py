@@ -40,11 +40,11 @@ from torch import Tensor
 
 from mechkit._check import checked
 from mechkit.attribution._baseline import Baseline
-from mechkit.attribution.attribution_patching import check_reached, tapped
-from mechkit.attribution.integrated_gradients import unedited
 from mechkit.engine import frozen_parameters
-from mechkit.experiment.axes import Chosen, provenance_of
+from mechkit.experiment.axes import Chosen
 from mechkit.experiment.estimates import AnyMetric, Chunk, Key, Study, hook_name, make_single_study
+from mechkit.experiment.passes import check_reached, tapped, unedited
+from mechkit.experiment.provenance import provenance_of
 from mechkit.experiment.quadrature import Rule, along_activation, batches, metric_with, quadrature
 from mechkit.hooks import HookedModel, get_site, one_at_a_time
 from mechkit.metrics import Metric, metric_for

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from mechkit._check import checked
-from mechkit.attribution.attribution_patching import check_reached, tapped
 from mechkit.engine import frozen_parameters
 from mechkit.experiment.axes import Chosen
 from mechkit.experiment.estimates import AnyMetric, Chunk, Key, Study, check_one_site, hook_name, make_study
+from mechkit.experiment.passes import check_reached, runs_of, tapped, unedited
 from mechkit.experiment.quadrature import Rule, along_activation, batches, metric_with, quadrature
 from mechkit.hooks import SITES, HookedModel, one_at_a_time
 from mechkit.prompts import PromptPairs
@@ -86,33 +86,6 @@ def integrated_gradients(
             errors[:, chunk.ids] = walk(study, chunk, points, weights).double().cpu()
     gap = (study.values[runs_of(study)[1]] - study.values[study.base_is]).double().abs().mean().clamp(min=1e-12)
     return study.result(next(iter(study.axes)), completeness_error=float(errors.abs().mean(1).max() / gap))
-
-
-def runs_of(study: Study) -> tuple[str, str]:
-    """The names of the base and of the source run."""
-    assert study.source_is is not None
-    return study.base_is, study.source_is
-
-
-@torch.no_grad()
-def unedited(study: Study, chunk: Chunk, run: str) -> tuple[dict[Key, Tensor], dict[int, Tensor], Tensor]:
-    """One run's activations at the nodes, what each block read, and what the run ended in."""
-    kept: dict[Key, Tensor] = {}
-    hidden: dict[int, Tensor] = {}
-
-    def keep(activation: Tensor, hook: Any, key: Key) -> None:
-        kept[key] = activation.clone()
-
-    def keep_hidden(activation: Tensor, hook: Any, layer: int) -> None:
-        hidden[layer] = activation.clone()
-
-    inputs = sorted({layer for _, layer in study.keys} | {0})
-    hooks = [(SITES["resid_pre"].hook_name(layer), partial(keep_hidden, layer=layer)) for layer in inputs]
-    hooks += [(hook_name(key), partial(keep, key=key)) for key in study.keys]
-    _, final = chunk.runs.forward(chunk.tokens[run], chunk.everyone, hooks)
-    if missing := [hook_name(key) for key in study.keys if key not in kept]:
-        raise ValueError(f"site: {', '.join(missing[:4])} is not computed in a forward pass of {study.model.name}")
-    return kept, hidden, final
 
 
 def _activation_paths(study: Study, chunk: Chunk, points: list[float], weights: list[float]) -> Tensor:

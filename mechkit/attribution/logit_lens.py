@@ -30,7 +30,9 @@ from mechkit._check import checked
 from mechkit._drawn import Drawn
 from mechkit._precision import widen
 from mechkit.attribution._readout import Chunk, Logits, Reader, read_cells
-from mechkit.experiment.axes import Axes, make_axes, provenance_of, split_prompts
+from mechkit.experiment.axes import Axes, make_axes
+from mechkit.experiment.positions import split_prompts
+from mechkit.experiment.provenance import provenance_of
 from mechkit.hooks import HookedModel, one_at_a_time
 from mechkit.prompts import PromptPairs, Prompts
 from mechkit.result import Cost, Result

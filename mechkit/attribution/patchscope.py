@@ -24,7 +24,9 @@ from mechkit._check import checked
 from mechkit._precision import widen
 from mechkit.attribution.logit_lens import TopTokens, check_k, make_top_tokens
 from mechkit.engine import Budget, check_can_run, check_tokens
-from mechkit.experiment.axes import choose_indices, choose_positions, provenance_of, split_prompts
+from mechkit.experiment.axes import choose_indices
+from mechkit.experiment.positions import choose_positions, split_prompts
+from mechkit.experiment.provenance import provenance_of
 from mechkit.hooks import SITES, HookedModel, get_site, one_at_a_time, record
 from mechkit.hooks._nonfinite import where_it_began
 from mechkit.prompts import PromptPairs, Prompts

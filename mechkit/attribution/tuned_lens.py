@@ -30,7 +30,9 @@ from mechkit._drawn import Drawn
 from mechkit._files import decoding, read_tensors, write_tensors
 from mechkit.attribution._tuned_fit import Settings, fit_translators
 from mechkit.engine import check_can_run
-from mechkit.experiment.axes import choose_indices, provenance_of, split_prompts
+from mechkit.experiment.axes import choose_indices
+from mechkit.experiment.positions import split_prompts
+from mechkit.experiment.provenance import provenance_of
 from mechkit.hooks import HookedModel, check_stream, one_at_a_time
 from mechkit.prompts import PromptPairs, Prompts
 

@@ -27,16 +27,16 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechkit._check import checked
-from mechkit.attribution.attribution_patching import tapped
-from mechkit.attribution.relp import relevance_rules
 from mechkit.circuits._writings import HookPairs, Writings
 from mechkit.circuits.edge_scores import EdgeScores
 from mechkit.circuits.graph import Graph
 from mechkit.engine import agree_before_difference, frozen_parameters
 from mechkit.experiment.edges import both_runs, chosen_positions, edge_study, where_it_counts
 from mechkit.experiment.estimates import AnyMetric, Chunk, Study
+from mechkit.experiment.passes import tapped
 from mechkit.experiment.provenance import circuit_provenance
 from mechkit.experiment.quadrature import Rule, batches, quadrature
+from mechkit.experiment.relevance import relevance_rules
 from mechkit.hooks import SITES, HookedModel, Parts, one_at_a_time
 from mechkit.hooks._parts import CHECKED
 from mechkit.prompts import PromptPairs

@@ -27,9 +27,9 @@ from mechkit._check import checked, naming
 from mechkit.circuits._reads import Changes, runs_agree, stream
 from mechkit.circuits.graph import Graph, Reader, Writer
 from mechkit.engine import Cell, Derived, Edit, sweep
-from mechkit.experiment.axes import choose_positions, position_labels
 from mechkit.experiment.edges import chosen_positions, edge_study, where_it_counts
 from mechkit.experiment.estimates import AnyMetric, Study
+from mechkit.experiment.positions import choose_positions, position_labels
 from mechkit.experiment.provenance import circuit_provenance
 from mechkit.hooks import HookedModel, Parts, Run, one_at_a_time
 from mechkit.prompts import PromptPairs

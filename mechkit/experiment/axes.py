@@ -9,11 +9,12 @@ from typing import Any, TypedDict, Unpack
 
 import torch
 
-from mechkit._version import __version__
 from mechkit.engine import Answers, Cell, Edit
+from mechkit.experiment.positions import choose_positions, position_labels
+from mechkit.experiment.provenance import provenance_of
 from mechkit.hooks import HookedModel, Site, get_site, parse_hook_name
 from mechkit.metrics import CallableMetric, Metric
-from mechkit.prompts import PromptPairs, Prompts
+from mechkit.prompts import Prompts
 from mechkit.result import Result
 
 DIMS = ("layer", "pos", "position", "head", "neuron")
@@ -181,29 +182,6 @@ def to_result(
     )
 
 
-def provenance_of(model: HookedModel, prompts: Prompts, **more: Any) -> dict[str, Any]:
-    """Where a result comes from: the model, the prompts, this mechkit, and the technique's own arguments."""
-    return {
-        "model": model.name,
-        "revision": model.revision,
-        "weights_hash": model.weights_hash,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "tokens_hash": prompts.hash(),
-        "n_prompts": len(prompts),
-        "mechkit": __version__,
-        **more,
-    }
-
-
-def split_prompts(prompts: PromptPairs | Prompts) -> tuple[Prompts, Mapping[str, torch.Tensor], str]:
-    """The clean prompts, their named positions and the task, of pairs or of plain prompts."""
-    if isinstance(prompts, PromptPairs):
-        return prompts.clean, prompts.positions, prompts.task
-    if isinstance(prompts, Prompts):
-        return prompts, {"END": prompts.lengths - 1}, "custom"
-    raise ValueError(f"prompts: expected PromptPairs or Prompts, got {type(prompts).__name__}")
-
-
 def check_dims(site: Site, dims: tuple[str, ...], over: str) -> None:
     if unknown := [dim for dim in dims if dim not in DIMS]:
         raise ValueError(
@@ -252,27 +230,3 @@ def common_width(model: HookedModel, site: Site, layers: Sequence[int]) -> int:
             f"{', '.join(f'{width} entries in layer {layer}' for layer, width in widths.items())}. Choose with layers=[…]"
         )
     return next(iter(widths.values()))
-
-
-def choose_positions(named: Mapping[str, torch.Tensor], chosen: Sequence[Any] | None) -> list[str]:
-    """The named positions that a user chose; all of them for `None`."""
-    if isinstance(chosen, str):
-        raise ValueError(f"positions: expected a list of names, got {chosen!r}; write positions=[{chosen!r}]")
-    names = list(named) if chosen is None else list(chosen)
-    if not names or len(set(names)) != len(names):
-        raise ValueError(f"positions: expected at least one name, each once; got {names}")
-    for name in names:
-        if name not in named:
-            raise ValueError(f"positions: expected names among {', '.join(named)}; got {name!r}")
-    return names
-
-
-def position_labels(prompts: Prompts, index: Sequence[int]) -> tuple[int | str, ...]:
-    """Token and position (`'" Mary" 3'`) where all prompts agree on the token, else the position alone."""
-    if prompts.str_tokens is None:
-        return tuple(index)
-    labels: list[int | str] = []
-    for i in index:
-        tokens = {row[i] for row in prompts.str_tokens if i < len(row)}
-        labels.append(f'"{tokens.pop()}" {i}' if len(tokens) == 1 else str(i))
-    return tuple(labels)

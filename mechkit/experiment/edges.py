@@ -12,8 +12,9 @@ from torch import Tensor
 
 from mechkit.engine import Budget
 from mechkit.engine._causality import same_so_far
-from mechkit.experiment.axes import choose_indices, choose_positions
+from mechkit.experiment.axes import choose_indices
 from mechkit.experiment.estimates import AnyMetric, Study, check_study
+from mechkit.experiment.positions import choose_positions
 from mechkit.hooks import HookedModel
 from mechkit.metrics import metric_for
 from mechkit.prompts import PromptPairs, Prompts

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from mechkit._precision import wide_dtype
 from mechkit.engine import Budget, GradientRuns, check_can_run, check_metric, metric_values
-from mechkit.experiment.axes import Axes, Chosen, make_axes, provenance_of, split_prompts
+from mechkit.experiment.axes import Axes, Chosen, make_axes
+from mechkit.experiment.positions import split_prompts
+from mechkit.experiment.provenance import provenance_of
 from mechkit.hooks import SITES, HookedModel
 from mechkit.hooks._nonfinite import where_it_began
 from mechkit.metrics import AnyMetric as AnyMetric

@@ -1,13 +1,28 @@
-"""Where edges and circuits come from: so that one can tell whether they are judged by the prompts that they were found on."""
+"""Where a result comes from: the model, the prompts, the arguments; of circuits also each prompt, so that one can tell whether
+they are judged by the prompts that they were found on."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any
 
-from mechkit.experiment.axes import provenance_of
+from mechkit._version import __version__
 from mechkit.hooks import HookedModel
 from mechkit.prompts import Prompts
+
+
+def provenance_of(model: HookedModel, prompts: Prompts, **more: Any) -> dict[str, Any]:
+    """Where a result comes from: the model, the prompts, this mechkit, and the technique's own arguments."""
+    return {
+        "model": model.name,
+        "revision": model.revision,
+        "weights_hash": model.weights_hash,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "tokens_hash": prompts.hash(),
+        "n_prompts": len(prompts),
+        "mechkit": __version__,
+        **more,
+    }
 
 
 def prompt_hashes(prompts: Prompts) -> list[str]:

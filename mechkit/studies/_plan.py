@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from mechkit.circuits import Graph
-from mechkit.experiment.axes import make_axes, position_labels
+from mechkit.experiment.axes import make_axes
+from mechkit.experiment.positions import position_labels
 from mechkit.hooks import HookedModel
 from mechkit.metrics import Metric
 from mechkit.prompts import PromptPairs, Prompts
