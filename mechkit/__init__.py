@@ -8,7 +8,10 @@ import importlib as _importlib
 import sys as _sys
 import typing as _typing
 
+from mechkit import _drawn
 from mechkit._version import __version__ as __version__
+
+_drawn.module = "mechkit.plot._default"  # what draws the results of all other parts
 
 _MODULE_OF = {
     "PromptPairs": "mechkit.prompts",

@@ -1,12 +1,27 @@
-"""Objects with a default picture. They do not know how it is drawn: `mechkit.plot` is looked up when one is asked for."""
+"""Objects with a default picture. They do not know how it is drawn: what draws has entered itself in `DRAWERS`.
+
+`mechkit/__init__.py` names the module that does so (`module`); it is loaded when the first picture is asked for.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mechkit.plot import Figure
+
+DRAWERS: dict[
+    str, Callable[..., Any]
+] = {}  # "figure": object, options -> figure; "html": figure -> fragment for a notebook
+module = ""
+
+
+def _drawer(name: str) -> Callable[..., Any]:
+    if name not in DRAWERS:
+        import_module(module)
+    return DRAWERS[name]
 
 
 class Drawn:
@@ -25,11 +40,12 @@ class Drawn:
         Raises:
             ValueError: there is no picture of so many dims (choose labels with `sel()`), or an option is wrong.
         """
-        return import_module("mechkit.plot").default(self, **options)
+        return _drawer("figure")(self, **options)
 
     def _repr_html_(self) -> str | None:
         try:
             figure = self.plot()
         except ValueError:  # no default picture: notebooks show the text instead
             return None
-        return import_module("mechkit.plot").html_of(figure)
+        fragment: str = _drawer("html")(figure)
+        return fragment

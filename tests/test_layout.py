@@ -40,7 +40,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli": {"studies", "plot", "zoo", "tasks", "circuits", "attribution", *_SHARED},
     "__main__": {"cli"},
 }
-LATE = {"_drawn": "plot"}  # helper -> what it may import when it is called: results find their pictures by it
 OWNERS = {
     "transformer_lens": "hooks",
     "plotly": "plot",
@@ -151,8 +150,6 @@ def one_way(path: str, source: str) -> Iterator[str]:
         if found.top != "mechkit" or found.typing_only:
             continue
         target = found.name.partition(".")[2].partition(".")[0]
-        if LATE.get(place) == target and not found.at_import:
-            continue
         if target not in MAY_IMPORT and not is_helper(target):
             yield f"{path}:{found.line}: imports {found.name} from the package; import it where it is defined"
         elif target not in allowed and not (is_helper(target) and not is_helper(place)):
@@ -226,6 +223,35 @@ def no_remote_code(path: str, source: str) -> Iterator[str]:
             yield f"{path}:{value.lineno}: trust_remote_code=True; the user decides that"
 
 
+def circles(sources: dict[str, str]) -> list[str]:
+    """Modules that import one another, at import or later, directly or by way of others; each circle by one of its ways round."""
+    modules = {".".join(PurePosixPath(path).with_suffix("").parts).removesuffix(".__init__"): path for path in sources}
+
+    def module_of(name: str) -> str:
+        while name and name not in modules:
+            name = name.rpartition(".")[0]
+        return name
+
+    needs = {
+        module: {module_of(found.name) for found in imports(path, sources[path]) if not found.typing_only}
+        - {"", module}
+        for module, path in modules.items()
+    }
+    complaints, done = [], set()
+
+    def visit(module: str, way: tuple[str, ...]) -> None:
+        if module in way:
+            complaints.append(" -> ".join([*way[way.index(module) :], module]))
+        elif module not in done:
+            for needed in sorted(needs[module]):
+                visit(needed, (*way, module))
+            done.add(module)
+
+    for module in sorted(modules):
+        visit(module, ())
+    return complaints
+
+
 Rule = Callable[[str, str], Iterator[str]]
 RULES: list[Rule] = [one_way, one_owner, light, no_pickle, no_remote_code]
 
@@ -248,6 +274,16 @@ def test_the_package_is_found() -> None:
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 def test_package_keeps(rule: Rule) -> None:
     assert complaints(rule, files("mechkit")) == []
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    assert circles(files("mechkit")) == []
+
+
+def test_circles_are_seen() -> None:
+    late = {"mechkit/a.py": "from mechkit.b import x", "mechkit/b.py": "def f():\n    from mechkit.c import y"}
+    assert circles({**late, "mechkit/c.py": "import mechkit.a"}) == ["mechkit.a -> mechkit.b -> mechkit.c -> mechkit.a"]
+    assert circles({**late, "mechkit/c.py": "if TYPE_CHECKING:\n    import mechkit.a"}) == []
 
 
 def test_scripts_and_tests_leave_remote_code_off() -> None:
@@ -278,7 +314,7 @@ BAD: list[tuple[Rule, str, str]] = [
     (one_way, "mechkit/plot/a.py", "if TYPE_CHECKING:\n    pass\nelse:\n    from mechkit.hooks import HookedModel"),
     (one_way, "mechkit/_text.py", "from mechkit.prompts import Prompts"),
     (one_way, "mechkit/_text.py", "from mechkit._other import x"),
-    (one_way, "mechkit/_drawn.py", "from mechkit.plot import heatmap"),
+    (one_way, "mechkit/_drawn.py", "def f():\n    from mechkit.plot import heatmap"),
     (one_way, "mechkit/_drawn.py", "def f():\n    from mechkit.hooks import HookedModel"),
     (one_way, "mechkit/result.py", "def f():\n    from mechkit.plot import heatmap"),
     (one_way, "mechkit/newcomer/a.py", ""),
@@ -320,7 +356,6 @@ GOOD: list[tuple[Rule, str, str]] = [
     (one_way, "mechkit/circuits/a.py", "from mechkit._text import plural\nimport mechkit.attribution.patching"),
     (one_way, "mechkit/plot/a.py", "from ..result import Result\nfrom ..circuits import Circuit"),
     (one_way, "mechkit/_text.py", "import re\nimport torch"),
-    (one_way, "mechkit/_drawn.py", "def f():\n    from mechkit.plot import default"),
     (one_owner, "mechkit/hooks/_load.py", "def f():\n    from transformer_lens.model_bridge import TransformerBridge"),
     (one_owner, "mechkit/plot/_heatmap.py", "import plotly.graph_objects as go"),
     (light, "mechkit/plot/_heatmap.py", "import plotly.graph_objects as go"),

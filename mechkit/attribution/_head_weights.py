@@ -18,6 +18,7 @@ from mechkit._precision import widen
 from mechkit._version import __version__
 from mechkit.engine import check_can_run
 from mechkit.hooks import (
+    SITES,
     FrozenNorm,
     HookedModel,
     adds_positions,
@@ -28,6 +29,7 @@ from mechkit.hooks import (
     write_scale,
 )
 from mechkit.hooks import final_norm as frozen_final_norm
+from mechkit.hooks._capture import capture
 from mechkit.result import Result
 
 CHUNK = 4096  # tokens embedded at once
@@ -51,34 +53,16 @@ class FoldedWeights:
 # -- from tokens to the residual stream and back -------------------------------------------------------------------------
 
 
-class _EnoughError(Exception):
-    """Ends a forward pass whose first lines are all that is wanted."""
-
-
 @torch.no_grad()
 def embeddings(model: HookedModel, tokens: Int[Tensor, "token"]) -> Float[Tensor, "token d_model"]:
     """What each token puts into the residual stream: what enters the first block of a one-token prompt, with the model's own
     scaling or norm of embeddings, less the positional embedding where it is added."""
-    kept: dict[str, Tensor] = {}
-
-    def keep_position(activation: Tensor, hook: Any) -> None:
-        kept["position"] = activation
-
-    def keep_stream(activation: Tensor, hook: Any) -> None:
-        kept["stream"] = activation
-        raise _EnoughError
-
+    position, stream = "pos_embed.hook_out", SITES["resid_pre"].hook_name(0)
     added = adds_positions(model)
-    hooks: list[Any] = [(("resid_pre", 0), keep_stream)]
-    if added:
-        hooks.append(("pos_embed.hook_out", keep_position))
-    try:
-        with model.hooks(hooks):
-            model.bridge(tokens[:, None].to(model.device))
-    except _EnoughError:
-        pass
-    stream = kept["stream"][:, 0]
-    return stream - kept["position"][:, 0] if added else stream
+    with capture(model, [position, stream] if added else [stream], stop=stream) as kept:
+        model.bridge(tokens[:, None].to(model.device))
+    found = kept[stream][:, 0]
+    return found - kept[position][:, 0] if added else found
 
 
 def final_norm(model: HookedModel, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
@@ -214,18 +198,13 @@ def probe_attention(model: HookedModel, layers: Sequence[int]) -> dict[int, floa
     noise = torch.randn(_PROBES, model.d_model, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     size = float(embeddings(model, first).double().pow(2).mean().sqrt()) or 1.0
     x = (noise * size).to(model.device, model.dtype)
-    kept: dict[tuple[str, int], Tensor] = {}
 
-    def keep(site: str, layer: int) -> Callable[..., None]:
-        def fn(activation: Tensor, hook: Any) -> None:
-            kept[site, layer] = activation[:, 0] if site != "attn_scores" else activation[:, :, 0, 0]
+    def first_position(activation: Tensor, name: tuple[str, int]) -> Tensor:
+        return (activation[:, 0] if name[0] != "attn_scores" else activation[:, :, 0, 0]).clone()
 
-        return fn
-
-    sites = ("v", "attn_scores", "z", "attn_out")
-    hooks: list[Any] = [(("resid_pre", layer), lambda _, hook: x[:, None].clone()) for layer in layers]
-    hooks += [((site, layer), keep(site, layer)) for layer in layers for site in sites]
-    with model.hooks(hooks):
+    sites = [(site, layer) for layer in layers for site in ("v", "attn_scores", "z", "attn_out")]
+    probes = [(SITES["resid_pre"].hook_name(layer), lambda _, hook: x[:, None].clone()) for layer in layers]
+    with capture(model, sites, first_position, hooks=probes) as kept:
         record(model, first[:, None].to(model.device), blocks=False)
     scales = {}
     for layer in layers:

@@ -40,6 +40,7 @@ from mechkit.hooks import (
     record,
     write_scale,
 )
+from mechkit.hooks._capture import capture
 from mechkit.hooks._nonfinite import where_it_began
 from mechkit.prompts import Prompts
 
@@ -183,20 +184,18 @@ class _Kept:
         there = places[:, list(members)].T  # [member place]
         member, self.place = (there >= 0).nonzero(as_tuple=True)
         self.prompt, self.pos = torch.tensor(list(members))[member], there[member, self.place]
-        self._activations: dict[str, Tensor] = {}
-        heads = axes.index.get("head")
+        heads, of_site = axes.index.get("head"), [self._name(layer) for layer in layers]
 
-        def keep(activation: Tensor, hook: Any, name: str, heads: Sequence[int] | None) -> None:
+        def where_read(activation: Tensor, name: str) -> Tensor:
             at = activation[member.to(activation.device), self.pos.to(activation.device)]
-            self._activations[name] = at if heads is None else at[:, heads]
+            return at if heads is None or name not in of_site else at[:, heads]
 
-        hooks = [(self._name(layer), partial(keep, name=self._name(layer), heads=heads)) for layer in layers]
+        names = list(of_site)
         if axes.site.name == "result":
-            names = [into_post_norm(layer) for layer in layers if post_norm(model, layer) is not None]
-            hooks += [(name, partial(keep, name=name, heads=None)) for name in names]
+            names += [into_post_norm(layer) for layer in layers if post_norm(model, layer) is not None]
         self._heads = {head: j for j, head in enumerate(heads or ())}
         tokens = torch.stack([prompts.tokens[i] for i in members]).to(model.device)
-        with model.hooks(hooks):
+        with capture(model, names, where_read) as self._activations:
             run = record(model, tokens, blocks=False)
         self.final = run.resid[-1][member.to(run.resid[-1].device), self.pos.to(run.resid[-1].device)]
         for name, activation in (*self._activations.items(), ("the final residual stream", self.final)):
@@ -285,17 +284,12 @@ def _check_model(model: HookedModel, prompts: Prompts, axes: Axes) -> None:
 
 def _check_parts(model: HookedModel, prompts: Prompts, axes: Axes) -> None:
     """Whether attention and MLP outputs are what a block adds to the residual stream, and heads what they consist of."""
-    kept: dict[str, Tensor] = {}
-
-    def keep(activation: Tensor, hook: Any, name: str) -> None:
-        kept[name] = activation[0, -1]
-
     sites = [site for site in ("resid_pre", "resid_post", "attn_out", "mlp_out") if model.has_site(site)]
     sites += ["result"] * (axes.site.name == "result")
     model.check_every_layer(["resid_pre", "resid_post"], "the lens of components")
     names = [SITES[s].hook_name(at) for s, at in itertools.product(sites, axes.layers) if model.has_site(s, at)]
     shortest = min(prompts.tokens, key=len)[None].to(model.device)
-    with model.hooks([(name, partial(keep, name=name)) for name in names]):
+    with capture(model, names, lambda activation, _: activation[0, -1].clone()) as kept:
         record(model, shortest, blocks=False)
     for layer in axes.layers:
         at = {site: kept[SITES[site].hook_name(layer)] for site in sites if model.has_site(site, layer)}

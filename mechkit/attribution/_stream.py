@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import einops
@@ -30,6 +29,7 @@ from mechkit.hooks import (
     record,
     write_scale,
 )
+from mechkit.hooks._capture import capture
 from mechkit.metrics import Metric
 from mechkit.prompts import Prompts
 
@@ -124,18 +124,16 @@ class StreamRun:
         outputs = [name for layer in self.written for hooks in layer for name in hooks]
         model.check_site("resid_pre", [0])
         embedding = ["blocks.0.hook_resid_pre", *([_POS_EMBED] if adds_positions(model) else [])]
-        self.kept: dict[str, Tensor] = {}
 
-        def keep(activation: Tensor, hook: Any, name: str) -> None:
+        def where_read(activation: Tensor, name: str) -> Tensor:
             if name.endswith("hook_v"):
-                self.kept[name] = activation.clone()
-            elif name.endswith("hook_pattern"):
-                self.kept[name] = activation[everyone, :, read_at]  # [prompt head source]
-            else:
-                self.kept[name] = activation.expand(len(ids), *activation.shape[1:])[everyone, read_at]
+                return activation.clone()
+            if name.endswith("hook_pattern"):
+                return activation[everyone, :, read_at]  # [prompt head source]
+            return activation.expand(len(ids), *activation.shape[1:])[everyone, read_at]
 
-        names = dict.fromkeys([*embedding, *outputs, *also])
-        with torch.no_grad(), model.hooks([(name, partial(keep, name=name)) for name in names]):
+        names = list(dict.fromkeys([*embedding, *outputs, *also]))
+        with torch.no_grad(), capture(model, names, where_read) as self.kept:
             recorded = record(model, tokens, blocks=False)
         check_readout(model, recorded, "direct logit attribution")
         self.final = recorded.resid[-1][everyone, read_at]

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -31,6 +31,7 @@ from mechkit.experiment.axes import Chosen
 from mechkit.experiment.estimates import AnyMetric, Chunk, Key, Study, check_one_site, hook_name, make_study
 from mechkit.experiment.passes import check_reached, runs_of, tapped, unedited
 from mechkit.hooks import SITES, HookedModel, get_site, one_at_a_time
+from mechkit.hooks._capture import keepers
 from mechkit.prompts import PromptPairs
 from mechkit.result import Result
 
@@ -122,17 +123,13 @@ def _attribute(study: Study, chunk: Chunk, qk_fix: bool, grad_drop: bool) -> Non
             silent.discard(key)
             chunk.add(key, effects[key](gradient))
 
-    stream: dict[int, Tensor] = {}  # what each block reads, in the graph
-
-    def keep_stream(activation: Tensor, hook: Any, layer: int) -> None:
-        stream[layer] = activation
-
+    read: dict[Key, Tensor] = {}  # what each block reads, in the graph
     hooks: list[tuple[str, Callable[..., Tensor | None]]] = [
         (hook_name(tap), lambda x, hook, tap=tap: tapped(x, partial(add, tap=tap)))
         for tap in dict.fromkeys(taps.values())
     ]
     n_layers = study.model.n_layers
-    hooks += [(SITES["resid_pre"].hook_name(i), partial(keep_stream, layer=i)) for i in range(n_layers)]
+    hooks += keepers([("resid_pre", layer) for layer in range(n_layers)], read, lambda activation, _: activation)
     leaf, final = chunk.runs.forward(chunk.tokens[base_is], chunk.everyone, hooks, leaf=True)
     assert leaf is not None
     value = chunk.metric(final).sum()
@@ -140,6 +137,7 @@ def _attribute(study: Study, chunk: Chunk, qk_fix: bool, grad_drop: bool) -> Non
         torch.autograd.grad(value, leaf)
         check_reached(study, silent)
         return
+    stream = {layer: activation for (_, layer), activation in read.items()}
     ends = [*(stream[i] for i in range(1, n_layers)), final]
     into_next = torch.autograd.grad(value, [leaf, *ends], retain_graph=True)[1:]  # the gradient at each block's output
     check_reached(study, silent)

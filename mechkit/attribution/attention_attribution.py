@@ -43,6 +43,7 @@ from mechkit.engine import Budget, call_metric, check_can_run, check_metric, log
 from mechkit.experiment.positions import position_labels, split_prompts
 from mechkit.experiment.provenance import provenance_of
 from mechkit.hooks import HookedModel, one_at_a_time
+from mechkit.hooks._capture import capture
 from mechkit.metrics import AnyMetric, CallableMetric, Metric, metric_for
 from mechkit.prompts import PromptPairs, Prompts
 from mechkit.result import Result
@@ -268,18 +269,16 @@ def _mixing(residual: float, heads: Heads) -> Callable[[HookedModel, Tensor, lis
         raise ValueError(f"heads: expected 'mean' or 'max', got {heads!r}")
 
     def matrices(model: HookedModel, tokens: Tensor, ids: list[int]) -> Matrices:
-        found: dict[int, Tensor] = {}
+        def joined(pattern: Tensor, name: tuple[str, int]) -> Tensor:
+            shares = _shares(pattern, name[1])
+            one = shares.mean(1) if heads == "mean" else shares.amax(1)
+            return one / one.sum(-1, keepdim=True)  # of a mean too, lest rounding add up over the layers
 
-        def keep(pattern: Tensor, hook: Any, layer: int) -> None:
-            shares = _shares(pattern, layer)
-            joined = shares.mean(1) if heads == "mean" else shares.amax(1)
-            found[layer] = joined / joined.sum(-1, keepdim=True)  # of a mean too, lest rounding add up over the layers
-
-        layers = range(model.n_layers)
-        with torch.no_grad(), model.hooks([(("pattern", layer), partial(keep, layer=layer)) for layer in layers]):
+        patterns = [("pattern", layer) for layer in range(model.n_layers)]
+        with torch.no_grad(), capture(model, patterns, joined) as found:
             model(tokens)
         identity = torch.eye(tokens.shape[1], dtype=torch.float64)
-        return residual * identity + (1 - residual) * torch.stack([found[layer] for layer in layers])
+        return residual * identity + (1 - residual) * torch.stack([found[name] for name in patterns])
 
     return matrices
 

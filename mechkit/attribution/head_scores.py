@@ -56,6 +56,7 @@ from mechkit.hooks import (
     record,
     write_scale,
 )
+from mechkit.hooks._capture import capture
 from mechkit.prompts import PromptPairs, Prompts
 from mechkit.result import Result
 
@@ -364,19 +365,14 @@ def _name_mover_copy(
     at_once = max(1, budget.bytes // (4 * 4 * model.d_vocab))  # rows of float32 logits and their copies
     values = torch.full((len(layers), len(heads), len(prompts)), torch.nan)
     for ids, tokens in _batches(model, prompts, budget, progress):
-        kept: dict[str, Tensor] = {}
-
-        def keep(activation: Tensor, hook: Any, kept: dict[str, Tensor] = kept) -> None:
-            kept["stream"] = activation.clone()
-
-        with model.hooks([(("resid_post", 0), keep)]):
+        with capture(model, [("resid_post", 0)]) as kept:
             check_readout(model, record(model, tokens, blocks=False), "a copying score")
         everyone = torch.arange(len(ids), device=tokens.device)[:, None]
         if positions is None:
             at = torch.arange(tokens.shape[1], device=tokens.device).expand(len(ids), -1)
         else:
             at = torch.stack([p[ids] for p in positions], -1).to(tokens.device)
-        stream, own = kept["stream"][everyone, at].flatten(0, 1), tokens[everyone, at].flatten()
+        stream, own = kept["resid_post", 0][everyone, at].flatten(0, 1), tokens[everyone, at].flatten()
         for row, layer in enumerate(layers):
             if layer == 0:
                 continue

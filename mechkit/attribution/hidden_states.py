@@ -10,7 +10,6 @@ every `Result`, which changes no number.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from mechkit.experiment.axes import choose_indices
 from mechkit.experiment.positions import split_prompts
 from mechkit.experiment.provenance import provenance_of
 from mechkit.hooks import SITES, HookedModel, get_site, one_at_a_time, parse_hook_name, record
+from mechkit.hooks._capture import capture
 from mechkit.hooks._nonfinite import where_it_began
 from mechkit.prompts import PromptPairs, Prompts
 from mechkit.result import Cost, Result
@@ -140,12 +140,11 @@ def _run(
     model: HookedModel, tokens: Int[Tensor, "prompt pos"], names: Sequence[str], at: Int[Tensor, "prompt"]
 ) -> list[Tensor]:
     """`[prompt d_model]` for each hook name. One position is unembedded, not all."""
-    kept: dict[str, Tensor] = {}
 
-    def keep(activation: Tensor, hook: Any, name: str) -> None:
+    def at_position(activation: Tensor, name: str) -> Tensor:
         rows = torch.arange(len(tokens), device=activation.device)
-        kept[name] = activation.expand(len(tokens), *activation.shape[1:])[rows, at.to(activation.device)]
+        return activation.expand(len(tokens), *activation.shape[1:])[rows, at.to(activation.device)]
 
-    with model.hooks([(name, partial(keep, name=name)) for name in names]):
+    with capture(model, names, at_position) as kept:
         record(model, tokens, blocks=False)
     return [kept[name] for name in names]

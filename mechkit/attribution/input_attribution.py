@@ -47,6 +47,7 @@ from mechkit.experiment.passes import check_reached, tapped, unedited
 from mechkit.experiment.provenance import provenance_of
 from mechkit.experiment.quadrature import Rule, along_activation, batches, metric_with, quadrature
 from mechkit.hooks import HookedModel, get_site, one_at_a_time
+from mechkit.hooks._capture import keepers
 from mechkit.metrics import Metric, metric_for
 from mechkit.prompts import PromptPairs, Prompts
 from mechkit.result import Cost, Result
@@ -323,12 +324,7 @@ def _activations(
 ) -> dict[Key, Tensor]:
     """The activations at `keys` of runs whose first block reads `hidden`."""
     kept: dict[Key, Tensor] = {}
-
-    def keep(activation: Tensor, hook: Any, key: Key) -> None:
-        kept[key] = activation.clone()
-
-    hooks = [(hook_name(key), partial(keep, key=key)) for key in keys]
-    chunk.runs.forward(chunk.tokens[chunk.study.base_is][row], row, hooks, hidden=hidden)
+    chunk.runs.forward(chunk.tokens[chunk.study.base_is][row], row, keepers(keys, kept), hidden=hidden)
     return kept
 
 

@@ -16,15 +16,17 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from mechkit._files import decoding, destination, parse_json, read_text, replacing
-from mechkit.circuits.circuit import Circuit
 from mechkit.circuits.graph import Graph
 from mechkit.hooks import HookedModel
+
+if TYPE_CHECKING:
+    from mechkit.circuits.circuit import Circuit
 
 _FORMAT, _VERSION = "mechkit circuit", 1
 _WHAT = "a circuit as JSON"
@@ -45,16 +47,17 @@ def write(circuit: Circuit, path: Path, format: str, d_model: int | None) -> Pat
     return path
 
 
-def read(path: Path, model: HookedModel | Graph | None) -> Circuit:
+def read(path: Path, model: HookedModel | Graph | None, kind: type[Circuit]) -> Circuit:
+    """The circuit in a file, of class `kind`."""
     text = read_text(path, _WHAT, limit=_LIMIT, begins="{")
     content = parse_json(text, str(path), _WHAT, object_pairs_hook=_without_repeats)
     room = max(_ROOM, _ROOM_PER_BYTE * len(text))
     del text
     with decoding(path, _WHAT):
         if isinstance(content, dict) and content.get("format") == _FORMAT:
-            circuit = _from_mechkit(content, room)
+            circuit = kind(**_from_mechkit(content, room))
         elif isinstance(content, dict) and {"cfg", "nodes", "edges"} <= set(content):
-            return _from_mib(content, model, room)
+            return kind(**_from_mib(content, model, room))
         else:
             raise ValueError(
                 "expected a circuit of mechkit (key 'format') or of MIB and EAP-IG (keys 'cfg', 'nodes' and 'edges'), got "
@@ -107,7 +110,7 @@ def _as_mechkit(circuit: Circuit) -> dict[str, Any]:
     }
 
 
-def _from_mechkit(content: Mapping[str, Any], room: int) -> Circuit:
+def _from_mechkit(content: Mapping[str, Any], room: int) -> dict[str, Any]:
     if content.get("version") != _VERSION:
         raise ValueError(
             f"expected version {_VERSION}, got {content.get('version')!r}: read it with the mechkit that wrote it"
@@ -129,7 +132,7 @@ def _from_mechkit(content: Mapping[str, Any], room: int) -> Circuit:
     dtype = torch.bfloat16 if name == "bfloat16" else dtypes[name]
     members, scores = _edges(graph, content["edges"], score_needed=False, scored=dtype is not None)
     origin = {key: content[key] for key in ("model", "weights_hash", "task", "provenance")}
-    return Circuit(graph, members, None if dtype is None else scores.to(dtype), **origin)
+    return {"graph": graph, "members": members, "scores": None if dtype is None else scores.to(dtype), **origin}
 
 
 def _as_mib(circuit: Circuit, d_model: int | None) -> dict[str, Any]:
@@ -163,7 +166,7 @@ def _names(circuit: Circuit, reader: Any) -> list[str]:
     return [writer.name for writer in circuit.graph.writers_of(reader)]
 
 
-def _from_mib(content: Mapping[str, Any], model: HookedModel | Graph | None, room: int) -> Circuit:
+def _from_mib(content: Mapping[str, Any], model: HookedModel | Graph | None, room: int) -> dict[str, Any]:
     cfg, nodes = content["cfg"], content["nodes"]
     if not isinstance(cfg, dict) or (missing := [key for key in _CFG if key not in cfg]):
         raise ValueError(
@@ -204,9 +207,8 @@ def _from_mib(content: Mapping[str, Any], model: HookedModel | Graph | None, roo
         grouped_members[:, shared] |= members[:, r]
         grouped_scores[:, shared] += scores[:, r]
     d_model = {"d_model": cfg["d_model"]} if "d_model" in cfg else {}
-    return Circuit(
-        graph, grouped_members, grouped_scores, provenance={**d_model, "selection": {"method": "MIB file"}}, **known
-    )
+    provenance = {**d_model, "selection": {"method": "MIB file"}}
+    return {"graph": graph, "members": grouped_members, "scores": grouped_scores, "provenance": provenance, **known}
 
 
 def _edges(graph: Graph, edges: Any, *, score_needed: bool, scored: bool = True) -> tuple[Tensor, Tensor]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechkit.hooks import SITES, HookedModel, Parts
+from mechkit.hooks import HookedModel, Parts
+from mechkit.hooks._capture import keepers
 
 HookPairs = list[tuple[str, Any]]
 
@@ -32,13 +32,13 @@ class Writings:
         """Hooks that fill this in during a run, detached."""
         model: HookedModel = self.parts.model
 
-        def keep(activation: Tensor, hook: Any, key: tuple[str, int]) -> None:
+        def by_head(activation: Tensor, key: tuple[str, int]) -> Tensor:
             heads = (model.n_heads, -1) if key[0] == "z" else activation.shape[2:]
-            self.sites[key] = activation.detach().reshape(*activation.shape[:2], *heads).clone()
+            return activation.detach().reshape(*activation.shape[:2], *heads).clone()
 
         sites = self.parts.writer_sites()
         sites += [("resid_pre", layer) for layer in range(1, model.n_layers) if every_hidden]
-        return [(SITES[site].hook_name(layer), partial(keep, key=(site, layer))) for site, layer in sites]
+        return keepers(sites, self.sites, by_head)
 
     def rows(self, which: slice) -> Writings:
         """Some of the rows."""

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from mechkit._check import checked, naming
 from mechkit._drawn import Drawn
-from mechkit.circuits import _selection
+from mechkit.circuits import _circuit_json, _selection
 from mechkit.circuits.edge_scores import EdgeScores, completeness_warning
 from mechkit.circuits.graph import Edge, Graph, Reader, Writer
 from mechkit.experiment.provenance import merged
@@ -388,8 +388,6 @@ class Circuit(Drawn):
         Raises:
             ValueError: another format; for `"mib"`, a model without MLPs, a score that is missing, or no `d_model`.
         """
-        from mechkit.circuits import _circuit_json
-
         return _circuit_json.write(self, Path(path), format, d_model)
 
     @classmethod
@@ -408,9 +406,7 @@ class Circuit(Drawn):
         Raises:
             ValueError: the file is something else or of another model, lacks edges, names unknown ones, or a score is no number.
         """
-        from mechkit.circuits import _circuit_json
-
-        return _circuit_json.read(Path(path), model)
+        return _circuit_json.read(Path(path), model, cls)
 
     def to_networkx(self) -> networkx.MultiDiGraph:
         """The circuit as a networkx graph from `input` to `logits`.

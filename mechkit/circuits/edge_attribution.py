@@ -38,6 +38,7 @@ from mechkit.experiment.provenance import circuit_provenance
 from mechkit.experiment.quadrature import Rule, batches, quadrature
 from mechkit.experiment.relevance import relevance_rules
 from mechkit.hooks import SITES, HookedModel, Parts, one_at_a_time
+from mechkit.hooks._capture import keepers
 from mechkit.hooks._parts import CHECKED
 from mechkit.prompts import PromptPairs
 from mechkit.result import Cost
@@ -205,13 +206,9 @@ class _Work:
         n = len(chunk.ids)
         both = Writings(self.parts)
         first: dict[tuple[str, int], Tensor] = {}  # what the first prompt's attention did
-
-        def keep_first(activation: Tensor, hook: Any, key: tuple[str, int]) -> None:
-            first[key] = activation[:1].clone()
-
         checked = [(kind, layer) for layer in range(self.model.n_layers if check else 0) for kind in CHECKED]
         hooks = both.hooks(every_hidden=every_hidden)
-        hooks += [(SITES[kind].hook_name(layer), partial(keep_first, key=(kind, layer))) for kind, layer in checked]
+        hooks += keepers(checked, first, lambda activation, _: activation[:1].clone())
         tokens = torch.cat([chunk.tokens[study.base_is], chunk.tokens[study.source_is]])
         _, final = chunk.runs.forward(tokens, chunk.everyone.repeat(2), hooks)
         if not chunk.runs.proved(final[[0, n]]):

@@ -30,6 +30,7 @@ from mechkit._precision import Rounding, widen
 from mechkit.engine._causality import ROUNDING, agree_before_difference, same_so_far
 from mechkit.engine._measure import call_metric, read_metric
 from mechkit.engine._replay import Replayer
+from mechkit.hooks._capture import capture
 from mechkit.hooks._devices import out_of_memory, to_device
 from mechkit.hooks._hooking import HookFunction, Hooks
 from mechkit.hooks._lock import lock_of
@@ -70,10 +71,6 @@ TOGETHER = 64
 
 
 LOOKS_AHEAD = "two runs differ before their first different token: not a causal model"
-
-
-class _Captured(Exception):
-    """Carries an activation out of a forward pass that needs to go no further."""
 
 
 class GradientRuns:
@@ -230,18 +227,10 @@ class GradientRuns:
     @torch.no_grad()
     def embed(self, tokens: Int[Tensor, "row pos"]) -> Float[Tensor, "row suffix d_model"]:
         """What the first block reads, from `start` on. No block is run."""
-
-        def leave(activation: Tensor, hook: object) -> None:
-            raise _Captured(activation.clone())
-
-        with Hooks(self.model.bridge) as hooks:
-            hooks.attach("blocks.0.hook_resid_pre", leave)
-            try:
-                self.model.bridge(tokens)
-            except _Captured as found:
-                hidden: Tensor = found.args[0]
-                return hidden[:, self.start :]
-        raise RuntimeError("unreachable: every model has a first block")
+        read = ("resid_pre", 0)
+        with capture(self.model, [read], stop=read) as kept:
+            self.model.bridge(tokens)
+        return kept[read][:, self.start :]
 
     def forward(
         self,
@@ -291,24 +280,13 @@ class GradientRuns:
         layer: int,
     ) -> Tensor:
         """One activation (full hook name) of block `layer`, given what the block reads, and nothing that comes after it."""
-
-        def leave(activation: Tensor, hook: object) -> None:
-            raise _Captured(activation.clone())
-
-        with Hooks(self.model.bridge) as attached:
-            for at, fn in hooks:
-                attached.attach(at, fn)
-            attached.attach(name, leave)
-            try:
-                if self._replayer is None:
-                    self._whole(tokens, (), hidden, layer, leaf=False)
-                else:
-                    self.block_tokens += hidden.shape[0] * hidden.shape[1]
-                    self._replayer.block(layer, hidden, self._prefix_of[prompt], self.start)
-            except _Captured as found:
-                captured: Tensor = found.args[0]
-                return captured
-        raise ValueError(f"{name}: this model does not compute that activation")
+        with capture(self.model, [name], stop=name, hooks=hooks) as kept:
+            if self._replayer is None:
+                self._whole(tokens, (), hidden, layer, leaf=False)
+            else:
+                self.block_tokens += hidden.shape[0] * hidden.shape[1]
+                self._replayer.block(layer, hidden, self._prefix_of[prompt], self.start)
+        return kept[name]
 
     def _whole(
         self,

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from mechkit.engine._edits import EditGroup, EditPlan, Rows, ValueLookup, write
 from mechkit.engine._plain import PlainBlocks
+from mechkit.hooks._capture import LeaveError, capture
 from mechkit.hooks._devices import to_device
 from mechkit.hooks._hooking import Hooks
 from mechkit.hooks._record import CannotReplayError, Run, stream_of
@@ -73,12 +74,8 @@ class PrefixCache:
 _OF_ALL_PROMPTS = ("alibi", "position_ids", "position_embeddings")  # and masks, which are 4-D
 
 
-class _KeysAndValues(Exception):
+class _KeysAndValues(LeaveError):
     """Carries a layer's keys and values out of its attention, which needs nothing else computed."""
-
-
-class _HeadsDone(Exception):
-    """Carries a layer's z out of its block."""
 
 
 class _LeavingCache(PrefixCache):
@@ -184,19 +181,12 @@ class Replayer:
         def put(activation: Tensor, hook: Any, which: str) -> Tensor:
             return given[which].reshape(activation.shape)
 
-        def leave(activation: Tensor, hook: Any) -> None:
-            raise _HeadsDone(activation)
-
         hidden = self.run.resid[layer][prompt.to(self.run.resid[layer].device), start:]
-        with Hooks(self.model.bridge) as hooks:
-            for which in given:
-                hooks.attach(SITES[which].hook_name(layer), partial(put, which=which))
-            hooks.attach(SITES["z"].hook_name(layer), leave)
-            try:
-                self._call(layer, hidden, self._prefix(layer, prompt, start), start, hooked=True)
-            except _HeadsDone as found:
-                return found.args[0].reshape(*q.shape[:3], -1)
-        raise CannotReplayError("its attention does not compute z")
+        puts = [(SITES[which].hook_name(layer), partial(put, which=which)) for which in given]
+        z = ("z", layer)
+        with capture(self.model, [z], lambda activation, _: activation, stop=z, hooks=puts) as kept:
+            self._call(layer, hidden, self._prefix(layer, prompt, start), start, hooked=True)
+        return kept[z].reshape(*q.shape[:3], -1)
 
     def _block(
         self,

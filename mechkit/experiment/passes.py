@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mechkit.experiment.estimates import Chunk, Key, Study, hook_name
-from mechkit.hooks import SITES
+from mechkit.hooks._capture import keepers
 
 Rules = Sequence[tuple[str, Callable[..., Tensor | None]]]  # hooks that change how a gradient flows back
 
@@ -25,21 +25,12 @@ def runs_of(study: Study) -> tuple[str, str]:
 def unedited(study: Study, chunk: Chunk, run: str) -> tuple[dict[Key, Tensor], dict[int, Tensor], Tensor]:
     """One run's activations at the nodes, what each block read, and what the run ended in."""
     kept: dict[Key, Tensor] = {}
-    hidden: dict[int, Tensor] = {}
-
-    def keep(activation: Tensor, hook: Any, key: Key) -> None:
-        kept[key] = activation.clone()
-
-    def keep_hidden(activation: Tensor, hook: Any, layer: int) -> None:
-        hidden[layer] = activation.clone()
-
-    inputs = sorted({layer for _, layer in study.keys} | {0})
-    hooks = [(SITES["resid_pre"].hook_name(layer), partial(keep_hidden, layer=layer)) for layer in inputs]
-    hooks += [(hook_name(key), partial(keep, key=key)) for key in study.keys]
+    hidden: dict[Key, Tensor] = {}
+    inputs = [("resid_pre", layer) for layer in sorted({layer for _, layer in study.keys} | {0})]
+    hooks = [*keepers(inputs, hidden), *keepers(study.keys, kept)]
     _, final = chunk.runs.forward(chunk.tokens[run], chunk.everyone, hooks)
-    if missing := [hook_name(key) for key in study.keys if key not in kept]:
-        raise ValueError(f"site: {', '.join(missing[:4])} is not computed in a forward pass of {study.model.name}")
-    return kept, hidden, final
+    _check_kept(study, kept)
+    return kept, {layer: read for (_, layer), read in hidden.items()}, final
 
 
 def first_order(study: Study, chunk: Chunk, rules: Rules = ()) -> None:
@@ -79,15 +70,14 @@ def tapped(activation: Tensor, fn: Callable[[Tensor], None]) -> Tensor:
 def source_activations(study: Study, chunk: Chunk) -> tuple[dict[Key, Tensor], Tensor]:
     """The source run's activations at every node (from `start` on), and what it ended in."""
     kept: dict[Key, Tensor] = {}
+    _, final = chunk.runs.forward(chunk.tokens[str(study.source_is)], chunk.everyone, keepers(study.keys, kept))
+    _check_kept(study, kept)
+    return kept, final
 
-    def keep(activation: Tensor, hook: Any, key: Key) -> None:
-        kept[key] = activation.clone()
 
-    hooks = [(hook_name(key), partial(keep, key=key)) for key in study.keys]
-    _, final = chunk.runs.forward(chunk.tokens[str(study.source_is)], chunk.everyone, hooks)
+def _check_kept(study: Study, kept: Mapping[Key, Tensor]) -> None:
     if missing := [hook_name(key) for key in study.keys if key not in kept]:
         raise ValueError(f"site: {', '.join(missing[:4])} is not computed in a forward pass of {study.model.name}")
-    return kept, final
 
 
 def check_reached(study: Study, silent: set[Key]) -> None:

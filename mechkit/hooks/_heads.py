@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from mechkit.hooks._hooking import Hooks, hook_points
+from mechkit.hooks._capture import capture
+from mechkit.hooks._hooking import hook_points
 from mechkit.hooks._parts import Parts
 from mechkit.hooks._projections import head_bias, head_weight
 from mechkit.hooks._sites import SITES
@@ -62,19 +63,19 @@ def why_not_heads(model: HookedModel) -> dict[int, str]:
 
 def _recorded(model: HookedModel, tokens: Tensor) -> dict[int, dict[str, Tensor]]:
     points = hook_points(model.bridge)
-    kept: dict[int, dict[str, Tensor]] = {layer: {} for layer in range(model.n_layers)}
-    with Hooks(model.bridge) as hooks:
-        for layer in range(model.n_layers):
-            for site, template in _NAMES.items():
-                there = model.has_site(site, layer) if site in SITES else True
-                if there and (name := template.format(layer=layer)) in points:
-
-                    def keep(activation: Tensor, hook: object, into: tuple[int, str] = (layer, site)) -> None:
-                        kept[into[0]][into[1]] = activation.clone()
-
-                    hooks.attach(name, keep)
+    places = {
+        template.format(layer=layer): (layer, site)
+        for layer in range(model.n_layers)
+        for site, template in _NAMES.items()
+        if site not in SITES or model.has_site(site, layer)
+    }
+    with capture(model, [name for name in places if name in points], partly=True) as kept:
         model.bridge(tokens)
-    return kept
+    found: dict[int, dict[str, Tensor]] = {layer: {} for layer in range(model.n_layers)}
+    for name, activation in kept.items():
+        layer, site = places[name]
+        found[layer][site] = activation
+    return found
 
 
 def _error(parts: Parts, layer: int, sites: Mapping[str, Tensor]) -> float:

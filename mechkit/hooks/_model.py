@@ -13,6 +13,7 @@ from torch import Tensor
 from mechkit._check import checked, is_whole, naming
 from mechkit.hooks import _load
 from mechkit.hooks._cache import ActivationCache, check_dtype
+from mechkit.hooks._capture import capture
 from mechkit.hooks._context import context_of
 from mechkit.hooks._copy import deep_copy
 from mechkit.hooks._devices import input_device
@@ -337,23 +338,17 @@ class HookedModel(Surface, Weights, Generate):
             The logits (or what `return_type` asks for) and the cache.
         """
         check_dtype(dtype)
-        kept: dict[str, Tensor] = {}
         wanted = self.hook_names(self._default_names if names is None else names)
 
-        def keep(name: str) -> HookFunction:
-            def fn(activation: Tensor, hook: Any) -> None:
-                site, _ = parse_hook_name(name)
-                axis = 1 if site is None else site.axis("pos")
-                kept[name] = _take(activation, positions, axis).to(device=device, dtype=dtype, copy=True)
-
-            return fn
+        def chosen(activation: Tensor, name: str) -> Tensor:
+            site, _ = parse_hook_name(name)
+            axis = 1 if site is None else site.axis("pos")
+            return _take(activation, positions, axis).to(device=device, dtype=dtype, copy=True)
 
         tokens, mask = self._tokens_and_mask(input, prepend_bos, attention_mask)
         _check_positions(positions, tokens.shape[1])
         whole = positions is None and (mask is None or bool(mask.all())) and not self.has_hooks
-        with Hooks(self.bridge) as attached:
-            for name in wanted:
-                attached.attach(name, keep(name))
+        with capture(self, wanted, chosen, partly=True) as kept:
             output = self._run(tokens, mask, return_type, loss_per_token)
         if names is not None and not callable(names) and (missing := [name for name in wanted if name not in kept]):
             raise ValueError(

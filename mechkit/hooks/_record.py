@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING, Any
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechkit.hooks._capture import capture
 from mechkit.hooks._devices import out_of_memory
-from mechkit.hooks._hooking import Hooks
 from mechkit.hooks._lock import one_at_a_time
 from mechkit.hooks._readout import unembedding_only
-from mechkit.hooks._sites import SITES
 
 if TYPE_CHECKING:
     from mechkit.hooks._model import HookedModel
@@ -103,7 +102,6 @@ def _record(
     cache: Any = None,
     blocks: bool = True,
 ) -> Run:
-    kept: dict[tuple[str, int], Tensor] = {}
     calls: list[dict[str, Any]] = []
     handles = []
 
@@ -111,13 +109,7 @@ def _record(
         _, named = _named_arguments(module, args, kwargs)
         calls.append(named)
 
-    with Hooks(model.bridge) as hooks:
-        for site, layer in sites:
-
-            def keep(activation: Tensor, hook: Any, key: tuple[str, int] = (site, layer)) -> None:
-                kept[key] = activation.clone()
-
-            hooks.attach(SITES[site].hook_name(layer), keep)
+    with capture(model, sites, partly=True) as kept:
         try:
             if blocks:
                 for block in model.bridge.blocks:

@@ -15,6 +15,7 @@ import torch
 
 from mechkit import attribution, circuits
 from mechkit._check import checked
+from mechkit._drawn import DRAWERS
 from mechkit.plot._attention import attention
 from mechkit.plot._bars import bars
 from mechkit.plot._circuit import circuit
@@ -25,6 +26,7 @@ from mechkit.plot._heatmap import heatmap
 from mechkit.plot._hidden import hidden
 from mechkit.plot._labels import token_of
 from mechkit.plot._lens import lens
+from mechkit.plot._notebook import html_of
 from mechkit.plot._scale import is_lens
 from mechkit.plot._tokens import tokens
 from mechkit.result import Result
@@ -160,3 +162,5 @@ _OBJECTS: dict[type, Callable[[Any, dict[str, Any]], Figure]] = {
     circuits.LearnedMask: lambda thing, options: circuit(thing.circuit(), **options),
     circuits.OptimalConstants: lambda thing, options: bars(thing.importance, **_with(options, k=20)),
 }
+
+DRAWERS.update(figure=default, html=html_of)

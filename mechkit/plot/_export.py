@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -19,8 +19,15 @@ import plotly.graph_objects as go
 from mechkit._check import checked
 from mechkit._files import decoding, destination, guarded, parse_json, read_text, unguarded
 from mechkit._version import __version__
-from mechkit.plot._figure import CONFIG, Figure
 
+if TYPE_CHECKING:
+    from mechkit.plot._figure import Figure
+
+CONFIG = {
+    "displaylogo": False,
+    "plotlyServerURL": "",
+    "showSendToCloud": False,
+}  # of plotly, wherever a figure is shown
 _SCHEMA_VERSION = 1
 _LIMIT = 2**30  # bytes of a file
 _PICTURES = (".png", ".svg", ".pdf")

@@ -20,11 +20,11 @@ import plotly.graph_objects as go
 
 from mechkit._check import checked
 from mechkit._files import expanded
+from mechkit.plot import _export
 from mechkit.plot._text import plain
 from mechkit.plot._theme import FONT, Theme
 
 Table = Mapping[str, np.ndarray]  # columns of equal length, by name
-CONFIG = {"displaylogo": False, "plotlyServerURL": "", "showSendToCloud": False}
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,6 @@ class Figure(go.Figure):
             ValueError: another suffix, a folder of that name, or a scale that is not positive.
             RuntimeError: a picture was asked for and there is no Chrome or Chromium, or kaleido is not installed.
         """
-        from mechkit.plot import _export
-
         return _export.save(self, expanded(path), scale)
 
 

@@ -18,7 +18,7 @@ from plotly.io.json import to_json_plotly
 from plotly.offline import get_plotlyjs
 
 from mechkit._check import checked
-from mechkit.plot._figure import CONFIG
+from mechkit.plot._export import CONFIG
 
 _MENDING = "run mk.plot.notebook() in a cell above, or run this cell again in a new session"
 _SCRIPT = """

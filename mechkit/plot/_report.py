@@ -35,7 +35,8 @@ from torch import Tensor
 from mechkit._check import checked
 from mechkit._files import destination, expanded
 from mechkit._version import __version__
-from mechkit.plot._figure import CONFIG, Figure
+from mechkit.plot._export import CONFIG
+from mechkit.plot._figure import Figure
 from mechkit.plot._text import number, visible
 from mechkit.plot._theme import Theme, theme_of
 from mechkit.prompts import PromptPairs, Prompts
