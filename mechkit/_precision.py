@@ -3,16 +3,48 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# Largest difference that rounding explains between blocks run by themselves and whole forward passes: of logits relative to
-# their spread, of a residual stream relative to its largest entry.
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
+Compared = Literal[
+    "replay", "projection", "runs", "norm", "readout", "heads", "weights", "lens", "direction", "edges", "circuit"
+]
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# How far rounding may take two ways to the same number apart, as a share of its size (logits: of their spread), by what is
+# compared. Many Hugging Face models compute norms and softmaxes in float32, whatever their dtype is: hence 1e-5 and 1e-6.
+_TOLERANCE: dict[str, tuple[float, float, float, float]] = {
+    "replay": (1e-9, 1e-4, 0.05, 0.01),  # blocks run by themselves, and whole forward passes: the same operations
+    "projection": (1e-6, 1e-4, 0.05, 0.01),  # a projection, and the matrix that it is said to multiply with
+    "runs": (
+        1e-6,
+        1e-4,
+        0.05,
+        0.01,
+    ),  # two runs, as long as they have read the same tokens (experts see other groups of rows)
+    "norm": (1e-5, 1e-4, 0.05, 0.01),  # a norm, and its formula with the scale held fixed; attention by its weights
+    "readout": (1e-5, 1e-4, 0.05, 0.01),  # the model's logits, and those read off its last residual stream
+    "heads": (
+        1e-6,
+        1e-3,
+        0.1,
+        0.02,
+    ),  # the sum of the heads, and what the block adds; the bridge, and the Hugging Face model
+    "weights": (1e-4, 1e-4, 0.05, 0.02),  # scores, values and outputs of attention, and what folded weights say
+    "lens": (1e-6, 1e-3, 0.1, 0.05),  # the stream after a block, and the sum of what was written into it
+    "direction": (1e-5, 1e-3, 0.1, 0.05),  # the metric, and the sum of its terms
+    "edges": (1e-5, 1e-3, 0.2, 0.1),  # the whole gradient, and the sum over the edges that it flows through
+    "circuit": (1e-5, 1e-3, 0.1, 0.03),  # the model, and the circuit of all its edges
+}
+
+
+def tolerance(compared: Compared, dtype: torch.dtype) -> float:
+    """The largest difference that rounding explains in a model of this dtype, relative; see the table above. For a dtype that is
+    not in it, the coarsest."""
+    return _TOLERANCE[compared][_DTYPES.index(dtype)] if dtype in _DTYPES else max(_TOLERANCE[compared])
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -42,7 +74,8 @@ class Rounding:
     @classmethod
     def of(cls, dtype: torch.dtype) -> Rounding:
         """What is allowed where everything is computed in `dtype`."""
-        return cls(TOLERANCE[dtype], TOLERANCE[dtype], torch.finfo(dtype).eps)
+        allowed = tolerance("replay", dtype)
+        return cls(allowed, allowed, torch.finfo(dtype).eps)
 
     def off(
         self,
@@ -77,7 +110,7 @@ class ObservedDtypes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for one in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(one, Tensor) and one.dtype in TOLERANCE:
+            if isinstance(one, Tensor) and one.dtype in _DTYPES:
                 self._seen.add(one.dtype)
         return out
 

@@ -353,8 +353,7 @@ def kl_divergence(
 
     def read(logits: Tensor, _: Tensor, target: Tensor | None) -> Tensor:
         assert target is not None  # the engine supplies it, because `reference` is set
-        p, q = target.log_softmax(-1), logits.log_softmax(-1)
-        return (p.exp() * (p - q)).masked_fill(p == -torch.inf, 0.0).sum(-1)  # 0 log 0 = 0
+        return kl(target.log_softmax(-1), logits.log_softmax(-1))
 
     return Metric("kl_divergence", "nats", len(pairs), at, None, read, reference, lengths, made_of)
 
@@ -415,3 +414,8 @@ def _another_order(what: str, mine: list[Any], given: list[Any]) -> str:
 def _other_tokens(what: str, mine: tuple[str, ...], given: tuple[str, ...]) -> str:
     others = [i for i, (old, new) in enumerate(zip(mine, given, strict=True)) if old != new]
     return f"{what} {others[0]} has other tokens ({len(others)} of {len(mine)} have)"
+
+
+def kl(log_p: Float[Tensor, "... outcome"], log_q: Float[Tensor, "... outcome"]) -> Float[Tensor, "..."]:
+    """KL(p ‖ q) in nats; 0 log 0 = 0. Rounding may take it a little below 0."""
+    return (log_p.exp() * (log_p - log_q)).masked_fill(log_p == -torch.inf, 0.0).sum(-1)

@@ -7,7 +7,7 @@ so a result always equals running each prompt alone.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -113,6 +113,33 @@ class Prompts:
             groups.setdefault(len(row), []).append(i)
         return groups
 
+    def stack(self, ids: Sequence[int]) -> Int[Tensor, "prompt pos"]:
+        """Some prompts, all of one length, as one tensor."""
+        return torch.stack([self.tokens[i] for i in ids])
+
+    def batches(
+        self,
+        at_once: Callable[[int, Sequence[int]], int] | None = None,
+        *,
+        order: Callable[[int], Any] | None = None,
+        longest_first: bool = False,
+    ) -> Iterator[Batch]:
+        """All prompts, in batches of one length each: the one way in which prompts are run together. Nothing is padded.
+
+        Args:
+            at_once: From a length and the prompts of it that are still to come, how many of them the next batch takes; all of
+                them by default.
+            order: A key to sort prompts of one length by; they come as they are by default.
+            longest_first: Whether lengths come from the longest to the shortest, rather than as they first occur.
+        """
+        groups = self.by_length()
+        for length in sorted(groups, reverse=True) if longest_first else list(groups):
+            ids = groups[length] if order is None else sorted(groups[length], key=order)
+            while ids:
+                n = len(ids) if at_once is None else at_once(length, ids)
+                yield Batch(self, ids[:n], length)
+                ids = ids[n:]
+
     def hash(self) -> str:
         """A short hash of all token ids, for provenance."""
         return _hash(self.tokens)
@@ -120,6 +147,33 @@ class Prompts:
     def hashes(self) -> tuple[str, ...]:
         """A short hash of each prompt's token ids, by which it is known again."""
         return tuple(_hash([row]) for row in self.tokens)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts of one length that run together.
+
+    Attributes:
+        prompts: Where they come from.
+        ids: Which of those they are.
+        length: Tokens in each.
+    """
+
+    prompts: Prompts
+    ids: list[int]
+    length: int
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def tokens(self) -> Int[Tensor, "prompt pos"]:
+        """On the CPU."""
+        return self.prompts.stack(self.ids)
+
+    def split(self, n: int) -> Iterator[Batch]:
+        """The same prompts, `n` at a time."""
+        return (Batch(self.prompts, self.ids[i : i + n], self.length) for i in range(0, len(self.ids), n))
 
 
 @checked
@@ -274,9 +328,7 @@ class PromptPairs:
     @property
     def first_difference(self) -> Int[Tensor, "prompt"]:
         """First position at which clean and corrupted differ; the prompt's length if they are the same."""
-        return torch.tensor(
-            [_first_difference(a, b) for a, b in zip(self.clean.tokens, self.corrupted.tokens, strict=True)]
-        )
+        return first_differences(self.clean.tokens, self.corrupted.tokens)
 
 
 def chosen_prompts(index: Any, n: int) -> list[int]:
@@ -318,9 +370,14 @@ def _begins_with_padding(model: Tokenizes, row: Tensor) -> bool:
     return padded_rows is not None and bool(padded_rows(row[None]))
 
 
-def _first_difference(a: Tensor, b: Tensor) -> int:
-    different = (a != b).nonzero()
-    return int(different[0]) if len(different) else len(a)
+def first_differences(ones: Iterable[Tensor], others: Iterable[Tensor]) -> Int[Tensor, "prompt"]:
+    """For each two prompts of equal length, the first position at which they differ; their length if they are the same."""
+
+    def first(one: Tensor, other: Tensor) -> int:
+        different = (one != other).nonzero()
+        return int(different[0]) if len(different) else len(one)
+
+    return torch.tensor([first(one, other) for one, other in zip(ones, others, strict=True)])
 
 
 def _integers(values: Any, where: str) -> Tensor:

@@ -9,12 +9,16 @@ from families import build_hf
 from test_exact import LENGTH, SHAPES, make_model, make_pairs, whole_vocabulary
 
 import mechkit as mk
-from mechkit._precision import TOLERANCE
+from mechkit._precision import tolerance
 from mechkit.engine import _sweep
 from mechkit.engine._memory import Budget
 
 # Largest difference between two sweeps, as a share of the spread of the values (of 1 logit in float64)
-BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5, **{d: TOLERANCE[d] for d in (torch.bfloat16, torch.float16)}}
+BOUNDS = {
+    torch.float64: 1e-10,
+    torch.float32: 1e-5,
+    **{d: tolerance("replay", d) for d in (torch.bfloat16, torch.float16)},
+}
 
 
 def swept(model: mk.HookedModel, pairs: mk.PromptPairs, **arguments) -> mk.Result:

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechkit._precision import widen
+from mechkit._precision import tolerance, widen
 from mechkit._version import __version__
 from mechkit.engine import check_can_run
 from mechkit.hooks import (
@@ -35,8 +35,6 @@ from mechkit.result import Result
 CHUNK = 4096  # tokens embedded at once
 _PROBES = 16
 _WHICH: dict[str, Literal["q", "k", "v", "o"]] = {"Q": "q", "K": "k", "V": "v", "O": "o"}
-# How far an activation may be from what the weights say, relative to its largest entry. Some attention is float32 always.
-_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
 
 
 @dataclass(frozen=True, eq=False)
@@ -234,7 +232,7 @@ def _scale(products: Tensor, scores: Tensor, cap: float | None) -> float:
 
 def _check(model: HookedModel, layer: int, what: str, found: Tensor, expected: Tensor) -> None:
     error, size = float((found - expected).abs().max()), float(expected.abs().max())
-    if not error <= _TOLERANCE[model.dtype] * max(size, 1e-12):
+    if not error <= tolerance("weights", model.dtype) * max(size, 1e-12):
         raise ValueError(
             f"model: the attention {what} of layer {layer} of {model.name} ({model.cfg.architecture}) differ from what its "
             f"weights say by {error:.1e} (largest {size:.1e}), so that its circuits cannot be read off its weights"

@@ -17,16 +17,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechkit._precision import widen
+from mechkit._precision import tolerance, widen
 from mechkit.engine import check_metric
 from mechkit.experiment.provenance import provenance_of
 from mechkit.hooks import HookedModel, final_norm
 from mechkit.metrics import CallableMetric, Metric, makes_metrics, metric_for
 from mechkit.prompts import PromptPairs, Prompts
 from mechkit.result import Cost, Result
-
-# Largest error that rounding explains, of logits put together anew or of a sum of terms, relative to the logits' size.
-TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 
 Direction = Metric | Callable[[PromptPairs], Metric] | str | int | Sequence[str | int] | Tensor
 
@@ -202,9 +199,9 @@ def linear_gradient(
 
 
 def _check_same(found: Tensor, logits: Tensor, size: float, dtype: torch.dtype) -> None:
-    tolerance = TOLERANCE[dtype] * max(size, 1e-30)
+    allowed = tolerance("direction", dtype) * max(size, 1e-30)
     off = float((found - logits).abs().max())
-    if not off <= tolerance:
+    if not off <= allowed:
         raise ValueError(
             f"model: its logits are not the unembedding of its final norm's output (they differ by {off:.1e}): its head is more "
             "than a norm and a matrix, so that they cannot be attributed to what is written into the residual stream"

@@ -25,7 +25,7 @@ from jaxtyping import Float, Int, Num
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mechkit._precision import wide_dtype, widen
+from mechkit._precision import tolerance, wide_dtype, widen
 from mechkit.engine import Budget, check_can_run
 from mechkit.experiment.axes import Axes
 from mechkit.hooks import (
@@ -46,8 +46,6 @@ from mechkit.prompts import Prompts
 
 RESIDUAL = ("embed", "resid_pre", "resid_mid", "resid_post")
 COMPONENTS = ("attn_out", "mlp_out", "result")
-# Largest error that rounding explains, relative to the largest number compared.
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 # Tensors of a chunk's logits that are alive at once: logits, log-probabilities, probabilities, the final layer's.
 COPIES = 6
 
@@ -194,7 +192,7 @@ class _Kept:
         if axes.site.name == "result":
             names += [into_post_norm(layer) for layer in layers if post_norm(model, layer) is not None]
         self._heads = {head: j for j, head in enumerate(heads or ())}
-        tokens = torch.stack([prompts.tokens[i] for i in members]).to(model.device)
+        tokens = prompts.stack(members).to(model.device)
         with capture(model, names, where_read) as self._activations:
             run = record(model, tokens, blocks=False)
         self.final = run.resid[-1][member.to(run.resid[-1].device), self.pos.to(run.resid[-1].device)]
@@ -246,14 +244,15 @@ def _batches(
     """Which layers (indices along the axis) and prompts go into one run, and those prompts' length."""
     size = torch.empty((), dtype=model.dtype).element_size()
     site, n_layers = axes.site.name, len(axes.layers)
-    for length, ids in prompts.by_length().items():
+    for batch in prompts.batches():
+        length = batch.length
         a_layer = min(length, n_places) * n_heads * model.d_model * size
         at_once = max(1, min(n_layers, room.bytes // 2 // a_layer))
         for group in (list(range(i, min(i + at_once, n_layers))) for i in range(0, n_layers, at_once)):
             fits = room.prompts_at_once(model, length, [(site, axes.layers[i]) for i in group])
             fits = max(1, min(fits, room.bytes // 4 // (model.d_vocab * size)))  # their last positions are unembedded
-            for first in range(0, len(ids), fits):
-                yield group, ids[first : first + fits], length
+            for part in batch.split(fits):
+                yield group, part.ids, length
 
 
 def _ordered(canonical: Num[Tensor, "layer head place width prompt"], axes: Axes, places: Tensor) -> Tensor:
@@ -308,7 +307,7 @@ def _check_parts(model: HookedModel, prompts: Prompts, axes: Axes) -> None:
 
 def _check_close(model: HookedModel, found: Any, expected: Tensor, what: str) -> None:
     error = float((found - expected.to(found.device)).abs().max())
-    if not error <= TOLERANCE[model.dtype] * float(expected.abs().max()):
+    if not error <= tolerance("lens", model.dtype) * float(expected.abs().max()):
         raise ValueError(
             f"model: {what} ({model.cfg.architecture}: off by {error:.1e}), so a lens would show another model"
         )

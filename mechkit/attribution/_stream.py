@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechkit.attribution._reading import TOLERANCE, Reading, read_direction
+from mechkit._precision import tolerance
+from mechkit.attribution._reading import Reading, read_direction
 from mechkit.hooks import (
     SITES,
     FrozenNorm,
@@ -116,7 +117,7 @@ class StreamRun:
     ) -> None:
         self.model, self.error = model, 0.0
         check_linear_readout(model, "direct logit attribution")
-        tokens = torch.stack([prompts.tokens[i] for i in ids]).to(model.device)
+        tokens = prompts.stack(ids).to(model.device)
         which = torch.tensor(ids)
         positions = direction.positions if isinstance(direction, Metric) else prompts.lengths - 1
         everyone, read_at = torch.arange(len(ids), device=model.device), positions[which].to(model.device)
@@ -258,7 +259,7 @@ class StreamRun:
         """Keeps the largest error of a sum, and refuses one that rounding does not explain."""
         error = float((found - expected).abs().max())
         size = max(self.reading.scale, float(expected.abs().max()))
-        if not error <= TOLERANCE[self.model.dtype] * size:
+        if not error <= tolerance("direction", self.model.dtype) * size:
             raise ValueError(
                 f"model: {what} ({self.model.cfg.architecture}: the metric's terms are off by {error:.1e})"
             )

@@ -32,9 +32,9 @@ from tqdm.auto import tqdm
 
 from mechkit._precision import wide_dtype, widen
 from mechkit.attribution._readout import COPIES
-from mechkit.attribution.logit_lens import kl
 from mechkit.engine import Budget
 from mechkit.hooks import HookedModel, check_readout, final_norm, is_linear_readout, record
+from mechkit.metrics import kl
 from mechkit.prompts import Prompts
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0)  # relative to the mean eigenvalue of the covariance
@@ -149,16 +149,17 @@ def _collect(model: HookedModel, prompts: Prompts, layers: Sequence[int], skip: 
     """Runs the prompts and keeps `resid_post` of these layers, and the final residual stream, at every position ≥ `skip`."""
     sites = [("resid_post", layer) for layer in layers]
     resid, final = [], []
-    for length, ids in prompts.by_length().items():
-        fits = room.prompts_at_once(model, length, sites)
-        fits = max(1, min(fits, room.bytes // 4 // (model.d_vocab * 4)))  # their last positions are unembedded
-        for first in range(0, len(ids), fits):
-            tokens = torch.stack([prompts.tokens[i] for i in ids[first : first + fits]]).to(model.device)
-            run = record(model, tokens, sites, blocks=False)
-            check_readout(model, run, "a lens")
-            end = run.resid[-1]
-            resid.append(torch.stack([run.sites[site].to(end.device) for site in sites])[:, :, skip:].flatten(1, 2))
-            final.append(end[:, skip:].flatten(0, 1))
+
+    def fit(length: int, ids: Sequence[int]) -> int:
+        unembedded = room.bytes // 4 // (model.d_vocab * 4)  # of each prompt, the last position is
+        return max(1, min(room.prompts_at_once(model, length, sites), unembedded))
+
+    for batch in prompts.batches(fit):
+        run = record(model, batch.tokens.to(model.device), sites, blocks=False)
+        check_readout(model, run, "a lens")
+        end = run.resid[-1]
+        resid.append(torch.stack([run.sites[site].to(end.device) for site in sites])[:, :, skip:].flatten(1, 2))
+        final.append(end[:, skip:].flatten(0, 1))
     wide = wide_dtype(model.dtype)
     found = Positions(torch.cat(resid, 1).to(wide), torch.cat(final).to(wide))
     if not bool(torch.isfinite(found.layers).all() and torch.isfinite(found.final).all()):
@@ -345,7 +346,7 @@ def _verdict(model: HookedModel, A: Tensor, b: Tensor, held: Positions, room: Bu
             plain = held.layers[i, rows]
             for j, resid in enumerate((plain, plain + plain @ A[i].T + b[i])):
                 log_q = widen(model.unembed(resid.to(model.dtype))).log_softmax(-1)
-                sums[i, j] += kl(log_p, log_q).sum().cpu()
+                sums[i, j] += kl(log_p, log_q).clamp(min=0).sum().cpu()
     mean = sums / len(held.final)
     keep = mean[:, 1] < mean[:, 0]
     mean[:, 1] = mean.amin(1)

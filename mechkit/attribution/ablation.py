@@ -170,18 +170,15 @@ def _position_means(
     check_can_run(model, {"reference prompt": reference})
     sums: dict[tuple[str, int], Tensor] = {}
     counts = torch.zeros(longest, dtype=torch.float64, device=model.device)
-    for length, members in reference.by_length().items():
-        at_once = budget.prompts_at_once(model, length, keys)
-        for first in range(0, len(members), at_once):
-            tokens = torch.stack([reference.tokens[i] for i in members[first : first + at_once]]).to(model.device)
-            counts[:length] += len(tokens)
-            for key, activation in record(model, tokens, keys, blocks=False).sites.items():
-                total = activation.sum(0, keepdim=True, dtype=torch.float64)
-                if key not in sums:
-                    shape = list(total.shape)
-                    shape[pos_axis] = longest
-                    sums[key] = torch.zeros(shape, dtype=torch.float64, device=total.device)
-                sums[key].narrow(pos_axis, 0, length).add_(total)
+    for batch in reference.batches(lambda length, _: budget.prompts_at_once(model, length, keys)):
+        counts[: batch.length] += len(batch)
+        for key, activation in record(model, batch.tokens.to(model.device), keys, blocks=False).sites.items():
+            total = activation.sum(0, keepdim=True, dtype=torch.float64)
+            if key not in sums:
+                shape = list(total.shape)
+                shape[pos_axis] = longest
+                sums[key] = torch.zeros(shape, dtype=torch.float64, device=total.device)
+            sums[key].narrow(pos_axis, 0, batch.length).add_(total)
     shape = [1] * next(iter(sums.values())).ndim
     shape[pos_axis] = longest
     return {
@@ -194,10 +191,11 @@ def _shuffled(prompts: Prompts, seed: int) -> Prompts:
     """The prompts in another order, in which each meets another one of its own length."""
     generator = torch.Generator().manual_seed(seed)
     order = list(range(len(prompts)))
-    for length, members in prompts.by_length().items():
+    for batch in prompts.batches():
+        members = batch.ids
         if len(members) == 1:
             raise ValueError(
-                f"prompts: prompt {members[0]} is the only one of {length} tokens, so it has nobody to swap with; pass "
+                f"prompts: prompt {members[0]} is the only one of {batch.length} tokens, so it has nobody to swap with; pass "
                 "`reference`, or more prompts of its length"
             )
         ring = [members[i] for i in torch.randperm(len(members), generator=generator).tolist()]

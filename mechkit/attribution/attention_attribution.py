@@ -375,14 +375,12 @@ def _attributed(
     dtype = wide_dtype(model.dtype)
     values = torch.full((model.n_layers if every else 1, longest, len(tokens)), torch.nan, dtype=dtype)
     with tqdm(total=len(tokens), disable=None if progress else True, unit="prompt", leave=False, delay=2) as bar:
-        for length, members in tokens.by_length().items():
-            step = len(members) if rule.whole else _prompts_at_once(model, length, memory, rule.gradients)
-            for first in range(0, len(members), step):
-                ids = members[first : first + step]
-                batch = torch.stack([tokens.tokens[i] for i in ids]).to(model.device)
-                found = rule.chain(rule.matrices(model, batch, ids), target[ids], every)
-                values[:, :length, ids] = found.transpose(1, 2).to(dtype)
-                bar.update(len(ids))
+        fit = None if rule.whole else lambda length, _: _prompts_at_once(model, length, memory, rule.gradients)
+        for batch in tokens.batches(fit):
+            matrices = rule.matrices(model, batch.tokens.to(model.device), batch.ids)
+            found = rule.chain(matrices, target[batch.ids], every)
+            values[:, : batch.length, batch.ids] = found.transpose(1, 2).to(dtype)
+            bar.update(len(batch))
     given |= {"position": target.tolist() if isinstance(position, Tensor) else position, "task": task}
     given |= {"technique": rule.name.replace("_", " "), "site": "pattern", "over": over}
     coords = {"pos": position_labels(tokens, range(longest)), "prompt": tuple(range(len(tokens)))}

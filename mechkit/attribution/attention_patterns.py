@@ -85,13 +85,9 @@ def attention_patterns(
     values = torch.full(shape, torch.nan, dtype=widen(torch.zeros((), dtype=model.dtype)).dtype)
     memory = Budget.of(model, budget)
     with tqdm(total=len(rows), disable=None if progress else True, unit="prompt", leave=False, delay=2) as bar:
-        for length, members in rows.by_length().items():
-            at_once = memory.prompts_at_once(model, length, [("pattern", 0)] * 3)
-            for first in range(0, len(members), at_once):
-                ids = members[first : first + at_once]
-                tokens = torch.stack([rows.tokens[i] for i in ids]).to(model.device)
-                _run(model, tokens, _Target(values, ids, *chosen, scores))
-                bar.update(len(ids))
+        for batch in rows.batches(lambda length, _: memory.prompts_at_once(model, length, [("pattern", 0)] * 3)):
+            _run(model, batch.tokens.to(model.device), _Target(values, batch.ids, *chosen, scores))
+            bar.update(len(batch))
     labels = position_labels(rows, range(longest))
     given: dict[str, Any] = {"technique": "attention patterns", "task": task, "scores": scores}
     if len(rows) > 1 and rows.str_tokens is not None:

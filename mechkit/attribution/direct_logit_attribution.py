@@ -97,14 +97,11 @@ def direct_logit_attribution(
     values = torch.full((*(len(labels) for labels in coords.values()), len(base)), torch.nan, dtype=wide)
     totals, error = torch.zeros(len(base), dtype=wide), 0.0
     room = Budget.of(model, budget)
-    for length, ids in base.by_length().items():
-        at_once = room.prompts_at_once(
-            model, length, [("v", layer) for layer in index.get("layer", ()) if "src" in index]
-        )
-        for part in (ids[first : first + at_once] for first in range(0, len(ids), at_once)):
-            run = StreamRun(model, base, part, direction, needed(model, over, index))
-            values[..., part] = run.split(over, index, {name: at[part] for name, at in named.items()}).to(values)
-            totals[part], error = run.reading.value.to(totals), max(error, run.error)
+    read = [("v", layer) for layer in index.get("layer", ()) if "src" in index]
+    for batch in base.batches(lambda length, _: room.prompts_at_once(model, length, read)):
+        run, part = StreamRun(model, base, batch.ids, direction, needed(model, over, index)), batch.ids
+        values[..., part] = run.split(over, index, {name: at[part] for name, at in named.items()}).to(values)
+        totals[part], error = run.reading.value.to(totals), max(error, run.error)
     return to_result(
         values,
         coords,

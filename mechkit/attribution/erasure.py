@@ -116,8 +116,7 @@ def dla_erasure_check(
     base, _, task = split_prompts(prompts)
     check_can_run(model, {"prompt": base})
     direction = as_direction(model, metric, prompts)
-    groups = base.by_length()
-    if mode != "zero" and min(len(ids) for ids in groups.values()) < 2:
+    if mode != "zero" and min(len(batch) for batch in base.batches()) < 2:
         raise ValueError(
             f"mode: {mode!r} needs at least 2 prompts of each length; use 'zero', or prompts of one length"
         )
@@ -125,12 +124,11 @@ def dla_erasure_check(
     direct, total = (torch.zeros(len(base), dtype=torch.float64) for _ in range(2))
     written = torch.zeros(len(names), len(base), dtype=torch.float64)
     room = Budget.of(model, budget)
-    for length, ids in groups.items():
-        at_once = len(ids) if mode != "zero" else room.prompts_at_once(model, length, [])
-        for part in (ids[first : first + at_once] for first in range(0, len(ids), at_once)):
-            change, total[part] = _what_ablation_takes(model, base, part, direction, (layer, index), mode)
-            direct[part] = change.pop(f"L{layer}H{index}")
-            written[:, part] = torch.stack([change[name] for name in names])
+    at_once = None if mode != "zero" else lambda length, _: room.prompts_at_once(model, length, [])
+    for part in (batch.ids for batch in base.batches(at_once)):
+        change, total[part] = _what_ablation_takes(model, base, part, direction, (layer, index), mode)
+        direct[part] = change.pop(f"L{layer}H{index}")
+        written[:, part] = torch.stack([change[name] for name in names])
     written = torch.cat([written, (total - direct - written.sum(0))[None]])
     mean, taken = float(direct.mean()), float(written[:-1].mean(1).sum())
     mine = f"L{layer}H{index}"

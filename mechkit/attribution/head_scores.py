@@ -316,12 +316,9 @@ def _batches(
     """Prompts of equal length, as many at once as the budget holds with the pattern of one layer."""
     bar = tqdm(total=len(prompts), disable=None if progress else True, unit="prompt", leave=False, delay=2)
     with bar:
-        for length, ids in prompts.by_length().items():
-            at_once = budget.prompts_at_once(model, length, [("pattern", 0)] * 3)
-            for first in range(0, len(ids), at_once):
-                part = ids[first : first + at_once]
-                yield part, torch.stack([prompts.tokens[i] for i in part]).to(model.device)
-                bar.update(len(part))
+        for batch in prompts.batches(lambda length, _: budget.prompts_at_once(model, length, [("pattern", 0)] * 3)):
+            yield batch.ids, batch.tokens.to(model.device)
+            bar.update(len(batch))
 
 
 # -- by what is copied -----------------------------------------------------------------------------------------------------

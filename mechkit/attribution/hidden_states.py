@@ -9,7 +9,7 @@ every `Result`, which changes no number.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -81,9 +81,10 @@ def hidden_states(
     at = _positions(base, named, position)
     wide = torch.float64 if model.dtype == torch.float64 else torch.float32
     values = torch.empty(len(chosen), model.d_model, len(base), dtype=wide)
+    room, sites = Budget.of(model, budget), [(found.name, layer) for layer in chosen]
     with tqdm(total=len(base), disable=None if progress else True, unit="prompt", leave=False, delay=2) as bar:
-        for ids in _batches(model, base, [(found.name, layer) for layer in chosen], budget):
-            tokens = torch.stack([base.tokens[i] for i in ids]).to(model.device)
+        for batch in base.batches(lambda length, _: room.prompts_at_once(model, length, sites)):
+            ids, tokens = batch.ids, batch.tokens.to(model.device)
             for i, kept in enumerate(_run(model, tokens, names, at[ids])):
                 if len(bad := (~kept.isfinite()).any(-1).nonzero().flatten().tolist()):
                     raise ValueError(
@@ -124,16 +125,6 @@ def _positions(prompts: Prompts, named: Any, position: int | str) -> Int[Tensor,
             "Leave it out, or use a named position"
         )
     return at
-
-
-def _batches(
-    model: HookedModel, prompts: Prompts, sites: Sequence[tuple[str, int]], budget: int | None
-) -> Iterator[list[int]]:
-    """Prompts of equal length that go into one run."""
-    room = Budget.of(model, budget)
-    for length, ids in prompts.by_length().items():
-        at_once = room.prompts_at_once(model, length, sites)
-        yield from (ids[first : first + at_once] for first in range(0, len(ids), at_once))
 
 
 def _run(

@@ -34,6 +34,7 @@ from mechkit.experiment.axes import Axes, make_axes
 from mechkit.experiment.positions import split_prompts
 from mechkit.experiment.provenance import provenance_of
 from mechkit.hooks import HookedModel, one_at_a_time
+from mechkit.metrics import kl
 from mechkit.prompts import PromptPairs, Prompts
 from mechkit.result import Cost, Result
 
@@ -349,10 +350,4 @@ def _read_distribution(value: str, logits: Logits, chunk: Chunk) -> tuple[Tensor
     if value == "entropy":
         terms = -log_q.exp() * log_q
         return terms.masked_fill(log_q == -torch.inf, 0.0).sum(-1, keepdim=True), None
-    return kl(chunk.final_log_probs, log_q)[:, None], None
-
-
-def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p ‖ q) in nats along the last axis; a rounding error below 0 is 0."""
-    terms = log_p.exp() * (log_p - log_q)
-    return terms.masked_fill(log_p == -torch.inf, 0.0).sum(-1).clamp(min=0)
+    return kl(chunk.final_log_probs, log_q).clamp(min=0)[:, None], None

@@ -215,23 +215,20 @@ def _hidden_states(
     """The sources' hidden states, on the model's device; NaN where a prompt has no such position."""
     shape = (len(sites), *places.shape, model.d_model)
     hidden = torch.full(shape, torch.nan, dtype=model.dtype, device=model.device)
-    for length, ids in prompts.by_length().items():
-        fits = room.prompts_at_once(model, length, sites)
-        for first in range(0, len(ids), fits):
-            some = ids[first : first + fits]
-            run = record(model, torch.stack([prompts.tokens[i] for i in some]).to(model.device), sites, blocks=False)
-            member, place = (places[:, some].T >= 0).nonzero(as_tuple=True)
-            pos = places[:, some].T[member, place]
-            for i, site in enumerate(sites):
-                states = run.sites[site]
-                states = states[member.to(states.device), pos.to(states.device)]
-                if len(bad := (~torch.isfinite(states)).any(-1).nonzero().flatten().tolist()):
-                    first_bad = int(member[bad[0]])
-                    raise ValueError(
-                        f"prompts: expected finite activations, got NaN or inf in {site} of prompt {some[first_bad]}; "
-                        f"{where_it_began(model, run.tokens[first_bad])}"
-                    )
-                hidden[i, place, torch.tensor(some)[member]] = states.to(hidden)
+    for batch in prompts.batches(lambda length, _: room.prompts_at_once(model, length, sites)):
+        run = record(model, batch.tokens.to(model.device), sites, blocks=False)
+        member, place = (places[:, batch.ids].T >= 0).nonzero(as_tuple=True)
+        pos = places[:, batch.ids].T[member, place]
+        for i, site in enumerate(sites):
+            states = run.sites[site]
+            states = states[member.to(states.device), pos.to(states.device)]
+            if len(bad := (~torch.isfinite(states)).any(-1).nonzero().flatten().tolist()):
+                first_bad = int(member[bad[0]])
+                raise ValueError(
+                    f"prompts: expected finite activations, got NaN or inf in {site} of prompt {batch.ids[first_bad]}; "
+                    f"{where_it_began(model, run.tokens[first_bad])}"
+                )
+            hidden[i, place, torch.tensor(batch.ids)[member]] = states.to(hidden)
     return hidden
 
 

@@ -162,7 +162,9 @@ class Evaluator:
         if self._kept:
             yield from self._kept
             return
-        plan = [ids for length in sorted(self.pairs.clean.by_length(), reverse=True) for ids in self._at_once(length)]
+        first = self.pairs.first_difference.tolist()
+        fit = self._fit if isinstance(self.metric, Metric) else None  # a callable sees all prompts together
+        plan = [batch.ids for batch in self.pairs.clean.batches(fit, order=first.__getitem__, longest_first=True)]
         keep = sum(len(ids) * self._bytes(ids) for ids in plan) <= self.budget.bytes // 2
         kept = []
         for ids in plan:
@@ -218,11 +220,8 @@ class Evaluator:
             )
         return values
 
-    def _at_once(self, length: int) -> Iterator[list[int]]:
-        ids = sorted(self.pairs.clean.by_length()[length], key=lambda i: int(self.pairs.first_difference[i]))
-        fits = max(1, self.budget.bytes // 2 // self._bytes(ids))
-        at_once = fits if isinstance(self.metric, Metric) else len(ids)
-        return (ids[i : i + at_once] for i in range(0, len(ids), at_once))
+    def _fit(self, length: int, ids: Sequence[int]) -> int:
+        return max(1, self.budget.bytes // 2 // self._bytes(ids))
 
     def _bytes(self, ids: Sequence[int]) -> int:
         """What is kept of each of these prompts, which have one length: clean and ablated values, streams, keys and values."""
@@ -242,8 +241,7 @@ class Evaluator:
     @torch.no_grad()
     def _record(self, ids: list[int]) -> Chunk:
         clean, corrupted = (
-            torch.stack([prompts.tokens[i] for i in ids]).to(self.model.device)
-            for prompts in (self.pairs.clean, self.pairs.corrupted)
+            prompts.stack(ids).to(self.model.device) for prompts in (self.pairs.clean, self.pairs.corrupted)
         )
         start = self._start(ids, clean.shape[1])
         sites = self.parts.writer_sites() if self.ablation == "resample" else ()
@@ -281,18 +279,16 @@ class Evaluator:
         sums: dict[int, list[Tensor]] = {}
         counts: dict[int, int] = {}
         by_position = self.ablation == "position_mean"
-        for length, ids in self.pairs.corrupted.by_length().items():
-            sites = self.parts.writer_sites()
-            at_once = self.budget.prompts_at_once(self.model, length, sites)
-            for first in range(0, len(ids), at_once):
-                tokens = torch.stack([self.pairs.corrupted.tokens[i] for i in ids[first : first + at_once]])
-                run = record(self.model, tokens.to(self.model.device), sites, blocks=False)
-                self.block_tokens += tokens.numel() * self.model.n_layers
-                written = Written.of(self.parts, run.sites).stacked()
-                summed = [x.double().sum((0,) if by_position else (0, 2), keepdim=True) for x in written]
-                key = length if by_position else 0
-                sums[key] = [a + b for a, b in zip(sums[key], summed, strict=True)] if key in sums else summed
-                counts[key] = counts.get(key, 0) + len(tokens) * (1 if by_position else length)
+        sites = self.parts.writer_sites()
+        fit = self.budget.prompts_at_once
+        for batch in self.pairs.corrupted.batches(lambda length, _: fit(self.model, length, sites)):
+            run = record(self.model, batch.tokens.to(self.model.device), sites, blocks=False)
+            self.block_tokens += run.tokens.numel() * self.model.n_layers
+            written = Written.of(self.parts, run.sites).stacked()
+            summed = [x.double().sum((0,) if by_position else (0, 2), keepdim=True) for x in written]
+            key = batch.length if by_position else 0
+            sums[key] = [a + b for a, b in zip(sums[key], summed, strict=True)] if key in sums else summed
+            counts[key] = counts.get(key, 0) + len(batch) * (1 if by_position else batch.length)
         means = {}
         for key, total in sums.items():
             mean = [(x / counts[key]).to(self.model.dtype) for x in total]

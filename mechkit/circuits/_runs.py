@@ -22,13 +22,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mechkit._precision import widen
+from mechkit._precision import tolerance, widen
 from mechkit.circuits.graph import Graph
 from mechkit.engine import Budget, Replayer
 from mechkit.hooks import CannotReplayError, HookedModel, Parts, check_readout, record
-
-# How far the full circuit may be from the clean run, as a share of the logits' spread. Hugging Face's norms are float32 at most.
-TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.03}
 
 
 @dataclass(frozen=True, eq=False)
@@ -248,7 +245,7 @@ class CircuitRuns:
                 continue
             spread = (logits - logits.mean()).abs().max().clamp(min=1e-12)
             off = float(((got - got.mean()) - (logits - logits.mean())).abs().max() / spread)
-            if not off <= TOLERANCE[self.model.dtype]:
+            if not off <= tolerance("circuit", self.model.dtype):
                 run = "clean" if what == "full circuit" else "ablated"
                 raise ValueError(
                     f"model: the {what} differs from the {run} run by {off:.1e} of the logits' spread: circuits of "

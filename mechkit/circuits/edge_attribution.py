@@ -27,6 +27,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechkit._check import checked
+from mechkit._precision import tolerance
 from mechkit.circuits._writings import HookPairs, Writings
 from mechkit.circuits.edge_scores import EdgeScores
 from mechkit.circuits.graph import Graph
@@ -44,8 +45,6 @@ from mechkit.prompts import PromptPairs
 from mechkit.result import Cost
 
 Path = Literal["input", "activation"]
-# How far the embedding's scores may be from what the whole gradient says: norms of Hugging Face's are float32 at most.
-_COVERED = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.1}
 
 
 @checked
@@ -241,7 +240,7 @@ class _Work:
         """The changes of all writers add up to that of the final stream: else a writer is missing in the graph."""
         expected = self.final_change[:, where]
         error, size = float((changes.sum(1) - expected).abs().max()), float(expected.abs().max())
-        if not error <= _COVERED[self.model.dtype] * max(size, float(changes.abs().max()), 1e-6):
+        if not error <= tolerance("edges", self.model.dtype) * max(size, float(changes.abs().max()), 1e-6):
             raise ValueError(
                 f"model: embedding, heads and MLPs do not add up to the residual stream of {self.model.name} "
                 f"({self.model.cfg.architecture}): off by {error:.1e} of {size:.1e}, so that its edges are not known"
@@ -259,7 +258,7 @@ class _Work:
             )
         error, size = float((of_embedding - total).abs().max()), float(sizes.max())
         sums = not self.relp and self.scores.positions is None
-        if sums and not error <= _COVERED[self.model.dtype] * max(size, 1e-6):
+        if sums and not error <= tolerance("edges", self.model.dtype) * max(size, 1e-6):
             raise ValueError(
                 f"model: the scores of the embedding's edges add up to something else than the whole gradient says (off by "
                 f"{error:.1e} of {size:.1e}): something besides heads and MLPs reads the residual stream of {self.model.name} "

@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mechkit._check import checked, naming
-from mechkit._precision import TOLERANCE
+from mechkit._precision import tolerance
 from mechkit.circuits._reads import Changes, runs_agree, stream
 from mechkit.circuits.circuit import Circuit
 from mechkit.circuits.edge_scores import EdgeScores, ScoredEdge
@@ -341,7 +341,7 @@ class _Checkpoint:
         pairs += [(self.work.values[graph.index(edge)], values[graph.index(edge)]) for edge in some]
         scale = max(1e-6, *(float(value.abs().max()) for value in study.values.values()))
         error = max(float((ours.to(theirs) - theirs).abs().max()) for ours, theirs in pairs)
-        if not error <= 10 * TOLERANCE[study.model.dtype] * scale:
+        if not error <= 10 * tolerance("replay", study.model.dtype) * scale:
             raise ValueError(
                 f"checkpoint: {self.path} is of another study: its numbers differ by {error:.1e} from those of this metric. Give "
                 "another file, or delete it"

@@ -17,9 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-# How far apart rounding may take two runs of the same tokens, as a share of the largest entry at a position. Norms are float32
-# in a float64 model, and experts see the rows of a batch in other groups.
-ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
+from mechkit._precision import tolerance
 
 
 def same_so_far(tokens: Int[Tensor, "prompt pos"], others: Int[Tensor, "prompt pos"]) -> Bool[Tensor, "prompt pos"]:
@@ -46,7 +44,7 @@ def agree_before_difference(
     shared = (shared & ~shared.all(1, keepdim=True))[:, -stream.shape[1] :]  # equal prompts prove nothing
     scale = torch.maximum(stream.abs().amax(-1), of_others.abs().amax(-1))
     apart = (stream - of_others).abs().amax(-1)
-    return ~(shared & ~(apart <= ROUNDING[stream.dtype] * scale)).any(1)
+    return ~(shared & ~(apart <= tolerance("runs", stream.dtype) * scale)).any(1)
 
 
 def shows_later_positions(mask: Bool[Tensor, "*rows pos source"] | Float[Tensor, "*rows pos source"]) -> bool:

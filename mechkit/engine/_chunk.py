@@ -227,13 +227,6 @@ class Chunk:
         return logits if tokens is None else logits[:, tokens.to(logits.device)]
 
 
-def first_differences(state: State, ids: np.ndarray) -> np.ndarray:
-    if state.source is None:
-        return np.zeros(len(ids), dtype=np.int64)
-    pairs = [(state.base.tokens[i], state.source.tokens[i]) for i in ids]
-    return np.array([int((a != b).nonzero()[0]) if bool((a != b).any()) else len(a) for a, b in pairs])
-
-
 def whole_forward(chunk: Chunk, rows: Rows) -> Float[Tensor, "row pos d_vocab"]:
     """The logits of edited rows by whole forward passes: the slow way, which presumes nothing."""
     state = chunk.state

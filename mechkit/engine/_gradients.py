@@ -26,8 +26,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechkit._precision import Rounding, widen
-from mechkit.engine._causality import ROUNDING, agree_before_difference, same_so_far
+from mechkit._precision import Rounding, tolerance, widen
+from mechkit.engine._causality import agree_before_difference, same_so_far
 from mechkit.engine._measure import call_metric, read_metric
 from mechkit.engine._replay import Replayer
 from mechkit.hooks._capture import capture
@@ -167,7 +167,7 @@ class GradientRuns:
         itself, or something else in the source run of a pair than in its base run."""
         assert self._prefix_final is not None
         whole, prefix = self._sample_final[:1, : self.start], self._prefix_final[self._prefix_of[:1]]
-        if not float((whole - prefix).abs().max() / whole.abs().max()) <= ROUNDING[self.model.dtype]:
+        if not float((whole - prefix).abs().max() / whole.abs().max()) <= tolerance("runs", self.model.dtype):
             return True
         tokens, finals = sample[pair], self._sample_final[pair]
         return len(tokens) > 0 and not bool(agree_before_difference(tokens[:1], tokens[1:], finals[:1], finals[1:]))

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from mechkit._check import checked
 from mechkit.engine._checks import check_sweep
-from mechkit.engine._chunk import Chunk, Derived, State, Values, first_differences, whole_forward
+from mechkit.engine._chunk import Chunk, Derived, State, Values, whole_forward
 from mechkit.engine._edits import NEVER, Cell, EditPlan, Rows, rows_by_start
 from mechkit.engine._measure import logits_at_hand
 from mechkit.engine._memory import Budget
@@ -39,7 +39,7 @@ from mechkit.hooks._nonfinite import first_nonfinite, told, where_it_began
 from mechkit.hooks._readout import read_logits
 from mechkit.hooks._record import record
 from mechkit.metrics import AnyMetric, Metric, as_metric
-from mechkit.prompts import Prompts
+from mechkit.prompts import Prompts, first_differences
 from mechkit.result import Cost
 
 if TYPE_CHECKING:
@@ -130,8 +130,8 @@ def sweep(
 def _sweep_all(state: State, bar: tqdm) -> None:
     """Prompts of one length after the other, the longest first, as many at a time as fit."""
     model, plan = state.model, state.plan
-    for length, prompts in sorted(state.base.by_length().items(), reverse=True):
-        todo = list(prompts)
+    for batch in state.base.batches(longest_first=True):
+        length, todo = batch.length, batch.ids
         while todo:
             at_once = len(todo)
             if not state.whole_set:
@@ -197,9 +197,12 @@ def _recorded(state: State, ids: np.ndarray) -> tuple[Chunk, np.ndarray, np.ndar
         state.fallback = _cannot_replay(state)
     chunk = None if state.fallback is not None else _run_chunk(state, ids)
     if chunk is not None:
-        start, absent = state.plan.starts(
-            chunk.ids, chunk.run.length, first_differences(state, chunk.ids), state.derived
-        )
+        differs = np.zeros(len(ids), np.int64)
+        if state.source is not None:
+            differs = first_differences(
+                *([prompts.tokens[i] for i in ids] for prompts in (state.base, state.source))
+            ).numpy()
+        start, absent = state.plan.starts(chunk.ids, chunk.run.length, differs, state.derived)
         attached = state.model._attached()
         replayer = proved_replayer(chunk, start, absent, _unread(chunk))
         _refuse_leaks(state, attached)
@@ -234,7 +237,7 @@ def _run_chunk(state: State, ids: np.ndarray, blocks: bool = True) -> Chunk | No
     model = state.model
 
     def tokens(prompts: Prompts) -> Tensor:
-        return torch.stack([prompts.tokens[i] for i in ids]).to(model.device)
+        return prompts.stack(list(ids)).to(model.device)
 
     derived = sorted({site for one in state.derived.values() for site in one.sites})
     try:

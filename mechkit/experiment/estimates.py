@@ -19,7 +19,7 @@ from mechkit.hooks import SITES, HookedModel
 from mechkit.hooks._nonfinite import where_it_began
 from mechkit.metrics import AnyMetric as AnyMetric
 from mechkit.metrics import CallableMetric, Metric, metric_for
-from mechkit.prompts import PromptPairs, Prompts
+from mechkit.prompts import PromptPairs, Prompts, first_differences
 from mechkit.result import Cost, Result
 
 Key = tuple[str, int]  # site, layer
@@ -72,23 +72,23 @@ class Study:
         """For each prompt the first position at which base and source differ; 0 where there is no source."""
         if self.source is None:
             return [0] * len(self.base)
-        pairs = zip(self.base.tokens, self.source.tokens, strict=True)
-        return [int((a != b).nonzero()[0]) if bool((a != b).any()) else len(a) for a, b in pairs]
+        return first_differences(self.base.tokens, self.source.tokens).tolist()
 
     def chunks(self) -> Iterator[Chunk]:
         """Prompts that run together: of one length, as many as fit the budget."""
         first = self.first_differences()
-        for length, ids in sorted(self.base.by_length().items(), reverse=True):  # a proof holds for shorter prompts too
-            ids = sorted(ids, key=lambda i: first[i])
-            while ids:
-                suffix = length - min(first[ids[0]], length - 1)
-                rows = self.budget.prompts_with_gradients(self.model, length, suffix, self.keys)
-                at_once = rows if isinstance(self.metric, Metric) else len(ids)  # a callable sees all prompts together
-                chunk = Chunk.of(self, ids[:at_once], first[ids[0]], rows)
-                yield chunk
-                self.block_tokens += chunk.runs.block_tokens
-                self.how = chunk.runs.how if chunk.runs.how != "suffix" else self.how
-                ids = ids[at_once:]
+
+        def fit(length: int, ids: Sequence[int]) -> int:
+            suffix = length - min(first[ids[0]], length - 1)
+            return self.budget.prompts_with_gradients(self.model, length, suffix, self.keys)
+
+        at_once = fit if isinstance(self.metric, Metric) else None  # a callable sees all prompts together
+        # The longest first: a proof holds for shorter prompts too.
+        for batch in self.base.batches(at_once, order=first.__getitem__, longest_first=True):
+            chunk = Chunk.of(self, batch.ids, first[batch.ids[0]], fit(batch.length, batch.ids))
+            yield chunk
+            self.block_tokens += chunk.runs.block_tokens
+            self.how = chunk.runs.how if chunk.runs.how != "suffix" else self.how
 
     def result(self, site: str, **provenance: Any) -> Result:
         """The estimated metric of every patched run, `base + effect`, as `activation_patching` returns the exact one."""
@@ -140,7 +140,7 @@ class Chunk:
         model, tokens = study.model, {}
         for run, prompts in ((study.base_is, study.base), (study.source_is, study.source)):
             if run is not None and prompts is not None:
-                tokens[run] = torch.stack([prompts.tokens[i] for i in ids]).to(model.device)
+                tokens[run] = prompts.stack(ids).to(model.device)
         base = tokens[study.base_is]
         if isinstance(study.metric, Metric):
             start = min(start, int(study.metric.positions[list(ids)].min()))

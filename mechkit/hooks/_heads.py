@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from mechkit._precision import tolerance
 from mechkit.hooks._capture import capture
 from mechkit.hooks._hooking import hook_points
 from mechkit.hooks._parts import Parts
@@ -23,8 +24,6 @@ from mechkit.hooks._sites import SITES
 if TYPE_CHECKING:
     from mechkit.hooks._model import HookedModel
 
-# Largest difference that rounding explains.
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 _NAMES = {site: SITES[site].hook for site in ("resid_pre", "attn_out", "mlp_out", "resid_mid", "resid_post")}
 _NAMES |= {"z": "blocks.{layer}.attn.o.hook_in", "heads": "blocks.{layer}.attn.o.hook_out"}
 
@@ -54,7 +53,7 @@ def why_not_heads(model: HookedModel) -> dict[int, str]:
     for layer, error in heads_errors(model, token).items():
         if isinstance(error, str):
             found[layer] = error
-        elif not error <= TOLERANCE[model.dtype]:
+        elif not error <= tolerance("heads", model.dtype):
             found[layer] = (
                 f"the heads of layer {layer} differ from what its block adds by {error:.1e} of the largest entry"
             )

@@ -17,8 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-# How far a norm's output may be from what the measured form says, relative to the output's largest entry.
-TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
+from mechkit._precision import tolerance
 
 
 class FrozenNorm:
@@ -66,7 +65,7 @@ class FrozenNorm:
             shape = self._centred(x) * self.gain
             scale = _along(y - self.bias, shape) if self.normalizes else torch.ones_like(shape[..., :1])
             error = float((scale * shape + self.bias - y).abs().max() / y.abs().max().clamp(min=1e-30))
-        if not error <= TOLERANCE[x.dtype]:
+        if not error <= tolerance("norm", x.dtype):
             raise ValueError(
                 f"{self._name}: expected a norm of the form scale(x) * gain * x + bias, but {type(self._call).__name__} differs "
                 f"from it by {error:.1e} of its output, so that its scale cannot be held fixed"

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechkit.hooks._heads import TOLERANCE
+from mechkit._precision import tolerance
 from mechkit.hooks._load import probe_tokens
 
 
@@ -65,7 +65,7 @@ def measure_masks(bridge: Any, device: torch.device, context: int | None) -> Mas
         if alone.dtype == torch.float64 and bool(found.isnan().any()):
             return True  # Hugging Face's mask overflows there: see `check_float64`
         off = float((found - alone).abs().max() / alone.abs().max().clamp(min=1e-9))
-        return off <= TOLERANCE.get(alone.dtype, 0.1)
+        return off <= tolerance("heads", alone.dtype)
 
     n, empty = tokens.shape[1], torch.zeros_like(padding)
     right = works([tokens, padding], [ones, empty], slice(0, n))

@@ -19,8 +19,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechkit._precision import tolerance
 from mechkit.hooks._anatomy import post_norm
-from mechkit.hooks._norms import TOLERANCE, FrozenNorm
+from mechkit.hooks._norms import FrozenNorm
 from mechkit.hooks._projections import Which, head_bias, head_weight, is_plain, write_scale
 from mechkit.hooks._record import record
 
@@ -192,7 +193,7 @@ class Parts:
 
     def _equal(self, what: str, found: Tensor, expected: Tensor) -> None:
         error = float((found - expected).abs().max())
-        if not error <= TOLERANCE[self.model.dtype] * max(float(expected.abs().max()), 1e-12):
+        if not error <= tolerance("norm", self.model.dtype) * max(float(expected.abs().max()), 1e-12):
             raise ValueError(
                 f"model: {what} of {self.model.name} ({self.model.cfg.architecture}) is off by {error:.1e} from what its "
                 f"weights say (largest {float(expected.abs().max()):.1e}), so that its edges are not known"

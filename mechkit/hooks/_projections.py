@@ -16,11 +16,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from mechkit.hooks._facts import Facts
+    from mechkit._precision import tolerance
+from mechkit.hooks._facts import Facts
 
 Which = Literal["q", "k", "v", "o"]
-# Largest error that rounding explains, as a share of the largest output.
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +105,7 @@ def _equal(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
     size = (
         expected.abs().amax(-1, keepdim=True).clamp(min=1e-12)
     )  # each row by itself: small inputs count as large ones do
-    return bool(((found - expected).abs() / size).max() <= TOLERANCE[dtype])
+    return bool(((found - expected).abs() / size).max() <= tolerance("projection", dtype))
 
 
 # -- attention's projections, by head ----------------------------------------------------------------------------------------

@@ -25,8 +25,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mechkit import _precision as precision
-from mechkit._precision import widen
+from mechkit._precision import tolerance, widen
 from mechkit.hooks._copy import rebound
 from mechkit.hooks._devices import out_of_memory
 from mechkit.hooks._norms import FrozenNorm
@@ -36,8 +35,6 @@ if TYPE_CHECKING:
     from mechkit.hooks._model import HookedModel
     from mechkit.hooks._record import Run
 
-# Largest difference that rounding explains, as a share of the logits' spread. Norms are computed in float32 at most.
-TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
 _AT_ONCE = 2**24  # logits that `own_logits` holds at once where only some tokens are wanted
 
 
@@ -161,7 +158,7 @@ def _tried(model: HookedModel) -> _Found:
     except Exception as error:  # whatever a model's code may raise on streams without blocks
         _raise_if_full(error)
         return _Found(True, None)  # every technique compares with the model's own logits
-    rounding = precision.TOLERANCE[model.dtype]
+    rounding = tolerance("replay", model.dtype)
     try:
         simple = _difference(simple_logits(model, rows), own) <= rounding
     except Exception as error:  # a matrix of another width, say
@@ -300,7 +297,7 @@ def why_not_linear(model: HookedModel) -> str | None:
             return f"its unembedding reads {weight.shape[0]} features, and the residual stream has {normed.shape[-1]}"
         raw = normed.to(weight.device) @ weight.to(normed.dtype) + bias.to(normed.dtype)
         off = _difference(model.scale_logits(raw), model.unembed(rows))
-    if off <= TOLERANCE[model.dtype]:
+    if off <= tolerance("readout", model.dtype):
         return None
     return f"between its last block and its logits stands more than a norm and a matrix (off by {off:.1e} of the logits' spread)"
 
@@ -337,19 +334,19 @@ def readout_error(model: HookedModel, run: Run, n: int = 4) -> float:
     return off
 
 
-def unembeds_final_stream(model: HookedModel, run: Run, tolerance: float | None = None) -> bool:
+def unembeds_final_stream(model: HookedModel, run: Run, allowed: float | None = None) -> bool:
     """Whether `model.unembed` of a run's final residual stream gives the model's own logits (default: as blocks that are run by
     themselves must agree with whole passes)."""
-    tolerance = precision.TOLERANCE[model.dtype] if tolerance is None else tolerance
-    if readout_error(model, run) <= tolerance:
+    allowed = tolerance("replay", model.dtype) if allowed is None else allowed
+    if readout_error(model, run) <= allowed:
         return True
     model._readout = None  # a module may have been exchanged where this was not seen
-    return readout_error(model, run) <= tolerance
+    return readout_error(model, run) <= allowed
 
 
 def check_readout(model: HookedModel, run: Run, what: str) -> None:
     """Raises `ValueError` unless the model's logits are a function of its last block's output that can be computed by itself."""
-    unembeds_final_stream(model, run, TOLERANCE[model.dtype])
+    unembeds_final_stream(model, run, tolerance("readout", model.dtype))
     check_logits_of_stream(model, run.resid[-1][:4, -1], run.last_logits[:4], what)
 
 
@@ -361,7 +358,7 @@ def check_logits_of_stream(
     if not bool(torch.isfinite(final).all()):
         return  # others say where it began
     off = torch.inf if is_positionwise(model) is False else _difference(model.unembed(final), logits)
-    if not off <= TOLERANCE[model.dtype]:
+    if not off <= tolerance("readout", model.dtype):
         raise ValueError(
             f"model: {what} reads logits off the residual stream, but the head of {model.name} ({model.cfg.architecture}) is not "
             "a function of the last block's output at the same position alone: read from that, its logits are off by "

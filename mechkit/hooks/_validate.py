@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mechkit._precision import ObservedDtypes
-from mechkit.hooks._heads import TOLERANCE, heads_errors
+from mechkit._precision import ObservedDtypes, tolerance
+from mechkit.hooks._heads import heads_errors
 from mechkit.hooks._load import probe_tokens
 from mechkit.hooks._record import record
 
@@ -83,7 +83,7 @@ def validate(model: HookedModel, probe: Tensor | None) -> ValidationReport:
         heads=_check_heads(model, tokens),
         padding=_check_padding(model, tokens, logits),
         unembed=_checked(model, "logits read from the final residual", _relative(model.unembed(run.resid[-1]), logits)),
-        tolerance=TOLERANCE[model.dtype],
+        tolerance=tolerance("heads", model.dtype),
     )
 
 
@@ -130,7 +130,7 @@ def _checked(model: HookedModel, what: str, difference: float) -> float:
 
 def _allowed(model: HookedModel, difference: float) -> float:
     """What rounding explains, in the coarsest type that is computed in; looked for only where the model's own does not do."""
-    allowed = TOLERANCE[model.dtype]
+    allowed = tolerance("heads", model.dtype)
     if difference <= allowed or model.dtype != torch.float64:
         return allowed
     with torch.no_grad(), ObservedDtypes() as seen:
