@@ -29,7 +29,7 @@ def unproved() -> Iterator[None]:
     """Sweeps inside replay without looking whether they may."""
 
     def believed(chunk: Any, *_: Any) -> Replayer:
-        return Replayer(chunk.state.model, chunk.run, PlainBlocks(chunk.state.model.bridge))
+        return Replayer(chunk.state.model, chunk.run, PlainBlocks(chunk.state.model.stack))
 
     with patch.object(_sweep, "proved_replayer", believed):
         yield

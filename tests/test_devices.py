@@ -70,7 +70,7 @@ def test_plain_blocks_keep_accelerates_hooks_and_run_no_bridge(family):
     if hook is not None:
         pre = hook.pre_forward
         hook.pre_forward = lambda module, *args, **kwargs: moved.append(module) or pre(module, *args, **kwargs)
-    replayer = mk.hooks.Replayer(model, run, PlainBlocks(model.bridge))
+    replayer = mk.engine.Replayer(model, run, PlainBlocks(model.stack))
     prompt = torch.zeros(1, dtype=torch.long)
     found = replayer._call(1, run.resid[1], replayer._prefix(1, prompt, 0), 0)
     assert not seen

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import pytest
 import torch
 from families import D_VOCAB, N_LAYERS, build_hf
@@ -11,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 import mechkit as mk
 from mechkit.engine import _memory, _sweep
 from mechkit.engine._edits import EditPlan
+from mechkit.engine._operations import Operation
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +151,51 @@ def test_kl_is_zero_where_everything_is_restored_and_reads_its_reference(llama):
         other = "corrupted" if zero == "clean" else "clean"
         assert float(result.baseline[other].min()) > 1e-3
         assert torch.allclose(result.values, result.baseline["clean"].expand_as(result.values), atol=1e-10)
+
+
+@dataclass(frozen=True)
+class Add(Operation):
+    """An operation that is not the library's: the value is added, thrice."""
+
+    keeps_equal: ClassVar[bool] = False
+    looks: ClassVar[bool] = True
+    times: float = 3.0
+
+    def apply(self, x, operand):
+        return x + self.times * operand
+
+
+class AddAsIfItWereSet(Add):
+    """The planted defect: it says that nothing changes where value and activation are equal."""
+
+    keeps_equal: ClassVar[bool] = True
+
+
+@pytest.mark.parametrize("kind", [Add, AddAsIfItWereSet])
+def test_an_operation_of_ones_own_equals_hooks(llama, kind):
+    """Source values are added to the base run's, before the first difference too; what is claimed falsely is refuted."""
+    pairs = make_pairs(((LENGTH, 4), (LENGTH, 4)))
+    metric = whole_vocabulary(pairs)
+    places = [("z", 1, 0, 2), ("z", 2, 3, 5), ("resid_pre", 1, None, 1), ("resid_post", 2, None, 6)]
+    cells = [(mk.Edit(site, layer, head=head, pos=pos, operation=kind()),) for site, layer, head, pos in places]
+    cells.append((mk.Edit("z", 1, head=0, operation=kind(2.0)), mk.Edit("z", 1, head=0, pos=3)))  # the later one wins
+    answers = mk.sweep(llama, pairs.corrupted, cells, metric, source=pairs.clean, progress=False)
+    source, base = (torch.stack(prompts.tokens) for prompts in (pairs.clean, pairs.corrupted))
+    _, cache = llama.run_with_cache(source)
+    for i, cell in enumerate(cells):
+
+        def edit(x, hook, cell=cell):
+            x = x.clone()
+            for one in cell:
+                at = (slice(None), slice(None) if one.pos is None else one.pos, *([one.head] * (one.head is not None)))
+                value = cache[one.site, one.layer][at]
+                x[at] = one.operation.apply(x[at], value)
+            return x
+
+        logits = llama.run_with_hooks(base, fwd_hooks=[((cell[0].site, cell[0].layer), edit)])
+        expected = metric.read(logits[torch.arange(len(pairs)), metric.positions], None, None)
+        assert torch.allclose(answers.values[i], expected, atol=1e-10, rtol=0), cell
+    assert answers.replay == "suffix" if kind is Add else answers.replay.startswith("full: ")
 
 
 def test_several_edits_in_one_cell(llama):

@@ -75,7 +75,7 @@ def test_the_import_loads_nothing_else() -> None:
 
 @pytest.mark.parametrize("name", sorted(mk._MODULES))
 def test_modules_are_attributes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As they were when all was imported at once: `import mechkit as mk; mk.hooks.Budget`."""
+    """As they were when all was imported at once: `import mechkit as mk; mk.engine.Budget`."""
     getattr(mk, name)
     monkeypatch.delitem(vars(mk), name)
     assert getattr(mk, name) is sys.modules[f"mechkit.{name}"]

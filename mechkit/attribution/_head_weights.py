@@ -70,7 +70,7 @@ def final_norm(model: HookedModel, x: Float[Tensor, "... d_model"]) -> Float[Ten
 
 def read(model: HookedModel, layer: int, x: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_model"]:
     """What the attention of `layer` reads if `x` is in the residual stream: the block's norm, exactly."""
-    module = getattr(model.bridge.blocks[layer], "ln1", None)
+    module = getattr(model.stack.blocks[layer], "ln1", None)
     return x if module is None else module.original_component(x)
 
 
@@ -83,7 +83,7 @@ def through_ov(
 ) -> Float[Tensor, "row d_model"]:
     """What a head writes when it attends fully to `x` in the stream; of a norm behind the attention, gain and centring."""
     v = project(model, layer, x, "V")[:, head // (model.n_heads // model.n_kv_heads)]
-    scale = write_scale(model.bridge.blocks[layer])
+    scale = write_scale(model.stack.blocks[layer])
     return _behind(model, layer, scale * (widen(v) @ widen(weight_of(model, layer, "W_O")[head])))
 
 
@@ -95,7 +95,7 @@ def _behind(model: HookedModel, layer: int, written: Float[Tensor, "... d_model"
 
 
 def block_norm(model: HookedModel, layer: int) -> FrozenNorm | None:
-    module = getattr(model.bridge.blocks[layer], "ln1", None)
+    module = getattr(model.stack.blocks[layer], "ln1", None)
     return None if module is None else _frozen(model, module, model.d_model, f"ln1 of layer {layer}")
 
 
@@ -117,7 +117,7 @@ def project(
 
 
 def _qk_norm(model: HookedModel, layer: int, which: str) -> Any | None:
-    bridge = getattr(model.bridge.blocks[layer].attn, f"{which.lower()}_norm", None)
+    bridge = getattr(model.stack.blocks[layer].attn, f"{which.lower()}_norm", None)
     return None if bridge is None or which == "V" else bridge.original_component
 
 
@@ -142,7 +142,7 @@ def soft_capped(model: HookedModel, layer: int, scores: Tensor) -> Tensor:
 
 
 def _soft_cap(model: HookedModel, layer: int) -> float | None:
-    return getattr(model.bridge.blocks[layer].attn.original_component, "attn_logit_softcapping", None)
+    return getattr(model.stack.blocks[layer].attn.original_component, "attn_logit_softcapping", None)
 
 
 # -- weights ---------------------------------------------------------------------------------------------------------------
@@ -159,7 +159,7 @@ def folded_weights(model: HookedModel, layers: Sequence[int]) -> Iterator[Folded
             weight = weight if norm is None else norm.pull_back(weight.mT, _one(weight)).mT
             weight = _across(_qk_norm(model, layer, which), weight.transpose(0, 1), _fold(model)).transpose(0, 1)
             folded[which] = weight if which == "Q" else weight.repeat_interleave(shared, 0)
-        scale = write_scale(model.bridge.blocks[layer])
+        scale = write_scale(model.stack.blocks[layer])
         written = _behind(model, layer, scale * widen(weight_of(model, layer, "W_O")))
         yield FoldedWeights(W_Q=folded["Q"], W_K=folded["K"], W_V=folded["V"], W_O=written)
 
@@ -210,7 +210,7 @@ def probe_attention(model: HookedModel, layers: Sequence[int]) -> dict[int, floa
         z = kept["z", layer].reshape(_PROBES, model.n_heads, model.d_head)
         written = einops.einsum(z, weight_of(model, layer, "W_O"), "row head d, head d m -> row m")
         bias, norm = head_bias(model, layer, "o"), post_norm(model, layer)
-        written = (written if bias is None else written + bias) * write_scale(model.bridge.blocks[layer])
+        written = (written if bias is None else written + bias) * write_scale(model.stack.blocks[layer])
         products = (widen(q) * widen(k).repeat_interleave(model.n_heads // model.n_kv_heads, 1)).sum(-1)
         scores = widen(kept["attn_scores", layer])
         scales[layer] = _scale(products, scores, _soft_cap(model, layer))

@@ -296,7 +296,7 @@ def _check_parts(model: HookedModel, prompts: Prompts, axes: Axes) -> None:
         stream = at["resid_post"] - at["resid_pre"]
         _check_close(model, outputs, stream, f"block {layer} does not add its attention's and its MLP's output")
         if "result" in at:
-            scale = write_scale(model.bridge.blocks[layer])
+            scale = write_scale(model.stack.blocks[layer])
             heads = at["result"].sum(0) + model.b_O[layer].to(stream.device) * scale
             norm = post_norm(model, layer)
             heads = heads if norm is None else norm(heads[None])[0]

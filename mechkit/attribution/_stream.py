@@ -178,7 +178,7 @@ class StreamRun:
     ) -> Float[Tensor, "head *src prompt"]:
         """Each head's term in one layer, or that split by source position."""
         direction, after = self.before_post_norm(layer, _HEADS.norm)
-        scale = write_scale(self.model.bridge.blocks[layer])
+        scale = write_scale(self.model.stack.blocks[layer])
         weight = head_weight(self.model, layer, "o").detach().to(direction.dtype) * scale  # [head d_head d_model]
         reads = einops.einsum(weight, direction, "head d_head d_model, prompt d_model -> prompt head d_head")
         z = self.kept[SITES["z"].hook_name(layer)].to(reads.dtype)
@@ -206,7 +206,7 @@ class StreamRun:
     ) -> Float[Tensor, "neuron prompt"]:
         """Each neuron's term in one layer."""
         direction, after = self.before_post_norm(layer, _NEURONS.norm)
-        weight, scale = mlp_weight(self.model, layer, "out"), write_scale(self.model.bridge.blocks[layer])
+        weight, scale = mlp_weight(self.model, layer, "out"), write_scale(self.model.stack.blocks[layer])
         assert weight is not None  # looked at before anything is run
         activation = self.kept[SITES["mlp_post"].hook_name(layer)].to(direction.dtype).reshape(len(direction), -1)
         terms = scale * activation * (direction @ weight.detach().to(direction.dtype).T)  # [prompt neuron]

@@ -375,9 +375,7 @@ def _name_mover_copy(
                 continue
             v = project(model, layer, stream, "V")[:, [head // shared for head in heads]]
             W_O, norm = weight_of(model, layer, "W_O")[list(heads)], post_norm(model, layer)
-            written = (
-                sign * write_scale(model.bridge.blocks[layer]) * torch.einsum("rhd,hdm->hrm", v, W_O).flatten(0, 1)
-            )
+            written = sign * write_scale(model.stack.blocks[layer]) * torch.einsum("rhd,hdm->hrm", v, W_O).flatten(0, 1)
             written = written if norm is None else norm(written)
             parts = zip(written.split(at_once), own.repeat(len(heads)).split(at_once), strict=True)
             among = torch.cat([_among_top(model.unembed(o), token) for o, token in parts])

@@ -3,7 +3,7 @@
 1. Run both prompts. A writer's *change* is what it wrote in the source run less what it wrote in the base run.
 2. Add it to the stream that the reader reads in the base run, and compute what the reader makes of that: a head's query, key or
    value, what an MLP adds, the final stream. All writers of a reader come at once.
-3. Write this into the base run, and replay what comes after it (`mechkit.hooks.sweep`: blocks from the reader on, positions from
+3. Write this into the base run, and replay what comes after it (`mechkit.engine.sweep`: blocks from the reader on, positions from
    the first difference on, many edges a batch; proved on a sample in every call).
 
 Nothing is approximated: behind the reader the model itself runs, norms and all. In models with a norm behind the attention (Gemma

@@ -17,6 +17,8 @@ from mechkit.engine._measure import logits_at_hand as logits_at_hand
 from mechkit.engine._measure import metric_of_some as metric_of_some
 from mechkit.engine._measure import read_metric as read_metric
 from mechkit.engine._memory import Budget as Budget
+from mechkit.engine._operations import Operation as Operation
+from mechkit.engine._operations import Set as Set
 from mechkit.engine._replay import Replayer as Replayer
 from mechkit.engine._sweep import Answers as Answers
 from mechkit.engine._sweep import sweep as sweep

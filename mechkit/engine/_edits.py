@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from mechkit.engine._operations import SET, Operation
 from mechkit.hooks._devices import to_device
 from mechkit.hooks._sites import SITES, Site, get_site
 
@@ -27,7 +28,7 @@ ValueLookup = Callable[[str, str, int], Tensor]
 
 @dataclass(frozen=True)
 class Edit:
-    """Overwrites one site's activation, or one head, position or unit of it.
+    """Changes one site's activation, or one head, position or unit of it: by default overwrites it.
 
     Attributes:
         site: Short site name.
@@ -39,6 +40,7 @@ class Edit:
             such position has no answer (NaN).
         neuron: One index of the last axis; `None` is all.
         variant: Which of several values, where they are stacked along a first axis under one key; `None` where they are not.
+        operation: What is done with the activation and the value; `Set()` puts the value in its place.
     """
 
     site: str
@@ -48,6 +50,7 @@ class Edit:
     pos: int | tuple[int, ...] | None = None
     neuron: int | None = None
     variant: int | None = None
+    operation: Operation = SET
 
     def __post_init__(self) -> None:
         site = get_site(self.site)
@@ -58,6 +61,8 @@ class Edit:
             index = getattr(self, name)
             if index is not None and (not isinstance(index, int | np.integer) or index < 0):
                 raise ValueError(f"{name}: expected an index of 0 or more, got {index!r}")
+        if not isinstance(self.operation, Operation):
+            raise TypeError(f"operation: expected an operation, such as Set(), got {self.operation!r}")
         if self.pos is not None and min(self.pos if isinstance(self.pos, tuple) else (self.pos,)) < 0:
             raise ValueError(f"pos: expected positions of 0 or more, got {self.pos}")
         if self.head is not None and "head" not in site.dims:
@@ -80,7 +85,8 @@ class EditGroup:
     head: Int[np.ndarray, "edit"] | None
     pos: Int[np.ndarray, "edit prompt"] | None  # a second axis of 1 is the same for every prompt
     neuron: Int[np.ndarray, "edit"] | None
-    variant: Int[np.ndarray, "edit"] | None = None
+    variant: Int[np.ndarray, "edit"] | None
+    operation: Operation
 
     def match(self, cell: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """For rows that answer these cells: the pairs `(row, edit)` to be written."""
@@ -107,7 +113,9 @@ class EditPlan:
         forms: dict[tuple[Any, ...], list[tuple[int, Edit]]] = {}
         for i, cell in enumerate(cells):
             for edit, rank in zip(cell, _ranks(i, cell), strict=True):
-                forms.setdefault((rank, edit.site, edit.layer, edit.value, *_form(edit)), []).append((i, edit))
+                forms.setdefault((rank, edit.site, edit.layer, edit.value, edit.operation, *_form(edit)), []).append(
+                    (i, edit)
+                )
         # Groups are written in their order, so that of overlapping edits the later one stays.
         for form in sorted(forms, key=lambda form: form[0]):
             members = forms[form]
@@ -137,11 +145,11 @@ class EditPlan:
     ) -> tuple[Int[np.ndarray, "cell prompt"], Bool[np.ndarray, "cell prompt"]]:
         """For each cell and prompt: the first position that changes (`NEVER` if none does), and whether the prompt lacks a
         position that the cell names. Before `first_difference` the source run equals the base run, so that an edit there
-        changes nothing; the same holds for values that are `derived` from the two runs."""
+        changes nothing, if its operation keeps what is equal; so for values that are `derived` from the two runs."""
         start = np.full((self.n_cells, len(prompts)), NEVER)
         absent = np.zeros((self.n_cells, len(prompts)), dtype=bool)
         for group in self:
-            follows = group.value == SOURCE or group.value in derived
+            follows = (group.value == SOURCE or group.value in derived) and group.operation.keeps_equal
             begins = first_difference if follows else np.zeros_like(first_difference)
             if group.pos is None:
                 where = np.broadcast_to(begins, (len(group.cell), len(prompts)))
@@ -168,7 +176,7 @@ def _ranks(number: int, cell: Cell) -> list[int]:
         if what in seen:
             raise ValueError(f"cell {number}: {edit.site!r} in layer {edit.layer} is edited twice at the same place")
         seen.add(what)
-        place, form = (edit.site, edit.layer), (_form(edit), edit.value)
+        place, form = (edit.site, edit.layer), (_form(edit), edit.value, edit.operation)
         rank, before = last.get(place, (0, form))
         rank += form != before
         last[place] = rank, form
@@ -202,6 +210,7 @@ def _columns(members: list[tuple[int, Edit]]) -> EditGroup:
         pos=pos,
         neuron=None if first.neuron is None else np.array([e.neuron for e in edits]),
         variant=None if first.variant is None else np.array([e.variant for e in edits]),
+        operation=first.operation,
     )
 
 
@@ -229,7 +238,7 @@ class Rows:
 
 
 def write(group: EditGroup, rows: Rows, activation: Tensor, lookup: ValueLookup) -> None:
-    """Writes a group's values, in place, into an activation `[row, *dims]` that begins at position `rows.start`."""
+    """Makes a group's edits, in place, in an activation `[row, *dims]` that begins at position `rows.start`."""
     row, edit = group.match(rows.cell)
     pos = None
     if group.pos is not None:
@@ -259,7 +268,8 @@ def write(group: EditGroup, rows: Rows, activation: Tensor, lookup: ValueLookup)
         choose(activation.ndim - 1, group.neuron[edit], group.neuron[edit])
     if group.variant is not None:
         source.insert(0, to_device(group.variant[edit], value.device))
-    activation[tuple(target)] = value[tuple(source)].to(activation)
+    operand, where = value[tuple(source)].to(activation), tuple(target)
+    activation[where] = group.operation.apply(activation[where] if group.operation.looks else operand, operand)
 
 
 def rows_by_start(plan: EditPlan, ids: np.ndarray, start: np.ndarray, wanted: np.ndarray) -> Iterator[Rows]:

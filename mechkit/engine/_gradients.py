@@ -318,7 +318,7 @@ class GradientRuns:
                 attached.attach(at, enter)
             for name, fn in hooks:
                 attached.attach(name, fn)
-            handles.append(self.model.bridge.blocks[-1].register_forward_hook(keep_final))
+            handles.append(self.model.stack.blocks[-1].register_forward_hook(keep_final))
             try:
                 with unembedding_only(self.model, lambda stream: stream[:, -1:]):  # these logits are a check, no more
                     logits = self.model.bridge(tokens)

@@ -18,6 +18,7 @@ from torch import nn
 
 from mechkit.hooks._copy import rebound
 from mechkit.hooks._devices import input_device
+from mechkit.hooks._stack import Stack
 
 Attention = Literal["sdpa", "eager"]
 
@@ -27,18 +28,18 @@ FUSED_ON = ("cuda",)
 
 
 class PlainBlocks:
-    """A bridge's blocks without hook points, on the very same weights.
+    """A stack's blocks without hook points, on the very same weights.
 
     Where nothing is edited the bridge's work for its hook points (it normalizes twice, to have something to show) would be a
     fifth of the time. The modules are shallow copies: they share parameters with the model and see it change.
 
     Args:
-        bridge: The TransformerBridge.
+        stack: The model's blocks.
         attention: `"eager"` as the bridge has it, or `"sdpa"`, torch's fused attention: see `can_fuse`.
     """
 
-    def __init__(self, bridge: Any, attention: Attention = "eager") -> None:
-        self._blocks = [_without_bridges(block.original_component, attention) for block in bridge.blocks]
+    def __init__(self, stack: Stack, attention: Attention = "eager") -> None:
+        self._blocks = [_without_bridges(block.original_component, attention) for block in stack.blocks]
         forward = inspect.signature(type(self._blocks[0]).forward)  # its own may be replaced by one that takes anything
         takes_any = any(p.kind is p.VAR_KEYWORD for p in forward.parameters.values())
         self._names = None if takes_any else set(forward.parameters)

@@ -147,7 +147,7 @@ def _coarsest(chunk: Chunk) -> torch.dtype:
 
 def _replayer(chunk: Chunk) -> Replayer:
     model, plain = chunk.state.model, chunk.state.proof.candidates[0].plain
-    return Replayer(model, chunk.run, None if plain is None else PlainBlocks(model.bridge, plain))
+    return Replayer(model, chunk.run, None if plain is None else PlainBlocks(model.stack, plain))
 
 
 def _equal_before_the_first_difference(chunk: Chunk) -> bool:

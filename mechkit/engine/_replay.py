@@ -245,7 +245,7 @@ class Replayer:
             for name, value in self.run.calls[layer].items()
         }
         if self.plain is None or hooked:
-            output = self.model.bridge.blocks[layer](hidden, **arguments)
+            output = self.model.stack.blocks[layer](hidden, **arguments)
         else:
             output = self.plain(layer, hidden, arguments)
         return stream_of(output)

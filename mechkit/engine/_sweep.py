@@ -237,7 +237,7 @@ def _run_chunk(state: State, ids: np.ndarray, blocks: bool = True) -> Chunk | No
     model = state.model
 
     def tokens(prompts: Prompts) -> Tensor:
-        return prompts.stack(list(ids)).to(model.device)
+        return prompts.stack(ids.tolist()).to(model.device)
 
     derived = sorted({site for one in state.derived.values() for site in one.sites})
     try:

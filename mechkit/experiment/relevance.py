@@ -45,7 +45,7 @@ def relevance_rules(model: HookedModel, attention: str) -> Iterator[None]:
     hooks: list[tuple[str, Callable[..., Tensor | None]]] = []
     final = getattr(model.bridge, "ln_final", None)
     norms = [] if final is None else [("ln_final", final)]
-    for layer, block in enumerate(model.bridge.blocks):
+    for layer, block in enumerate(model.stack.blocks):
         norms += [
             (f"blocks.{layer}.{name}", norm) for name in _NORMS if (norm := getattr(block, name, None)) is not None
         ]

@@ -13,7 +13,7 @@ PostNorm = Literal["ln1_post", "ln2_post"]
 def post_norm(model: HookedModel, layer: int, which: PostNorm = "ln1_post") -> Any | None:
     """The norm that a block applies to its attention's (`"ln1_post"`) or its MLP's output (`"ln2_post"`) before it is added
     (Gemma 2 and 3, OLMo 2); the module itself, without the bridge's hook points. `None` in other architectures."""
-    bridge = getattr(model.bridge.blocks[layer], which, None)
+    bridge = getattr(model.stack.blocks[layer], which, None)
     return None if bridge is None else bridge.original_component
 
 

@@ -8,19 +8,17 @@ import torch
 
 from mechkit.hooks._context import context_of
 from mechkit.hooks._devices import input_device
-
-Sizes = dict[tuple[str, int], tuple[int, ...]]  # (site, layer) -> sizes of the activation's axes after the batch
+from mechkit.hooks._stack import Stack
 
 
 class Facts:
-    """The part of `HookedModel` that everything else asks for sizes. `bridge` is the TransformerBridge, `name` the model's.
-
-    What TransformerLens's config says is not always so in less usual architectures: what a forward pass showed comes first.
+    """The part of `HookedModel` that everything else asks for sizes: those of its stack of blocks, and its own. `bridge` is the
+    TransformerBridge, `name` the model's.
     """
 
     bridge: Any
     name: str
-    _sizes: Sizes
+    stack: Stack
 
     @property
     def cfg(self) -> Any:
@@ -29,34 +27,29 @@ class Facts:
 
     @property
     def n_layers(self) -> int:
-        return len(self.bridge.blocks)
+        return self.stack.n_layers
 
     @property
     def n_heads(self) -> int:
-        return int(self.cfg.n_heads)
+        return self.stack.n_heads
 
     @property
     def n_kv_heads(self) -> int:
         """Key-value heads: fewer than `n_heads` in GQA models, 1 in MQA models."""
-        found = self._measured("k", 1) or self._measured("v", 1)
-        return found or int(self.cfg.n_key_value_heads or self.n_heads)
+        return self.stack.n_kv_heads
 
     @property
     def d_model(self) -> int:
-        return int(self.cfg.d_model)
+        return self.stack.d_model
 
     @property
     def d_head(self) -> int:
         """Entries of a head's `z` (its queries and keys may be wider in latent attention)."""
-        return self._measured("z", 2) or int(self.cfg.d_head)
-
-    def _measured(self, site: str, axis: int) -> int | None:
-        """The size of a site's axis (counted without the batch) in the first layer that has it."""
-        return next((sizes[axis] for (name, _), sizes in self._sizes.items() if name == site), None)
+        return self.stack.d_head
 
     @property
     def d_mlp(self) -> int:
-        return int(self.cfg.d_mlp)
+        return self.stack.d_mlp
 
     @property
     def d_vocab(self) -> int:

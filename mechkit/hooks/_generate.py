@@ -174,7 +174,7 @@ class Generate(Text):
         """Whether a step may run on the keys and values of the steps before."""
         config = self.bridge.original_model.config
         rope = str(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or "")
-        all_attend = sum(site == "z" for site, _ in self._sizes) == self.n_layers and not getattr(
+        all_attend = sum(site == "z" for site, _ in self.stack.sites) == self.n_layers and not getattr(
             self.cfg, "is_stateful", False
         )
         return all_attend and not any(kind in rope for kind in _LENGTH_DEPENDENT)

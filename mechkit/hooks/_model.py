@@ -29,6 +29,7 @@ from mechkit.hooks._quantized import check_plain_weights
 from mechkit.hooks._readout import block_returns
 from mechkit.hooks._rotary import forget_lengths
 from mechkit.hooks._sites import parse_hook_name
+from mechkit.hooks._stack import Stack
 from mechkit.hooks._surface import Names, Surface, measure_sites
 from mechkit.hooks._text import Input
 from mechkit.hooks._validate import ValidationReport, check_logits, validate
@@ -64,7 +65,7 @@ class HookedModel(Surface, Weights, Generate):
         with self.lock.held("loads it"):
             with _load.refusing("its hooked model does not run", bridge.original_model):
                 # The first forward pass, in which TransformerLens attaches some hooks of its own
-                self._sizes = measure_sites(bridge, self.device)
+                self.stack = Stack.of(bridge, measure_sites(bridge, self.device))
                 self._block_returns = block_returns(bridge, self.device)
             bridge.__dict__[NOT_HEADS] = why_not_heads(self)
             self._in_place = in_place(bridge)
@@ -234,7 +235,7 @@ class HookedModel(Surface, Weights, Generate):
 
     def _run(self, tokens: Tensor, mask: Tensor | None, return_type: str, loss_per_token: bool) -> Any:
         if return_type != "logits":
-            if not self.bridge.adapter.supports_causal_loss:
+            if not self.stack.causal:
                 raise ValueError(
                     f"return_type: {self.name} ({self.cfg.architecture}) does not predict next tokens, so that it has no "
                     "next-token loss; ask for logits"

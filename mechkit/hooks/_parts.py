@@ -104,7 +104,7 @@ class Parts:
 
     def mlp(self, layer: int, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
         """What the MLP adds to the stream when it reads `x` in the stream."""
-        block, flat = self.model.bridge.blocks[layer], x.reshape(-1, *x.shape[-2:])
+        block, flat = self.model.stack.blocks[layer], x.reshape(-1, *x.shape[-2:])
         written = _call_mlp(block, self.mlp_input(layer, flat))
         scale = write_scale(block)
         written = written if scale == 1 else written * scale
@@ -172,7 +172,7 @@ class Parts:
         return self._pull_back(layer, ("ln2", "ln1") if self.parallel else ("ln2",), x, u, frozen)
 
     def _pull_back(self, layer: int, names: tuple[str, ...], x: Tensor, u: Tensor, frozen: bool) -> Tensor:
-        name = next((n for n in names if getattr(self.model.bridge.blocks[layer], n, None) is not None), None)
+        name = next((n for n in names if getattr(self.model.stack.blocks[layer], n, None) is not None), None)
         if name is None:
             return u
         if frozen:
@@ -181,7 +181,7 @@ class Parts:
             return norm.pull_back(u, norm.scale(x)[..., None, :])
         with torch.enable_grad():
             copies = x.detach()[..., None, :].expand_as(u).requires_grad_()
-            normed = getattr(self.model.bridge.blocks[layer], name).original_component(copies)
+            normed = getattr(self.model.stack.blocks[layer], name).original_component(copies)
             return torch.autograd.grad(normed, copies, u)[0]
 
     def written_by_bias(self, layer: int, z: Tensor) -> Tensor:
@@ -203,27 +203,27 @@ class Parts:
         if (layer, which) in self._found:
             return self._found[layer, which]
         weight = head_weight(self.model, layer, which).detach()
-        if not is_plain(getattr(self.model.bridge.blocks[layer].attn, which).original_component):
+        if not is_plain(getattr(self.model.stack.blocks[layer].attn, which).original_component):
             self._found[layer, which] = weight  # it took a run of the module to find
         return weight
 
     def _output(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
         """What heads write per unit of z: `W_O`, and the constant that the block multiplies its attention's output with."""
-        weight, scale = self._matrix(layer, "o"), write_scale(self.model.bridge.blocks[layer])
+        weight, scale = self._matrix(layer, "o"), write_scale(self.model.stack.blocks[layer])
         return weight if scale == 1 else weight * scale
 
     def _output_bias(self, layer: int, like: Tensor) -> Float[Tensor, "d_model"]:
         """The same for the attention's output bias; zeros where there is none."""
-        bias, scale = head_bias(self.model, layer, "o"), write_scale(self.model.bridge.blocks[layer])
+        bias, scale = head_bias(self.model, layer, "o"), write_scale(self.model.stack.blocks[layer])
         return like.new_zeros(self.model.d_model) if bias is None else bias.detach() * scale
 
     def _normed(self, layer: int, names: tuple[str, ...], x: Tensor) -> Tensor:
-        block = self.model.bridge.blocks[layer]
+        block = self.model.stack.blocks[layer]
         norm = next((norm for name in names if (norm := getattr(block, name, None)) is not None), None)
         return x if norm is None else norm.original_component(x)
 
     def _frozen(self, name: str, layer: int, like: Tensor) -> FrozenNorm | None:
-        module = getattr(self.model.bridge.blocks[layer], name, None)
+        module = getattr(self.model.stack.blocks[layer], name, None)
         if module is not None and (name, layer) not in self._norms:
             self._norms[name, layer] = FrozenNorm(module, like.detach(), f"{name} of layer {layer}")
         return self._norms.get((name, layer))

@@ -113,7 +113,7 @@ def _equal(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
 
 def _parts(model: Facts, layer: int, which: Which) -> tuple[Any, Any]:
     """A layer's attention, and one of its projections; raises `ValueError` where there is none."""
-    attention = getattr(model.bridge.blocks[layer], "attn", None)
+    attention = getattr(model.stack.blocks[layer], "attn", None)
     projection = None if attention is None else getattr(attention, which, None)
     if getattr(projection, "original_component", None) is None:
         raise ValueError(
@@ -129,7 +129,7 @@ def head_weight(model: Facts, layer: int, which: Which) -> Float[Tensor, "head a
     attention, projection = _parts(model, layer, which)
     if which == "o":
         return output_weight(
-            model.bridge.blocks[layer], layer, model.n_heads, model.n_heads * model.d_head, _like(model)
+            model.stack.blocks[layer], layer, model.n_heads, model.n_heads * model.d_head, _like(model)
         )
     if is_plain(projection.original_component):
         weight: Tensor = getattr(attention, f"W_{which.upper()}")
@@ -183,7 +183,7 @@ def _like(model: Facts) -> Tensor:
 
 def mlp_weight(model: Facts, layer: int, which: Literal["in", "gate", "out"]) -> Tensor | None:
     """`W_in` and `W_gate` `[d_model d_mlp]`, `W_out` `[d_mlp d_model]` of a layer; `None` where the bridge has none."""
-    mlp = getattr(model.bridge.blocks[layer], "mlp", None)
+    mlp = getattr(model.stack.blocks[layer], "mlp", None)
     module = getattr(getattr(mlp, which, None), "original_component", None)
     if module is None or is_plain(module):
         stored: Tensor | None = getattr(mlp, f"W_{which}", None)
@@ -194,7 +194,7 @@ def mlp_weight(model: Facts, layer: int, which: Literal["in", "gate", "out"]) ->
 
 def mlp_bias(model: Facts, layer: int) -> Float[Tensor, "d_model"] | None:
     """`b_out` of a layer's MLP; `None` where there is none."""
-    mlp = model.bridge.blocks[layer].mlp
+    mlp = model.stack.blocks[layer].mlp
     module = getattr(getattr(mlp, "out", None), "original_component", None)
     if module is None or is_plain(module):
         stored: Tensor | None = getattr(mlp, "b_out", None)
@@ -257,10 +257,10 @@ def check_in_place(model: Any) -> None:
     before, now = model._in_place, in_place(model.bridge)
     for (layer, part, name), module in before.items():
         if (layer, part, name) in now and now[layer, part, name] is module:
-            if name == "o" and not is_plain(getattr(model.bridge.blocks[layer], part).o.original_component):
+            if name == "o" and not is_plain(getattr(model.stack.blocks[layer], part).o.original_component):
                 _check_flag(model, layer)
             continue
-        container = getattr(model.bridge.blocks[layer], part)
+        container = getattr(model.stack.blocks[layer], part)
         projection = getattr(container, name)
         there = _stands_there(container.original_component, projection.name)
         kind = type(getattr(there, "original_component", there)).__name__
@@ -278,7 +278,7 @@ def check_in_place(model: Any) -> None:
 
 def _check_flag(model: Any, layer: int) -> None:
     """TransformerLens's own results are computed from the stored weight, and the whole model with them."""
-    if getattr(getattr(model.bridge.blocks[layer].attn, "config", None), "use_attn_result", False):
+    if getattr(getattr(model.stack.blocks[layer].attn, "config", None), "use_attn_result", False):
         raise ValueError(
             f"model: the output projection of layer {layer} is more than its stored weight (an adapter?), but TransformerLens "
             "computes with that alone where use_attn_result is set. Call bridge.set_use_attn_result(False): 'result' needs none"

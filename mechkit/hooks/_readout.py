@@ -214,7 +214,7 @@ def own_logits(model: HookedModel, resid: Float[Tensor, "row d_model"]) -> Float
 def _of_prompts(model: HookedModel, resid: Float[Tensor, "row pos d_model"]) -> Float[Tensor, "row pos d_vocab"]:
     """The same of whole prompts, by a shallow copy of the model, which shares its weights and everything else but its blocks and
     hook points. Nothing of the model itself is changed."""
-    blocks = list(model.bridge.blocks)
+    blocks = list(model.stack.blocks)
     returns = model._block_returns
     instead: dict[int, nn.Module] = {id(block): _Through(block, returns, None) for block in blocks[:-1]}
     instead[id(blocks[-1])] = _Through(blocks[-1], returns, resid)

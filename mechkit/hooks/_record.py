@@ -112,7 +112,7 @@ def _record(
     with capture(model, sites, partly=True) as kept:
         try:
             if blocks:
-                for block in model.bridge.blocks:
+                for block in model.stack.blocks:
                     handles.append(block.register_forward_pre_hook(keep_call, with_kwargs=True))
             with watched_streams(model, blocks) as resid, unembedding_only(model, lambda stream: stream[:, -1:]):
                 logits = model.bridge(tokens, **({} if cache is None else {"past_key_values": cache}))
@@ -140,9 +140,9 @@ def watched_streams(model: HookedModel, blocks: bool = True) -> Iterator[list[Fl
     handles = []
     try:
         if blocks:
-            for block in model.bridge.blocks:
+            for block in model.stack.blocks:
                 handles.append(block.register_forward_pre_hook(keep_input, with_kwargs=True))
-        handles.append(model.bridge.blocks[-1].register_forward_hook(keep_final))
+        handles.append(model.stack.blocks[-1].register_forward_hook(keep_final))
         yield streams
         streams += final
     finally:

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from mechkit._check import checked, is_whole
-from mechkit.hooks._facts import Facts, Sizes
+from mechkit.hooks._facts import Facts
 from mechkit.hooks._hooking import Hooks, hook_points
 from mechkit.hooks._projections import is_plain
 from mechkit.hooks._sites import SITES, Site, get_site
+from mechkit.hooks._stack import Sizes
 
 Names = str | tuple[str, int] | Sequence[str | tuple[str, int]] | Callable[[str], bool]
 
@@ -66,14 +67,13 @@ class Surface(Facts):
 
     def layers_with(self, site: str) -> tuple[int, ...]:
         """The layers that compute a site: all of them nearly always, some in hybrids; `(0,)` for a site outside the layers."""
-        return tuple(layer for name, layer in self._sizes if name == site)
+        return self.stack.layers_with(site)
 
     @checked
     def has_site(self, site: str, layer: int | None = None) -> bool:
         """Whether some layer (or this one) computes the site. Parallel blocks have no `resid_mid`, attention-only models no
         MLP, state-space models no heads."""
-        site = get_site(site).name
-        return bool(self.layers_with(site)) if layer is None else (site, layer) in self._sizes
+        return self.stack.has_site(site, layer)
 
     def check_site(self, site: str, layers: Sequence[int] | None = None) -> None:
         """Raises `ValueError` unless this model has the site, in each of the `layers` if any are given."""
@@ -103,7 +103,7 @@ class Surface(Facts):
         """A sentence on why the site is missing, if the reason is known."""
         if "head" not in SITES[site].dims:
             return ""
-        attentions = [getattr(block, "attn", None) for block in self.bridge.blocks]
+        attentions = [getattr(block, "attn", None) for block in self.stack.blocks]
         if all(attention is None for attention in attentions):
             return "TransformerLens shows no attention in it, so that there are no heads to be read or edited. "
         if site in ("q", "k", "v") and any(hasattr(attention, "hook_kv_latent") for attention in attentions):
@@ -118,9 +118,7 @@ class Surface(Facts):
     @checked
     def width_of(self, site: str, layer: int | None = None) -> int:
         """Entries of a site's last axis: `d_model`, `d_head`, or the MLP's neurons; the most of any layer if none is given."""
-        site = get_site(site).name
-        layers = self.layers_with(site) if layer is None else (layer,)
-        return max((self._sizes[site, at][-1] for at in layers if (site, at) in self._sizes), default=0)
+        return self.stack.width_of(site, layer)
 
     def site_size(self, site: str, dim: str, length: int, layer: int | None = None) -> int:
         """How long the axis `dim` of a site's activation is, for prompts of `length` tokens."""

@@ -117,7 +117,7 @@ class Weights(Facts):
         return torch.stack([mlp_weight(self, layer, which) for layer in range(self.n_layers)])  # type: ignore[misc]
 
     def _all_plain(self, part: str, which: str) -> bool:
-        modules = (getattr(getattr(block, part, None), which, None) for block in self.bridge.blocks)
+        modules = (getattr(getattr(block, part, None), which, None) for block in self.stack.blocks)
         components = (getattr(module, "original_component", None) for module in modules)
         return all(component is None or is_plain(component) for component in components)
 
