@@ -114,8 +114,11 @@ class Prompts:
         return groups
 
     def stack(self, ids: Sequence[int]) -> Int[Tensor, "prompt pos"]:
-        """Some prompts, all of one length, as one tensor."""
-        return torch.stack([self.tokens[i] for i in ids])
+        """Some prompts as one tensor; raises `ValueError` unless they are of one length."""
+        rows = [self.tokens[i] for i in ids]
+        if len({len(row) for row in rows}) != 1:
+            raise ValueError(f"ids: expected prompts of one length, got {sorted({len(row) for row in rows})}")
+        return torch.stack(rows)
 
     def batches(
         self,

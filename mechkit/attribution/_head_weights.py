@@ -58,7 +58,7 @@ def embeddings(model: HookedModel, tokens: Int[Tensor, "token"]) -> Float[Tensor
     position, stream = "pos_embed.hook_out", SITES["resid_pre"].hook_name(0)
     added = adds_positions(model)
     with capture(model, [position, stream] if added else [stream], stop=stream) as kept:
-        model.bridge(tokens[:, None].to(model.device))
+        model.run(tokens[:, None].to(model.device))
     found = kept[stream][:, 0]
     return found - kept[position][:, 0] if added else found
 

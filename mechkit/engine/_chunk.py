@@ -213,7 +213,7 @@ class Chunk:
         if self.state.fallback is None:
             return self.state.model.unembed(run.resid[-1])
         self.state.block_tokens += run.tokens.numel() * self.state.model.n_layers
-        return self.state.model.bridge(run.tokens)
+        return self.state.model.run(run.tokens)
 
     def at_positions(self, per_position: Tensor, prompt: np.ndarray, start: int) -> Tensor:
         """`[row pos …]` -> `[row …]` where the metric reads; `start` is the position of the first."""
@@ -232,7 +232,7 @@ def whole_forward(chunk: Chunk, rows: Rows) -> Float[Tensor, "row pos d_vocab"]:
     state = chunk.state
     whole = replace(rows, start=0)
     with attached_edits(state.model, tuple(state.plan), whole, chunk.lookup):
-        logits = state.model.bridge(chunk.tokens[to_device(rows.prompt, chunk.tokens.device)])
+        logits = state.model.run(chunk.tokens[to_device(rows.prompt, chunk.tokens.device)])
     state.block_tokens += len(rows) * chunk.run.length * state.model.n_layers
     return logits
 
@@ -248,6 +248,6 @@ def whole_streams(
         watched_streams(model) as streams,
         unembedding_only(model, lambda stream: read(stream)[:, None]) as taken,
     ):
-        logits = taken(model.bridge(chunk.tokens[to_device(rows.prompt, chunk.tokens.device)]))
+        logits = taken(model.run(chunk.tokens[to_device(rows.prompt, chunk.tokens.device)]))
     state.block_tokens += len(rows) * chunk.run.length * model.n_layers
     return streams, logits[:, 0]

@@ -229,7 +229,7 @@ class GradientRuns:
         """What the first block reads, from `start` on. No block is run."""
         read = ("resid_pre", 0)
         with capture(self.model, [read], stop=read) as kept:
-            self.model.bridge(tokens)
+            self.model.run(tokens)
         return kept[read][:, self.start :]
 
     def forward(
@@ -321,7 +321,7 @@ class GradientRuns:
             handles.append(self.model.stack.blocks[-1].register_forward_hook(keep_final))
             try:
                 with unembedding_only(self.model, lambda stream: stream[:, -1:]):  # these logits are a check, no more
-                    logits = self.model.bridge(tokens)
+                    logits = self.model.run(tokens)
             finally:
                 for handle in handles:
                     handle.remove()

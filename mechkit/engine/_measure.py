@@ -179,4 +179,4 @@ def _logits(model: HookedModel, prompts: Prompts, metric: CallableMetric) -> Flo
     check_metric(model, prompts, metric, ("clean",))
     at_once = Budget.of(model, None).prompts_at_once(model, len(prompts.tokens[0]), [])
     tokens = torch.stack(prompts.tokens).to(model.device)
-    return torch.cat([widen(model.bridge(some)) for some in tokens.split(at_once)])
+    return torch.cat([widen(model.run(some)) for some in tokens.split(at_once)])

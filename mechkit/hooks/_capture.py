@@ -1,7 +1,7 @@
 """Keeping what a run computes at some sites: the one way in which mechkit looks at activations.
 
     with capture(model, [("z", 3), "ln_final.hook_normalized"]) as kept:
-        model.bridge(tokens)
+        model.run(tokens)
     kept["z", 3]
 
 `keepers` gives the hooks alone, for a run that takes a list of them.

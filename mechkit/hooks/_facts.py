@@ -1,14 +1,18 @@
-"""What a model says of itself: its sizes, where it is, and in what mode."""
+"""A model's sizes, where it is, in what mode; and the one call that runs it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mechkit.hooks._context import context_of
 from mechkit.hooks._devices import input_device
+from mechkit.hooks._lock import one_at_a_time
 from mechkit.hooks._stack import Stack
+from mechkit.prompts import Prompts
 
 
 class Facts:
@@ -19,6 +23,22 @@ class Facts:
     bridge: Any
     name: str
     stack: Stack
+
+    @one_at_a_time
+    def run(self, prompts: Prompts | Tensor, ids: Sequence[int] | None = None, **more: Any) -> Tensor:
+        """One forward pass as it is, hooks and all: the one call by which anything in mechkit runs the model.
+
+        Args:
+            prompts: Prompts, of which `ids` (default all) have one length; or token ids `[batch pos]`, on the model's device.
+            **more: For TransformerLens's bridge, such as `attention_mask` or `past_key_values`.
+
+        Returns:
+            What the bridge returns: logits `[batch pos d_vocab]`.
+        """
+        if isinstance(prompts, Prompts):
+            prompts = prompts.stack(range(len(prompts)) if ids is None else ids).to(self.device)
+        found: Tensor = self.bridge(prompts, **more)
+        return found
 
     @property
     def cfg(self) -> Any:

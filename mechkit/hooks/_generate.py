@@ -159,12 +159,10 @@ class Generate(Text):
         cache: Any = None
         while True:
             if keeps:
-                logits, cache = self.bridge(
-                    unread, return_type="logits_and_cache", use_cache=True, past_key_values=cache
-                )
+                logits, cache = self.run(unread, return_type="logits_and_cache", use_cache=True, past_key_values=cache)
                 keeps = cache is not None
             else:
-                logits = self.bridge(tokens)
+                logits = self.run(tokens)
             chosen = choice.next_tokens(logits[:, -1].to(tokens.device), generators)
             yield chosen
             unread = chosen[:, None]

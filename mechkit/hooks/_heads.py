@@ -69,7 +69,7 @@ def _recorded(model: HookedModel, tokens: Tensor) -> dict[int, dict[str, Tensor]
         if site not in SITES or model.has_site(site, layer)
     }
     with capture(model, [name for name in places if name in points], partly=True) as kept:
-        model.bridge(tokens)
+        model.run(tokens)
     found: dict[int, dict[str, Tensor]] = {layer: {} for layer in range(model.n_layers)}
     for name, activation in kept.items():
         layer, site = places[name]

@@ -241,7 +241,7 @@ class HookedModel(Surface, Weights, Generate):
                     "next-token loss; ask for logits"
                 )
             mask = self._padding_of(tokens, mask)
-        logits = self.bridge(tokens, attention_mask=None if mask is None else self._masks.needed(mask))
+        logits = self.run(tokens, attention_mask=None if mask is None else self._masks.needed(mask))
         if mask is not None and self.dtype == torch.float64:
             check_float64(logits, mask)
         if return_type == "logits":

@@ -96,7 +96,7 @@ def first_nonfinite(
                 handles.append(block.register_forward_pre_hook(look_at_input(layer), with_kwargs=True))
             if getattr(bridge, "ln_final", None) is not None:
                 handles.append(bridge.ln_final.register_forward_hook(lambda _, args, out: look(FINAL_NORM, None, out)))
-            look(LOGITS, None, bridge(tokens[None].to(model.device)))
+            look(LOGITS, None, model.run(tokens[None].to(model.device)))
         finally:
             for handle in handles:
                 handle.remove()

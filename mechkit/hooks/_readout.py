@@ -330,7 +330,7 @@ def readout_error(model: HookedModel, run: Run, n: int = 4) -> float:
         return torch.inf
     off = _difference(model.unembed(run.resid[-1][:n, -1]), run.last_logits[:n])
     if known is None and off < torch.inf:
-        off = max(off, _difference(model.unembed(run.resid[-1][:1]), model.bridge(run.tokens[:1])))
+        off = max(off, _difference(model.unembed(run.resid[-1][:1]), model.run(run.tokens[:1])))
     return off
 
 

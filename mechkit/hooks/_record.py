@@ -115,7 +115,7 @@ def _record(
                 for block in model.stack.blocks:
                     handles.append(block.register_forward_pre_hook(keep_call, with_kwargs=True))
             with watched_streams(model, blocks) as resid, unembedding_only(model, lambda stream: stream[:, -1:]):
-                logits = model.bridge(tokens, **({} if cache is None else {"past_key_values": cache}))
+                logits = model.run(tokens, **({} if cache is None else {"past_key_values": cache}))
         finally:
             for handle in handles:
                 handle.remove()

@@ -44,7 +44,7 @@ def check_logits(model: HookedModel, probe: Tensor) -> float:
     """The largest relative difference from the Hugging Face model's logits; raises `ValueError` if it is not rounding."""
     tokens = probe_tokens(probe.shape[-1], probe.shape[1]).to(model.device)
     with torch.no_grad():
-        logits = model.bridge(tokens)
+        logits = model.run(tokens)
     difference = _relative(logits, probe)
     if difference != difference and (where := _nonfinite_weight(model)) is not None:
         raise ValueError(
@@ -76,7 +76,7 @@ def _adapter(model: HookedModel) -> str | None:
 def validate(model: HookedModel, probe: Tensor | None) -> ValidationReport:
     """Runs all checks. Raises `ValueError` at the first that fails."""
     tokens = probe_tokens(model.d_vocab, model.n_ctx).to(model.device)
-    logits = model.bridge(tokens)
+    logits = model.run(tokens)
     run = record(model, tokens, blocks=False)
     return ValidationReport(
         logits=None if probe is None else check_logits(model, probe),
@@ -134,5 +134,5 @@ def _allowed(model: HookedModel, difference: float) -> float:
     if difference <= allowed or model.dtype != torch.float64:
         return allowed
     with torch.no_grad(), ObservedDtypes() as seen:
-        model.bridge(probe_tokens(model.d_vocab, model.n_ctx).to(model.device))
+        model.run(probe_tokens(model.d_vocab, model.n_ctx).to(model.device))
     return allowed if seen.coarsest(model.dtype) == torch.float64 else PARTLY_FLOAT32
