@@ -9,32 +9,33 @@ import torch
 
 import mechkit as mk
 from helpers.families import FAMILIES
-from helpers.reference import activations, patched_logits
+from helpers.reference import Cell, activations, patched_logits
 from helpers.tiny import LENGTH, make_model, make_pairs, whole_vocabulary
 from mechkit.hooks import SITES
 
+Runs = list[tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]]
 
-def naive(model: mk.HookedModel, pairs: mk.PromptPairs, metric: mk.Metric, site: str, grid: list[dict]) -> torch.Tensor:
-    """One forward pass a cell and prompt; NaN where the prompt has no such position."""
+
+def runs_of(model: mk.HookedModel, pairs: mk.PromptPairs) -> Runs:
+    """Every activation of each pair's two runs: the clean one, which cells are taken from, and the corrupted one."""
+    both = zip(pairs.clean.tokens, pairs.corrupted.tokens, strict=True)
+    return [(activations(model.bridge, clean[None]), activations(model.bridge, bad[None])) for clean, bad in both]
+
+
+def naive(
+    model: mk.HookedModel, pairs: mk.PromptPairs, metric: mk.Metric, site: str, grid: list[dict], runs: Runs
+) -> torch.Tensor:
+    """`[cell prompt]`: a whole forward pass for each cell and prompt; NaN where the prompt has no such position."""
     answers = torch.full((len(grid), len(pairs)), torch.nan, dtype=torch.float64)
-    for j, (clean, corrupted) in enumerate(zip(pairs.clean.tokens, pairs.corrupted.tokens, strict=True)):
-        source, base = activations(model.bridge, clean[None]), activations(model.bridge, corrupted[None])
-        for i, at in enumerate(grid):
-            if at.get("pos") is not None and at["pos"] >= len(clean):
+    for j, (tokens, (source, base)) in enumerate(zip(pairs.corrupted.tokens, runs, strict=True)):
+        for layer in range(model.n_layers):
+            here = [i for i, at in enumerate(grid) if at["layer"] == layer and (at.get("pos") or 0) < len(tokens)]
+            if not here:
                 continue
-            logits = patched_logits(
-                model.bridge,
-                corrupted[None],
-                base,
-                source,
-                site,
-                at["layer"],
-                at.get("head"),
-                at.get("pos"),
-                at.get("neuron"),
-            )
-            row = logits[metric.positions[j]][None]
-            answers[i, j] = metric.read(row, torch.tensor([j]), None)
+            cells = [Cell(grid[i].get("head"), grid[i].get("pos"), grid[i].get("neuron")) for i in here]
+            logits = patched_logits(model.bridge, tokens[None], base, source, site, layer, cells)
+            rows = logits[:, metric.positions[j]]
+            answers[here, j] = metric.read(rows, torch.full((len(here),), j), None).double()
     return answers
 
 
@@ -44,8 +45,14 @@ def sizes(model: mk.HookedModel, site: str) -> dict[str, int]:
 
 
 def compare(
-    model: mk.HookedModel, pairs: mk.PromptPairs, site: str, over: str, tolerance: float, position: str = "END"
-):
+    model: mk.HookedModel,
+    pairs: mk.PromptPairs,
+    site: str,
+    over: str,
+    tolerance: float,
+    position: str = "END",
+    runs: Runs | None = None,
+) -> mk.Result:
     metric = whole_vocabulary(pairs, position)
     result = mk.activation_patching(model, pairs, metric, site=site, over=over, progress=False)
     assert result.provenance["replay"] == "suffix", result.provenance["replay"]
@@ -54,7 +61,7 @@ def compare(
         dict(zip(dims, labels, strict=True))
         for labels in itertools.product(*(range(sizes(model, site)[dim]) for dim in dims))
     ]
-    expected = naive(model, pairs, metric, site, grid)
+    expected = naive(model, pairs, metric, site, grid, runs or runs_of(model, pairs))
     found = result.values.reshape(expected.shape).double()
     assert torch.equal(found.isnan(), expected.isnan())
     scale = max(1.0, float(expected.nan_to_num().abs().max())) if tolerance > 1e-9 else 1.0
@@ -64,6 +71,17 @@ def compare(
     return result
 
 
+def alone(model: mk.HookedModel, pairs: mk.PromptPairs, site: str, runs: Runs, tolerance: float) -> None:
+    """The naive way does not depend on what else is in its batch: three cells' rows are those of passes of one cell."""
+    tokens, (source, base) = pairs.corrupted.tokens[1][None], runs[1]
+    heads = sizes(model, site)["head"] if "head" in SITES[site].dims else None
+    cells = [Cell(None if heads is None else pos % heads, pos) for pos in range(LENGTH)]
+    for layer, i in ((0, 4), (1, 6), (model.n_layers - 1, 5)):
+        together = patched_logits(model.bridge, tokens, base, source, site, layer, cells)[i]
+        by_itself = patched_logits(model.bridge, tokens, base, source, site, layer, cells[i : i + 1])[0]
+        assert torch.allclose(together, by_itself, atol=tolerance * max(1.0, float(by_itself.abs().max())), rtol=0)
+
+
 def answers_of_base(result: mk.Result) -> torch.Tensor:
     return result.baseline["corrupted"][None].double()
 
@@ -71,10 +89,12 @@ def answers_of_base(result: mk.Result) -> torch.Tensor:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_site_layer_head_and_position(family):
     model, pairs = make_model(family), make_pairs()
-    tolerance = 1e-4 if family == "mixtral" else 1e-10
+    runs, tolerance = runs_of(model, pairs), 1e-4 if family == "mixtral" else 1e-10
     for site in model.sites:
         if SITES[site].in_block:
-            compare(model, pairs, site, "layer pos head" if "head" in SITES[site].dims else "layer pos", tolerance)
+            over = "layer pos head" if "head" in SITES[site].dims else "layer pos"
+            compare(model, pairs, site, over, tolerance, runs=runs)
+            alone(model, pairs, site, runs, tolerance)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "gptj", "falcon"])
@@ -106,7 +126,9 @@ def test_neurons(family):
     result = mk.activation_patching(
         model, pairs, metric, site="mlp_post", over="layer neuron", layers=[1], neurons=[0, 5, 11], progress=False
     )
-    expected = naive(model, pairs, metric, "mlp_post", [{"layer": 1, "neuron": n} for n in (0, 5, 11)])
+    expected = naive(
+        model, pairs, metric, "mlp_post", [{"layer": 1, "neuron": n} for n in (0, 5, 11)], runs_of(model, pairs)
+    )
     assert torch.allclose(result.values[0].double(), expected, atol=1e-10, rtol=0)
     assert float((expected - answers_of_base(result)).abs().max()) > 1e-4
 
