@@ -56,8 +56,8 @@ class Material:
 
     @cached_property
     def hf(self) -> Any:
-        from families import FAMILIES as KNOWN
-        from families import GQA, build_of
+        from helpers.families import FAMILIES as KNOWN
+        from helpers.families import GQA, build_of
 
         kinds = {"layer_types": ["conv", "full_attention", "full_attention"], "block_ff_dim": 48}
         of_this_file = {  # one that looks ahead, so that nothing can be replayed, and one with layers of two kinds

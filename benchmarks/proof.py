@@ -3,11 +3,11 @@
     python benchmarks/proof.py [--seeds 0 1 2 3 4] [--families gpt2 llama …] [--dtypes float64 bfloat16 float16] [--json out.json]
     python benchmarks/proof.py --cost [--json out.json]
 
-Defects (`tests/planted.py`) are planted into the replay, one by one, in every kind of sweep of every family and seed: tiny random
-models. Whole forward passes give what is right. A defect *moves* a sweep if some cell is off by more than `--tolerance` when the
-replay is believed without a proof; it is *refuted* if the values with the proof are right, or if the sweep refuses to answer.
-In half precision a cell may be off by as much as the right replay is off from whole passes, thrice; what moves less cannot be
-told apart from rounding, and is listed.
+Defects (`tests/helpers/planted.py`) are planted into the replay, one by one, in every kind of sweep of every family and seed:
+tiny random models. Whole forward passes give what is right. A defect *moves* a sweep if some cell is off by more than
+`--tolerance` when the replay is believed without a proof; it is *refuted* if the values with the proof are right, or if the sweep
+refuses to answer. In half precision a cell may be off by as much as the right replay is off from whole passes, thrice; what moves
+less cannot be told apart from rounding, and is listed.
 
 `--cost` counts the block-tokens of the proof in three sweeps of SmolLM2: every head, the stream by position, heads by position.
 """
@@ -32,7 +32,7 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.
 
 
 def main() -> None:
-    from families import FAMILIES
+    from helpers.families import FAMILIES
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def defects(args: argparse.Namespace) -> dict[str, Any]:
-    from planted import DEFECTS
+    from helpers.planted import DEFECTS
 
     began, report = time.perf_counter(), {}
     for dtype in args.dtypes:
@@ -96,9 +96,9 @@ def defects(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def one_model(family: str, seed: int, dtype: torch.dtype) -> Any:
-    from families import build_hf
-    from planted import DEFECTS, SWEEPS, off, outcome, swept
-    from test_exact import make_pairs, whole_vocabulary
+    from helpers.families import build_hf
+    from helpers.planted import DEFECTS, SWEEPS, off, outcome, swept
+    from helpers.tiny import make_pairs, whole_vocabulary
 
     if family == "smollm2":
         model = mk.HookedModel.from_pretrained("smollm2-135m", device="cpu", dtype=dtype)

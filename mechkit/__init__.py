@@ -1,7 +1,7 @@
 """mechkit: mechanistic interpretability with exact, fast sweeps, labelled results and pictures that one can trust.
 
 A name is loaded when it is first asked for, so that `import mechkit` takes no time. `__init__.pyi` has the same names, for
-editors and type checkers; `tests/test_names.py` compares the two.
+editors and type checkers; `tests/package/test_names.py` compares the two.
 """
 
 import importlib as _importlib

@@ -10,10 +10,10 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import jaxtyping
 import pytest
 import torch
-from shapes import instrument_shapes_alone
+
+from helpers.shapes import instrument_shapes_alone, unchecked
 
 instrument_shapes_alone()
 
@@ -23,17 +23,6 @@ for _name in ("attribution", "circuits", "hooks", "plot", "tasks", "zoo"):
     getattr(mk, _name)  # loaded here, so that what the import of another library warns of is no test's failure
 
 _raises = pytest.raises
-
-
-@contextmanager
-def unchecked() -> Iterator[None]:
-    """Shape and type checks are off inside, so that a wrong argument reaches the library's own check."""
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        yield
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", before)
 
 
 @contextmanager
