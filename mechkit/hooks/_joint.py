@@ -5,7 +5,7 @@ model, into layers with parameters of their own. Those would stay behind when th
 
 1. what TransformerLens's split does to a matrix whose rows are numbered says which rows each part has;
 2. in place of each part stands a layer without parameters, whose weight is these rows. Where they are next to each other it is a
-   view. Elsewhere the rows are gathered once, and again when the joint matrix has changed or a gradient has to reach it.
+   view; where each head's three are (GPT-NeoX, BLOOM), the rows are gathered in each forward pass, so that none is out of date.
 
 Every part is compared with what TransformerLens made. One that differs is left as it was, and so are joint projections that are
 no linear layers, and those whose weights are put away (`device_map`).
@@ -46,7 +46,6 @@ class JointPart(nn.Linear):
     _joint: Joint
     _rows: slice | Tensor
     _own_bias: nn.Parameter | None
-    _gathered: dict[str, tuple[Any, Tensor]]
 
     def __init__(self, joint: Joint, rows: Int[Tensor, "out"], bias: nn.Parameter | None) -> None:
         nn.Module.__init__(self)
@@ -54,35 +53,28 @@ class JointPart(nn.Linear):
         in_a_row = torch.equal(rows, torch.arange(first, first + n))
         self.__dict__["_joint"] = joint  # no child: it is one of the model's modules already
         self.__dict__["_rows"] = slice(first, first + n) if in_a_row else rows
-        self.__dict__["_gathered"] = {}
         self.register_parameter("_own_bias", bias)
         self.out_features, self.in_features = n, int(self._outputs(joint.weight).shape[1])
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        return self._part("weight", self._joint.weight)
+        return self._part(self._joint.weight)
 
     @property
     def bias(self) -> Tensor | None:  # type: ignore[override]
         bias = self._joint.bias
-        return self._own_bias if bias is None else self._part("bias", bias)
+        return self._own_bias if bias is None else self._part(bias)
 
     def _outputs(self, x: Tensor) -> Tensor:
         """A weight with the outputs first."""
         return x if x.ndim == 1 or isinstance(self._joint, nn.Linear) else x.T
 
-    def _part(self, name: str, x: Tensor) -> Tensor:
-        rows, by_output = self._rows, self._outputs(x)
-        if isinstance(rows, slice):
-            return by_output[rows]
-        if x.requires_grad and torch.is_grad_enabled():
-            return by_output[rows.to(x.device)]
-        state = None if x.is_inference() else (x.data_ptr(), x._version, x.dtype, x.device)
-        kept = self._gathered.get(name)
-        if kept is None or state is None or kept[0] != state:
-            with torch.inference_mode(x.is_inference()):  # else what is kept could not be used outside of it
-                kept = self._gathered[name] = state, by_output.detach()[rows.to(x.device)]
-        return kept[1]
+    def _part(self, x: Tensor) -> Tensor:
+        if isinstance(self._rows, slice):
+            return self._outputs(x)[self._rows]
+        if self._rows.device != x.device:
+            self.__dict__["_rows"] = self._rows.to(x.device)
+        return self._outputs(x).index_select(0, self._rows)
 
 
 def read_joint_projections(bridge: nn.Module) -> None:
@@ -91,7 +83,7 @@ def read_joint_projections(bridge: nn.Module) -> None:
     for component in list(bridge.modules()):
         for method, whole, names in _SPLITS:
             split = getattr(component, method, None)
-            joint: Joint = getattr(component._modules.get(whole), "original_component", None)
+            joint = _joint_of(component, whole)
             parts = [component._modules.get(name) for name in names]
             if not callable(split) or not _is_at_hand(joint) or None in parts:
                 continue
@@ -102,6 +94,14 @@ def read_joint_projections(bridge: nn.Module) -> None:
             if key not in numbered:
                 numbered[key] = _rows(split, component._modules["_original_component"], joint, own)
             _replace(parts, own, joint, numbered[key])
+
+
+def _joint_of(component: nn.Module, whole: str) -> Joint:
+    """The joint projection: the one that TransformerLens has wrapped, or that it names and does not wrap (`gate_up_proj`)."""
+    wrapped = component._modules.get(whole)
+    if wrapped is not None:
+        return getattr(wrapped, "original_component", None)
+    return getattr(component._modules.get("_original_component"), str(getattr(component, "fused_attr", None)), None)
 
 
 def _is_at_hand(joint: Any) -> bool:
