@@ -250,9 +250,18 @@ def shared(hf: Any) -> None:
     hf.model.layers[2].mlp = hf.model.layers[1].mlp
 
 
+class Notes:
+    """Something that cannot be copied, and refers to a module."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.lock, self.layer = threading.Lock(), layer
+
+
 def locked(hf: Any) -> None:
-    hf.model.layers[1].guard = threading.Lock()
-    hf.notes = {"lock": threading.Lock(), "layer": hf.model.layers[0]}
+    """Things that no copy can be made of, and a module that is run through what keeps them."""
+    layer, own = hf.model.layers[1], hf.model.layers[1].mlp.forward
+    layer.guard, layer.notes = threading.Lock(), {"notes": Notes(layer.mlp)}
+    layer.mlp.forward = lambda x: own(x) if layer.notes else x
 
 
 def frozen(hf: Any) -> None:
@@ -283,6 +292,36 @@ def test_what_was_done_to_the_modules_is_in_the_copy(change):
     with torch.no_grad():
         for p in hf.parameters():
             p.mul_(0.9)
+    same_as(model, hf)
+
+
+def test_what_cannot_be_copied_is_shared_and_what_refers_to_modules_is_not():
+    hf = build("llama")
+    locked(hf)
+    copied = mk.HookedModel.from_hf(hf).bridge.blocks[1].original_component
+    assert copied.guard is hf.model.layers[1].guard
+    notes, theirs = copied.notes["notes"], hf.model.layers[1].notes["notes"]
+    assert notes is not theirs
+    assert notes.lock is theirs.lock
+    assert notes.layer is not theirs.layer
+
+
+def test_weights_that_transformer_lens_changes_are_the_copys(monkeypatch):
+    """As its adapter of Baichuan 2 does, whose code comes with the model."""
+    from transformer_lens.model_bridge.supported_architectures.llama import LlamaArchitectureAdapter
+
+    def prepare_model(self: Any, hf_model: Any) -> None:
+        hf_model.lm_head.weight.data = nn.functional.normalize(hf_model.lm_head.weight.data, dim=-1)
+
+    hf = build("llama")
+    with torch.no_grad():
+        hf.lm_head.weight.copy_(nn.functional.normalize(hf.lm_head.weight, dim=-1))  # so that it computes the same
+    before, expected = state(hf), logits(hf)
+    monkeypatch.setattr(LlamaArchitectureAdapter, "prepare_model", prepare_model)
+    model = mk.HookedModel.from_hf(hf)
+    assert model.bridge.original_model.lm_head.weight is not hf.lm_head.weight
+    assert state(hf) == before
+    assert torch.equal(logits(hf), expected)
     same_as(model, hf)
 
 

@@ -36,7 +36,7 @@ def shared_tree(model: nn.Module) -> Iterator[nn.Module]:
     modules = [one for one in found if isinstance(one, nn.Module)]
     memo: dict[int, Any] = {id(one): one for one in found if isinstance(one, Tensor)}
     memo |= {id(fn): fn for module in modules for kind in _HOOKS for fn in vars(module)[kind].values()}
-    memo, copied = _copied(model, memo, [one for one in found if not isinstance(one, nn.Module | Tensor)])
+    memo, copied = _copied(model, memo, found)
     copies = {id(module): memo[id(module)] for module in modules if id(module) in memo}
     for one in list(copies.values()):
         own = vars(one)
@@ -44,14 +44,28 @@ def shared_tree(model: nn.Module) -> Iterator[nn.Module]:
             for key, fn in kept.items():
                 if kept is not own or isinstance(fn, FunctionType):
                     kept[key] = rebound(fn, copies)
+    before = [(parameter, parameter.data) for parameter in model.parameters()]
     yield copied
-    for module in modules:
+    for parameter, data in before:
+        if parameter.data_ptr() != data.data_ptr():
+            _part_with(parameter, data, copied)
+    for module in (one for one in modules if id(one) in copies):
         mine, theirs = copies[id(module)], module._buffers
         unchanged = mine._buffers.keys() == theirs.keys() and all(mine._buffers[key] is theirs[key] for key in theirs)
         if theirs and unchanged and not follows_the_prompt(module):
             mine.__dict__["_buffers"] = theirs
             if not hasattr(module, "_hf_hook"):  # accelerate may fetch them
                 mine.register_forward_pre_hook(_check_buffers)
+
+
+def _part_with(parameter: nn.Parameter, data: Tensor, copied: nn.Module) -> None:
+    """Gives a copy a parameter of its own where TransformerLens has put other values into the shared one (Baichuan's head, whose
+    rows it normalizes), and the user's model its values back."""
+    own = nn.Parameter(parameter.data, requires_grad=parameter.requires_grad)
+    parameter.data = data
+    for module in copied.modules():
+        for name in [name for name, one in module._parameters.items() if one is parameter]:
+            module._parameters[name] = own
 
 
 def _check_buffers(module: nn.Module, args: Any) -> None:
@@ -74,13 +88,18 @@ def follow_weight(module: nn.Module, args: Any) -> None:
         module._buffers["bias"] = bias.to(weight)
 
 
-def _copied(model: nn.Module, memo: dict[int, Any], others: list[Any]) -> tuple[dict[int, Any], nn.Module]:
+def _copied(model: nn.Module, memo: dict[int, Any], found: list[Any]) -> tuple[dict[int, Any], nn.Module]:
     """`copy.deepcopy`, and what became of each object. What cannot be copied (a lock, a file) is shared as tensors are."""
+    done = dict(memo)
     try:
-        done = dict(memo)
         return done, copy.deepcopy(model, done)
     except Exception:
-        done = memo | {id(one): one for one in others if not _copies(one, memo)}
+        done = memo | {id(one): one for one in found if isinstance(one, nn.Module)}
+    shared = dict(memo)
+    for one in reversed(found):  # what is inside of an object comes behind it
+        if not isinstance(one, nn.Module | Tensor | dict | list | tuple | set | frozenset) and not _copies(one, done):
+            shared[id(one)] = done[id(one)] = one
+    done = shared
     try:
         return done, copy.deepcopy(model, done)
     except Exception as error:
@@ -92,9 +111,9 @@ def _copied(model: nn.Module, memo: dict[int, Any], others: list[Any]) -> tuple[
 
 
 def _copies(one: Any, memo: dict[int, Any]) -> bool:
-    """Whether an object can be copied, the modules that it refers to aside."""
+    """Whether an object can be copied, but for what `memo` has already."""
     try:
-        copy.deepcopy(one, memo | {id(module): module for module in _reached(one) if isinstance(module, nn.Module)})
+        copy.deepcopy(one, dict(memo))
     except Exception:
         return False
     return True
