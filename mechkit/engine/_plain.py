@@ -55,7 +55,7 @@ def _without_bridges(module: nn.Module, attention: Attention) -> nn.Module:
     plain._modules = {}
     for name in ("forward", "_old_forward"):
         if name in plain.__dict__:
-            plain.__dict__[name] = rebound(plain.__dict__[name], module, plain)
+            plain.__dict__[name] = rebound(plain.__dict__[name], {id(module): plain})
     if attention != "eager" and "config" in plain.__dict__:
         config: Any = copy.copy(plain.__dict__["config"])
         config._attn_implementation_internal = attention  # the setter would change nested configs, which are shared

@@ -275,7 +275,9 @@ def _advice(model: HookedModel) -> str:
     implementation = getattr(model.bridge.original_model.config, "_attn_implementation", "eager")
     if implementation in ("eager", None):
         return ""
-    return f'; set_attn_implementation("eager") on the Hugging Face model (it is {implementation!r}) makes it replay'
+    return (
+        f'; model.bridge.original_model.set_attn_implementation("eager") makes it replay (it is {implementation!r} now)'
+    )
 
 
 # -- edited rows, as a whole -------------------------------------------------------------------------------------------

@@ -320,7 +320,7 @@ def _how_to_reach(model: HookedModel, site: str) -> str:
     if site in ("pattern", "attn_scores") and implementation not in ("eager", None):
         return (
             f" Its attention implementation is {implementation!r}, which never writes a pattern down: call "
-            'set_attn_implementation("eager") on the Hugging Face model'
+            'model.bridge.original_model.set_attn_implementation("eager")'
         )
     if site == "result" and getattr(model.cfg, "use_attn_result", False):
         return " The bridge's flag use_attn_result is on: call model.bridge.set_use_attn_result(False)"

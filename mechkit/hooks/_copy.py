@@ -35,32 +35,56 @@ def deep_copy(bridge: nn.Module, attributes: dict[str, Any], memo: dict[int, Any
     for module in copied["bridge"].modules():
         forward = module.__dict__.get("forward")
         if isinstance(forward, FunctionType):
-            module.__dict__["forward"] = _rebound(forward, memo)
+            module.__dict__["forward"] = rebound(forward, memo)
     lock_of(copied["bridge"]).timeout = lock_of(bridge).timeout
     return copied
 
 
-def _rebound(fn: FunctionType, memo: dict[int, Any]) -> FunctionType:
-    """A function that remembers the copies of the objects that `fn` remembers."""
+def rebound(fn: Any, copies: dict[int, Any]) -> Any:
+    """A function, method or partial that remembers the copies of the objects that `fn` remembers; `fn` itself if there are none.
 
-    def copied(cell: CellType) -> CellType:
-        inner = cell.cell_contents
-        return CellType(_rebound(inner, memo) if isinstance(inner, FunctionType) else memo.get(id(inner), inner))
+    Args:
+        fn: The function. Anything else is looked up.
+        copies: The id of an object -> its copy.
+    """
+    if id(fn) in copies:
+        return copies[id(fn)]
+    if isinstance(fn, MethodType):
+        owner = copies.get(id(fn.__self__), fn.__self__)
+        return fn if owner is fn.__self__ else MethodType(fn.__func__, owner)
+    if isinstance(fn, partial):
+        inside = (fn.func, *fn.args, *fn.keywords.values())
+        func, *values = (rebound(one, copies) for one in inside)
+        if all(new is old for new, old in zip((func, *values), inside, strict=True)):
+            return fn
+        n = len(fn.args)
+        return partial(func, *values[:n], **dict(zip(fn.keywords, values[n:], strict=True)))
+    return _function(fn, copies) if isinstance(fn, FunctionType) else fn
 
-    closure = None if fn.__closure__ is None else tuple(copied(cell) for cell in fn.__closure__)
-    again = FunctionType(fn.__code__, fn.__globals__, fn.__name__, fn.__defaults__, closure)
-    again.__dict__.update(fn.__dict__)
-    again.__kwdefaults__ = fn.__kwdefaults__
+
+def _function(fn: FunctionType, copies: dict[int, Any]) -> FunctionType:
+    copies[id(fn)] = fn  # it may remember itself
+    cells, defaults = fn.__closure__ or (), fn.__defaults__ or ()
+    named, further = fn.__kwdefaults__ or {}, fn.__dict__
+    inside = (*(_content(cell) for cell in cells), *defaults, *named.values(), *further.values())
+    values = [rebound(one, copies) for one in inside]
+    if all(new is old for new, old in zip(values, inside, strict=True)):
+        return fn
+    # A cell whose content stays is kept itself: others may write to it.
+    n, m, k = len(cells), len(cells) + len(defaults), len(cells) + len(defaults) + len(named)
+    closure = tuple(
+        cell if new is old else CellType(new) for cell, new, old in zip(cells, values[:n], inside[:n], strict=True)
+    )
+    again = FunctionType(fn.__code__, fn.__globals__, fn.__name__, tuple(values[n:m]) or None, closure or None)
+    again.__kwdefaults__ = dict(zip(named, values[m:k], strict=True)) or None
+    again.__dict__.update(zip(further, values[k:], strict=True))
+    again.__module__, again.__qualname__, again.__doc__ = fn.__module__, fn.__qualname__, fn.__doc__
+    copies[id(fn)] = again
     return again
 
 
-def rebound(forward: Any, module: nn.Module, plain: nn.Module) -> Any:
-    """A replaced `forward` of a module, as one of its copy: else the copy would run the module with its bridges.
-
-    TransformerLens replaces Falcon's with a bound method; accelerate wraps those of modules that it moves in a `partial`.
-    """
-    if isinstance(forward, MethodType) and forward.__self__ is module:
-        return MethodType(forward.__func__, plain)
-    if isinstance(forward, partial) and forward.args and forward.args[0] is module:
-        return partial(forward.func, plain, *forward.args[1:], **forward.keywords)
-    return forward
+def _content(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # nothing was put there yet
+        return None

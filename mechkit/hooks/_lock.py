@@ -1,6 +1,7 @@
 """One call at a time: hooks that one thread has attached would fire in another thread's forward passes.
 
-1. Each model has one lock. It belongs to the Hugging Face modules underneath, so that whatever wraps the same modules shares it.
+1. Each model has one lock. It belongs to the Hugging Face modules underneath, or to the user's model of the same weights, so that
+   whatever wraps the same modules or weights shares it.
 2. Whatever runs the model, attaches hooks to it or changes its state holds the lock meanwhile; the thread that holds it may
    take it again. Public techniques hold it from beginning to end (`one_at_a_time`), `model.hooks()` until its body is left.
 3. Other threads wait their turn, first come, first served. They wait as long as the holder gets on with its work. If it does
@@ -149,6 +150,12 @@ def lock_of(bridge: Any) -> ModelLock:
         if found is None:
             found = _locks[module] = ModelLock()
     return found
+
+
+def share_lock(bridge: Any, hf_model: nn.Module) -> None:
+    """Makes the lock of a bridge that of the user's model whose weights it shares: all that wrap it wait for each other."""
+    with _finding:
+        _locks[_innermost(bridge)] = _locks.setdefault(hf_model, ModelLock())
 
 
 def _innermost(bridge: Any) -> nn.Module:

@@ -21,7 +21,7 @@ from mechkit.hooks._generate import Generate
 from mechkit.hooks._heads import why_not_heads
 from mechkit.hooks._hooking import NOT_HEADS, HookFunction, Hooks
 from mechkit.hooks._identity import Identity
-from mechkit.hooks._lock import ModelLock, lock_of, one_at_a_time
+from mechkit.hooks._lock import ModelLock, lock_of, one_at_a_time, share_lock
 from mechkit.hooks._loss import mean_loss, next_token_losses
 from mechkit.hooks._padding import check_float64, measure_masks
 from mechkit.hooks._projections import in_place
@@ -32,6 +32,7 @@ from mechkit.hooks._sites import parse_hook_name
 from mechkit.hooks._stack import Stack
 from mechkit.hooks._surface import Names, Surface, measure_sites
 from mechkit.hooks._text import Input
+from mechkit.hooks._tree import shared_tree
 from mechkit.hooks._validate import ValidationReport, check_logits, validate
 from mechkit.hooks._weights import Weights
 
@@ -110,23 +111,41 @@ class HookedModel(Surface, Weights, Generate):
         )
         if "device_map" not in kwargs:
             hf_model = hf_model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        return cls.from_hf(hf_model, tokenizer, name=str(name), revision=revision)
+        probe = _probe(hf_model)
+        return cls(_load.build_bridge(hf_model, tokenizer, str(name)), name=str(name), revision=revision, probe=probe)
 
     @classmethod
     @checked
     def from_hf(
         cls, hf_model: Any, tokenizer: Any | None = None, *, name: str | None = None, revision: str | None = None
     ) -> HookedModel:
-        """Wraps a transformers model that one already has. Its submodules are hooked in place; weights are not copied."""
+        """Wraps a transformers model that one already has, and leaves it as it is.
+
+        What is hooked is a copy of its modules and configuration; no weight is copied. Parameters and buffers are shared, those
+        of joint projections (GPT-2's `c_attn`) included: an optimizer's step, `load_state_dict()`, `.to()` and `.half()` of
+        either are seen by both. Modules, hooks, configuration and mode are the copy's own: `hf_model.train()`, a module that is
+        exchanged later, or `set_attn_implementation()` change `hf_model` alone (`model.bridge.original_model` is the copy). So
+        does what puts new parameters in the place of the old ones, such as `load_state_dict(assign=True)`.
+
+        Args:
+            hf_model: The model, such as a `GPT2LMHeadModel`.
+            tokenizer: Its tokenizer, if texts are to be run.
+            name: What results call it; default its `name_or_path`.
+            revision: Hub revision, to be noted with results.
+
+        Raises:
+            ValueError: its weights are quantized, its modules cannot be copied, TransformerLens cannot hook it, or the hooked
+                model does not compute what `hf_model` computes.
+            TypeError: it is no model of transformers, or the tokenizer is none.
+        """
         _load.check_hf_model(hf_model)
         name = name or getattr(hf_model.config, "name_or_path", "") or type(hf_model).__name__
-        check_plain_weights(hf_model)
-        with torch.no_grad():
-            config = hf_model.config.get_text_config()
-            tokens = _load.probe_tokens(config.vocab_size, context_of(config)).to(input_device(hf_model))
-            with _load.refusing(f"{type(hf_model).__name__} does not run on token ids alone", hf_model):
-                probe = None if hf_model.training else hf_model(tokens).logits
-        return cls(_load.build_bridge(hf_model, tokenizer, name), name=name, revision=revision, probe=probe)
+        _load.check_tokenizer(tokenizer)
+        probe = _probe(hf_model)
+        with shared_tree(hf_model) as copied:
+            bridge = _load.build_bridge(copied, tokenizer, name)
+        share_lock(bridge, hf_model)
+        return cls(bridge, name=name, revision=revision, probe=probe)
 
     @classmethod
     @checked
@@ -370,6 +389,20 @@ class HookedModel(Surface, Weights, Generate):
         """Checks that this model computes what the Hugging Face model computes, that its heads sum to its attention output
         in every layer, and that padding changes nothing. Raises `ValueError` naming what failed, by how much and where."""
         return validate(self, self._probe)
+
+
+def _probe(hf_model: Any) -> Tensor | None:
+    """The logits on `probe_tokens` of a model that nothing was done to yet; `None` in training mode.
+
+    Raises:
+        ValueError: quantized weights, or a model that does not run on token ids alone.
+    """
+    check_plain_weights(hf_model)
+    with torch.no_grad():
+        config = hf_model.config.get_text_config()
+        tokens = _load.probe_tokens(config.vocab_size, context_of(config)).to(input_device(hf_model))
+        with _load.refusing(f"{type(hf_model).__name__} does not run on token ids alone", hf_model):
+            return None if hf_model.training else hf_model(tokens).logits
 
 
 def _code_of(fn: Any) -> int:

@@ -264,7 +264,7 @@ def _twin(module: nn.Module, instead: Mapping[int, nn.Module], made: dict[int, n
         made[id(module)] = twin = copy.copy(module)
         for name in ("forward", "_old_forward"):
             if name in twin.__dict__:
-                twin.__dict__[name] = rebound(twin.__dict__[name], module, twin)
+                twin.__dict__[name] = rebound(twin.__dict__[name], {id(module): twin})
         if hasattr(type(module), "add_hook") and hasattr(module, "fwd_hooks"):  # a hook point
             twin._forward_hooks, twin._forward_pre_hooks, twin._backward_hooks = (OrderedDict() for _ in range(3))
             twin.__dict__.update(fwd_hooks=[], bwd_hooks=[])

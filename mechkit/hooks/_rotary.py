@@ -25,6 +25,13 @@ def forget_lengths(model: nn.Module) -> None:
             _reset(module)
 
 
+def follows_the_prompt(module: nn.Module) -> bool:
+    """Whether a module's buffers are those of the last or the longest prompt: transformers' rotary embeddings of these kinds, and
+    others (of code that comes with a model) that keep tables and grow them."""
+    keeps_a_length = "max_seq_len_cached" in vars(module) and not hasattr(module, "rope_type")
+    return bool(_kinds(module)) or keeps_a_length
+
+
 def _kinds(module: nn.Module) -> dict[str, str]:
     """Prefix of the attributes' names -> kind of rotary embedding, of those that keep something."""
     kind = getattr(module, "rope_type", None)
