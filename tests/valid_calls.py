@@ -341,6 +341,7 @@ def _data(m: Material) -> Calls:
             {"level": 0.9, "n_resamples": 10, "seed": 0, "method": "percentile", "normalized": False},
         ),
         "Result.p_values": (values.p_values, {"n_resamples": 10, "seed": 0, "fdr": True}),
+        "Result.numpy": (values.numpy, {"dims": " ".join(reversed(values.dims))}),
         "Result.save": (values.save, {"path": m.folder / "result.safetensors"}),
         "tasks.ioi": (
             mk.tasks.ioi,
