@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechkit._progress import Progress
 from mechkit.attribution._cells import Axes, Chosen, make_axes, provenance_of, split_prompts
 from mechkit.hooks import SITES, Budget, GradientRuns, HookedModel, check_can_run, check_metric, metric_values
 from mechkit.hooks._nonfinite import where_it_began
@@ -52,6 +53,9 @@ class Study:
     how: str = "suffix"
     proofs: dict[tuple[int, int], str | None] = field(default_factory=dict)
     defer_proof: bool = False  # whether the first unedited runs are to be the proof (`GradientRuns.proved`)
+    progress: bool = False  # whether to show how far it is
+    gradients: int = 1  # how many are taken for each prompt, for the progress
+    bar: Progress | None = None  # while it runs
 
     def __post_init__(self) -> None:
         wide = wide_dtype(self.model.dtype)
@@ -74,18 +78,30 @@ class Study:
 
     def chunks(self) -> Iterator[Chunk]:
         """Prompts that run together: of one length, as many as fit the budget."""
-        first = self.first_differences()
-        for length, ids in sorted(self.base.by_length().items(), reverse=True):  # a proof holds for shorter prompts too
-            ids = sorted(ids, key=lambda i: first[i])
-            while ids:
-                suffix = length - min(first[ids[0]], length - 1)
-                rows = self.budget.prompts_with_gradients(self.model, length, suffix, self.keys)
-                at_once = rows if isinstance(self.metric, Metric) else len(ids)  # a callable sees all prompts together
-                chunk = Chunk.of(self, ids[:at_once], first[ids[0]], rows)
-                yield chunk
-                self.block_tokens += chunk.runs.block_tokens
-                self.how = chunk.runs.how if chunk.runs.how != "suffix" else self.how
-                ids = ids[at_once:]
+        first, done = self.first_differences(), 0
+        with Progress(len(self.base) * self.gradients, "gradient", self.progress) as self.bar:
+            for length, ids in sorted(
+                self.base.by_length().items(), reverse=True
+            ):  # a proof holds for shorter prompts too
+                ids = sorted(ids, key=lambda i: first[i])
+                while ids:
+                    suffix = length - min(first[ids[0]], length - 1)
+                    rows = self.budget.prompts_with_gradients(self.model, length, suffix, self.keys)
+                    at_once = (
+                        rows if isinstance(self.metric, Metric) else len(ids)
+                    )  # a callable sees all prompts together
+                    chunk = Chunk.of(self, ids[:at_once], first[ids[0]], rows)
+                    yield chunk
+                    self.block_tokens += chunk.runs.block_tokens
+                    self.how = chunk.runs.how if chunk.runs.how != "suffix" else self.how
+                    done += len(chunk.ids)
+                    self.bar.reach(done * self.gradients)
+                    ids = ids[at_once:]
+
+    def took_gradients(self, n: int) -> None:
+        """Counts gradients within a chunk of prompts, for the progress."""
+        if self.bar is not None:
+            self.bar.update(n)
 
     def result(self, site: str, **provenance: Any) -> Result:
         """The estimated metric of every patched run, `base + effect`, as `activation_patching` returns the exact one."""
@@ -250,6 +266,7 @@ def make_study(
     direction: Literal["denoise", "noise"],
     chosen: Chosen,
     budget: int | None,
+    progress: bool,
     provenance: Mapping[str, Any],
 ) -> Study:
     """Checks what the user asked for. `ValueError`s name the argument. `provenance`: the variant, and its own arguments."""
@@ -282,6 +299,7 @@ def make_study(
         axes,
         Budget.of(model, budget),
         {"task": pairs.task, "direction": direction, "technique": TECHNIQUE, **provenance},
+        progress=progress,
     )
 
 
@@ -294,6 +312,7 @@ def make_single_study(
     over: str,
     *,
     budget: int | None = None,
+    progress: bool = False,
     **chosen: Unpack[Chosen],
 ) -> Study:
     """The same for methods that look at one run: the clean prompts of pairs."""
@@ -302,7 +321,8 @@ def make_single_study(
     metric = metric_for(metric, prompts)
     check_study(model, metric, {"clean": base})
     room = Budget.of(model, budget)
-    return Study(model, base, None, "clean", None, named, metric, {axes.site.name: axes}, room, {"task": task})
+    axes_of, about = {axes.site.name: axes}, {"task": task}
+    return Study(model, base, None, "clean", None, named, metric, axes_of, room, about, progress=progress)
 
 
 def check_study(model: HookedModel, metric: Metric | CallableMetric, runs: Mapping[str, Prompts]) -> None:

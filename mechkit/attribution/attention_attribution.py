@@ -35,9 +35,9 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from mechkit._check import checked
+from mechkit._progress import Progress
 from mechkit.attribution._cells import position_labels, provenance_of, split_prompts
 from mechkit.hooks import (
     Budget,
@@ -383,7 +383,7 @@ def _attributed(
     memory, every, longest = Budget.of(model, budget), over == "layer pos", int(tokens.lengths.max())
     dtype = wide_dtype(model.dtype)
     values = torch.full((model.n_layers if every else 1, longest, len(tokens)), torch.nan, dtype=dtype)
-    with tqdm(total=len(tokens), disable=None if progress else True, unit="prompt", leave=False, delay=2) as bar:
+    with Progress(len(tokens), "prompt", progress) as bar:
         for length, members in tokens.by_length().items():
             step = len(members) if rule.whole else _prompts_at_once(model, length, memory, rule.gradients)
             for first in range(0, len(members), step):

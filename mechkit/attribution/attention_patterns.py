@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from mechkit._check import checked
+from mechkit._progress import Progress
 from mechkit.attribution._cells import choose_indices, position_labels, provenance_of, split_prompts
 from mechkit.hooks import Budget, HookedModel, check_can_run, one_at_a_time, record, widen
 from mechkit.prompts import PromptPairs, Prompts
@@ -80,7 +80,7 @@ def attention_patterns(
     shape = (*map(len, chosen), longest, longest, len(rows))
     values = torch.full(shape, torch.nan, dtype=widen(torch.zeros((), dtype=model.dtype)).dtype)
     memory = Budget.of(model, budget)
-    with tqdm(total=len(rows), disable=None if progress else True, unit="prompt", leave=False, delay=2) as bar:
+    with Progress(len(rows), "prompt", progress) as bar:
         for length, members in rows.by_length().items():
             at_once = memory.prompts_at_once(model, length, [("pattern", 0)] * 3)
             for first in range(0, len(members), at_once):

@@ -37,6 +37,7 @@ class Options(Chosen, total=False):
 
     direction: Literal["denoise", "noise"]
     budget: int | None
+    progress: bool
 
 
 @overload
@@ -67,6 +68,7 @@ def attribution_patching(
     positions: Sequence[int] | Sequence[str] | None = None,
     neurons: Sequence[int] | None = None,
     budget: int | None = None,
+    progress: bool = True,
 ) -> Result | dict[str, Result]:
     """Estimates, for every node at once, the metric after patching it from the source run into the base run.
 
@@ -80,6 +82,7 @@ def attribution_patching(
         direction: `"denoise"`: gradient at the corrupted run, differences towards the clean run. `"noise"`: the reverse.
         layers, heads, positions, neurons: Restrict these dims.
         budget: Bytes for activations kept for the backward pass; default half of what the device has free (1 GiB on a CPU).
+        progress: Show a progress bar when it takes long.
 
     Returns:
         A `Result` like `activation_patching`'s, dims `(*over, "prompt")`: its values are the base run's metric plus the
@@ -91,7 +94,7 @@ def attribution_patching(
     """
     chosen: Chosen = {"layers": layers, "heads": heads, "positions": positions, "neurons": neurons}
     about = {"variant": "plain"}
-    study = make_study(model, pairs, metric, site, over, direction, chosen, budget, about)
+    study = make_study(model, pairs, metric, site, over, direction, chosen, budget, progress, about)
     with frozen_parameters(model):
         for chunk in study.chunks():
             first_order(study, chunk)

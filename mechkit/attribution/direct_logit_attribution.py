@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from mechkit._check import checked
+from mechkit._progress import Progress
 from mechkit.attribution._cells import (
     choose_indices,
     choose_layers,
@@ -56,6 +57,7 @@ def direct_logit_attribution(
     neurons: Sequence[int] | None = None,
     positions: Sequence[int] | Sequence[str] | None = None,
     budget: int | None = None,
+    progress: bool = True,
 ) -> Result:
     """Splits a metric into what each component wrote into the final residual stream, at the position that the metric reads.
 
@@ -76,6 +78,7 @@ def direct_logit_attribution(
             `"layer neuron"`: each MLP neuron, without the MLP's output bias.
         layers, heads, neurons, positions: Restrict these dims; positions are sources.
         budget: Bytes of working memory; default half of what the device has free (1 GiB on a CPU).
+        progress: Show a progress bar when it takes long.
 
     Returns:
         A `Result` in the metric's unit with dims `("component", "prompt")`, or `(*over, "prompt")`. Positive: the component
@@ -101,14 +104,15 @@ def direct_logit_attribution(
     values = torch.full((*(len(labels) for labels in coords.values()), len(base)), torch.nan, dtype=wide)
     totals, error = torch.zeros(len(base), dtype=wide), 0.0
     room = Budget.of(model, budget)
-    for length, ids in base.by_length().items():
-        at_once = room.prompts_at_once(
-            model, length, [("v", layer) for layer in index.get("layer", ()) if "src" in index]
-        )
-        for part in (ids[first : first + at_once] for first in range(0, len(ids), at_once)):
-            run = StreamRun(model, base, part, direction, needed(model, over, index))
-            values[..., part] = run.split(over, index, {name: at[part] for name, at in named.items()}).to(values)
-            totals[part], error = run.reading.value.to(totals), max(error, run.error)
+    kept = [("v", layer) for layer in index.get("layer", ()) if "src" in index]
+    with Progress(len(base), "prompt", progress) as bar:
+        for length, ids in base.by_length().items():
+            at_once = room.prompts_at_once(model, length, kept)
+            for part in (ids[first : first + at_once] for first in range(0, len(ids), at_once)):
+                run = StreamRun(model, base, part, direction, needed(model, over, index))
+                values[..., part] = run.split(over, index, {name: at[part] for name, at in named.items()}).to(values)
+                totals[part], error = run.reading.value.to(totals), max(error, run.error)
+                bar.update(len(part))
     return to_result(
         values,
         coords,

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from mechkit._check import checked
 from mechkit._drawn import Drawn
+from mechkit._progress import Progress
 from mechkit.attribution._cells import split_prompts
 from mechkit.attribution._reading import Direction, as_direction, to_result
 from mechkit.attribution._stream import StreamRun, labels, needed
@@ -85,6 +86,7 @@ def dla_erasure_check(
     *,
     mode: Literal["zero", "mean", "position_mean"] = "zero",
     budget: int | None = None,
+    progress: bool = True,
 ) -> Erasure:
     """Measures how much of a head's direct effect on the metric later components remove, and which of them.
 
@@ -96,6 +98,7 @@ def dla_erasure_check(
         mode: What the head's output is replaced with: `"zero"`; or, for a head whose output is mostly the same everywhere, its
             mean over the prompts of equal length, `"position_mean"` position by position, `"mean"` over all positions.
         budget: Bytes of working memory; default half of what the device has free (1 GiB on a CPU).
+        progress: Show a progress bar when it takes long.
 
     Returns:
         An `Erasure`. Effects are run minus ablated run: positive where the head (through that component) pushed the metric up.
@@ -124,12 +127,14 @@ def dla_erasure_check(
     direct, total = (torch.zeros(len(base), dtype=torch.float64) for _ in range(2))
     written = torch.zeros(len(names), len(base), dtype=torch.float64)
     room = Budget.of(model, budget)
-    for length, ids in groups.items():
-        at_once = len(ids) if mode != "zero" else room.prompts_at_once(model, length, [])
-        for part in (ids[first : first + at_once] for first in range(0, len(ids), at_once)):
-            change, total[part] = _what_ablation_takes(model, base, part, direction, (layer, index), mode)
-            direct[part] = change.pop(f"L{layer}H{index}")
-            written[:, part] = torch.stack([change[name] for name in names])
+    with Progress(len(base), "prompt", progress) as bar:
+        for length, ids in groups.items():
+            at_once = len(ids) if mode != "zero" else room.prompts_at_once(model, length, [])
+            for part in (ids[first : first + at_once] for first in range(0, len(ids), at_once)):
+                change, total[part] = _what_ablation_takes(model, base, part, direction, (layer, index), mode)
+                direct[part] = change.pop(f"L{layer}H{index}")
+                written[:, part] = torch.stack([change[name] for name in names])
+                bar.update(len(part))
     written = torch.cat([written, (total - direct - written.sum(0))[None]])
     mean, taken = float(direct.mean()), float(written[:-1].mean(1).sum())
     mine = f"L{layer}H{index}"

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from mechkit._check import checked
+from mechkit._progress import Progress
 from mechkit.attribution._cells import choose_indices, provenance_of, split_prompts
 from mechkit.hooks import SITES, Budget, HookedModel, check_can_run, get_site, one_at_a_time, parse_hook_name, record
 from mechkit.hooks._nonfinite import where_it_began
@@ -78,7 +78,7 @@ def hidden_states(
     at = _positions(base, named, position)
     wide = torch.float64 if model.dtype == torch.float64 else torch.float32
     values = torch.empty(len(chosen), model.d_model, len(base), dtype=wide)
-    with tqdm(total=len(base), disable=None if progress else True, unit="prompt", leave=False, delay=2) as bar:
+    with Progress(len(base), "prompt", progress) as bar:
         for ids in _batches(model, base, [(found.name, layer) for layer in chosen], budget):
             tokens = torch.stack([base.tokens[i] for i in ids]).to(model.device)
             for i, kept in enumerate(_run(model, tokens, names, at[ids])):

@@ -50,11 +50,13 @@ def integrated_gradients(
     positions: Sequence[int] | Sequence[str] | None = None,
     neurons: Sequence[int] | None = None,
     budget: int | None = None,
+    progress: bool = True,
 ) -> Result:
     """Estimates the metric after patching each node, from gradients along the path from the base to the source run.
 
     Args:
-        model, pairs, metric, site, over, direction, layers, heads, positions, neurons, budget: As for `attribution_patching`.
+        model, pairs, metric, site, over, direction, layers, heads, positions, neurons: As for `attribution_patching`.
+        budget, progress: As for `attribution_patching`.
         steps: Gradients along the path.
         rule: How they are placed and weighted: `"left"` (from the base on, without the source's end), `"midpoint"`,
             `"gauss-legendre"` (the most accurate on smooth paths: heads' outputs, patterns), or `"stretched"`, the same with
@@ -77,7 +79,8 @@ def integrated_gradients(
         raise ValueError("path: 'input' moves the embeddings themselves; for site='embed' use path='activation'")
     chosen: Chosen = {"layers": layers, "heads": heads, "positions": positions, "neurons": neurons}
     about = {"variant": "integrated_gradients", "path": path, "steps": steps, "rule": rule}
-    study = make_study(model, pairs, metric, site, over, direction, chosen, budget, about)
+    study = make_study(model, pairs, metric, site, over, direction, chosen, budget, progress, about)
+    study.gradients = len(points) * (len(study.keys) if path == "activation" else 1)
     errors = torch.zeros(len(study.keys), len(study.base), dtype=torch.float64)
     with frozen_parameters(model):
         for chunk in study.chunks():

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from mechkit._check import checked
+from mechkit._progress import Progress
 from mechkit.attribution._cells import choose_indices, choose_positions, provenance_of, split_prompts
 from mechkit.attribution.logit_lens import TopTokens, check_k, make_top_tokens
 from mechkit.hooks import (
@@ -259,7 +259,7 @@ def _run_rows(
     fits = room.prompts_at_once(model, length, [(site, 0)])
     fits = max(1, min(fits, room.bytes // 4 // (3 * model.d_vocab * hidden.element_size())))
     probs, ids, text, computed = [], [], [], 0
-    with tqdm(total=len(hidden), disable=None if progress else True, unit="row", leave=False, delay=2) as bar:
+    with Progress(len(hidden), "row", progress) as bar:
         for first in range(0, len(hidden), fits):
             rows = slice(first, first + fits)
             n = len(hidden[rows])

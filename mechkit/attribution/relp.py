@@ -64,11 +64,13 @@ def relp(
     positions: Sequence[int] | Sequence[str] | None = None,
     neurons: Sequence[int] | None = None,
     budget: int | None = None,
+    progress: bool = True,
 ) -> Result:
     """Estimates the metric after patching each node, with relevance coefficients in place of gradients.
 
     Args:
-        model, pairs, metric, site, over, direction, layers, heads, positions, neurons, budget: As for `attribution_patching`.
+        model, pairs, metric, site, over, direction, layers, heads, positions, neurons: As for `attribution_patching`.
+        budget, progress: As for `attribution_patching`.
         attention: What flows back through attention patterns: their `"gradient"`, or nothing (`"frozen"`).
 
     Returns:
@@ -88,7 +90,7 @@ def relp(
         )
     chosen: Chosen = {"layers": layers, "heads": heads, "positions": positions, "neurons": neurons}
     about = {"variant": "relp", "attention": attention}
-    study = make_study(model, pairs, metric, site, over, direction, chosen, budget, about)
+    study = make_study(model, pairs, metric, site, over, direction, chosen, budget, progress, about)
     with frozen_parameters(model):
         for chunk in study.chunks():
             with relevance_rules(model, attention):

@@ -24,9 +24,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from mechkit._check import checked, naming
+from mechkit._progress import Progress
 from mechkit.attribution._nodes import AnyMetric, Study
 from mechkit.circuits._provenance import circuit_provenance, merged
 from mechkit.circuits._reads import Changes, runs_agree, stream
@@ -91,7 +91,7 @@ def edge_patching(
     work = _Work(study, graph, parts, where, per_prompt)
     saved = None if checkpoint is None else _Checkpoint(Path(checkpoint), work)
     todo = [edge for edge in wanted if saved is None or not saved.has(edge)]
-    with tqdm(total=len(wanted), initial=len(wanted) - len(todo), disable=not progress, unit="edge", delay=2) as bar:
+    with Progress(len(wanted), "edge", progress, done=len(wanted) - len(todo)) as bar:
         for some in work.batches(todo):
             work.patch(some)
             bar.update(len(some))

@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from mechkit._check import checked
 from mechkit._drawn import Drawn
+from mechkit._progress import Progress
 from mechkit._statistics import caution
 from mechkit.attribution._nodes import AnyMetric
 from mechkit.circuits._evaluation import Ablation, Constants, Evaluator, provenance_of_ablation
@@ -284,7 +284,7 @@ def run_circuits(
     """The metric of every circuit, dims `("run", "prompt")`; baselines: the model (`"clean"`) and the empty circuit."""
     model, names = evaluator.model, list(runs)
     values = []
-    with tqdm(total=len(names), disable=not progress, unit="circuit", leave=False, delay=2) as bar:
+    with Progress(len(names), "circuit", progress) as bar:
         for first in range(0, len(names), _AT_ONCE):
             some = names[first : first + _AT_ONCE]
             values.append(evaluator.evaluate(torch.stack([runs[name] for name in some])))

@@ -45,10 +45,10 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from mechkit._check import checked
 from mechkit._drawn import Drawn
+from mechkit._progress import Progress
 from mechkit.circuits._evaluation import Ablation, Constants, Evaluator, provenance_of_ablation
 from mechkit.circuits._objective import Objective, ObjectiveName, divergence, metric_maker, read_at, turns
 from mechkit.circuits._provenance import circuit_provenance, merged
@@ -311,7 +311,7 @@ def _train(task: Objective, gates: _Gates, settings: Settings, progress: bool) -
     adam = torch.optim.Adam([gates.log_alpha], lr=settings.lr)
     penalty, ascent = settings.penalty, ASCENT * max(1.0, 200 / steps)
     history = torch.zeros(len(QUANTITIES), steps, dtype=torch.float64)
-    with tqdm(total=steps, disable=not progress, unit="step", delay=2) as bar:
+    with Progress(steps, "step", progress) as bar:
         for step in range(steps):
             drawn = gates.drawn(batch, generator)
             total, slope = task.slope_of_gates(drawn.detach(), next(prompts))
@@ -325,6 +325,5 @@ def _train(task: Objective, gates: _Gates, settings: Settings, progress: bool) -
                 penalty = min(penalty * (n_open.item() / wanted) ** ascent, DEAREST / settings.target, MOST)
             adam.step()
             gates.keep_to_target((slope * drawn.detach()).mean(0) / scale, (step + 1) / steps)
-            bar.update()
-            bar.set_postfix_str(f"loss {loss:.3f}, {n_open.item():.0f} open", refresh=False)
+            bar.update(note=f"loss {loss:.3f}, {n_open.item():.0f} open")
     return history

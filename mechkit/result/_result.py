@@ -69,6 +69,7 @@ class Result(Drawn):
         ValueError: if these do not fit together.
 
     Example:
+        >>> import torch
         >>> result = Result(torch.eye(2), ("layer", "head"), {"layer": (0, 1), "head": (0, 1)},
         ...                 {"clean": torch.tensor(0.25)}, "clean", "logit_diff", "logits", {})
         >>> result.top(1)
