@@ -144,11 +144,11 @@ def _techniques(m: Material) -> Calls:
         ),
         "attention_flow": (
             mk.attention_flow,
-            {**look, **how, "position": "END", "over": "pos", "residual": 0.5, "heads": "mean"},
+            {**look, **how, "position": "END", "over": "pos", "residual": 0.5, "head_fusion": "mean"},
         ),
         "attention_rollout": (
             mk.attention_rollout,
-            {**look, **how, "position": "END", "over": "pos", "residual": 0.5, "heads": "mean"},
+            {**look, **how, "position": "END", "over": "pos", "residual": 0.5, "head_fusion": "mean"},
         ),
         "attention_relevance": (mk.attention_relevance, {**on, **how, "position": None, "over": "pos"}),
         "compare": (mk.compare, {"approx": m.estimated, "exact": m.heads, "k": 3}),

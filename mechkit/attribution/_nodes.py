@@ -21,7 +21,8 @@ from mechkit.prompts import PromptPairs, Prompts
 from mechkit.result import Cost, Result
 
 Key = tuple[str, int]  # site, layer
-TECHNIQUE = "attribution patching"
+# What gives an estimate of `activation_patching`, cell by cell.
+ESTIMATES = ("attribution_patching", "integrated_gradients", "atp_star", "relp")
 
 
 @dataclass(eq=False)
@@ -269,7 +270,7 @@ def make_study(
     progress: bool,
     provenance: Mapping[str, Any],
 ) -> Study:
-    """Checks what the user asked for. `ValueError`s name the argument. `provenance`: the variant, and its own arguments."""
+    """Checks what the user asked for. `ValueError`s name the argument. `provenance`: the technique, and its own arguments."""
     if direction not in ("denoise", "noise"):
         raise ValueError(f"direction: expected 'denoise' or 'noise', got {direction!r}")
     if not isinstance(pairs, PromptPairs):
@@ -298,7 +299,7 @@ def make_study(
         metric,
         axes,
         Budget.of(model, budget),
-        {"task": pairs.task, "direction": direction, "technique": TECHNIQUE, **provenance},
+        {"task": pairs.task, "direction": direction, **provenance},
         progress=progress,
     )
 

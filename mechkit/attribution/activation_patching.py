@@ -116,7 +116,7 @@ def activation_patching(
         metric,
         base="corrupted" if denoise else "clean",
         source="clean" if denoise else "corrupted",
-        technique="activation patching",
+        technique="activation_patching",
         direction=direction,
         task=pairs.task,
     )

@@ -72,8 +72,8 @@ def atp_star(
         grad_drop: Guard against cancellation. The effects are then magnitudes, at least 0.
 
     Returns:
-        A `Result` like `attribution_patching`'s. With `grad_drop` its `effect()` is a size without a sign (provenance `sign` is
-        `"magnitude"`); `compare` holds it against the exact effect's size.
+        A `Result` like `attribution_patching`'s, dims `(*over, "prompt")`. With `grad_drop` its `effect()` is a size without
+        a sign (provenance `sign` is `"magnitude"`); `compare` holds it against the exact effect's size.
 
     Raises:
         ValueError: as `attribution_patching`; GradDrop on a model of one layer or in the residual stream; a QK fix where the
@@ -94,7 +94,7 @@ def atp_star(
         )
     chosen: Chosen = {"layers": layers, "heads": heads, "positions": positions, "neurons": neurons}
     about = {
-        "variant": "atp_star",
+        "technique": "atp_star",
         "qk_fix": qk_fix,
         "grad_drop": grad_drop,
         "sign": "magnitude" if grad_drop else "signed",

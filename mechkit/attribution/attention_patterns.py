@@ -89,7 +89,7 @@ def attention_patterns(
                 _run(model, tokens, _Target(values, ids, *chosen, scores))
                 bar.update(len(ids))
     labels = position_labels(rows, range(longest))
-    given: dict[str, Any] = {"technique": "attention patterns", "task": task, "scores": scores}
+    given: dict[str, Any] = {"technique": "attention_patterns", "task": task, "scores": scores}
     if len(rows) > 1 and rows.str_tokens is not None:
         given["str_tokens"] = [list(row) for row in rows.str_tokens]
     return Result(

@@ -93,7 +93,7 @@ def attribution_patching(
             mode; NaN in a run.
     """
     chosen: Chosen = {"layers": layers, "heads": heads, "positions": positions, "neurons": neurons}
-    about = {"variant": "plain"}
+    about = {"technique": "attribution_patching"}
     study = make_study(model, pairs, metric, site, over, direction, chosen, budget, progress, about)
     with frozen_parameters(model):
         for chunk in study.chunks():

@@ -119,7 +119,7 @@ def direct_logit_attribution(
         model,
         base,
         direction,
-        technique="direct logit attribution",
+        technique="direct_logit_attribution",
         over=over,
         task=task,
         total=float(totals.mean()),

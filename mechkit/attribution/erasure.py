@@ -141,7 +141,7 @@ def dla_erasure_check(
     later = (*names, "final norm")
 
     def result(values: Tensor, coords: dict[str, tuple[int | str, ...]], what: str) -> Result:
-        about = {"technique": "erasure check", "what": what, "head": mine, "mode": mode, "task": task}
+        about = {"technique": "dla_erasure_check", "what": what, "head": mine, "mode": mode, "task": task}
         return to_result(values, coords, model, base, direction, runs=2, **about)
 
     return Erasure(

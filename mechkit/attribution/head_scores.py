@@ -137,7 +137,8 @@ def head_scores(
     chosen = choose_indices("layers", layers, model.n_layers), choose_indices("heads", heads, model.n_heads)
     if kind == "copying":
         values = _copying(model, *chosen, progress)
-        return weights_result(values, {"layer": tuple(chosen[0]), "head": tuple(chosen[1])}, model, kind, "ratio")
+        coords = {"layer": tuple(chosen[0]), "head": tuple(chosen[1])}
+        return weights_result(values, coords, model, kind, "ratio", technique="head_scores", kind=kind)
     task, random = "random tokens", prompts is None
     if prompts is None:
         prompts = random_prompts(model, kind, 8 if n is None else n, length, seed)
@@ -159,7 +160,7 @@ def head_scores(
         provenance=provenance_of(
             model,
             base,
-            technique="head scores",
+            technique="head_scores",
             kind=kind,
             task=task if random else given_task,
             seed=seed if random else None,
@@ -219,7 +220,15 @@ def composition_scores(model: HookedModel, kind: Literal["Q", "K", "V"] = "K", *
     index = {"layer": tuple(layers), "head": tuple(range(heads))}
     coords = {**index, "to_layer": index["layer"], "to_head": index["head"]}
     random = torch.tensor(model.d_model**-0.5, dtype=values.dtype)
-    return weights_result(values, coords, model, f"{kind}-composition", "score", baseline={"random": random})
+    return weights_result(
+        values,
+        coords,
+        model,
+        f"{kind}-composition",
+        "score",
+        technique="composition_scores",
+        baseline={"random": random},
+    )
 
 
 def random_prompts(model: HookedModel, kind: Kind, n: int, length: int | None, seed: int) -> Prompts:

@@ -99,7 +99,7 @@ def hidden_states(
         metric=found.name,
         unit="activation",
         provenance=provenance_of(
-            model, base, technique="hidden states", site=found.name, position=position, over="layer d_model", task=task
+            model, base, technique="hidden_states", site=found.name, position=position, over="layer d_model", task=task
         ),
         cost=Cost(block_tokens, block_tokens),
     )

@@ -101,7 +101,7 @@ def gradient_x_input(
             # Integrated gradients from zero with one point, at the end of the path: (actual - 0) * gradient at actual.
             zero, enters = torch.zeros_like(actual), _enters(chunk, {0: actual})
             _check_finite(along_activation(chunk, _INPUT, zero, actual, enters, [1.0], [1.0]), "gradient at the input")
-    return _result(study, passes=1, technique="gradient x input")
+    return _result(study, passes=1, technique="gradient_x_input")
 
 
 @checked
@@ -161,7 +161,7 @@ def token_integrated_gradients(
             sums.keep(chunk, found[None], _metric_from(chunk, start)[None])
     asked = {"baseline": without.stand_in, "keep": without.keep, "steps": len(points), "rule": rule}
     end = {"metric_baseline": sums.starts_at(), "completeness_error": max(sums.errors())}
-    return _result(study, passes=len(points), technique="token integrated gradients", **asked, **end)
+    return _result(study, passes=len(points), technique="token_integrated_gradients", **asked, **end)
 
 
 @checked
@@ -241,7 +241,7 @@ def neuron_attribution(
     asked |= {"keep": without.keep, "metric_baseline": sums.starts_at()} if path == "input" else {}
     found = {"completeness_error": max(sums.errors()), "completeness_errors": sums.errors()}
     passes = len(points) * (2 if path == "input" else len(study.keys))
-    return _result(study, passes=passes, technique="neuron attribution", **asked, **found)
+    return _result(study, passes=passes, technique="neuron_attribution", **asked, **found)
 
 
 def _input_study(
@@ -378,7 +378,7 @@ def _result(study: Study, *, passes: int, **provenance: Any) -> Result:
     """The study's effects. `passes`: whole forward passes that the plain way takes."""
     axes = next(iter(study.axes.values()))
     values, dims = study.effects[axes.site.name], axes.dims
-    if provenance["technique"] != "neuron attribution":  # its one layer is no dim
+    if provenance["technique"] != "neuron_attribution":  # its one layer is no dim
         values, dims = values[0], ("pos",)
     return Result(
         values=values,

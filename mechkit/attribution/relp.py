@@ -74,7 +74,7 @@ def relp(
         attention: What flows back through attention patterns: their `"gradient"`, or nothing (`"frozen"`).
 
     Returns:
-        A `Result` like `attribution_patching`'s.
+        A `Result` like `attribution_patching`'s, dims `(*over, "prompt")`.
 
     Raises:
         ValueError: as `attribution_patching`; `site` is a query, key, score or pattern and these are frozen; a mixture of
@@ -89,7 +89,7 @@ def relp(
             "everywhere; use attention='gradient', atp_star (its QK fix), or activation_patching"
         )
     chosen: Chosen = {"layers": layers, "heads": heads, "positions": positions, "neurons": neurons}
-    about = {"variant": "relp", "attention": attention}
+    about = {"technique": "relp", "attention": attention}
     study = make_study(model, pairs, metric, site, over, direction, chosen, budget, progress, about)
     with frozen_parameters(model):
         for chunk in study.chunks():

@@ -105,7 +105,7 @@ def acdc(
             model,
             pairs.clean,
             pairs.corrupted,
-            technique="ACDC",
+            technique="acdc",
             distance_of=measured.name,
             distance_at=read_at(measured),
             score_is="growth of the distance when the edge is removed",

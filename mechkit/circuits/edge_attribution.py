@@ -173,7 +173,7 @@ class _Scores:
             provenance=circuit_provenance(
                 study.model,
                 *both_runs(study),
-                technique="edge attribution",
+                technique="edge_attribution",
                 runs=study.how,
                 **{**study.provenance, **provenance},
                 positions=None if self.positions is None else list(self.positions),

@@ -240,7 +240,7 @@ class _Work:
             study.model,
             clean,
             corrupted,
-            technique="edge patching",
+            technique="edge_patching",
             replay=self.how,
             corrupted_hash=corrupted.hash(),
             metric=study.metric.name,

@@ -246,7 +246,7 @@ def evaluate_circuit(
     elif minimality == "edge":
         parts = {edge.name: f"without {edge.name}" for edge in circuit}
         runs |= {f"without {edge.name}": circuit.without(edge).members for edge in circuit}
-    result = run_circuits(evaluator, runs, pairs, ablation, progress)
+    result = run_circuits(evaluator, runs, pairs, ablation, "evaluate_circuit", progress)
     faithful = dict(zip(runs, result.mean("prompt").normalized().values.double().tolist(), strict=True))
     # A random circuit may be the circuit: its number differs by what another batch rounds otherwise.
     faithful |= {name: faithful["circuit"] for name, one in others.items() if torch.equal(one, circuit.members)}
@@ -279,6 +279,7 @@ def run_circuits(
     runs: Mapping[str, Bool[Tensor, "writer reader"] | Float[Tensor, "writer reader"]],
     pairs: PromptPairs,
     ablation: Ablation | Constants,
+    technique: str,
     progress: bool,
 ) -> Result:
     """The metric of every circuit, dims `("run", "prompt")`; baselines: the model (`"clean"`) and the empty circuit."""
@@ -310,7 +311,7 @@ def run_circuits(
             model,
             pairs.clean,
             pairs.corrupted,
-            technique="circuit evaluation",
+            technique=technique,
             task=pairs.task,
             ablation=provenance_of_ablation(ablation),
         ),

@@ -197,7 +197,7 @@ def learn_mask(
         history = _train(task, gates, settings, progress)
     naive = steps * batch * int(found_on.clean.lengths.sum()) * model.n_layers // len(found_on)
     cost = Cost(evaluator.block_tokens, naive)
-    about = {"technique": "learned mask", "task": pairs.task, "ablation": provenance_of_ablation(ablation)}
+    about = {"technique": "learn_mask", "task": pairs.task, "ablation": provenance_of_ablation(ablation)}
     about |= {"score_is": "probability that the gate is open", "trained_at": read_at(trained_on)}
     provenance = circuit_provenance(model, found_on.clean, found_on.corrupted, **about, **asdict(settings))
     if isinstance(ablation, Constants):
@@ -207,7 +207,8 @@ def learn_mask(
 
     def evaluate(ids: list[int]) -> Result:
         evaluator = Evaluator(model, pairs[ids], metric_of(ids), ablation, budget)
-        return run_circuits(evaluator, {k: v.double() for k, v in runs.items()}, pairs[ids], ablation, progress=False)
+        doubles = {k: v.double() for k, v in runs.items()}
+        return run_circuits(evaluator, doubles, pairs[ids], ablation, "learn_mask", progress=False)
 
     coords: dict[str, Any] = {"quantity": QUANTITIES, "step": tuple(range(steps))}
     trained = Result(history, tuple(coords), coords, {}, "", "training", "", provenance, cost)

@@ -147,7 +147,7 @@ def optimal_ablation(
             model,
             pairs.clean,
             pairs.corrupted,
-            technique="optimal ablation",
+            technique="optimal_ablation",
             task=pairs.task,
             **arguments,
             n_edges=None if circuit is None else circuit.n_edges,

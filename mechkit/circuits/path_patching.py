@@ -70,9 +70,10 @@ def path_patching(
         progress: Whether to show a progress bar.
 
     Returns:
-        A `Result`, the metric of each patched run: dims as in `senders` (`"sender"` for names), then the prompt. Of several
-        receivers a sender's change reaches those that read after it. NaN where there is no path: for the heads or MLPs of
-        `"layer head"` and `"layer"` that no receiver reads, and for a prompt that lacks a position of `"pos"`.
+        A `Result`, the metric of each patched run, with dims as in `senders`, then the prompt: `("layer", "head", "prompt")`,
+        `("layer", "prompt")`, `("layer", "pos", "prompt")`, …; for names `("sender", "prompt")`. Of several receivers a
+        sender's change reaches those that read after it. NaN where there is no path: for the heads or MLPs of `"layer head"`
+        and `"layer"` that no receiver reads, and for a prompt that lacks a position of `"pos"`.
 
     Raises:
         ValueError: an unknown sender or receiver; a sender by name that no receiver reads, or none of all senders that one does
@@ -128,7 +129,7 @@ def path_patching(
             model,
             pairs.clean,
             pairs.corrupted,
-            technique="path patching",
+            technique="path_patching",
             senders=senders if isinstance(senders, str) else list(senders),
             receivers=[reader.name for reader in reads],
             freeze=freeze,
