@@ -357,6 +357,9 @@ def test_top_averages_over_prompts_first() -> None:
         ({"layer": (4,), "neuron": (133,)}, "L4N133"),
         ({"layer": (9,), "pos": (3,)}, "L9 pos 3"),
         ({"component": ("mlp 3",)}, "mlp 3"),
+        ({"sender": ("a9.h6",)}, "L9H6"),
+        ({"sender": ("m3",)}, "m3"),
+        ({"sender": ("input",), "position": ("IO",)}, "input IO"),
     ],
 )
 def test_labels_of_cells(coords: dict[str, tuple[int | str, ...]], label: str) -> None:

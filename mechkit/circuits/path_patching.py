@@ -58,7 +58,7 @@ def path_patching(
     Args:
         model, pairs, metric: As for `activation_patching`.
         senders: `"layer head"` (every head) or `"layer"` (every MLP), with `"pos"` or `"position"` added for one position at a
-            time; or names: `["input", "a9.h6", "m3"]`.
+            time; or names: `["input", "a9.h6", "m3"]` (`"L9H6"` is that head too, and its label in `top()` either way).
         receivers: Names of what is to see the change: queries, keys and values (`"a9.h6<q>"`, `"a9.kv2<k>"`), MLPs (`"m3"`), or
             `["logits"]` alone. All of them see it at once.
         freeze: What does not react on the way from sender to receivers: `"all"`, or `"heads"` (MLPs do).

@@ -1,5 +1,6 @@
 """Labels of a result: how `sel` finds them, dims in another order, and how labels are written for readers and for tables."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -7,6 +8,7 @@ import numpy as np
 
 Label = int | str
 _PREFIXES = {"layer": "L", "head": "H", "neuron": "N"}
+_SENDER = re.compile(r"a(\d+)\.h(\d+)")  # a head's name in a graph
 
 
 def find(labels: tuple[Label, ...], wanted: Any, dim: str) -> list[int]:
@@ -45,7 +47,12 @@ def in_order(dims: tuple[str, ...], wanted: str | Sequence[str]) -> list[int]:
 
 
 def cell_label(coords: Mapping[str, Label]) -> str:
-    """`'L9H6'`, `'L9 " Mary" 3'`, `'L9H6 IO'`, `'L4N133'`; an int of any other dim is spelled out: `'L9 pos 3'`."""
+    """`'L9H6'`, `'L9 " Mary" 3'`, `'L9H6 IO'`, `'L4N133'`; an int of any other dim is spelled out: `'L9 pos 3'`.
+
+    A head that path patching was given by name, `'a9.h6'`, has the label that it has among all heads: `'L9H6'`.
+    """
+    if isinstance(sender := coords.get("sender"), str):
+        coords = {**coords, "sender": _SENDER.sub(r"L\1H\2", sender)}
     short = [dim for dim in _PREFIXES if isinstance(coords.get(dim), int)]
     rest = [label if isinstance(label, str) else f"{dim} {label}" for dim, label in coords.items() if dim not in short]
     return " ".join(["".join(f"{_PREFIXES[dim]}{coords[dim]}" for dim in short)] * bool(short) + rest)
