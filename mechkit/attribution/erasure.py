@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from mechkit._check import checked
@@ -27,6 +28,7 @@ from mechkit._progress import Progress
 from mechkit.attribution._cells import split_prompts
 from mechkit.attribution._reading import Direction, as_direction, to_result
 from mechkit.attribution._stream import StreamRun, labels, needed
+from mechkit.attribution.ablation import position_means
 from mechkit.hooks import SITES, Budget, HookedModel, attached_hooks, check_can_run, one_at_a_time
 from mechkit.metrics import Metric
 from mechkit.prompts import PromptPairs, Prompts
@@ -95,8 +97,9 @@ def dla_erasure_check(
         prompts: The prompts to run: the clean ones of pairs.
         metric: As for `direct_logit_attribution`: linear in the logits, a token, or a direction.
         head: `(layer, head)`.
-        mode: What the head's output is replaced with: `"zero"`; or, for a head whose output is mostly the same everywhere, its
-            mean over the prompts of equal length, `"position_mean"` position by position, `"mean"` over all positions.
+        mode: What the head's output is replaced with, as for `ablation`: `"zero"`; or, for a head whose output is mostly the
+            same everywhere, `"mean"`, over all prompts and positions, or `"position_mean"`, over the prompts at each position
+            counted from the start (those that are long enough).
         budget: Bytes of working memory; default half of what the device has free (1 GiB on a CPU).
         progress: Show a progress bar when it takes long.
 
@@ -104,7 +107,7 @@ def dla_erasure_check(
         An `Erasure`. Effects are run minus ablated run: positive where the head (through that component) pushed the metric up.
 
     Raises:
-        ValueError: no such head or mode; a mean over a single prompt of a length; a metric that is not linear in the logits;
+        ValueError: no such head or mode; a mean over a single prompt; a metric that is not linear in the logits;
             training mode.
     """
     if not (isinstance(head, tuple | list) and len(head) == 2 and all(hasattr(i, "__index__") for i in head)):
@@ -118,20 +121,20 @@ def dla_erasure_check(
     base, _, task = split_prompts(prompts)
     check_can_run(model, {"prompt": base})
     direction = as_direction(model, metric, prompts)
-    groups = base.by_length()
-    if mode != "zero" and min(len(ids) for ids in groups.values()) < 2:
-        raise ValueError(
-            f"mode: {mode!r} needs at least 2 prompts of each length; use 'zero', or prompts of one length"
-        )
+    groups, longest = base.by_length(), int(base.lengths.max())
+    if (mode == "mean" and len(base) < 2) or (mode == "position_mean" and len(groups[longest]) < 2):
+        which = "prompts" if mode == "mean" else f"prompts of {longest} tokens, so that each position has a mean"
+        raise ValueError(f"mode: {mode!r} needs at least 2 {which}; use 'zero', or more prompts")
     names = _writers(model, (layer, index))
     direct, total = (torch.zeros(len(base), dtype=torch.float64) for _ in range(2))
     written = torch.zeros(len(names), len(base), dtype=torch.float64)
     room = Budget.of(model, budget)
+    replacement = _replacement(model, base, (layer, index), mode, room)
     with Progress(len(base), "prompt", progress) as bar:
         for length, ids in groups.items():
-            at_once = len(ids) if mode != "zero" else room.prompts_at_once(model, length, [])
+            at_once = room.prompts_at_once(model, length, [])
             for part in (ids[first : first + at_once] for first in range(0, len(ids), at_once)):
-                change, total[part] = _what_ablation_takes(model, base, part, direction, (layer, index), mode)
+                change, total[part] = _what_ablation_takes(model, base, part, direction, (layer, index), replacement)
                 direct[part] = change.pop(f"L{layer}H{index}")
                 written[:, part] = torch.stack([change[name] for name in names])
                 bar.update(len(part))
@@ -162,6 +165,19 @@ def _writers(model: HookedModel, head: tuple[int, int]) -> list[str]:
     return names
 
 
+def _replacement(
+    model: HookedModel, prompts: Prompts, head: tuple[int, int], mode: str, budget: Budget
+) -> Float[Tensor, "1 pos_or_1 d_head"]:
+    """What is written in place of the head's output, for prompts of any length."""
+    if mode == "zero":
+        return torch.zeros(1, 1, 1, dtype=model.dtype, device=model.device)
+    key = ("z", head[0])
+    mean, count = (x[:, :, min(head[1], x.shape[2] - 1)] for x in position_means(model, [key], 1, prompts, budget)[key])
+    if mode == "mean":
+        mean = (mean * count).sum(1, keepdim=True) / count.sum()
+    return mean.to(model.dtype)
+
+
 @torch.no_grad()
 def _what_ablation_takes(
     model: HookedModel,
@@ -169,14 +185,13 @@ def _what_ablation_takes(
     ids: Sequence[int],
     direction: Metric | Tensor,
     head: tuple[int, int],
-    mode: str,
+    replacement: Float[Tensor, "1 pos_or_1 d_head"],
 ) -> tuple[dict[str, Tensor], Tensor]:
     """By writer, what its term loses when the head is ablated; and what the metric loses. Both `[prompt]`, in float64."""
 
     def ablate(z: Tensor, hook: Any) -> Tensor:
         z = z.clone()
-        averaged = () if mode == "zero" else (0,) if mode == "position_mean" else (0, 1)
-        z[:, :, head[1]] = z[:, :, head[1]].mean(averaged, keepdim=True) if averaged else 0
+        z[:, :, head[1]] = replacement[:, : z.shape[1]]
         return z
 
     layers = {"layer": range(head[0], model.n_layers), "head": range(model.n_heads)}

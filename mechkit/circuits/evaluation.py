@@ -205,7 +205,7 @@ def evaluate_circuit(
         model, pairs: As for `activation_patching`.
         metric: As there; `kl_divergence(pairs)` works too (faithfulness is then the share of the divergence that is gone).
         ablation: What a reader sees of a writer without an edge: `"resample"` (the corrupted run's value), `"zero"`, `"mean"`
-            (over all corrupted prompts and positions), `"position_mean"` (at each position, over prompts of one length), or
+            (over all corrupted prompts and positions), `"position_mean"` (at each position, over those that are long enough), or
             `Constants`, such as `optimal_ablation` gives.
         random: How many random circuits of as many edges are run too: the circuit's rank among them is a p-value.
         sets: How many random sets of the circuit's components are left out for completeness.
