@@ -19,10 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 # Where the library's word for something is not the one in the keys below: {technique: {word in the key: the library's}}.
 # A rename in the library is a line here, and leaves the keys as they are.
-RENAMED = {
-    "attention_rollout": {"head_fusion": "heads"},
-    "attention_flow": {"head_fusion": "heads"},
-}
+RENAMED: dict[str, dict[str, str]] = {}
 
 N_LAYERS = 3
 FAMILIES = ("gpt2", "llama", "gemma2", "gpt_neox", "olmo2", "bloom", "bidirectional", "lfm2")

@@ -130,6 +130,12 @@ class Metric:
     lengths: Int[Tensor, "prompt"] | None = None
     made_of: MadeOf | None = None
 
+    def __repr__(self) -> str:
+        prompts = f"{self.n_prompts} prompt{'s' * (self.n_prompts != 1)}"
+        where = "" if self.made_of is None else f" at {self.made_of.position}"
+        reference = "" if self.reference is None else f"; compared with the {self.reference} run"
+        return f"Metric({self.name} [{self.unit}] of {prompts}{where}{reference})"
+
     def __getitem__(self, index: Sequence[int]) -> Metric:
         """The metric of some of its prompts, for `pairs[index]`."""
         ids = chosen_prompts(index, self.n_prompts)
@@ -179,6 +185,9 @@ class CallableMetric:
     fn: Callable[[Float[Tensor, "batch pos d_vocab"]], Float[Tensor, "batch"]]
     name: str
     unit: str = ""
+
+    def __repr__(self) -> str:
+        return f"CallableMetric({self.name}{f' [{self.unit}]' if self.unit else ''})"
 
 
 # A metric, a function that makes one of pairs (marked with `metric_factory`), or a function of logits.

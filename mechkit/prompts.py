@@ -93,6 +93,10 @@ class Prompts:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def __repr__(self) -> str:
+        first = "" if self.str_tokens is None else f"; first {shown(''.join(self.str_tokens[0]))}"
+        return f"Prompts({_how_many(self, 'prompt')}{first})"
+
     def __getitem__(self, index: Sequence[int]) -> Prompts:
         """A subset, in the given order: see `chosen_prompts`."""
         index = chosen_prompts(index, len(self))
@@ -311,6 +315,11 @@ class PromptPairs:
     def __len__(self) -> int:
         return len(self.clean)
 
+    def __repr__(self) -> str:
+        return (
+            f"PromptPairs({_how_many(self.clean, 'pair')}; task {self.task!r}; positions {', '.join(self.positions)})"
+        )
+
     def __getitem__(self, index: Sequence[int]) -> PromptPairs:
         """A subset of the pairs, in the given order: see `chosen_prompts`."""
         index = chosen_prompts(index, len(self))
@@ -359,6 +368,14 @@ def chosen_prompts(index: Any, n: int) -> list[int]:
     if not chosen or any(not -n <= i < n for i in chosen):
         raise ValueError(f"index: expected prompts in 0..{n - 1}, at least one prompt; got {chosen}")
     return [i.__index__() % n for i in chosen]
+
+
+def _how_many(prompts: Prompts, what: str) -> str:
+    """`'1 prompt of 5 tokens'`, `'32 pairs of 14 to 19 tokens'`."""
+    lengths = sorted({len(row) for row in prompts.tokens})
+    tokens = f"{lengths[0]} to {lengths[-1]}" if len(lengths) > 1 else f"{lengths[0]}"
+    several, tokened = "s" * (len(prompts) != 1), "token" + "s" * (lengths[-1] != 1)
+    return f"{len(prompts)} {what}{several} of {tokens} {tokened}"
 
 
 def _hash(rows: Iterable[Tensor]) -> str:

@@ -45,6 +45,7 @@ _ALIASES = {
     "pairs": "prompts",
     "prompts": "pairs",
     "verbose": "progress",
+    "heads": "head_fusion",
 }
 
 

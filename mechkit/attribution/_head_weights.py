@@ -261,6 +261,7 @@ def weights_result(
     metric: str,
     unit: str,
     *,
+    technique: str,
     baseline: dict[str, Tensor] | None = None,
     **given: Any,
 ) -> Result:
@@ -279,7 +280,7 @@ def weights_result(
             "weights_hash": model.weights_hash,
             "dtype": str(model.dtype).removeprefix("torch."),
             "mechkit": __version__,
-            "technique": metric,
+            "technique": technique,
             **given,
         },
     )

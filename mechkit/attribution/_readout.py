@@ -23,9 +23,9 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from jaxtyping import Float, Int, Num
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from mechkit._precision import tolerance, wide_dtype, widen
+from mechkit._progress import Progress
 from mechkit.engine import Budget, check_can_run
 from mechkit.experiment.axes import Axes
 from mechkit.hooks import (
@@ -146,7 +146,7 @@ def read_cells(
     ids = torch.full(shape, -1)
     room, computed = Budget.of(model, budget), 0
     rows = int((places >= 0).sum())
-    with tqdm(total=rows * shape[0], disable=None if progress else True, unit="row", leave=False, delay=2) as bar:
+    with Progress(rows * shape[0], "row", progress) as bar:
         for group, members, length in _batches(model, prompts, axes, len(heads), len(places), room):
             computed += len(members) * length * model.n_layers
             kept = _Kept(model, prompts, axes, [axes.layers[i] for i in group], members, places)

@@ -28,9 +28,9 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from mechkit._precision import wide_dtype, widen
+from mechkit._progress import Progress
 from mechkit.attribution._readout import COPIES
 from mechkit.engine import Budget
 from mechkit.hooks import HookedModel, check_readout, final_norm, is_linear_readout, record
@@ -108,7 +108,7 @@ def fit_translators(
     b: list[Tensor] = []
     kls: list[Tensor] = []
     n_rows = sum(max(0, len(row) - settings.skip_first) for row in prompts.tokens)
-    with tqdm(total=len(layers), disable=None if progress else True, unit="layer", leave=False, delay=2) as bar:
+    with Progress(len(layers), "layer", progress) as bar:
         for group in _groups(model, layers, n_rows, room):
             training, validation = (_collect(model, part, group, settings.skip_first, room) for part in (train, held))
             found = _fit_group(model, training, validation, settings, room)

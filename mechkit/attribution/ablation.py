@@ -150,7 +150,7 @@ def _replacements(
             f"reference: expected prompts of at least {int(base.lengths.max())} tokens, so that every position has a mean; "
             f"the longest has {int(reference.lengths.max())}"
         )
-    means = _position_means(model, keys, grid.site.axis("pos"), reference, Budget.of(model, budget))
+    means = position_means(model, keys, grid.site.axis("pos"), reference, Budget.of(model, budget))
     if mode == "position_mean":
         kept = int(base.lengths.max())
         return {key: mean.narrow(grid.site.axis("pos"), 0, kept).to(model.dtype) for key, (mean, _) in means.items()}
@@ -162,7 +162,7 @@ def _replacements(
 
 
 @torch.no_grad()
-def _position_means(
+def position_means(
     model: HookedModel, keys: Sequence[tuple[str, int]], pos_axis: int, reference: Prompts, budget: Budget
 ) -> dict[tuple[str, int], tuple[Tensor, Tensor]]:
     """For each `(site, layer)`: the mean over the prompts that have the position, and how many those are, in float64."""

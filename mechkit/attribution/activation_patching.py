@@ -117,7 +117,7 @@ def activation_patching(
         metric,
         base="corrupted" if denoise else "clean",
         source="clean" if denoise else "corrupted",
-        technique="activation patching",
+        technique="activation_patching",
         direction=direction,
         task=pairs.task,
     )

@@ -56,17 +56,19 @@ def atp_star(
     positions: Sequence[int] | Sequence[str] | None = None,
     neurons: Sequence[int] | None = None,
     budget: int | None = None,
+    progress: bool = True,
 ) -> Result:
     """Estimates how much patching each node changes the metric, with both of AtP*'s repairs or one of them.
 
     Args:
-        model, pairs, metric, site, over, direction, layers, heads, positions, neurons, budget: As for `attribution_patching`.
+        model, pairs, metric, site, over, direction, layers, heads, positions, neurons: As for `attribution_patching`.
+        budget, progress: As for `attribution_patching`.
         qk_fix: Recompute the softmax for queries and keys (`site="q"` and `"k"`; elsewhere there is nothing to fix).
         grad_drop: Guard against cancellation. The effects are then magnitudes, at least 0.
 
     Returns:
-        A `Result` like `attribution_patching`'s. With `grad_drop` its `effect()` is a size without a sign (provenance `sign` is
-        `"magnitude"`); `compare` holds it against the exact effect's size.
+        A `Result` like `attribution_patching`'s, dims `(*over, "prompt")`. With `grad_drop` its `effect()` is a size without
+        a sign (provenance `sign` is `"magnitude"`); `compare` holds it against the exact effect's size.
 
     Raises:
         ValueError: as `attribution_patching`; GradDrop on a model of one layer or in the residual stream; a QK fix where the
@@ -87,12 +89,13 @@ def atp_star(
         )
     chosen: Chosen = {"layers": layers, "heads": heads, "positions": positions, "neurons": neurons}
     about = {
-        "variant": "atp_star",
+        "technique": "atp_star",
         "qk_fix": qk_fix,
         "grad_drop": grad_drop,
         "sign": "magnitude" if grad_drop else "signed",
     }
-    study = make_study(model, pairs, metric, site, over, direction, chosen, budget, about)
+    study = make_study(model, pairs, metric, site, over, direction, chosen, budget, progress, about)
+    study.gradients = 1 + (model.n_layers if grad_drop else 0)
     with frozen_parameters(model):
         for chunk in study.chunks():
             _attribute(study, chunk, qk_fix, grad_drop)
@@ -163,6 +166,7 @@ def _drop_each_layer(
             index = torch.tensor(above)
             estimate = estimate.index_copy(by_layer, index, plain.index_select(by_layer, index))
         total += estimate.abs()
+        study.took_gradients(len(ids))
     working[..., ids] = total / (n_layers - 1)
 
 

@@ -35,10 +35,10 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from mechkit._check import checked
 from mechkit._precision import wide_dtype, widen
+from mechkit._progress import Progress
 from mechkit.engine import Budget, call_metric, check_can_run, check_metric, logits_at_hand, read_metric
 from mechkit.experiment.positions import position_labels, split_prompts
 from mechkit.experiment.provenance import provenance_of
@@ -49,7 +49,7 @@ from mechkit.prompts import PromptPairs, Prompts
 from mechkit.result import Result
 
 Over = Literal["pos", "layer pos"]
-Heads = Literal["mean", "max"]
+HeadFusion = Literal["mean", "max"]
 
 _STEPS = 2**30  # flow is found in whole steps of 2^-30, the finest that 32 bits hold
 
@@ -63,7 +63,7 @@ def attention_rollout(
     position: str | int = "END",
     over: Over = "pos",
     residual: float = 0.5,
-    heads: Heads = "mean",
+    head_fusion: HeadFusion = "mean",
     budget: int | None = None,
     progress: bool = True,
 ) -> Result:
@@ -80,7 +80,7 @@ def attention_rollout(
         over: `"pos"` is the rollout of all layers; `"layer pos"` also that of the first 1, 2, … layers, each under the
             label of the last layer that it holds.
         residual: The share of the residual stream, from 0 (attention alone) to 1 (the residual stream alone).
-        heads: How a layer's heads are joined: their `"mean"`, or the `"max"` of each entry (its rows are then divided by
+        head_fusion: How a layer's heads are joined: their `"mean"`, or the `"max"` of each entry (its rows are then divided by
             their sums, so that they sum to 1 again).
         budget: Bytes of working memory; default half of the GPU's free memory, 1 GiB on a CPU.
         progress: Show a progress bar when it takes long.
@@ -98,8 +98,10 @@ def attention_rollout(
     Example:
         >>> attention_rollout(model, pairs).mean("prompt").top(3)
     """
-    rule = _Rule("attention_rollout", "fraction", _rollout, _mixing(residual, heads))
-    return _attributed(rule, model, prompts, position, over, budget, progress, residual=residual, heads=heads)
+    rule = _Rule("attention_rollout", "fraction", _rollout, _mixing(residual, head_fusion))
+    return _attributed(
+        rule, model, prompts, position, over, budget, progress, residual=residual, head_fusion=head_fusion
+    )
 
 
 @checked
@@ -111,7 +113,7 @@ def attention_flow(
     position: str | int = "END",
     over: Over = "pos",
     residual: float = 0.5,
-    heads: Heads = "mean",
+    head_fusion: HeadFusion = "mean",
     budget: int | None = None,
     progress: bool = True,
 ) -> Result:
@@ -124,7 +126,7 @@ def attention_flow(
     It ignores values and MLPs; `activation_patching` is the causal check.
 
     Args:
-        model, prompts, position, over, residual, heads, budget, progress: As for `attention_rollout`.
+        model, prompts, position, over, residual, head_fusion, budget, progress: As for `attention_rollout`.
 
     Returns:
         A `Result` with dims `("pos", "prompt")` or `("layer", "pos", "prompt")` and no baseline: the flow, from 0 to 1.
@@ -135,8 +137,10 @@ def attention_flow(
     Raises:
         ValueError: as `attention_rollout`.
     """
-    rule = _Rule("attention_flow", "capacity", _flow, _mixing(residual, heads))
-    return _attributed(rule, model, prompts, position, over, budget, progress, residual=residual, heads=heads)
+    rule = _Rule("attention_flow", "capacity", _flow, _mixing(residual, head_fusion))
+    return _attributed(
+        rule, model, prompts, position, over, budget, progress, residual=residual, head_fusion=head_fusion
+    )
 
 
 @checked
@@ -261,17 +265,17 @@ def _source_side(graph: Any, source: int, sink: int) -> np.ndarray:
 # -- patterns and gradients of one batch of prompts -------------------------------------------------------------------
 
 
-def _mixing(residual: float, heads: Heads) -> Callable[[HookedModel, Tensor, list[int]], Matrices]:
+def _mixing(residual: float, head_fusion: HeadFusion) -> Callable[[HookedModel, Tensor, list[int]], Matrices]:
     """What gives `residual * I + (1 - residual) * A` of every layer, where A joins the heads. The rows sum to 1."""
     if isinstance(residual, bool) or not isinstance(residual, int | float) or not 0 <= residual <= 1:
         raise ValueError(f"residual: expected a share from 0 to 1, got {residual!r}")
-    if heads not in ("mean", "max"):
-        raise ValueError(f"heads: expected 'mean' or 'max', got {heads!r}")
+    if head_fusion not in ("mean", "max"):
+        raise ValueError(f"head_fusion: expected 'mean' or 'max', got {head_fusion!r}")
 
     def matrices(model: HookedModel, tokens: Tensor, ids: list[int]) -> Matrices:
         def joined(pattern: Tensor, name: tuple[str, int]) -> Tensor:
             shares = _shares(pattern, name[1])
-            one = shares.mean(1) if heads == "mean" else shares.amax(1)
+            one = shares.mean(1) if head_fusion == "mean" else shares.amax(1)
             return one / one.sum(-1, keepdim=True)  # of a mean too, lest rounding add up over the layers
 
         patterns = [("pattern", layer) for layer in range(model.n_layers)]
@@ -374,7 +378,7 @@ def _attributed(
     memory, every, longest = Budget.of(model, budget), over == "layer pos", int(tokens.lengths.max())
     dtype = wide_dtype(model.dtype)
     values = torch.full((model.n_layers if every else 1, longest, len(tokens)), torch.nan, dtype=dtype)
-    with tqdm(total=len(tokens), disable=None if progress else True, unit="prompt", leave=False, delay=2) as bar:
+    with Progress(len(tokens), "prompt", progress) as bar:
         fit = None if rule.whole else lambda length, _: _prompts_at_once(model, length, memory, rule.gradients)
         for batch in tokens.batches(fit):
             matrices = rule.matrices(model, batch.tokens.to(model.device), batch.ids)
@@ -382,7 +386,7 @@ def _attributed(
             values[:, : batch.length, batch.ids] = found.transpose(1, 2).to(dtype)
             bar.update(len(batch))
     given |= {"position": target.tolist() if isinstance(position, Tensor) else position, "task": task}
-    given |= {"technique": rule.name.replace("_", " "), "site": "pattern", "over": over}
+    given |= {"technique": rule.name, "site": "pattern", "over": over}
     coords = {"pos": position_labels(tokens, range(longest)), "prompt": tuple(range(len(tokens)))}
     return Result(
         values=values if every else values[0],

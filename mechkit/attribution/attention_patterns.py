@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from mechkit._check import checked
 from mechkit._precision import widen
+from mechkit._progress import Progress
 from mechkit.engine import Budget, check_can_run
 from mechkit.experiment.axes import choose_indices
 from mechkit.experiment.positions import position_labels, split_prompts
@@ -84,12 +84,12 @@ def attention_patterns(
     shape = (*map(len, chosen), longest, longest, len(rows))
     values = torch.full(shape, torch.nan, dtype=widen(torch.zeros((), dtype=model.dtype)).dtype)
     memory = Budget.of(model, budget)
-    with tqdm(total=len(rows), disable=None if progress else True, unit="prompt", leave=False, delay=2) as bar:
+    with Progress(len(rows), "prompt", progress) as bar:
         for batch in rows.batches(lambda length, _: memory.prompts_at_once(model, length, [("pattern", 0)] * 3)):
             _run(model, batch.tokens.to(model.device), _Target(values, batch.ids, *chosen, scores))
             bar.update(len(batch))
     labels = position_labels(rows, range(longest))
-    given: dict[str, Any] = {"technique": "attention patterns", "task": task, "scores": scores}
+    given: dict[str, Any] = {"technique": "attention_patterns", "task": task, "scores": scores}
     if len(rows) > 1 and rows.str_tokens is not None:
         given["str_tokens"] = [list(row) for row in rows.str_tokens]
     return Result(

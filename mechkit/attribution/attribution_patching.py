@@ -33,6 +33,7 @@ class Options(Chosen, total=False):
 
     direction: Literal["denoise", "noise"]
     budget: int | None
+    progress: bool
 
 
 @overload
@@ -63,6 +64,7 @@ def attribution_patching(
     positions: Sequence[int] | Sequence[str] | None = None,
     neurons: Sequence[int] | None = None,
     budget: int | None = None,
+    progress: bool = True,
 ) -> Result | dict[str, Result]:
     """Estimates, for every node at once, the metric after patching it from the source run into the base run.
 
@@ -76,6 +78,7 @@ def attribution_patching(
         direction: `"denoise"`: gradient at the corrupted run, differences towards the clean run. `"noise"`: the reverse.
         layers, heads, positions, neurons: Restrict these dims.
         budget: Bytes for activations kept for the backward pass; default half of what the device has free (1 GiB on a CPU).
+        progress: Show a progress bar when it takes long.
 
     Returns:
         A `Result` like `activation_patching`'s, dims `(*over, "prompt")`: its values are the base run's metric plus the
@@ -86,8 +89,8 @@ def attribution_patching(
             mode; NaN in a run.
     """
     chosen: Chosen = {"layers": layers, "heads": heads, "positions": positions, "neurons": neurons}
-    about = {"variant": "plain"}
-    study = make_study(model, pairs, metric, site, over, direction, chosen, budget, about)
+    about = {"technique": "attribution_patching"}
+    study = make_study(model, pairs, metric, site, over, direction, chosen, budget, progress, about)
     with frozen_parameters(model):
         for chunk in study.chunks():
             first_order(study, chunk)

@@ -17,7 +17,7 @@ from mechkit._check import checked
 from mechkit._drawn import Drawn
 from mechkit.engine import sweep
 from mechkit.experiment.axes import make_grid
-from mechkit.experiment.estimates import TECHNIQUE
+from mechkit.experiment.estimates import ESTIMATES
 from mechkit.experiment.positions import position_labels
 from mechkit.hooks import HookedModel, one_at_a_time
 from mechkit.metrics import AnyMetric, metric_for
@@ -182,15 +182,15 @@ def verify(
     """Runs the exact engine on an approximation's strongest cells, and returns it with these cells corrected.
 
     Args:
-        approx: From `attribution_patching` or one of its variants, with its `"prompt"` dim.
+        approx: From `attribution_patching`, `integrated_gradients`, `atp_star` or `relp`, with its `"prompt"` dim.
         model, pairs, metric: Those that it was made with.
         top: How many cells, by the size of their effect averaged over prompts.
         budget, progress: As for `activation_patching`.
 
     Returns:
-        The approximation with exact values in those cells. Provenance: `verified`, their labels, strongest first, and
-        `verified_error`, the largest error that they had, averaged over prompts. Where the approximation has magnitudes only, so
-        have they.
+        The approximation, dims `(*over, "prompt")`, with exact values in those cells. Provenance: `verified`, their labels,
+        strongest first, and `verified_error`, the largest error that they had, averaged over prompts. Where the approximation
+        has magnitudes only, so have they.
 
     Raises:
         ValueError: the approximation is of another model, other prompts or another metric, or has no cells to verify.
@@ -198,7 +198,12 @@ def verify(
     metric = metric_for(metric, pairs)
     base, source = (pairs.clean, pairs.corrupted) if approx.base == "clean" else (pairs.corrupted, pairs.clean)
     origin = approx.provenance
-    expected = {"weights_hash": model.weights_hash, "tokens_hash": pairs.clean.hash(), "technique": TECHNIQUE}
+    if origin.get("technique") not in ESTIMATES:
+        raise ValueError(
+            f"approx: expected a result whose technique is one of {', '.join(map(repr, ESTIMATES))}; got "
+            f"{origin.get('technique')!r}"
+        )
+    expected = {"weights_hash": model.weights_hash, "tokens_hash": pairs.clean.hash()}
     for name, value in expected.items():
         if origin.get(name) != value:
             raise ValueError(

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from mechkit._check import checked
 from mechkit._precision import wide_dtype
+from mechkit._progress import Progress
 from mechkit.attribution._reading import Direction, as_direction, to_result
 from mechkit.attribution._stream import StreamRun, labels, needed
 from mechkit.engine import Budget, check_can_run
@@ -52,6 +53,7 @@ def direct_logit_attribution(
     neurons: Sequence[int] | None = None,
     positions: Sequence[int] | Sequence[str] | None = None,
     budget: int | None = None,
+    progress: bool = True,
 ) -> Result:
     """Splits a metric into what each component wrote into the final residual stream, at the position that the metric reads.
 
@@ -72,6 +74,7 @@ def direct_logit_attribution(
             `"layer neuron"`: each MLP neuron, without the MLP's output bias.
         layers, heads, neurons, positions: Restrict these dims; positions are sources.
         budget: Bytes of working memory; default half of what the device has free (1 GiB on a CPU).
+        progress: Show a progress bar when it takes long.
 
     Returns:
         A `Result` in the metric's unit with dims `("component", "prompt")`, or `(*over, "prompt")`. Positive: the component
@@ -97,18 +100,20 @@ def direct_logit_attribution(
     values = torch.full((*(len(labels) for labels in coords.values()), len(base)), torch.nan, dtype=wide)
     totals, error = torch.zeros(len(base), dtype=wide), 0.0
     room = Budget.of(model, budget)
-    read = [("v", layer) for layer in index.get("layer", ()) if "src" in index]
-    for batch in base.batches(lambda length, _: room.prompts_at_once(model, length, read)):
-        run, part = StreamRun(model, base, batch.ids, direction, needed(model, over, index)), batch.ids
-        values[..., part] = run.split(over, index, {name: at[part] for name, at in named.items()}).to(values)
-        totals[part], error = run.reading.value.to(totals), max(error, run.error)
+    kept = [("v", layer) for layer in index.get("layer", ()) if "src" in index]
+    with Progress(len(base), "prompt", progress) as bar:
+        for batch in base.batches(lambda length, _: room.prompts_at_once(model, length, kept)):
+            run, part = StreamRun(model, base, batch.ids, direction, needed(model, over, index)), batch.ids
+            values[..., part] = run.split(over, index, {name: at[part] for name, at in named.items()}).to(values)
+            totals[part], error = run.reading.value.to(totals), max(error, run.error)
+            bar.update(len(batch))
     return to_result(
         values,
         coords,
         model,
         base,
         direction,
-        technique="direct logit attribution",
+        technique="direct_logit_attribution",
         over=over,
         task=task,
         total=float(totals.mean()),

@@ -19,12 +19,15 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from mechkit._check import checked
 from mechkit._drawn import Drawn
+from mechkit._progress import Progress
 from mechkit.attribution._reading import Direction, as_direction, to_result
 from mechkit.attribution._stream import StreamRun, labels, needed
+from mechkit.attribution.ablation import position_means
 from mechkit.engine import Budget, attached_hooks, check_can_run
 from mechkit.experiment.positions import split_prompts
 from mechkit.hooks import SITES, HookedModel, one_at_a_time
@@ -86,6 +89,7 @@ def dla_erasure_check(
     *,
     mode: Literal["zero", "mean", "position_mean"] = "zero",
     budget: int | None = None,
+    progress: bool = True,
 ) -> Erasure:
     """Measures how much of a head's direct effect on the metric later components remove, and which of them.
 
@@ -94,15 +98,17 @@ def dla_erasure_check(
         prompts: The prompts to run: the clean ones of pairs.
         metric: As for `direct_logit_attribution`: linear in the logits, a token, or a direction.
         head: `(layer, head)`.
-        mode: What the head's output is replaced with: `"zero"`; or, for a head whose output is mostly the same everywhere, its
-            mean over the prompts of equal length, `"position_mean"` position by position, `"mean"` over all positions.
+        mode: What the head's output is replaced with, as for `ablation`: `"zero"`; or, for a head whose output is mostly the
+            same everywhere, `"mean"`, over all prompts and positions, or `"position_mean"`, over the prompts at each position
+            counted from the start (those that are long enough).
         budget: Bytes of working memory; default half of what the device has free (1 GiB on a CPU).
+        progress: Show a progress bar when it takes long.
 
     Returns:
         An `Erasure`. Effects are run minus ablated run: positive where the head (through that component) pushed the metric up.
 
     Raises:
-        ValueError: no such head or mode; a mean over a single prompt of a length; a metric that is not linear in the logits;
+        ValueError: no such head or mode; a mean over a single prompt; a metric that is not linear in the logits;
             training mode.
     """
     if not (isinstance(head, tuple | list) and len(head) == 2 and all(hasattr(i, "__index__") for i in head)):
@@ -116,26 +122,29 @@ def dla_erasure_check(
     base, _, task = split_prompts(prompts)
     check_can_run(model, {"prompt": base})
     direction = as_direction(model, metric, prompts)
-    if mode != "zero" and min(len(batch) for batch in base.batches()) < 2:
-        raise ValueError(
-            f"mode: {mode!r} needs at least 2 prompts of each length; use 'zero', or prompts of one length"
-        )
+    longest = int(base.lengths.max())
+    n_longest = int((base.lengths == longest).sum())
+    if (mode == "mean" and len(base) < 2) or (mode == "position_mean" and n_longest < 2):
+        which = "prompts" if mode == "mean" else f"prompts of {longest} tokens, so that each position has a mean"
+        raise ValueError(f"mode: {mode!r} needs at least 2 {which}; use 'zero', or more prompts")
     names = _writers(model, (layer, index))
     direct, total = (torch.zeros(len(base), dtype=torch.float64) for _ in range(2))
     written = torch.zeros(len(names), len(base), dtype=torch.float64)
     room = Budget.of(model, budget)
-    at_once = None if mode != "zero" else lambda length, _: room.prompts_at_once(model, length, [])
-    for part in (batch.ids for batch in base.batches(at_once)):
-        change, total[part] = _what_ablation_takes(model, base, part, direction, (layer, index), mode)
-        direct[part] = change.pop(f"L{layer}H{index}")
-        written[:, part] = torch.stack([change[name] for name in names])
+    replacement = _replacement(model, base, (layer, index), mode, room)
+    with Progress(len(base), "prompt", progress) as bar:
+        for part in (batch.ids for batch in base.batches(lambda length, _: room.prompts_at_once(model, length, []))):
+            change, total[part] = _what_ablation_takes(model, base, part, direction, (layer, index), replacement)
+            direct[part] = change.pop(f"L{layer}H{index}")
+            written[:, part] = torch.stack([change[name] for name in names])
+            bar.update(len(part))
     written = torch.cat([written, (total - direct - written.sum(0))[None]])
     mean, taken = float(direct.mean()), float(written[:-1].mean(1).sum())
     mine = f"L{layer}H{index}"
     later = (*names, "final norm")
 
     def result(values: Tensor, coords: dict[str, tuple[int | str, ...]], what: str) -> Result:
-        about = {"technique": "erasure check", "what": what, "head": mine, "mode": mode, "task": task}
+        about = {"technique": "dla_erasure_check", "what": what, "head": mine, "mode": mode, "task": task}
         return to_result(values, coords, model, base, direction, runs=2, **about)
 
     return Erasure(
@@ -156,6 +165,19 @@ def _writers(model: HookedModel, head: tuple[int, int]) -> list[str]:
     return names
 
 
+def _replacement(
+    model: HookedModel, prompts: Prompts, head: tuple[int, int], mode: str, budget: Budget
+) -> Float[Tensor, "1 pos_or_1 d_head"]:
+    """What is written in place of the head's output, for prompts of any length."""
+    if mode == "zero":
+        return torch.zeros(1, 1, 1, dtype=model.dtype, device=model.device)
+    key = ("z", head[0])
+    mean, count = (x[:, :, min(head[1], x.shape[2] - 1)] for x in position_means(model, [key], 1, prompts, budget)[key])
+    if mode == "mean":
+        mean = (mean * count).sum(1, keepdim=True) / count.sum()
+    return mean.to(model.dtype)
+
+
 @torch.no_grad()
 def _what_ablation_takes(
     model: HookedModel,
@@ -163,14 +185,13 @@ def _what_ablation_takes(
     ids: Sequence[int],
     direction: Metric | Tensor,
     head: tuple[int, int],
-    mode: str,
+    replacement: Float[Tensor, "1 pos_or_1 d_head"],
 ) -> tuple[dict[str, Tensor], Tensor]:
     """By writer, what its term loses when the head is ablated; and what the metric loses. Both `[prompt]`, in float64."""
 
     def ablate(z: Tensor, hook: Any) -> Tensor:
         z = z.clone()
-        averaged = () if mode == "zero" else (0,) if mode == "position_mean" else (0, 1)
-        z[:, :, head[1]] = z[:, :, head[1]].mean(averaged, keepdim=True) if averaged else 0
+        z[:, :, head[1]] = replacement[:, : z.shape[1]]
         return z
 
     layers = {"layer": range(head[0], model.n_layers), "head": range(model.n_heads)}

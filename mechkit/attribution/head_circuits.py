@@ -128,7 +128,8 @@ def ov_circuit(
     written = [through_ov(model, layer, head, x) for x in embedded_chunks(model, sources)]
     values = torch.cat([final_norm(model, x) @ weight for x in written])
     coords = {"source": token_labels(model, sources), "output": token_labels(model, outputs)}
-    return weights_result(values, coords, model, "ov_circuit", "logits at scale 1", layer=layer, head=head)
+    about: dict[str, Any] = {"technique": "ov_circuit", "layer": layer, "head": head}
+    return weights_result(values, coords, model, "ov_circuit", "logits at scale 1", **about)
 
 
 @checked
@@ -162,7 +163,8 @@ def qk_circuit(
     k = torch.cat([project(model, layer, x, "K")[:, kv_head] for x in embedded_chunks(model, sources)])
     values = soft_capped(model, layer, scale * (widen(q) @ widen(k).mT))
     coords = {"dest": token_labels(model, dests), "source": token_labels(model, sources)}
-    return weights_result(values, coords, model, "qk_circuit", "attention score", layer=layer, head=head)
+    about: dict[str, Any] = {"technique": "qk_circuit", "layer": layer, "head": head}
+    return weights_result(values, coords, model, "qk_circuit", "attention score", **about)
 
 
 @checked
@@ -210,7 +212,7 @@ def ov_svd(model: HookedModel, layer: int, head: int, k: int = 10, top: int = 10
     sign = writes.gather(1, writes.abs().argmax(1, keepdim=True)).sign()
     sign = torch.where(sign == 0, 1.0, sign)
     u, v, reads, writes = u * sign[:, 0], v * sign[:, 0], reads * sign, writes * sign
-    given: dict[str, Any] = {"layer": layer, "head": head}
+    given: dict[str, Any] = {"technique": "ov_svd", "layer": layer, "head": head}
     order, entries = tuple(range(k)), tuple(range(model.d_model))
     return OVSVD(
         weights_result(

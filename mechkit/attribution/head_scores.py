@@ -28,10 +28,10 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from mechkit._check import checked
 from mechkit._precision import widen
+from mechkit._progress import Progress
 from mechkit._random_tokens import repeated_rows
 from mechkit.attribution._head_weights import (
     CHUNK,
@@ -139,7 +139,8 @@ def head_scores(
     chosen = choose_indices("layers", layers, model.n_layers), choose_indices("heads", heads, model.n_heads)
     if kind == "copying":
         values = _copying(model, *chosen, progress)
-        return weights_result(values, {"layer": tuple(chosen[0]), "head": tuple(chosen[1])}, model, kind, "ratio")
+        coords = {"layer": tuple(chosen[0]), "head": tuple(chosen[1])}
+        return weights_result(values, coords, model, kind, "ratio", technique="head_scores", kind=kind)
     task, random = "random tokens", prompts is None
     if prompts is None:
         prompts = random_prompts(model, kind, 8 if n is None else n, length, seed)
@@ -161,7 +162,7 @@ def head_scores(
         provenance=provenance_of(
             model,
             base,
-            technique="head scores",
+            technique="head_scores",
             kind=kind,
             task=task if random else given_task,
             seed=seed if random else None,
@@ -174,7 +175,7 @@ def head_scores(
 @checked
 @one_at_a_time
 @torch.no_grad()
-def composition_scores(model: HookedModel, kind: Literal["Q", "K", "V"] = "K") -> Result:
+def composition_scores(model: HookedModel, kind: Literal["Q", "K", "V"] = "K", *, progress: bool = True) -> Result:
     """How much of what each later head reads lies in what each earlier head writes: `‖A B‖ / (‖A‖ ‖B‖)`, Frobenius norms.
 
     A is the earlier head's OV matrix, as it maps row vectors; B is the later head's `W_K W_Qᵀ` for `"K"`, `W_Q W_Kᵀ` for
@@ -186,6 +187,7 @@ def composition_scores(model: HookedModel, kind: Literal["Q", "K", "V"] = "K") -
     Args:
         model: In evaluation mode.
         kind: Through which input the later head reads: its queries, keys or values.
+        progress: Show a progress bar when it takes long.
 
     Returns:
         A `Result` with dims `("layer", "head", "to_layer", "to_head")`, from 0 to 1 (at most the ratio of the largest
@@ -211,14 +213,24 @@ def composition_scores(model: HookedModel, kind: Literal["Q", "K", "V"] = "K") -
         }[kind]
         receivers.append(_unit(first @ _triangle(second).mT))
     values = senders[0].new_full((model.n_layers, heads, model.n_layers, heads), torch.nan)
-    for layer in layers:
-        for to_layer in range(layer + 1, model.n_layers):
-            product = senders[layer].flatten(0, 1) @ receivers[to_layer].transpose(0, 1).flatten(1)
-            values[layer, :, to_layer] = product.reshape(heads, d_head, heads, d_head).pow(2).sum((1, 3)).sqrt()
+    with Progress(model.n_layers * (model.n_layers - 1) // 2, "pair of layers", progress) as bar:
+        for layer in layers:
+            for to_layer in range(layer + 1, model.n_layers):
+                product = senders[layer].flatten(0, 1) @ receivers[to_layer].transpose(0, 1).flatten(1)
+                values[layer, :, to_layer] = product.reshape(heads, d_head, heads, d_head).pow(2).sum((1, 3)).sqrt()
+                bar.update()
     index = {"layer": tuple(layers), "head": tuple(range(heads))}
     coords = {**index, "to_layer": index["layer"], "to_head": index["head"]}
     random = torch.tensor(model.d_model**-0.5, dtype=values.dtype)
-    return weights_result(values, coords, model, f"{kind}-composition", "score", baseline={"random": random})
+    return weights_result(
+        values,
+        coords,
+        model,
+        f"{kind}-composition",
+        "score",
+        technique="composition_scores",
+        baseline={"random": random},
+    )
 
 
 def random_prompts(model: HookedModel, kind: Kind, n: int, length: int | None, seed: int) -> Prompts:
@@ -314,7 +326,7 @@ def _batches(
     model: HookedModel, prompts: Prompts, budget: Budget, progress: bool
 ) -> Iterator[tuple[list[int], Int[Tensor, "prompt pos"]]]:
     """Prompts of equal length, as many at once as the budget holds with the pattern of one layer."""
-    bar = tqdm(total=len(prompts), disable=None if progress else True, unit="prompt", leave=False, delay=2)
+    bar = Progress(len(prompts), "prompt", progress)
     with bar:
         for batch in prompts.batches(lambda length, _: budget.prompts_at_once(model, length, [("pattern", 0)] * 3)):
             yield batch.ids, batch.tokens.to(model.device)
@@ -335,7 +347,7 @@ def _copying(
     for tokens in torch.arange(model.d_vocab).split(CHUNK):
         through += widen(model.W_U[:, tokens]) @ widen(embeddings(model, tokens))  # [written read]
     rows = []
-    bar = tqdm(total=len(layers), disable=None if progress else True, unit="layer", leave=False, delay=2)
+    bar = Progress(len(layers), "layer", progress)
     with bar:
         for weights in folded_weights(model, layers):
             written = final_norm(model, weights.W_O[list(heads)]).double()

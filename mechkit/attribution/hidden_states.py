@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from mechkit._check import checked
+from mechkit._progress import Progress
 from mechkit.engine import Budget, check_can_run
 from mechkit.experiment.axes import choose_indices
 from mechkit.experiment.positions import split_prompts
@@ -82,7 +82,7 @@ def hidden_states(
     wide = torch.float64 if model.dtype == torch.float64 else torch.float32
     values = torch.empty(len(chosen), model.d_model, len(base), dtype=wide)
     room, sites = Budget.of(model, budget), [(found.name, layer) for layer in chosen]
-    with tqdm(total=len(base), disable=None if progress else True, unit="prompt", leave=False, delay=2) as bar:
+    with Progress(len(base), "prompt", progress) as bar:
         for batch in base.batches(lambda length, _: room.prompts_at_once(model, length, sites)):
             ids, tokens = batch.ids, batch.tokens.to(model.device)
             for i, kept in enumerate(_run(model, tokens, names, at[ids])):
@@ -103,7 +103,7 @@ def hidden_states(
         metric=found.name,
         unit="activation",
         provenance=provenance_of(
-            model, base, technique="hidden states", site=found.name, position=position, over="layer d_model", task=task
+            model, base, technique="hidden_states", site=found.name, position=position, over="layer d_model", task=task
         ),
         cost=Cost(block_tokens, block_tokens),
     )

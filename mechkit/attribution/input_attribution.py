@@ -59,7 +59,12 @@ _CUTS = ("resid_pre", "resid_mid", "resid_post")  # everything that a later laye
 @checked
 @one_at_a_time
 def gradient_x_input(
-    model: HookedModel, prompts: PromptPairs | Prompts, metric: AnyMetric, *, budget: int | None = None
+    model: HookedModel,
+    prompts: PromptPairs | Prompts,
+    metric: AnyMetric,
+    *,
+    budget: int | None = None,
+    progress: bool = True,
 ) -> Result:
     """The embedding at each position times the metric's gradient there: how the metric grows as the embedding is scaled up.
 
@@ -72,6 +77,7 @@ def gradient_x_input(
         metric: A differentiable metric of one run, e.g. `logit_diff(pairs)`; or a callable `[batch pos d_vocab] -> [batch]` for
             prompts of one length.
         budget: Bytes for activations kept for the backward pass; default half of what the device has free (1 GiB on a CPU).
+        progress: Show a progress bar when it takes long.
 
     Returns:
         A `Result` with dims `("pos", "prompt")` and no baseline, in the metric's unit: positive where more of this embedding
@@ -90,14 +96,14 @@ def gradient_x_input(
             f"metric: expected one of a single run, such as mk.logit_diff; {reader.name!r} compares with the "
             f"{reader.reference} run, and at that run itself its gradient is 0. token_integrated_gradients can use it"
         )
-    study = _input_study(model, prompts, reader, budget)
+    study = _input_study(model, prompts, reader, budget, progress)
     with frozen_parameters(model):
         for chunk in study.chunks():
             actual = _actual(study, chunk)
             # Integrated gradients from zero with one point, at the end of the path: (actual - 0) * gradient at actual.
             zero, enters = torch.zeros_like(actual), _enters(chunk, {0: actual})
             _check_finite(along_activation(chunk, _INPUT, zero, actual, enters, [1.0], [1.0]), "gradient at the input")
-    return _result(study, passes=1, technique="gradient x input")
+    return _result(study, passes=1, technique="gradient_x_input")
 
 
 @checked
@@ -113,12 +119,13 @@ def token_integrated_gradients(
     steps: int = 50,
     rule: Rule = "midpoint",
     budget: int | None = None,
+    progress: bool = True,
 ) -> Result:
     """Integrated gradients of the input tokens: how much each position adds to the metric, from a baseline to the actual prompt.
 
     Args:
-        model, prompts, metric, budget: As for `gradient_x_input`. `kl_divergence(pairs)` is allowed: the baseline's divergence
-            from the actual run is what is shared out, with a minus sign.
+        model, prompts, metric, budget, progress: As for `gradient_x_input`. `kl_divergence(pairs)` is allowed: the baseline's
+            divergence from the actual run is what is shared out, with a minus sign.
         baseline: What stands for "no token" at every position that is not kept: `"zero"` (the zero vector in place of the
             token's embedding), `"mean"` (the mean embedding of the whole vocabulary), or a token, by its id or its text (a token
             whose text is "zero" or "mean" by its id). Positional embeddings and embedding norms stay as they are. A common
@@ -145,7 +152,8 @@ def token_integrated_gradients(
         >>> tokens.mean("prompt").top(3), tokens.provenance["completeness_error"]
     """
     points, weights = quadrature(steps, rule)
-    study = _input_study(model, prompts, metric, budget)
+    study = _input_study(model, prompts, metric, budget, progress)
+    study.gradients = len(points)
     without, sums = Baseline.of(study, baseline, keep), _Sums(study, [_INPUT])
     with frozen_parameters(model):
         for chunk in study.chunks():
@@ -155,7 +163,7 @@ def token_integrated_gradients(
             sums.keep(chunk, found[None], _metric_from(chunk, start)[None])
     asked = {"baseline": without.stand_in, "keep": without.keep, "steps": len(points), "rule": rule}
     end = {"metric_baseline": sums.starts_at(), "completeness_error": max(sums.errors())}
-    return _result(study, passes=len(points), technique="token integrated gradients", **asked, **end)
+    return _result(study, passes=len(points), technique="token_integrated_gradients", **asked, **end)
 
 
 @checked
@@ -178,11 +186,12 @@ def neuron_attribution(
     neurons: Sequence[int] | None = None,
     positions: Sequence[int] | Sequence[str] | None = None,
     budget: int | None = None,
+    progress: bool = True,
 ) -> Result:
     """How much each neuron (or head, or position of a layer) adds to the metric, by integrated gradients.
 
     Args:
-        model, prompts, metric, budget: As for `token_integrated_gradients`.
+        model, prompts, metric, budget, progress: As for `token_integrated_gradients`.
         site: Whose entries: `"mlp_post"` (neurons), `"z"`, `"mlp_out"`, `"resid_pre"`, or any other site inside the blocks but
             `"attn_scores"`, where zero does not mean nothing.
         over: The dims of the result, as for `activation_patching`: `"layer neuron"`, `"layer position neuron"`, for `z`
@@ -219,7 +228,8 @@ def neuron_attribution(
     points, weights = quadrature(steps, rule)
     _check_site(site)
     chosen: Chosen = {"layers": layers, "heads": heads, "neurons": neurons, "positions": positions}
-    study = make_single_study(model, prompts, metric, site, over, budget=budget, **chosen)
+    study = make_single_study(model, prompts, metric, site, over, budget=budget, progress=progress, **chosen)
+    study.gradients = len(points) * (len(study.keys) if path == "activation" else 1)
     without = Baseline.of(study, baseline, keep)
     whole = path == "activation" or get_site(site).name in _CUTS  # whether a layer's sum is known
     sums = _Sums(study, [*(study.keys if whole else []), *([_INPUT] if path == "input" else [])])
@@ -233,12 +243,16 @@ def neuron_attribution(
     asked |= {"keep": without.keep, "metric_baseline": sums.starts_at()} if path == "input" else {}
     found = {"completeness_error": max(sums.errors()), "completeness_errors": sums.errors()}
     passes = len(points) * (2 if path == "input" else len(study.keys))
-    return _result(study, passes=passes, technique="neuron attribution", **asked, **found)
+    return _result(study, passes=passes, technique="neuron_attribution", **asked, **found)
 
 
-def _input_study(model: HookedModel, prompts: PromptPairs | Prompts, metric: AnyMetric, budget: int | None) -> Study:
+def _input_study(
+    model: HookedModel, prompts: PromptPairs | Prompts, metric: AnyMetric, budget: int | None, progress: bool
+) -> Study:
     """A study of what the first block reads. Its effects have a layer axis of length one."""
-    return make_single_study(model, prompts, metric, "resid_pre", "layer pos", layers=[0], budget=budget)
+    return make_single_study(
+        model, prompts, metric, "resid_pre", "layer pos", layers=[0], budget=budget, progress=progress
+    )
 
 
 def _check_site(site: str) -> None:
@@ -361,7 +375,7 @@ def _result(study: Study, *, passes: int, **provenance: Any) -> Result:
     """The study's effects. `passes`: whole forward passes that the plain way takes."""
     axes = next(iter(study.axes.values()))
     values, dims = study.effects[axes.site.name], axes.dims
-    if provenance["technique"] != "neuron attribution":  # its one layer is no dim
+    if provenance["technique"] != "neuron_attribution":  # its one layer is no dim
         values, dims = values[0], ("pos",)
     return Result(
         values=values,

@@ -51,11 +51,13 @@ def integrated_gradients(
     positions: Sequence[int] | Sequence[str] | None = None,
     neurons: Sequence[int] | None = None,
     budget: int | None = None,
+    progress: bool = True,
 ) -> Result:
     """Estimates the metric after patching each node, from gradients along the path from the base to the source run.
 
     Args:
-        model, pairs, metric, site, over, direction, layers, heads, positions, neurons, budget: As for `attribution_patching`.
+        model, pairs, metric, site, over, direction, layers, heads, positions, neurons: As for `attribution_patching`.
+        budget, progress: As for `attribution_patching`.
         steps: Gradients along the path.
         rule: How they are placed and weighted: `"left"` (from the base on, without the source's end), `"midpoint"`,
             `"gauss-legendre"` (the most accurate on smooth paths: heads' outputs, patterns), or `"stretched"`, the same with
@@ -63,9 +65,9 @@ def integrated_gradients(
         path: What moves; see the module's docstring.
 
     Returns:
-        A `Result` like `attribution_patching`'s. Provenance: `completeness_error`, the absolute error of the sum over all nodes
-        of a layer (of the embeddings, for `path="input"`) as a share of the absolute gap between the two runs, both averaged
-        over prompts; the largest of the layers'.
+        A `Result` like `attribution_patching`'s, dims `(*over, "prompt")`. Provenance: `completeness_error`, the absolute
+        error of the sum over all nodes of a layer (of the embeddings, for `path="input"`) as a share of the absolute gap
+        between the two runs, both averaged over prompts; the largest of the layers'.
 
     Raises:
         ValueError: as `attribution_patching`; an unknown rule or path; fewer than one step.
@@ -77,8 +79,9 @@ def integrated_gradients(
     if path == "input" and site in ("embed", SITES["embed"].hook):
         raise ValueError("path: 'input' moves the embeddings themselves; for site='embed' use path='activation'")
     chosen: Chosen = {"layers": layers, "heads": heads, "positions": positions, "neurons": neurons}
-    about = {"variant": "integrated_gradients", "path": path, "steps": steps, "rule": rule}
-    study = make_study(model, pairs, metric, site, over, direction, chosen, budget, about)
+    about = {"technique": "integrated_gradients", "path": path, "steps": steps, "rule": rule}
+    study = make_study(model, pairs, metric, site, over, direction, chosen, budget, progress, about)
+    study.gradients = len(points) * (len(study.keys) if path == "activation" else 1)
     errors = torch.zeros(len(study.keys), len(study.base), dtype=torch.float64)
     with frozen_parameters(model):
         for chunk in study.chunks():

@@ -184,7 +184,18 @@ def top_tokens(
     budget: int | None = None,
     progress: bool = True,
 ) -> TopTokens:
-    """The `k` most probable tokens that the lens reads at each cell. Other arguments, and errors, as for `logit_lens`."""
+    """The `k` most probable tokens that the lens reads at each cell.
+
+    Args:
+        model, prompts, site, over, layers, positions, heads, lens, budget, progress: As for `logit_lens`.
+        k: How many tokens, the most probable first.
+
+    Returns:
+        `TopTokens`, whose probabilities have dims `(*over, "k", "prompt")`.
+
+    Raises:
+        ValueError: `k` is no number of tokens of the vocabulary; what `logit_lens` refuses.
+    """
     base, named, task = split_prompts(prompts)
     check_k(model, k)
     axes = make_axes(model, base, named, site, over, layers=layers, heads=heads, positions=positions)

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from mechkit._check import checked
 from mechkit._precision import widen
+from mechkit._progress import Progress
 from mechkit.attribution.logit_lens import TopTokens, check_k, make_top_tokens
 from mechkit.engine import Budget, check_can_run, check_tokens
 from mechkit.experiment.axes import choose_indices
@@ -250,7 +250,7 @@ def _run_rows(
     fits = room.prompts_at_once(model, length, [(site, 0)])
     fits = max(1, min(fits, room.bytes // 4 // (3 * model.d_vocab * hidden.element_size())))
     probs, ids, text, computed = [], [], [], 0
-    with tqdm(total=len(hidden), disable=None if progress else True, unit="row", leave=False, delay=2) as bar:
+    with Progress(len(hidden), "row", progress) as bar:
         for first in range(0, len(hidden), fits):
             rows = slice(first, first + fits)
             n = len(hidden[rows])

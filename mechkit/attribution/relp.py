@@ -45,15 +45,17 @@ def relp(
     positions: Sequence[int] | Sequence[str] | None = None,
     neurons: Sequence[int] | None = None,
     budget: int | None = None,
+    progress: bool = True,
 ) -> Result:
     """Estimates the metric after patching each node, with relevance coefficients in place of gradients.
 
     Args:
-        model, pairs, metric, site, over, direction, layers, heads, positions, neurons, budget: As for `attribution_patching`.
+        model, pairs, metric, site, over, direction, layers, heads, positions, neurons: As for `attribution_patching`.
+        budget, progress: As for `attribution_patching`.
         attention: What flows back through attention patterns: their `"gradient"`, or nothing (`"frozen"`).
 
     Returns:
-        A `Result` like `attribution_patching`'s.
+        A `Result` like `attribution_patching`'s, dims `(*over, "prompt")`.
 
     Raises:
         ValueError: as `attribution_patching`; `site` is a query, key, score or pattern and these are frozen; a mixture of
@@ -68,8 +70,8 @@ def relp(
             "everywhere; use attention='gradient', atp_star (its QK fix), or activation_patching"
         )
     chosen: Chosen = {"layers": layers, "heads": heads, "positions": positions, "neurons": neurons}
-    about = {"variant": "relp", "attention": attention}
-    study = make_study(model, pairs, metric, site, over, direction, chosen, budget, about)
+    about = {"technique": "relp", "attention": attention}
+    study = make_study(model, pairs, metric, site, over, direction, chosen, budget, progress, about)
     with frozen_parameters(model):
         for chunk in study.chunks():
             with relevance_rules(model, attention):

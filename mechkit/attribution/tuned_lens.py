@@ -138,7 +138,7 @@ class TunedLens(Drawn):
         settings = Settings(validation, steps, batch, lr, vocabulary, skip_first, seed)
         with torch.inference_mode(False):
             A, b, report = fit_translators(model, text, chosen, settings, budget, progress)
-        provenance = provenance_of(model, text, technique="tuned_lens", **vars(settings), **report)
+        provenance = provenance_of(model, text, technique="TunedLens.fit", **vars(settings), **report)
         return cls(A, b, tuple(chosen), model.n_layers, provenance)
 
     @checked

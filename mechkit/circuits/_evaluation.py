@@ -7,7 +7,7 @@ Ablated values (what a reader sees of a writer whose edge is missing):
 | `"resample"` | the writer's in the corrupted run |
 | `"zero"` | nothing (an MLP's own output bias goes too; that of the attention, which is of no head, stays) |
 | `"mean"` | its mean over all corrupted prompts and positions |
-| `"position_mean"` | its mean over the corrupted prompts of the same length at each position |
+| `"position_mean"` | its mean over the corrupted prompts at each position counted from the start (those that are long enough) |
 | `Constants` | given vectors, such as `optimal_ablation` finds |
 """
 
@@ -154,7 +154,7 @@ class Evaluator:
         self.block_tokens = 0
         self._checked: set[tuple[int, bool]] = set()  # lengths, and whether something is left out before the start
         self._looks_ahead = False  # whether some pair's runs were found to differ before their tokens do
-        self._means: dict[int, Written] | None = None
+        self._means: Written | None = None
         self._kept: list[Chunk] = []
 
     def chunks(self) -> Iterator[Chunk]:
@@ -271,29 +271,26 @@ class Evaluator:
             return constants.written().map(lambda x: x.to(self.model.device, self.model.dtype))
         if self._means is None:
             self._means = self._mean_written()
-        return self._means[length if self.ablation == "position_mean" else 0]
+        return self._means.map(lambda x: x[..., :length, :])  # one position is the mean over all
 
     @torch.no_grad()
-    def _mean_written(self) -> dict[int, Written]:
-        """Means over the corrupted prompts: by length and position, or (under 0) over everything."""
-        sums: dict[int, list[Tensor]] = {}
-        counts: dict[int, int] = {}
+    def _mean_written(self) -> Written:
+        """Means over the corrupted prompts, at each position (over the prompts that have it), or over all positions."""
+        sums: list[Tensor] = []
         by_position = self.ablation == "position_mean"
-        sites = self.parts.writer_sites()
-        fit = self.budget.prompts_at_once
+        sites, fit = self.parts.writer_sites(), self.budget.prompts_at_once
+        counts = torch.zeros(int(self.pairs.corrupted.lengths.max()) if by_position else 1, dtype=torch.float64)
         for batch in self.pairs.corrupted.batches(lambda length, _: fit(self.model, length, sites)):
             run = record(self.model, batch.tokens.to(self.model.device), sites, blocks=False)
             self.block_tokens += run.tokens.numel() * self.model.n_layers
             written = Written.of(self.parts, run.sites).stacked()
             summed = [x.double().sum((0,) if by_position else (0, 2), keepdim=True) for x in written]
-            key = batch.length if by_position else 0
-            sums[key] = [a + b for a, b in zip(sums[key], summed, strict=True)] if key in sums else summed
-            counts[key] = counts.get(key, 0) + len(batch) * (1 if by_position else batch.length)
-        means = {}
-        for key, total in sums.items():
-            mean = [(x / counts[key]).to(self.model.dtype) for x in total]
-            means[key] = Written.from_stacked(mean, self.graph)
-        return means
+            sums = sums or [x.new_zeros(*x.shape[:2], len(counts), x.shape[3]) for x in summed]
+            for total, more in zip(sums, summed, strict=True):
+                total[:, :, : more.shape[2]] += more
+            counts[: batch.length if by_position else 1] += len(batch) * (1 if by_position else batch.length)
+        mean = [(total / counts[:, None].to(total.device)).to(self.model.dtype) for total in sums]
+        return Written.from_stacked(mean, self.graph)
 
     @torch.no_grad()
     def _keep_unedited(self, chunk: Chunk, clean: Run, corrupted: Run) -> None:

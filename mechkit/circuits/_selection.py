@@ -7,8 +7,9 @@ whose key is NaN is never chosen. `members` are `[writer reader]`, true where an
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -148,3 +149,11 @@ def _largest_alive(graph: Graph, keys: Tensor, n_edges: int) -> Tensor:
         fits = int(alive(graph, members_at(graph, order[:middle])).sum()) <= n_edges
         low, high = (middle, high) if fits else (low, middle)
     return alive(graph, members_at(graph, order[:low]))
+
+
+def kept_of(n_edges: int, provenance: Mapping[str, Any]) -> str:
+    """`'71 kept of 100'` where a circuit has fewer edges than were asked for; `''` if not, or if they were changed since."""
+    selection = provenance.get("selection") or {}
+    wanted = selection.get("asked") or selection.get("chosen") or 0
+    changed = "edited" in provenance or "operation" in provenance or selection.get("kept") != n_edges
+    return "" if changed or n_edges >= wanted else f"{n_edges:,} kept of {wanted:,}"

@@ -20,9 +20,9 @@ from dataclasses import replace
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from mechkit._check import checked
+from mechkit._progress import Progress
 from mechkit.circuits._evaluation import Ablation, Constants, Evaluator, provenance_of_ablation
 from mechkit.circuits._objective import divergence, read_at
 from mechkit.circuits.circuit import Circuit
@@ -87,7 +87,7 @@ def acdc(
         raise ValueError(f"position: expected None with a metric, which says itself where it reads; got {position!r}")
     measured = divergence(pairs, None, position) if metric is None else metric_for(metric, pairs)
     search = _Search(Evaluator(model, pairs, measured, ablation, budget), threshold, metric is None, start)
-    with tqdm(total=int(search.members.sum()), disable=not progress, unit="edge", delay=2) as bar:
+    with Progress(int(search.members.sum()), "edge", progress) as bar:
         for group in search.groups():
             search.thin(group, bar)
     evaluator, graph = search.evaluator, search.evaluator.graph
@@ -105,7 +105,7 @@ def acdc(
             model,
             pairs.clean,
             pairs.corrupted,
-            technique="ACDC",
+            technique="acdc",
             distance_of=measured.name,
             distance_at=read_at(measured),
             score_is="growth of the distance when the edge is removed",
@@ -166,7 +166,7 @@ class _Search:
                 left.append(edge)
         return left
 
-    def thin(self, edges: list[Edge], bar: tqdm) -> None:
+    def thin(self, edges: list[Edge], bar: Progress) -> None:
         """Decides about some edges, in their order."""
         while edges:
             some = edges[: self._size]

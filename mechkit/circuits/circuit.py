@@ -438,7 +438,13 @@ class Circuit(Drawn):
 
     def __repr__(self) -> str:
         size = f"{self.n_edges:,} of {self.graph.n_edges:,} edges, {len(self.nodes)} nodes"
-        parts = (size, self.model, self.task, completeness_warning(self.provenance))
+        parts = (
+            size,
+            _selection.kept_of(self.n_edges, self.provenance),
+            self.model,
+            self.task,
+            completeness_warning(self.provenance),
+        )
         return f"Circuit({'; '.join(part for part in parts if part)})"
 
 

@@ -63,6 +63,7 @@ def edge_attribution(
     positions: Sequence[int] | Sequence[str] | None = None,
     per_prompt: bool = True,
     budget: int | None = None,
+    progress: bool = True,
 ) -> EdgeScores:
     """Estimates what each edge's clean value adds to the metric.
 
@@ -82,6 +83,7 @@ def edge_attribution(
         positions: Where the writer's change counts: indices, or names such as `"S2"`. Default: everywhere.
         per_prompt: Keep each prompt's scores, or their mean alone (less memory for large graphs).
         budget: Bytes for activations kept for the backward pass; default half of what the device has free (1 GiB on a CPU).
+        progress: Show a progress bar when it takes long.
 
     Returns:
         `EdgeScores`, in the metric's unit. Provenance: `gradient_at`, and `completeness_error`: how far the scores of the
@@ -94,8 +96,9 @@ def edge_attribution(
     rule = rule or ("left" if steps == 1 else "stretched")
     ask = _asked(steps, rule, path, gradient)
     study = edge_study(model, pairs, metric, direction, budget)
-    study.defer_proof = True
+    study.defer_proof, study.progress = True, progress
     graph, parts = Graph.of(model), Parts(model)
+    study.gradients = len(ask[0]) * (len(parts.writer_sites()) if path == "activation" else 1)
     scores = _Scores(graph, study, per_prompt, positions)
     errors = torch.full((len(pairs),), torch.nan, dtype=torch.float64)
     with frozen_parameters(model):
@@ -171,7 +174,7 @@ class _Scores:
             provenance=circuit_provenance(
                 study.model,
                 *both_runs(study),
-                technique="edge attribution",
+                technique="edge_attribution",
                 runs=study.how,
                 **{**study.provenance, **provenance},
                 positions=None if self.positions is None else list(self.positions),

@@ -24,10 +24,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from mechkit._check import checked, naming
 from mechkit._precision import tolerance
+from mechkit._progress import Progress
 from mechkit.circuits._reads import Changes, runs_agree, stream
 from mechkit.circuits.circuit import Circuit
 from mechkit.circuits.edge_scores import EdgeScores, ScoredEdge
@@ -92,7 +92,7 @@ def edge_patching(
     work = _Work(study, graph, parts, where, per_prompt)
     saved = None if checkpoint is None else _Checkpoint(Path(checkpoint), work)
     todo = [edge for edge in wanted if saved is None or not saved.has(edge)]
-    with tqdm(total=len(wanted), initial=len(wanted) - len(todo), disable=not progress, unit="edge", delay=2) as bar:
+    with Progress(len(wanted), "edge", progress, done=len(wanted) - len(todo)) as bar:
         for some in work.batches(todo):
             work.patch(some)
             bar.update(len(some))
@@ -241,7 +241,7 @@ class _Work:
             study.model,
             clean,
             corrupted,
-            technique="edge patching",
+            technique="edge_patching",
             replay=self.how,
             corrupted_hash=corrupted.hash(),
             metric=study.metric.name,

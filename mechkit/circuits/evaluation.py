@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from mechkit._check import checked
 from mechkit._drawn import Drawn
+from mechkit._progress import Progress
 from mechkit._statistics import caution
 from mechkit.circuits._evaluation import Ablation, Constants, Evaluator, provenance_of_ablation
 from mechkit.circuits.circuit import Circuit
@@ -205,7 +205,7 @@ def evaluate_circuit(
         model, pairs: As for `activation_patching`.
         metric: As there; `kl_divergence(pairs)` works too (faithfulness is then the share of the divergence that is gone).
         ablation: What a reader sees of a writer without an edge: `"resample"` (the corrupted run's value), `"zero"`, `"mean"`
-            (over all corrupted prompts and positions), `"position_mean"` (at each position, over prompts of one length), or
+            (over all corrupted prompts and positions), `"position_mean"` (at each position, over those that are long enough), or
             `Constants`, such as `optimal_ablation` gives.
         random: How many random circuits of as many edges are run too: the circuit's rank among them is a p-value.
         sets: How many random sets of the circuit's components are left out for completeness.
@@ -246,7 +246,7 @@ def evaluate_circuit(
     elif minimality == "edge":
         parts = {edge.name: f"without {edge.name}" for edge in circuit}
         runs |= {f"without {edge.name}": circuit.without(edge).members for edge in circuit}
-    result = run_circuits(evaluator, runs, pairs, ablation, progress)
+    result = run_circuits(evaluator, runs, pairs, ablation, "evaluate_circuit", progress)
     faithful = dict(zip(runs, result.mean("prompt").normalized().values.double().tolist(), strict=True))
     # A random circuit may be the circuit: its number differs by what another batch rounds otherwise.
     faithful |= {name: faithful["circuit"] for name, one in others.items() if torch.equal(one, circuit.members)}
@@ -279,12 +279,13 @@ def run_circuits(
     runs: Mapping[str, Bool[Tensor, "writer reader"] | Float[Tensor, "writer reader"]],
     pairs: PromptPairs,
     ablation: Ablation | Constants,
+    technique: str,
     progress: bool,
 ) -> Result:
     """The metric of every circuit, dims `("run", "prompt")`; baselines: the model (`"clean"`) and the empty circuit."""
     model, names = evaluator.model, list(runs)
     values = []
-    with tqdm(total=len(names), disable=not progress, unit="circuit", leave=False, delay=2) as bar:
+    with Progress(len(names), "circuit", progress) as bar:
         for first in range(0, len(names), _AT_ONCE):
             some = names[first : first + _AT_ONCE]
             values.append(evaluator.evaluate(torch.stack([runs[name] for name in some])))
@@ -310,7 +311,7 @@ def run_circuits(
             model,
             pairs.clean,
             pairs.corrupted,
-            technique="circuit evaluation",
+            technique=technique,
             task=pairs.task,
             ablation=provenance_of_ablation(ablation),
         ),

@@ -205,7 +205,7 @@ def _curve(
     for i in range(random):
         for size, circuit in zip(sizes, circuits, strict=True):
             runs[f"random {i} {size}"] = Circuit.random(graph, circuit.n_edges, seed + i).members
-    result = run_circuits(evaluator, runs, pairs, ablation, progress)
+    result = run_circuits(evaluator, runs, pairs, ablation, "faithfulness_curve", progress)
     constants = ablation.prompts if isinstance(ablation, Constants) else ()
     found_on, _ = seen_prompts(scores.provenance, pairs, constants)
     return FaithfulnessCurve(

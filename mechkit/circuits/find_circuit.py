@@ -98,7 +98,9 @@ def find_circuit(
     check_metric(model, pairs.clean, metric, ("clean", "corrupted"))
     train, _ = split(len(pairs), held_out, seed)
     seen, measured = pairs[train], metric_of_some(model, pairs, metric, train)
-    estimates = edge_attribution(model, seen, measured, steps=steps, direction="noise", budget=budget)
+    estimates = edge_attribution(
+        model, seen, measured, steps=steps, direction="noise", budget=budget, progress=progress
+    )
     n_candidates = 4 * n_edges if candidates is None else candidates
     if not n_edges <= n_candidates:
         raise ValueError(f"candidates: expected at least n_edges = {n_edges}, got {candidates!r}")

@@ -4,6 +4,7 @@
    (`a9.h6`), each MLP (`m3`).
 2. *Readers* take the sum of what was written before them: the query of each head (`a9.h6<q>`), the key and the value of each
    key-value head (`a9.kv2<k>`, or `a9.h6<k>` where heads share none), each MLP (`m3`), and the unembedding (`logits`).
+   Grids of heads label the same head `L9H6`, as TransformerLens does; wherever a name is asked for, that is read too.
 3. An *edge* joins a writer to a reader that comes after it. Writers are sorted by when they write, so that the writers of a
    reader are always the first so many: `Graph.n_writers(reader)`.
 
@@ -256,7 +257,7 @@ class Graph:
 
     @checked
     def writer(self, name: str) -> Writer:
-        """The writer of that name, `"input"`, `"a9.h6"` or `"m3"`; `"9.6"` is short for `"a9.h6"`."""
+        """The writer of that name, `"input"`, `"a9.h6"` or `"m3"`; `"9.6"` and `"L9H6"` mean `"a9.h6"`."""
         name = _canonical(name)
         if name in self.writer_index:
             return self.writers[self.writer_index[name]]
@@ -268,7 +269,7 @@ class Graph:
 
     @checked
     def reader(self, name: str) -> Reader:
-        """The reader of that name, `"a9.h6<q>"`, `"a9.kv2<k>"`, `"m3"` or `"logits"`; `"9.6<q>"` is short for the first.
+        """The reader of that name, `"a9.h6<q>"`, `"a9.kv2<k>"`, `"m3"` or `"logits"`; `"9.6<q>"` and `"L9H6<q>"` mean the first.
 
         Where query heads share keys and values, `"a9.h6<k>"` is refused: the name of the key-value head is needed.
         """
@@ -346,5 +347,5 @@ class Graph:
 
 
 def _canonical(name: str) -> str:
-    """`" 9.6<q> "` -> `"a9.h6<q>"`."""
-    return re.sub(r"^(\d+)\.(\d+)", r"a\1.h\2", name.strip())
+    """`" 9.6<q> "` and `"L9H6<q>"`, as results of techniques label a head, -> `"a9.h6<q>"`."""
+    return re.sub(r"^(?:(\d+)\.|L(\d+)H)(\d+)", lambda found: f"a{found[1] or found[2]}.h{found[3]}", name.strip())

@@ -45,10 +45,10 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from mechkit._check import checked
 from mechkit._drawn import Drawn
+from mechkit._progress import Progress
 from mechkit.circuits._evaluation import Ablation, Constants, Evaluator, provenance_of_ablation
 from mechkit.circuits._objective import Objective, ObjectiveName, divergence, metric_maker, read_at, turns
 from mechkit.circuits.circuit import Circuit
@@ -198,7 +198,7 @@ def learn_mask(
         history = _train(task, gates, settings, progress)
     naive = steps * batch * int(found_on.clean.lengths.sum()) * model.n_layers // len(found_on)
     cost = Cost(evaluator.block_tokens, naive)
-    about = {"technique": "learned mask", "task": pairs.task, "ablation": provenance_of_ablation(ablation)}
+    about = {"technique": "learn_mask", "task": pairs.task, "ablation": provenance_of_ablation(ablation)}
     about |= {"score_is": "probability that the gate is open", "trained_at": read_at(trained_on)}
     provenance = circuit_provenance(model, found_on.clean, found_on.corrupted, **about, **asdict(settings))
     if isinstance(ablation, Constants):
@@ -208,7 +208,8 @@ def learn_mask(
 
     def evaluate(ids: list[int]) -> Result:
         evaluator = Evaluator(model, pairs[ids], metric_of(ids), ablation, budget)
-        return run_circuits(evaluator, {k: v.double() for k, v in runs.items()}, pairs[ids], ablation, progress=False)
+        doubles = {k: v.double() for k, v in runs.items()}
+        return run_circuits(evaluator, doubles, pairs[ids], ablation, "learn_mask", progress=False)
 
     coords: dict[str, Any] = {"quantity": QUANTITIES, "step": tuple(range(steps))}
     trained = Result(history, tuple(coords), coords, {}, "", "training", "", provenance, cost)
@@ -312,7 +313,7 @@ def _train(task: Objective, gates: _Gates, settings: Settings, progress: bool) -
     adam = torch.optim.Adam([gates.log_alpha], lr=settings.lr)
     penalty, ascent = settings.penalty, ASCENT * max(1.0, 200 / steps)
     history = torch.zeros(len(QUANTITIES), steps, dtype=torch.float64)
-    with tqdm(total=steps, disable=not progress, unit="step", delay=2) as bar:
+    with Progress(steps, "step", progress) as bar:
         for step in range(steps):
             drawn = gates.drawn(batch, generator)
             total, slope = task.slope_of_gates(drawn.detach(), next(prompts))
@@ -326,6 +327,5 @@ def _train(task: Objective, gates: _Gates, settings: Settings, progress: bool) -
                 penalty = min(penalty * (n_open.item() / wanted) ** ascent, DEAREST / settings.target, MOST)
             adam.step()
             gates.keep_to_target((slope * drawn.detach()).mean(0) / scale, (step + 1) / steps)
-            bar.update()
-            bar.set_postfix_str(f"loss {loss:.3f}, {n_open.item():.0f} open", refresh=False)
+            bar.update(note=f"loss {loss:.3f}, {n_open.item():.0f} open")
     return history

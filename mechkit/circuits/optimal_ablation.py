@@ -29,10 +29,10 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from mechkit._check import checked
 from mechkit._drawn import Drawn
+from mechkit._progress import Progress
 from mechkit.circuits._evaluation import Chunk, Constants, Evaluator
 from mechkit.circuits._objective import Objective, ObjectiveName, divergence, metric_maker, rows_of, turns
 from mechkit.circuits._runs import Written
@@ -148,7 +148,7 @@ def optimal_ablation(
             model,
             pairs.clean,
             pairs.corrupted,
-            technique="optimal ablation",
+            technique="optimal_ablation",
             task=pairs.task,
             **arguments,
             n_edges=None if circuit is None else circuit.n_edges,
@@ -350,7 +350,7 @@ def _descend(
     moved = torch.zeros_like(mean, requires_grad=True)
     adam = torch.optim.Adam([moved], lr=lr)
     prompts = turns(n, batch, torch.Generator().manual_seed(seed))
-    with tqdm(total=steps, disable=not progress, unit="step", delay=2) as bar:
+    with Progress(steps, "step", progress) as bar:
         for step in range(steps):
             values = (mean + scale * moved).detach()
             rows = everyone if batch >= n else next(prompts)
@@ -364,8 +364,7 @@ def _descend(
             for group in adam.param_groups:
                 group["lr"] = lr * (1 - step / steps)
             adam.step()
-            bar.update()
-            bar.set_postfix_str(f"loss {best.losses.mean().item():.4g}", refresh=False)
+            bar.update(note=f"loss {best.losses.mean().item():.4g}")
     values = (mean + scale * moved).detach()
     best.see(values, study.losses(values, everyone))
     return best.values.cpu(), torch.cat([at_start, best.losses[None]])

@@ -59,7 +59,7 @@ def path_patching(
     Args:
         model, pairs, metric: As for `activation_patching`.
         senders: `"layer head"` (every head) or `"layer"` (every MLP), with `"pos"` or `"position"` added for one position at a
-            time; or names: `["input", "a9.h6", "m3"]`.
+            time; or names: `["input", "a9.h6", "m3"]` (`"L9H6"` is that head too, and its label in `top()` either way).
         receivers: Names of what is to see the change: queries, keys and values (`"a9.h6<q>"`, `"a9.kv2<k>"`), MLPs (`"m3"`), or
             `["logits"]` alone. All of them see it at once.
         freeze: What does not react on the way from sender to receivers: `"all"`, or `"heads"` (MLPs do).
@@ -71,9 +71,10 @@ def path_patching(
         progress: Whether to show a progress bar.
 
     Returns:
-        A `Result`, the metric of each patched run: dims as in `senders` (`"sender"` for names), then the prompt. Of several
-        receivers a sender's change reaches those that read after it. NaN where there is no path: for the heads or MLPs of
-        `"layer head"` and `"layer"` that no receiver reads, and for a prompt that lacks a position of `"pos"`.
+        A `Result`, the metric of each patched run, with dims as in `senders`, then the prompt: `("layer", "head", "prompt")`,
+        `("layer", "prompt")`, `("layer", "pos", "prompt")`, …; for names `("sender", "prompt")`. Of several receivers a
+        sender's change reaches those that read after it. NaN where there is no path: for the heads or MLPs of `"layer head"`
+        and `"layer"` that no receiver reads, and for a prompt that lacks a position of `"pos"`.
 
     Raises:
         ValueError: an unknown sender or receiver; a sender by name that no receiver reads, or none of all senders that one does
@@ -129,7 +130,7 @@ def path_patching(
             model,
             pairs.clean,
             pairs.corrupted,
-            technique="path patching",
+            technique="path_patching",
             senders=senders if isinstance(senders, str) else list(senders),
             receivers=[reader.name for reader in reads],
             freeze=freeze,

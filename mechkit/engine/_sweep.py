@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from mechkit._check import checked
+from mechkit._progress import Progress
 from mechkit.engine._checks import check_sweep
 from mechkit.engine._chunk import Chunk, Derived, State, Values, whole_forward
 from mechkit.engine._edits import NEVER, Cell, EditPlan, Rows, rows_by_start
@@ -110,7 +110,7 @@ def sweep(
     measured = as_metric(metric)
     state = State(model, base, source, source_sites, values or {}, derived or {}, plan, measured, runs, room, replay)
     check_sweep(state)
-    bar = tqdm(total=len(cells) * len(base), disable=None if progress else True, unit="row", leave=False, delay=2)
+    bar = Progress(len(cells) * len(base), "row", progress)
     with bar:
         try:
             _sweep_all(state, bar)
@@ -127,7 +127,7 @@ def sweep(
     )
 
 
-def _sweep_all(state: State, bar: tqdm) -> None:
+def _sweep_all(state: State, bar: Progress) -> None:
     """Prompts of one length after the other, the longest first, as many at a time as fit."""
     model, plan = state.model, state.plan
     for batch in state.base.batches(longest_first=True):
@@ -150,7 +150,7 @@ def _sweep_all(state: State, bar: tqdm) -> None:
 # -- one chunk of prompts ----------------------------------------------------------------------------------------------
 
 
-def _sweep_chunk(state: State, ids: Sequence[int], bar: tqdm) -> None:
+def _sweep_chunk(state: State, ids: Sequence[int], bar: Progress) -> None:
     attached = state.model._attached()
     chunk, start, absent, replayer = _recorded(state, np.array(ids))
     length = chunk.run.length
@@ -277,7 +277,7 @@ def _read_baselines(chunk: Chunk) -> None:
             )
 
 
-def _batches(state: State, rows: Rows, length: int, whole: bool, bar: tqdm) -> Iterator[Rows]:
+def _batches(state: State, rows: Rows, length: int, whole: bool, bar: Progress) -> Iterator[Rows]:
     """Cuts rows into batches that fit the budget as it stands; the consumer may shrink the budget by running out of memory."""
     done = 0
     some = state.metric.tokens if isinstance(state.metric, Metric) else None

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechkit._precision import wide_dtype
+from mechkit._progress import Progress
 from mechkit.engine import Budget, GradientRuns, check_can_run, check_metric, metric_values
 from mechkit.experiment.axes import Axes, Chosen, make_axes
 from mechkit.experiment.positions import split_prompts
@@ -23,7 +24,8 @@ from mechkit.prompts import PromptPairs, Prompts, first_differences
 from mechkit.result import Cost, Result
 
 Key = tuple[str, int]  # site, layer
-TECHNIQUE = "attribution patching"
+# What gives an estimate of `activation_patching`, cell by cell.
+ESTIMATES = ("attribution_patching", "integrated_gradients", "atp_star", "relp")
 
 
 @dataclass(eq=False)
@@ -55,6 +57,9 @@ class Study:
     how: str = "suffix"
     proofs: dict[tuple[int, int], str | None] = field(default_factory=dict)
     defer_proof: bool = False  # whether the first unedited runs are to be the proof (`GradientRuns.proved`)
+    progress: bool = False  # whether to show how far it is
+    gradients: int = 1  # how many are taken for each prompt, for the progress
+    bar: Progress | None = None  # while it runs
 
     def __post_init__(self) -> None:
         wide = wide_dtype(self.model.dtype)
@@ -76,19 +81,27 @@ class Study:
 
     def chunks(self) -> Iterator[Chunk]:
         """Prompts that run together: of one length, as many as fit the budget."""
-        first = self.first_differences()
+        first, done = self.first_differences(), 0
 
         def fit(length: int, ids: Sequence[int]) -> int:
             suffix = length - min(first[ids[0]], length - 1)
             return self.budget.prompts_with_gradients(self.model, length, suffix, self.keys)
 
         at_once = fit if isinstance(self.metric, Metric) else None  # a callable sees all prompts together
-        # The longest first: a proof holds for shorter prompts too.
-        for batch in self.base.batches(at_once, order=first.__getitem__, longest_first=True):
-            chunk = Chunk.of(self, batch.ids, first[batch.ids[0]], fit(batch.length, batch.ids))
-            yield chunk
-            self.block_tokens += chunk.runs.block_tokens
-            self.how = chunk.runs.how if chunk.runs.how != "suffix" else self.how
+        with Progress(len(self.base) * self.gradients, "gradient", self.progress) as self.bar:
+            # The longest first: a proof holds for shorter prompts too.
+            for batch in self.base.batches(at_once, order=first.__getitem__, longest_first=True):
+                chunk = Chunk.of(self, batch.ids, first[batch.ids[0]], fit(batch.length, batch.ids))
+                yield chunk
+                self.block_tokens += chunk.runs.block_tokens
+                self.how = chunk.runs.how if chunk.runs.how != "suffix" else self.how
+                done += len(batch)
+                self.bar.reach(done * self.gradients)
+
+    def took_gradients(self, n: int) -> None:
+        """Counts gradients within a chunk of prompts, for the progress."""
+        if self.bar is not None:
+            self.bar.update(n)
 
     def result(self, site: str, **provenance: Any) -> Result:
         """The estimated metric of every patched run, `base + effect`, as `activation_patching` returns the exact one."""
@@ -253,9 +266,10 @@ def make_study(
     direction: Literal["denoise", "noise"],
     chosen: Chosen,
     budget: int | None,
+    progress: bool,
     provenance: Mapping[str, Any],
 ) -> Study:
-    """Checks what the user asked for. `ValueError`s name the argument. `provenance`: the variant, and its own arguments."""
+    """Checks what the user asked for. `ValueError`s name the argument. `provenance`: the technique, and its own arguments."""
     if direction not in ("denoise", "noise"):
         raise ValueError(f"direction: expected 'denoise' or 'noise', got {direction!r}")
     if not isinstance(pairs, PromptPairs):
@@ -284,7 +298,8 @@ def make_study(
         metric,
         axes,
         Budget.of(model, budget),
-        {"task": pairs.task, "direction": direction, "technique": TECHNIQUE, **provenance},
+        {"task": pairs.task, "direction": direction, **provenance},
+        progress=progress,
     )
 
 
@@ -297,6 +312,7 @@ def make_single_study(
     over: str,
     *,
     budget: int | None = None,
+    progress: bool = False,
     **chosen: Unpack[Chosen],
 ) -> Study:
     """The same for methods that look at one run: the clean prompts of pairs."""
@@ -305,7 +321,8 @@ def make_single_study(
     metric = metric_for(metric, prompts)
     check_study(model, metric, {"clean": base})
     room = Budget.of(model, budget)
-    return Study(model, base, None, "clean", None, named, metric, {axes.site.name: axes}, room, {"task": task})
+    axes_of, about = {axes.site.name: axes}, {"task": task}
+    return Study(model, base, None, "clean", None, named, metric, axes_of, room, about, progress=progress)
 
 
 def check_study(model: HookedModel, metric: Metric | CallableMetric, runs: Mapping[str, Prompts]) -> None:

@@ -64,6 +64,7 @@ def batches(chunk: Chunk, points: list[float], weights: list[float]) -> Iterator
             torch.tensor(x[some], dtype=dtype, device=device).repeat_interleave(n) for x in (points, weights)
         )
         yield chunk.everyone.repeat(k), point, weight
+        chunk.study.took_gradients(n * k)
 
 
 def along_activation(

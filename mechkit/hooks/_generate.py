@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from mechkit._check import checked
+from mechkit._progress import Progress
 from mechkit.hooks._context import check_length
 from mechkit.hooks._lock import one_at_a_time
 from mechkit.hooks._text import Input, Text
@@ -132,7 +132,7 @@ class Generate(Text):
         ends = self._ends(eos_token_id) if stop_at_eos else frozenset()
         generators = [None if seed is None else _generator(seed + i, self.device) for i in range(len(prompts))]
         new: list[list[int]] = [[] for _ in prompts]
-        bar = tqdm(total=max_new_tokens * len(prompts), disable=not verbose, unit="token", leave=False)
+        bar = Progress(max_new_tokens * len(prompts), "token", verbose)
         with bar:
             for ids in _equally_long(prompts):
                 draw = [generators[i] for i in ids]

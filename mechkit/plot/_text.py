@@ -75,7 +75,7 @@ def fitted(text: str, columns: int) -> str:
 
 
 def technique_of(provenance: Mapping[str, Any]) -> str:
-    """`'activation patching'`; empty if unknown."""
+    """`'activation patching'`, the public function's name in words; empty if unknown."""
     return str(provenance.get("technique") or "").replace("_", " ")
 
 

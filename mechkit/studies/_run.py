@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 import time
 from collections import deque
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from mechkit._progress import Progress, is_watched
 from mechkit.studies._executors import Executor, WorkerLostError
 from mechkit.studies._files import StoreError
 from mechkit.studies._job import Job, ModelSpec
@@ -314,11 +316,27 @@ def check_schema(store: Store) -> None:
         )
 
 
+def _lines(shown: contextlib.ExitStack) -> Callable[[Event], None]:
+    """Watches a run by lines. It counts from the first event on: what was kept from earlier runs took no time."""
+    bars: list[Progress] = []
+
+    def watch(event: Event) -> None:
+        if not bars:
+            bars.append(shown.enter_context(Progress(event.total or None, "shard", done=event.done)))
+        bars[0].reach(event.done, event.total or None, note=event.doing[:60])
+
+    return watch
+
+
 @contextlib.contextmanager
 def watching(progress: bool) -> Iterator[Callable[[Event], None] | None]:
-    """A bar on the terminal, for as long as the study runs."""
+    """A bar on the terminal, for as long as the study runs; in a log a line every few seconds."""
     if not progress:
         yield None
+        return
+    if not is_watched(sys.stderr):
+        with contextlib.ExitStack() as shown:
+            yield _lines(shown)
         return
     from rich.console import Console
     from rich.progress import (

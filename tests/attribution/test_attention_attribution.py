@@ -154,8 +154,8 @@ def test_rollout_is_the_random_walk_at_every_depth_and_conserves(family):
 @pytest.mark.parametrize("residual", [0, 0.3, 1.0])
 def test_options(heads, residual):
     model, pairs = make_model("llama"), make_pairs()
-    rollout = attention_rollout(model, pairs, residual=residual, heads=heads, position=-2)
-    flow = attention_flow(model, pairs, residual=residual, heads=heads, position=-2)
+    rollout = attention_rollout(model, pairs, residual=residual, head_fusion=heads, position=-2)
+    flow = attention_flow(model, pairs, residual=residual, head_fusion=heads, position=-2)
     for j, tokens in enumerate(pairs.clean.tokens):
         n = len(tokens)
         mixing = naive_mixing(patterns(model, tokens), residual, heads)
@@ -173,7 +173,7 @@ def test_one_layer_without_residual_is_its_attention_and_max_is_not_mean():
     for technique in SHARES:
         first = technique(model, pairs, residual=0, over="layer pos").values[0, :, 0].numpy()
         assert np.allclose(first, patterns(model, tokens)[0].mean(0)[-1], atol=1e-12, rtol=0)
-        joined = technique(model, pairs, residual=0, over="layer pos", heads="max").values[0, :, 0].numpy()
+        joined = technique(model, pairs, residual=0, over="layer pos", head_fusion="max").values[0, :, 0].numpy()
         assert np.abs(first - joined).max() > 1e-2
 
 
@@ -191,8 +191,8 @@ def test_named_positions_indices_and_labels(technique):
         f'"{int(t)}" {i}' for i, t in enumerate(labelled.tokens[0])
     )
     assert (end.baseline, end.base) == ({}, "")
-    assert end.provenance["technique"] == technique.__name__.replace("_", " ")
-    assert {"weights_hash", "tokens_hash", "residual", "heads", "position", "over", "site"} <= set(end.provenance)
+    assert end.provenance["technique"] == technique.__name__
+    assert {"weights_hash", "tokens_hash", "residual", "head_fusion", "position", "over", "site"} <= set(end.provenance)
 
 
 @pytest.mark.parametrize("technique", SHARES)
@@ -487,7 +487,7 @@ def test_results_save_and_load(tmp_path):
     [
         ({"residual": 1.5}, "residual: expected a"),
         ({"residual": True}, "residual: expected a"),
-        ({"heads": "min"}, "heads: expected 'mean' or 'max'"),
+        ({"head_fusion": "min"}, "head_fusion: expected 'mean' or 'max'"),
         ({"over": "layer head"}, "over: expected 'pos' or 'layer pos'"),
         ({"position": "S2"}, "position: expected"),
         ({"position": 5}, "position: expected an index into prompts"),

@@ -126,7 +126,7 @@ def test_positions_have_the_text_that_all_prompts_share(gpt2_tiny):
     assert "str_tokens" not in alone.provenance
     bare = attention_patterns(gpt2_tiny, ragged(), progress=False)
     assert bare.coords["src"] == tuple(range(7))
-    assert result.provenance["technique"] == "attention patterns"
+    assert result.provenance["technique"] == "attention_patterns"
     assert result.provenance["n_prompts"] == 2
 
 

@@ -68,6 +68,19 @@ def test_last_layer_and_ragged_prompts():
     assert torch.allclose(found.total.values, torch.stack(one_by_one), atol=1e-10)
 
 
+@pytest.mark.parametrize("mode", ["mean", "position_mean"])
+def test_a_mean_is_that_of_ablation_whatever_the_lengths(mode):
+    model, pairs = make_model("llama"), make_pairs(((7, 2), (5, 1), (7, 4), (6, 2)))
+    metric, head = mk.logit_diff(pairs), (1, 2)
+    found = mk.dla_erasure_check(model, pairs, metric, head, mode=mode)
+    exact = mk.ablation(model, pairs, metric, mode=mode, progress=False).effect().values[head]
+    assert torch.allclose(found.total.values, -exact.double(), atol=1e-9)
+    small = mk.dla_erasure_check(model, pairs, metric, head, mode=mode, budget=1)
+    assert torch.allclose(found.written.values, small.written.values, atol=1e-9)
+    alone = mk.dla_erasure_check(model, pairs[[0, 2]], mk.logit_diff, head, mode=mode)  # control: others count
+    assert not torch.allclose(found.total.values[[0, 2]], alone.total.values, atol=1e-6)
+
+
 def test_bad_arguments():
     model, pairs = make_model("gpt2"), make_pairs()
     metric = mk.logit_diff(pairs)
@@ -75,11 +88,13 @@ def test_bad_arguments():
         ({"head": (4, 0)}, "head"),
         ({"head": (0, 4)}, "head"),
         ({"head": (0, 0), "mode": "resample"}, "mode"),
-        ({"head": (0, 0), "mode": "mean"}, "mode: 'mean' needs"),
-        ({"head": (0, 0), "mode": "position_mean"}, "mode: 'position_mean' needs"),
     ):
         with pytest.raises(ValueError, match=match):
             mk.dla_erasure_check(model, pairs, metric, **arguments)
+    with pytest.raises(ValueError, match="mode: 'mean' needs"):
+        mk.dla_erasure_check(model, pairs[[0]], mk.logit_diff, (0, 0), mode="mean")
+    with pytest.raises(ValueError, match="mode: 'position_mean' needs at least 2 prompts of 7 tokens"):
+        mk.dla_erasure_check(model, make_pairs(((7, 2), (5, 1))), mk.logit_diff, (0, 0), mode="position_mean")
     with pytest.raises(ValueError, match="linear"):
         mk.dla_erasure_check(model, pairs, mk.log_prob(pairs), (0, 0))
     silent = mk.dla_erasure_check(model, pairs, torch.zeros(model.d_model, dtype=torch.float64), (0, 0))

@@ -80,7 +80,7 @@ def test_provenance_and_nothing_left_behind() -> None:
     model, pairs = make_model("gpt2"), make_pairs()
     found = hidden_states(model, pairs, progress=False)
     origin = found.provenance
-    assert (origin["technique"], origin["site"], origin["position"]) == ("hidden states", "resid_post", -1)
+    assert (origin["technique"], origin["site"], origin["position"]) == ("hidden_states", "resid_post", -1)
     assert (origin["n_prompts"], origin["weights_hash"]) == (3, model.weights_hash)
     assert origin["tokens_hash"] == pairs.clean.hash()
     assert (found.unit, dict(found.baseline)) == ("activation", {})

@@ -139,6 +139,11 @@ def test_senders_by_name_and_mlps():
     named = mk.path_patching(model, pairs, metric, senders=["input", "a1.h2", "m1"], progress=False)
     heads = mk.path_patching(model, pairs, metric, progress=False)
     mlps = mk.path_patching(model, pairs, metric, senders="layer", progress=False)
+    (one,) = heads.sel(layer=[1], head=[2]).top(1)
+    assert one.label == next(cell.label for cell in named.top(3) if cell.coords["sender"] == "a1.h2") == "L1H2"
+    again = mk.path_patching(model, pairs, metric, senders=["input", one.label, "m1"], progress=False)
+    assert again.coords == named.coords  # a label of a grid is a name
+    assert torch.equal(again.values, named.values)
     assert torch.allclose(named.sel(sender="a1.h2").values, heads.sel(layer=1, head=2).values, atol=1e-12)
     assert torch.allclose(named.sel(sender="m1").values, mlps.sel(layer=1).values, atol=1e-12)
     assert float((named.sel(sender="input").effect().values).abs().max()) > 1e-3

@@ -238,7 +238,7 @@ def test_what_the_circuit_says_of_itself():
     assert circuit.weights_hash == model.weights_hash
     assert circuit.provenance["threshold"] == 0.1
     assert circuit.provenance["ablation"] == "resample"
-    assert circuit.provenance["technique"] == "ACDC"
+    assert circuit.provenance["technique"] == "acdc"
     ev = Evaluator(model, pairs, mk.kl_divergence(pairs))
     assert circuit.provenance["distance"] == pytest.approx(float(ev.evaluate(circuit.members[None]).mean()), abs=1e-8)
     circuit.check(model)

@@ -116,6 +116,7 @@ def test_selection_equals_the_naive_one(name: str, method: str, by: str) -> None
         pruned = Circuit.from_scores(scores, n_edges=n, method=method, by=by)
         assert set(pruned) == naive_prune(graph, chosen)
         assert pruned == whole.pruned()
+        assert (f"; {len(pruned)} kept of {n};" in repr(pruned)) == (len(pruned) < n)
         said = pruned.provenance["selection"]
         assert (said["asked"], said["chosen"], said["kept"]) == (n, len(chosen), len(pruned))
         dropped += len(whole) - len(pruned)
@@ -171,6 +172,17 @@ def test_edges_that_were_not_computed_are_never_chosen() -> None:
 def test_selection_refuses(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Circuit.from_scores(rounded(SMALL), **arguments)
+
+
+def test_repr_counts_the_edges_that_pruning_dropped_until_edges_change() -> None:
+    scores = rounded(SMALL)
+    sizes = {n: Circuit.from_scores(scores, n_edges=n) for n in range(1, SMALL.n_edges)}
+    n, circuit = next((n, circuit) for n, circuit in sizes.items() if 0 < len(circuit) < n)
+    assert f"; {len(circuit)} kept of {n};" in repr(circuit)
+    assert "kept of" not in repr(Circuit.from_scores(scores, n_edges=n, prune=False))
+    edge = circuit.edges[0]
+    for other in (circuit.without(edge), circuit.without(edge).with_edge(edge), circuit | circuit):
+        assert "kept of" not in repr(other)
 
 
 def test_circuit_knows_where_it_is_from() -> None:

@@ -141,7 +141,12 @@ def test_what_means_and_zeros_are(family):
         if ablation == "zero":
             return torch.zeros_like(wrote[j][name])
         if ablation == "position_mean":
-            return torch.stack([w[name] for w in wrote if len(w[name]) == len(wrote[j][name])]).mean(0)
+            return torch.stack(
+                [
+                    torch.stack([w[name][at] for w in wrote if len(w[name]) > at]).mean(0)
+                    for at in range(len(wrote[j][name]))
+                ]
+            )
         return torch.cat([w[name] for w in wrote]).mean(0).expand_as(wrote[j][name])
 
     for ablation in ("zero", "mean", "position_mean"):

@@ -102,6 +102,15 @@ def test_names_lead_back_to_what_they_name(graph):
     assert len({edge.name for edge in graph.edges}) == graph.n_edges
 
 
+def test_labels_of_results_are_names():
+    assert MHA.writer("L1H2") == MHA.writer("a1.h2")
+    assert MHA.reader(" L1H2<q>") == MHA.reader("a1.h2<q>")
+    assert MHA.edge("L0H1 -> logits") == MHA.edge("a0.h1->logits")
+    for wrong in ("L9H9", "L1", "H2", "L1H2<q>"):
+        with pytest.raises(ValueError, match="writer: expected"):
+            MHA.writer(wrong)
+
+
 def test_short_names():
     assert MHA.edge(" 1.3 -> 2.0<k> ") == MHA.edge("a1.h3->a2.h0<k>")
     assert MHA.edge("2.1 -> logits") == Edge(Writer(2, 1), Reader("logits", 3))

@@ -83,7 +83,7 @@ def test_losses_against_whole_forward_passes(name: str, objective: Any) -> None:
     found = optimal(model, pairs, mk.logit_diff, objective=objective, writers=writers, steps=2)
     assert found.losses.coords["writer"] == tuple(writers)
     assert found.losses.coords["prompt"] == (0, 1, 2)
-    means = Evaluator(model, pairs, mk.logit_diff(pairs), "mean")._mean_written()[0]
+    means = Evaluator(model, pairs, mk.logit_diff(pairs), "mean")._mean_written()
     mean = torch.cat(means.stacked(), 1)[0, :, 0]
     for w, writer in enumerate(writers):
         at = graph.writer_index[writer]

@@ -291,3 +291,11 @@ def test_any_callable_is_a_metric_and_metrics_pass_through() -> None:
 def test_refuses_what_is_no_metric() -> None:
     with pytest.raises((ValueError, TypeError), match="metric"):
         as_metric("logit_diff")  # type: ignore[arg-type]
+
+
+def test_reprs_name_what_is_measured_and_where() -> None:
+    assert repr(logit_diff(PAIRS)) == "Metric(logit_diff [logits] of 4 prompts at END)"
+    assert repr(logit_diff(PAIRS, position="first")[[1]]) == "Metric(logit_diff [logits] of 1 prompt at first)"
+    kl = kl_divergence(PAIRS, reference="corrupted")
+    assert repr(kl) == "Metric(kl_divergence [nats] of 4 prompts at END; compared with the corrupted run)"
+    assert repr(CallableMetric(lambda logits: logits[:, -1, 0], "first_token")) == "CallableMetric(first_token)"

@@ -305,3 +305,14 @@ def test_what_is_no_token_id_is_refused(tokens: Any, message: str) -> None:
 def test_answers_are_token_ids(answer: int, expected: str) -> None:
     with pytest.raises(ValueError, match=f"right answer of pair 0: expected a token id {expected}"):
         PromptPairs.from_tokens([[1]], [[2]], [(answer, 6)])
+
+
+def test_reprs_are_short_and_count_prompts_and_tokens() -> None:
+    ragged = Prompts.from_tokens([[1, 2, 3], [4, 5], [6]])
+    assert repr(ragged) == "Prompts(3 prompts of 1 to 3 tokens)"
+    assert repr(ragged[[2]]) == "Prompts(1 prompt of 1 token)"
+    pairs = PromptPairs.from_tokens([[1, 2, 3], [4, 5]], [[1, 9, 3], [8, 5]], [(1, 2), (3, 4)], positions={"S": [1, 0]})
+    assert repr(pairs) == "PromptPairs(2 pairs of 2 to 3 tokens; task 'custom'; positions S, END)"
+    text = Prompts.from_text(MODEL, "Mary and John " * 500)
+    assert repr(text).startswith("Prompts(1 prompt of 1501 tokens; first '<bos>MaryandJohn")
+    assert len(repr(text)) < 120

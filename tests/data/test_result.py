@@ -153,6 +153,54 @@ def test_repr_is_short_and_says_what_it_is() -> None:
     assert Cost(0, 5).speedup == float("inf")
 
 
+def test_a_result_of_one_value_is_a_number() -> None:
+    result = random_result(3)
+    one = result.mean("prompt").sel(layer=1, head=0)
+    expected = result.values[1, 0].mean().item()
+    assert float(one) == one.item() == pytest.approx(expected)
+    assert f"logit_diff {expected:.4g} [logits]" in repr(one)
+    assert f"{expected:.4g}" not in repr(result)  # the control: of many values none is shown
+    assert result.sel(layer=[1], head=[0], prompt=[2]).item() == result.values[1, 0, 2].item()
+    for several in (result, result.sel(layer=[]), result.mean("prompt")):
+        with pytest.raises(
+            ValueError, match=r"item: expected a result with one value, got \d+ \(layer \d x head 2.*sel\(\)"
+        ):
+            several.item()
+        with pytest.raises(ValueError, match="item: expected a result with one value"):
+            float(several)
+
+
+@pytest.mark.parametrize("order", ["layer head prompt", "prompt layer head", "head prompt layer", "prompt head layer"])
+def test_numpy_gives_any_order_of_dims_by_name(order: str) -> None:
+    result = random_result(5, ragged=True)
+    array = result.numpy(order)
+    assert array.dtype == np.float64
+    sizes = dict(zip(result.dims, result.shape, strict=True))
+    assert array.shape == tuple(sizes[dim] for dim in order.split())
+    for index in np.ndindex(*result.shape):
+        at = dict(zip(result.dims, index, strict=True))
+        np.testing.assert_equal(array[tuple(at[dim] for dim in order.split())], result.values[index].item())
+    np.testing.assert_array_equal(array, result.numpy(order.split()))
+    array[:] = 0
+    assert bool((result.values != 0).any())  # a copy
+
+
+def test_numpy_without_dims_is_as_the_result_is() -> None:
+    result = random_result(6)
+    np.testing.assert_array_equal(result.numpy(), result.values.numpy())
+    one = result.mean("prompt").sel(layer=0, head=0)
+    assert one.numpy().shape == one.numpy("").shape == ()
+
+
+@pytest.mark.parametrize("wrong", ["layer head", "layer head pos", "layer head prompt prompt", "layer,head,prompt", ""])
+def test_numpy_names_the_dims(wrong: str) -> None:
+    with pytest.raises(
+        ValueError, match=r"dims: expected each of 'layer head prompt' once, in any order; got "
+    ) as info:
+        random_result(7).numpy(wrong)
+    assert ("mean()" in str(info.value)) == (wrong in ("layer head", ""))
+
+
 # Averages and baselines
 
 
@@ -309,6 +357,9 @@ def test_top_averages_over_prompts_first() -> None:
         ({"layer": (4,), "neuron": (133,)}, "L4N133"),
         ({"layer": (9,), "pos": (3,)}, "L9 pos 3"),
         ({"component": ("mlp 3",)}, "mlp 3"),
+        ({"sender": ("a9.h6",)}, "L9H6"),
+        ({"sender": ("m3",)}, "m3"),
+        ({"sender": ("input",), "position": ("IO",)}, "input IO"),
     ],
 )
 def test_labels_of_cells(coords: dict[str, tuple[int | str, ...]], label: str) -> None:

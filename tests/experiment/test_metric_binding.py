@@ -5,6 +5,7 @@ A function of logits belongs to all prompts in their order, also where a techniq
 from __future__ import annotations
 
 import functools
+import inspect
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -185,6 +186,43 @@ MORE: dict[str, Callable[..., Any]] = {
         model, pairs.clean, [(mk.Edit("z", 0),)], metric, source=pairs.corrupted
     ),
 }
+
+
+def values_of(found: Any) -> torch.Tensor:
+    """The numbers of whatever a technique returns."""
+    for held in ("values", "members", "gates", "probs"):
+        if hasattr(found, held):
+            found = getattr(found, held)
+            return found if isinstance(found, torch.Tensor) else values_of(found)
+    return values_of(next(getattr(found, held) for held in ("circuit", "runs", "base") if hasattr(found, held)))
+
+
+@pytest.mark.parametrize("technique", sorted({*WITH_METRIC, *MORE} - {"sweep"}))
+def test_every_technique_takes_a_metric_or_what_makes_it(technique: str) -> None:
+    run = (WITH_METRIC | MORE)[technique]
+    ready, made = (run(family("gpt2"), SAME_LENGTH, metric) for metric in (mk.logit_diff(SAME_LENGTH), mk.logit_diff))
+    torch.testing.assert_close(values_of(ready), values_of(made), rtol=0, atol=0, equal_nan=True)
+
+
+def test_metric_is_the_same_argument_everywhere() -> None:
+    """A metric, a factory or a function of logits; `None` where a divergence stands in; where it must be linear, a direction."""
+    kinds = {"AnyMetric", "AnyMetric | None", "Direction"}
+    found = {}
+    for name in mk.__all__:
+        if inspect.isfunction(function := getattr(mk, name)):
+            metric = inspect.signature(function).parameters.get("metric")
+            found[name] = metric and metric.annotation
+    assert {name for name, kind in found.items() if kind == "AnyMetric | None"} == {
+        "acdc",
+        "learn_mask",
+        "optimal_ablation",
+    }
+    assert {name for name, kind in found.items() if kind == "Direction"} == {
+        "direct_logit_attribution",
+        "dla_erasure_check",
+    }
+    assert {kind for kind in found.values() if kind} == kinds
+    assert len([kind for kind in found.values() if kind]) > 20
 
 
 @pytest.mark.parametrize("technique", [*WITH_METRIC, *OF_READY_METRICS, *MORE])

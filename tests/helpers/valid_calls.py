@@ -128,38 +128,38 @@ def _techniques(m: Material) -> Calls:
             mk.ablation,
             {**on, **where, **how, "mode": "mean", "reference": m.pairs, "seed": 0, "replay": True},
         ),
-        "attribution_patching": (mk.attribution_patching, {**of, **where, "direction": "noise", "budget": 2**24}),
+        "attribution_patching": (mk.attribution_patching, {**of, **where, **how, "direction": "noise"}),
         "atp_star": (
             mk.atp_star,
-            {**of, **where, "qk_fix": True, "grad_drop": True, "direction": "denoise", "budget": 2**24},
+            {**of, **where, **how, "qk_fix": True, "grad_drop": True, "direction": "denoise"},
         ),
         "integrated_gradients": (
             mk.integrated_gradients,
-            {**of, **where, "steps": 1, "rule": "midpoint", "path": "activation", "direction": "denoise"},
+            {**of, **where, **how, "steps": 1, "rule": "midpoint", "path": "activation", "direction": "denoise"},
         ),
-        "relp": (mk.relp, {**of, **where, "attention": "frozen", "direction": "denoise", "budget": 2**24}),
+        "relp": (mk.relp, {**of, **where, **how, "attention": "frozen", "direction": "denoise"}),
         "attention_patterns": (
             mk.attention_patterns,
             {**look, **how, "layers": [0], "heads": [1], "scores": False},
         ),
         "attention_flow": (
             mk.attention_flow,
-            {**look, **how, "position": "END", "over": "pos", "residual": 0.5, "heads": "mean"},
+            {**look, **how, "position": "END", "over": "pos", "residual": 0.5, "head_fusion": "mean"},
         ),
         "attention_rollout": (
             mk.attention_rollout,
-            {**look, **how, "position": "END", "over": "pos", "residual": 0.5, "heads": "mean"},
+            {**look, **how, "position": "END", "over": "pos", "residual": 0.5, "head_fusion": "mean"},
         ),
         "attention_relevance": (mk.attention_relevance, {**on, **how, "position": None, "over": "pos"}),
         "compare": (mk.compare, {"approx": m.estimated, "exact": m.heads, "k": 3}),
         "verify": (mk.verify, {"approx": m.estimated, **of, **how, "top": 2}),
-        "composition_scores": (mk.composition_scores, {"model": m.model, "kind": "K"}),
+        "composition_scores": (mk.composition_scores, {"model": m.model, "kind": "K", "progress": False}),
         "direct_logit_attribution": (
             mk.direct_logit_attribution,
-            {**on, "over": "layer head", "layers": [0], "heads": [1], "budget": 2**24},
+            {**on, **how, "over": "layer head", "layers": [0], "heads": [1]},
         ),
-        "dla_erasure_check": (mk.dla_erasure_check, {**on, "head": (0, 1), "mode": "zero", "budget": 2**24}),
-        "gradient_x_input": (mk.gradient_x_input, {**on, "budget": 2**24}),
+        "dla_erasure_check": (mk.dla_erasure_check, {**on, **how, "head": (0, 1), "mode": "zero"}),
+        "gradient_x_input": (mk.gradient_x_input, {**on, **how}),
         "head_scores": (
             mk.head_scores,
             {
@@ -190,11 +190,11 @@ def _techniques(m: Material) -> Calls:
         "neuron_attribution": (
             mk.neuron_attribution,
             {**on, "site": "mlp_post", "over": "layer neuron", "path": "activation", "baseline": "zero", "steps": 1,
-             "rule": "midpoint", "layers": [0], "neurons": [1], "budget": 2**24},
+             "rule": "midpoint", "layers": [0], "neurons": [1], **how},
         ),
         "token_integrated_gradients": (
             mk.token_integrated_gradients,
-            {**on, "baseline": "zero", "steps": 1, "rule": "midpoint", "budget": 2**24},
+            {**on, **how, "baseline": "zero", "steps": 1, "rule": "midpoint"},
         ),
         "ov_circuit": (
             mk.ov_circuit,
@@ -232,7 +232,7 @@ def _circuits(m: Material) -> Calls:
         "edge_attribution": (
             mk.edge_attribution,
             {**of, "steps": 1, "rule": "midpoint", "path": "input", "direction": "denoise", "gradient": "exact",
-             "positions": ["END"], "per_prompt": True, "budget": 2**24},
+             "positions": ["END"], "per_prompt": True, **how},
         ),
         "edge_patching": (
             mk.edge_patching,
@@ -341,6 +341,7 @@ def _data(m: Material) -> Calls:
             {"level": 0.9, "n_resamples": 10, "seed": 0, "method": "percentile", "normalized": False},
         ),
         "Result.p_values": (values.p_values, {"n_resamples": 10, "seed": 0, "fdr": True}),
+        "Result.numpy": (values.numpy, {"dims": " ".join(reversed(values.dims))}),
         "Result.save": (values.save, {"path": m.folder / "result.safetensors"}),
         "tasks.ioi": (
             mk.tasks.ioi,

@@ -105,8 +105,8 @@ BY_NAME: dict[str, list[Any]] = {
 }
 # Functions in which an argument of such a name is something else, or more is right.
 OWN: dict[str, dict[str, list[Any]]] = {
-    "attention_flow": {"position": [99, -99, 1.5, "nowhere", True], "heads": OF_WORD},
-    "attention_rollout": {"position": [99, -99, 1.5, "nowhere", True], "heads": OF_WORD},
+    "attention_flow": {"position": [99, -99, 1.5, "nowhere", True], "head_fusion": OF_WORD},
+    "attention_rollout": {"position": [99, -99, 1.5, "nowhere", True], "head_fusion": OF_WORD},
     "direct_logit_attribution": {"metric": [None, 1.5, 9999, [], mk.Metric]},
     "dla_erasure_check": {"metric": [None, 1.5, 9999, [], mk.Metric]},
     "hidden_states": {"position": [99, -99, 1.5, "nowhere", True]},
@@ -530,6 +530,13 @@ def test_cures_work(material: Material) -> None:
     with pytest.raises(ValueError, match=r"tokens: expected \[prompt pos\], got shape \[3\]; write tokens\[None\]"):
         mk.Prompts.from_tokens(torch.tensor([1, 2, 3]), material.model)
     assert len(mk.Prompts.from_tokens(torch.tensor([1, 2, 3])[None], material.model)) == 1
+
+
+@pytest.mark.parametrize("name", ["attention_rollout", "attention_flow"])
+def test_the_old_word_for_how_heads_are_joined_is_told_the_new_one(material: Material, name: str) -> None:
+    with pytest.raises(TypeError, match=r"heads: attention_\w+\(\) has no such argument. Did you mean 'head_fusion'\?"):
+        getattr(mk, name)(material.model, material.pairs, heads="mean")
+    assert getattr(mk, name)(material.model, material.pairs, head_fusion="max", progress=False).shape[-1] == 2
 
 
 @pytest.mark.parametrize("word", ["pos_mean", "position-mean"])

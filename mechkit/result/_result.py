@@ -11,11 +11,9 @@ References: percentile bootstrap, Efron and Tibshirani (1993), chapter 13; sign-
 section 3.2; false-discovery control, Benjamini and Hochberg (1995).
 """
 
-import json
-import operator
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,55 +25,17 @@ from torch import Tensor
 
 from mechkit._check import checked, plain
 from mechkit._drawn import Drawn
-from mechkit._files import decoding, read_tensors, write_tensors
 from mechkit._gap import warn_of_gap
-from mechkit._statistics import bootstrap, sign_flip_test
+from mechkit.result._checks import as_float, as_json, as_labels, check_axes, check_finite
+from mechkit.result._cost import Cost
+from mechkit.result._export import as_numpy, dataarray, dataframe, read, write
+from mechkit.result._inference import bootstrap_bounds, check_prompts, p_values
+from mechkit.result._labels import Label, cell_label, find, in_order
+from mechkit.result._top import TopCell, top_cells
 
 if TYPE_CHECKING:
     import pandas
     import xarray
-
-Label = int | str
-_SCHEMA_VERSION = 1
-_DRAWS = 2**29  # prompts that are drawn in all resamples together, at most: 4 GiB of counts
-_PREFIXES = {"layer": "L", "head": "H", "neuron": "N"}
-
-
-@checked
-@dataclass(frozen=True)
-class Cost:
-    """The arithmetic behind a result, counted and not timed.
-
-    Args:
-        block_tokens: (block, token) pairs that were computed, base runs included.
-        naive_block_tokens: what one full forward per cell would have computed.
-        proof_block_tokens: how many of `block_tokens` went into checking the replay against whole forward passes.
-    """
-
-    block_tokens: int
-    naive_block_tokens: int
-    proof_block_tokens: int = 0
-
-    @property
-    def speedup(self) -> float:
-        """How many times fewer block-tokens than one full forward per cell."""
-        return self.naive_block_tokens / self.block_tokens if self.block_tokens else float("inf")
-
-    def __str__(self) -> str:
-        return f"{self.block_tokens:,} of {self.naive_block_tokens:,} block-tokens ({self.speedup:.1f}x fewer)"
-
-
-@dataclass(frozen=True)
-class TopCell:
-    """One cell of `Result.top`: its label (`'L9H6'`), value, effect on the base run, and coordinates."""
-
-    label: str
-    value: float
-    effect: float
-    coords: Mapping[str, Label] = field(hash=False)
-
-    def __repr__(self) -> str:
-        return f"TopCell({self.label}: value {self.value:.4g}, effect {self.effect:+.4g})"
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,6 +69,7 @@ class Result(Drawn):
         ValueError: if these do not fit together.
 
     Example:
+        >>> import torch
         >>> result = Result(torch.eye(2), ("layer", "head"), {"layer": (0, 1), "head": (0, 1)},
         ...                 {"clean": torch.tensor(0.25)}, "clean", "logit_diff", "logits", {})
         >>> result.top(1)
@@ -126,33 +87,18 @@ class Result(Drawn):
     cost: Cost | None = None
 
     def __post_init__(self) -> None:
-        values = _as_float(self.values, "values")
+        values = as_float(self.values, "values")
         normalised = {
             "values": values,
             "dims": tuple(self.dims),
-            "coords": MappingProxyType({dim: _as_labels(labels, dim) for dim, labels in self.coords.items()}),
-            "baseline": MappingProxyType({k: _as_float(b, k).to(values.device) for k, b in self.baseline.items()}),
-            "provenance": MappingProxyType(_as_json(self.provenance)),
+            "coords": MappingProxyType({dim: as_labels(labels, dim) for dim, labels in self.coords.items()}),
+            "baseline": MappingProxyType({k: as_float(b, k).to(values.device) for k, b in self.baseline.items()}),
+            "provenance": MappingProxyType(as_json(self.provenance)),
         }
         for name, value in normalised.items():
             object.__setattr__(self, name, value)
-        self._check_axes()
+        check_axes(self.shape, self.dims, self.coords)
         self._check_baselines()
-
-    def _check_axes(self) -> None:
-        if len(self.dims) != self.values.ndim:
-            raise ValueError(f"dims: expected one per axis of values {self.shape}, got {self.dims}")
-        if len(set(self.dims)) != len(self.dims) or "value" in self.dims:
-            raise ValueError(f"dims: expected distinct names, none of them 'value', got {self.dims}")
-        if set(self.coords) != set(self.dims):
-            raise ValueError(f"coords: expected labels for exactly the dims {self.dims}, got {tuple(self.coords)}")
-        for dim, size in zip(self.dims, self.shape, strict=True):
-            labels = self.coords[dim]
-            if len(labels) != size:
-                raise ValueError(f"coords[{dim!r}]: expected {size} labels, the size of that axis, got {len(labels)}")
-            if len(set(labels)) != size:
-                repeated = sorted({str(label) for label in labels if labels.count(label) > 1})
-                raise ValueError(f"coords[{dim!r}]: expected distinct labels, got repeated ones: {repeated}")
 
     def _check_baselines(self) -> None:
         if self.base not in (self.baseline or ("",)):
@@ -167,17 +113,54 @@ class Result(Drawn):
 
     def __repr__(self) -> str:
         sizes = " x ".join(f"{dim} {size}" for dim, size in zip(self.dims, self.shape, strict=True))
+        what = f"{self.metric} [{self.unit}]" if self.dims else f"{self.metric} {self.values.item():.4g} [{self.unit}]"
         baselines = [
             f"{name} {baseline.nanmean().item():.4g}{' (base)' if name == self.base else ''}"
             for name, baseline in self.baseline.items()
         ]
         cost = [str(self.cost)] if self.cost else []
-        return f"Result({'; '.join([f'{self.metric} [{self.unit}]', sizes or 'scalar', *baselines, *cost])})"
+        return f"Result({'; '.join([what, sizes or 'scalar', *baselines, *cost])})"
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Size of every dim."""
         return tuple(self.values.shape)
+
+    def item(self) -> float:
+        """The number of a result that has one, such as `result.mean("prompt").sel(layer=9, head=6)`; `float(result)` is the same.
+
+        Raises:
+            ValueError: there are several values, or none.
+        """
+        if self.values.numel() != 1:
+            sizes = " x ".join(f"{dim} {size}" for dim, size in zip(self.dims, self.shape, strict=True))
+            raise ValueError(
+                f"item: expected a result with one value, got {self.values.numel():,} ({sizes}); choose one with sel(), or "
+                "average with mean()"
+            )
+        return self.values.item()
+
+    def __float__(self) -> float:
+        return self.item()
+
+    @checked
+    def numpy(self, dims: str | Sequence[str] | None = None) -> np.ndarray:
+        """The values as a numpy array, its axes in an order that is asked for by name.
+
+        Args:
+            dims: The names of all dims in the wanted order, such as `"prompt layer d_model"`. Default: that of `self.dims`.
+
+        Returns:
+            A copy `[*dims]`, float32 or float64; NaN where a cell does not exist.
+
+        Raises:
+            ValueError: `dims` does not name each dim of the result once.
+
+        Example:
+            >>> states = mk.hidden_states(model, prompts).numpy("prompt layer d_model")
+        """
+        order = range(len(self.dims)) if dims is None else in_order(self.dims, dims)
+        return as_numpy(self.values.permute(*order)) if self.dims else as_numpy(self.values)
 
     @checked
     def mean(self, dim: str = "prompt") -> "Result":
@@ -197,7 +180,7 @@ class Result(Drawn):
             ValueError: if there is no such dim, or a number is infinite.
         """
         self._check_dim(dim, "dim")
-        self._check_finite()
+        check_finite({"values": self.values, **self.baseline})
         axis, absent = self.dims.index(dim), self.values.isnan()
         ragged = bool((absent.any(axis) & ~absent.all(axis)).any())
 
@@ -222,7 +205,7 @@ class Result(Drawn):
             ValueError: if there is no baseline, or a number is infinite.
         """
         base = self._cells(self.base)
-        self._check_finite()
+        check_finite({"values": self.values, **self.baseline})
         shifted = {name: self._compact(self._cells(name) - base) for name in self.baseline}
         return replace(self, values=self.values - base, baseline=shifted)
 
@@ -242,7 +225,7 @@ class Result(Drawn):
             ValueError: if a baseline is missing, a number is infinite, or clean and corrupted are equal to rounding.
         """
         clean, corrupted = self._cells("clean"), self._cells("corrupted")
-        self._check_finite()
+        check_finite({"values": self.values, **self.baseline})
         gap = clean - corrupted
         tiny = gap.abs() <= 100 * torch.finfo(gap.dtype).eps * (clean.abs() + corrupted.abs())
         if tiny.any():
@@ -266,18 +249,7 @@ class Result(Drawn):
         Raises:
             ValueError: if `k` is not positive, `by` is something else, or a number is infinite.
         """
-        if k < 1 or by not in ("abs", "max", "min"):
-            raise ValueError(f"top: expected k >= 1 and by in 'abs', 'max', 'min', got k={k!r} and by={by!r}")
-        cells = self.mean("prompt") if "prompt" in self.dims else self
-        values = cells.values.flatten()
-        effects = cells.effect().values.flatten() if cells.baseline else values
-        keys = {"abs": effects.abs(), "max": values, "min": -values}[by]
-        present = (~keys.isnan()).nonzero().flatten()
-        best = present[keys[present].argsort(descending=True, stable=True)][:k].tolist()
-        coords = [cells._coords_at(np.unravel_index(i, cells.shape)) for i in best]
-        return tuple(
-            TopCell(_cell_label(c), values[i].item(), effects[i].item(), c) for i, c in zip(best, coords, strict=True)
-        )
+        return top_cells(self, k, by)
 
     @checked
     def sel(self, **labels: Label | list[Label] | tuple[Label, ...] | slice) -> "Result":
@@ -297,7 +269,7 @@ class Result(Drawn):
         self._check_dim(dim, "sel")
         wanted = plain(wanted)
         many = isinstance(wanted, (list, tuple, slice, range, set, frozenset))
-        indices = _find(self.coords[dim], list(wanted) if many and not isinstance(wanted, slice) else wanted, dim)
+        indices = find(self.coords[dim], list(wanted) if many and not isinstance(wanted, slice) else wanted, dim)
 
         def take(tensor: Tensor, dims: tuple[str, ...]) -> Tensor:
             if dim not in dims:
@@ -346,22 +318,13 @@ class Result(Drawn):
             ValueError: if there are fewer than two prompts, an argument is out of range, or (normalized) the gap
                 between clean and corrupted changes its sign too often among the resamples.
         """
-        self._check_prompts("ci")
-        if not 0 < level < 1 or n_resamples < 1 or method not in ("percentile", "basic", "studentized"):
-            raise ValueError(
-                "ci: expected 0 < level < 1, n_resamples >= 1 and method 'percentile', 'basic' or 'studentized', "
-                f"got {level!r}, {n_resamples!r} and {method!r}"
-            )
-        self._check_draws(n_resamples)
+        check_prompts(self, "ci")
         numerator, denominator, unit = self.values, torch.ones_like(self.values), self.unit
         if normalized:
             self.mean("prompt").normalized()  # refuses missing baselines and gaps of 0
             corrupted, unit = self._cells("corrupted"), "normalized"
             numerator, denominator = self.values - corrupted, self._cells("clean") - corrupted
-        quantiles = ((1 - level) / 2, (1 + level) / 2)
-        n_prompts = len(self.coords["prompt"])
-        draws = np.random.default_rng(seed).multinomial(n_prompts, [1 / n_prompts] * n_prompts, size=n_resamples)
-        bounds = bootstrap(self._by_prompt(numerator), self._by_prompt(denominator), draws, quantiles, method)
+        bounds = bootstrap_bounds(self, numerator, denominator, level, n_resamples, seed, method)
         low, high = (self._statistic(bound, unit) for bound in bounds)
         return Interval(low, high, level)
 
@@ -386,32 +349,12 @@ class Result(Drawn):
         Raises:
             ValueError: if there are fewer than two prompts, `n_resamples < 1` or more than memory holds, or a number is infinite.
         """
-        from scipy.stats import false_discovery_control
-
-        self._check_prompts("p_values")
-        if n_resamples < 1:
-            raise ValueError(f"p_values: expected n_resamples >= 1, got {n_resamples!r}")
-        self._check_draws(min(n_resamples, 2 ** len(self.coords["prompt"])))
-        effects = self._by_prompt(self.effect().values if self.baseline else self.values)
-        p = sign_flip_test(effects, n_resamples, np.random.default_rng(seed))
-        present = ~np.isnan(p)
-        if fdr and present.any():
-            p[present] = false_discovery_control(p[present])
-        return self._statistic(p, "p")
+        return self._statistic(p_values(self, n_resamples, seed, fdr), "p")
 
     @checked
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write a safetensors file that `load` reads back bit for bit; an existing file is replaced in one step."""
-        tensors = {"values": self.values, **{f"baseline.{name}": b for name, b in self.baseline.items()}}
-        header = {
-            "schema_version": _SCHEMA_VERSION,
-            "coords": [[dim, self.coords[dim]] for dim in self.dims],
-            "baselines": list(self.baseline),
-            **{name: getattr(self, name) for name in ("base", "metric", "unit")},
-            "provenance": dict(self.provenance),
-            "cost": asdict(self.cost) if self.cost else None,
-        }
-        return write_tensors(path, tensors, "mechkit_result", header)
+        return write(self, path)
 
     @classmethod
     @checked
@@ -421,45 +364,18 @@ class Result(Drawn):
         Raises:
             ValueError: if the file is something else, or was written by a newer mechkit.
         """
-        tensors, header = read_tensors(path, "mechkit_result", writer="Result.save")
-        if header.get("schema_version") != _SCHEMA_VERSION:
-            raise ValueError(
-                f"{path}: expected schema version {_SCHEMA_VERSION}, got {header.get('schema_version')!r}: "
-                "read it with the mechkit that wrote it"
-            )
-        with decoding(path, "a file written by Result.save"):
-            return cls(
-                values=tensors["values"],
-                dims=tuple(dim for dim, _ in header["coords"]),
-                coords={dim: tuple(labels) for dim, labels in header["coords"]},
-                baseline={name: tensors[f"baseline.{name}"] for name in header["baselines"]},
-                **{name: header[name] for name in ("base", "metric", "unit", "provenance")},
-                cost=Cost(**header["cost"]) if header["cost"] else None,
-            )
+        return read(cls, path)
 
     def to_dataframe(self) -> "pandas.DataFrame":
         """Tidy long form: one row per cell and prompt (NaN ones too), a column per dim, and `'value'`."""
-        import pandas as pd
-
-        columns = {
-            dim: _label_array(self.coords[dim])[index.ravel()]
-            for dim, index in zip(self.dims, np.indices(self.shape), strict=True)
-        }
-        return pd.DataFrame({**columns, "value": _numpy(self.values).ravel()})
+        return dataframe(self)
 
     def to_xarray(self) -> "xarray.DataArray":
         """A `DataArray` named after the metric, with coords, `baseline_<name>` coords, and provenance as attrs.
 
         Attributes that are neither a number nor a string are JSON, so that netCDF takes them.
         """
-        import xarray as xr
-
-        coords: dict[str, Any] = {dim: _label_array(labels) for dim, labels in self.coords.items()}
-        for name, baseline in self.baseline.items():
-            coords[f"baseline_{name}"] = (self._baseline_dims(baseline), _numpy(baseline))
-        attrs = {key: x if type(x) in (int, float, str) else json.dumps(x) for key, x in self.provenance.items()}
-        attrs |= {"unit": self.unit, "base": self.base}
-        return xr.DataArray(_numpy(self.values), coords=coords, dims=self.dims, name=self.metric, attrs=attrs)
+        return dataarray(self)
 
     def _baseline_dims(self, baseline: Tensor) -> tuple[str, ...]:
         """A baseline's dims are read off its shape: none, the prompt, or those of the values."""
@@ -494,28 +410,6 @@ class Result(Drawn):
         if dim not in self.dims:
             raise ValueError(f"{where}: expected one of the dims {self.dims}, got {dim!r}")
 
-    def _check_draws(self, n: int) -> None:
-        """Raises `ValueError` for more resamples than fit into a few gigabytes."""
-        most = _DRAWS // len(self.coords["prompt"])
-        if n > most:
-            raise ValueError(
-                f"n_resamples: expected at most {most:,} for {len(self.coords['prompt'])} prompts, got {n:,}"
-            )
-
-    def _check_finite(self) -> None:
-        """An infinity would become NaN in a sum or a difference, and so a cell that seems not to exist."""
-        for name, tensor in {"values": self.values, **self.baseline}.items():
-            if tensor.isinf().any():
-                raise ValueError(
-                    f"{name}: expected finite numbers, got {int(tensor.isinf().sum())} infinite ones; "
-                    "use a metric that stays finite, or sel() the cells that are"
-                )
-
-    def _check_prompts(self, what: str) -> None:
-        if len(self.coords.get("prompt", ())) < 2:
-            raise ValueError(f"{what}: expected a result with at least 2 prompts, got dims {self.dims} of {self.shape}")
-        self._check_finite()
-
     def _counting(self, dim: str, size: int) -> Mapping[str, Any]:
         return {**self.provenance, "n_prompts": size} if dim == "prompt" else self.provenance
 
@@ -531,74 +425,11 @@ class Result(Drawn):
         size = len(self.coords["prompt"])
         return self._without("prompt", size, values=values, baseline={}, base="", unit=unit)
 
-    def _by_prompt(self, tensor: Tensor) -> np.ndarray:
-        """`[prompt cell]` in float64."""
-        by_prompt = tensor.expand(self.shape).movedim(self.dims.index("prompt"), 0)
-        return _numpy(by_prompt).astype(np.float64).reshape(len(by_prompt), -1)
-
     def _coords_at(self, index: Sequence[Any]) -> dict[str, Label]:
         return {dim: self.coords[dim][i] for dim, i in zip(self.dims, index, strict=True)}
 
     def _where(self, mask: Tensor) -> str:
         """Names the places where a mask, which broadcasts against the values, is true."""
         varying = [dim for dim, size in zip(self.dims, mask.shape, strict=True) if size > 1]
-        labels = [_cell_label({d: self._coords_at(i)[d] for d in varying}) for i in mask.nonzero().tolist()]
+        labels = [cell_label({d: self._coords_at(i)[d] for d in varying}) for i in mask.nonzero().tolist()]
         return f" at {', '.join(labels[:10])}{', ...' if len(labels) > 10 else ''}" if varying else ""
-
-
-def _as_float(value: Any, name: str) -> Tensor:
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        raise ValueError(f"{name}: expected a floating-point torch.Tensor, got {getattr(value, 'dtype', type(value))}")
-    value = value.detach()
-    return value.float() if value.dtype.itemsize < 4 else value
-
-
-def _as_labels(labels: Sequence[Any], dim: str) -> tuple[Label, ...]:
-    try:
-        return tuple(str(label) if isinstance(label, str) else operator.index(label) for label in labels)
-    except TypeError as error:
-        raise ValueError(f"coords[{dim!r}]: expected labels that are int or str, got {labels!r}") from error
-
-
-def _as_json(provenance: Mapping[str, Any]) -> dict[str, Any]:
-    for key, value in provenance.items():
-        try:
-            json.dumps({key: value})
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"provenance[{key!r}]: expected a JSON value, got {value!r}") from error
-    return json.loads(json.dumps(dict(provenance)))  # as load() would give it: lists for tuples, and a copy
-
-
-def _find(labels: tuple[Label, ...], wanted: Any, dim: str) -> list[int]:
-    positions = {label: i for i, label in enumerate(labels)}
-    ends = [wanted.start, wanted.stop] if isinstance(wanted, slice) else []
-    asked = wanted if isinstance(wanted, list) else [end for end in ends if end is not None]
-    asked = asked if isinstance(wanted, (list, slice)) else [wanted]
-    if asked and all(isinstance(label, bool) for label in asked) and isinstance(wanted, list):
-        if len(asked) != len(labels):
-            raise ValueError(f"sel: expected a mask of {len(labels)} booleans for {dim!r}, got {len(asked)}")
-        return [i for i, is_in in enumerate(asked) if is_in]
-    # True is 1 to a dict, and is no label
-    unknown = [label for label in asked if isinstance(label, bool | list | dict) or label not in positions]
-    if unknown or (isinstance(wanted, slice) and wanted.step is not None):
-        raise ValueError(f"sel: expected labels of {dim!r}, which are {list(labels)}, got {unknown or wanted!r}")
-    if isinstance(wanted, slice):
-        start, stop = (None if end is None else positions[end] for end in ends)
-        return list(range(len(labels)))[start : None if stop is None else stop + 1]
-    return [positions[label] for label in asked]
-
-
-def _cell_label(coords: Mapping[str, Label]) -> str:
-    """`'L9H6'`, `'L9 " Mary" 3'`, `'L9H6 IO'`, `'L4N133'`; an int of any other dim is spelled out: `'L9 pos 3'`."""
-    short = [dim for dim in _PREFIXES if isinstance(coords.get(dim), int)]
-    rest = [label if isinstance(label, str) else f"{dim} {label}" for dim, label in coords.items() if dim not in short]
-    return " ".join(["".join(f"{_PREFIXES[dim]}{coords[dim]}" for dim in short)] * bool(short) + rest)
-
-
-def _label_array(labels: tuple[Label, ...]) -> np.ndarray:
-    """A numpy string array would turn ints into strings and drop trailing NULs."""
-    return np.array(labels, dtype=np.int64 if all(isinstance(label, int) for label in labels) else object)
-
-
-def _numpy(tensor: Tensor) -> np.ndarray:
-    return tensor.numpy(force=True).copy()
