@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechkit.experiment.estimates import Chunk, Study
+from mechkit.experiment.estimates import Experiment, GradientChunk
 from mechkit.hooks import HookedModel
 
 
@@ -24,9 +24,9 @@ class Baseline:
     kept: list[list[int]]
 
     @classmethod
-    def of(cls, study: Study, baseline: str | int, keep: Sequence[int] | None) -> Baseline:
+    def of(cls, experiment: Experiment, baseline: str | int, keep: Sequence[int] | None) -> Baseline:
         """Checks what the user asked for."""
-        model, tokens, shortest = study.model, study.base.tokens, int(study.base.lengths.min())
+        model, tokens, shortest = experiment.model, experiment.base.tokens, int(experiment.base.lengths.min())
         if keep is not None:
             if any(isinstance(i, bool) or not hasattr(i, "__index__") or not 0 <= i < shortest for i in keep):
                 raise ValueError(f"keep: expected positions in 0..{shortest - 1} (the shortest prompt), got {keep!r}")
@@ -36,16 +36,20 @@ class Baseline:
         return cls(model, _stand_in(model, baseline), "bos", [[0] if int(row[0]) == bos else [] for row in tokens])
 
     @torch.no_grad()
-    def start(self, chunk: Chunk, actual: Float[Tensor, "prompt pos d_model"]) -> Float[Tensor, "prompt pos d_model"]:
+    def start(
+        self, chunk: GradientChunk, actual: Float[Tensor, "prompt pos d_model"]
+    ) -> Float[Tensor, "prompt pos d_model"]:
         """What the first block reads when the tokens' embeddings are replaced where the model looks them up."""
-        tokens = chunk.tokens[chunk.study.base_is]
+        tokens = chunk.tokens[chunk.experiment.base_is]
         token = self.stand_in if isinstance(self.stand_in, int) else None
         start = self._looked_up(chunk, tokens) if token is None else chunk.runs.embed(torch.full_like(tokens, token))
         for row, i in enumerate(chunk.ids.tolist()):
             start[row, self.kept[i]] = actual[row, self.kept[i]]
         return start
 
-    def _looked_up(self, chunk: Chunk, tokens: Int[Tensor, "prompt pos"]) -> Float[Tensor, "prompt pos d_model"]:
+    def _looked_up(
+        self, chunk: GradientChunk, tokens: Int[Tensor, "prompt pos"]
+    ) -> Float[Tensor, "prompt pos d_model"]:
         found = self.model.bridge.original_model.get_input_embeddings()
         table = getattr(found, "original_component", found)  # itself, without the bridge's hook points
         vector = _mean_embedding(self.model, table) if self.stand_in == "mean" else torch.zeros(())

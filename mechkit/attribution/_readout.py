@@ -60,7 +60,7 @@ class Translator(Protocol):
 
 
 @dataclass(eq=False)
-class Chunk:
+class LensChunk:
     """Some positions of some prompts, and what all cells read there share.
 
     Attributes:
@@ -105,7 +105,7 @@ class Chunk:
 
 
 # (one cell's logits, the chunk) -> numbers [row width], and token ids [row width] if it has any
-Reader = Callable[[Logits, Chunk], tuple[Tensor, Tensor | None]]
+Reader = Callable[[Logits, LensChunk], tuple[Tensor, Tensor | None]]
 
 
 @torch.no_grad()
@@ -153,7 +153,7 @@ def read_cells(
             step = max(1, room.bytes // 2 // (COPIES * n_logits * values.element_size()))
             for first in range(0, len(kept.prompt), step):
                 part = slice(first, first + step)
-                chunk = Chunk(model, kept.prompt[part], kept.place[part], kept.pos[part], kept.final[part])
+                chunk = LensChunk(model, kept.prompt[part], kept.place[part], kept.pos[part], kept.final[part])
                 for i in group:
                     for j, head in enumerate(heads):
                         logits = kept.logits(chunk, part, axes.layers[i], head, lens)
@@ -205,7 +205,7 @@ class _Kept:
                 )
         check_readout(model, run, "a lens")
 
-    def logits(self, chunk: Chunk, part: slice, layer: int, head: int | None, lens: Translator | None) -> Logits:
+    def logits(self, chunk: LensChunk, part: slice, layer: int, head: int | None, lens: Translator | None) -> Logits:
         """A function that gives one cell's logits at a chunk's rows."""
         activation = self._activations[self._name(layer)][part].to(chunk.final.device)
         if self.site in RESIDUAL:

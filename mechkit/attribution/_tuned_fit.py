@@ -46,7 +46,7 @@ EVERY, PATIENCE = 10, 4  # gradient steps between two looks at the validation pr
 
 
 @dataclass(frozen=True)
-class Settings:
+class FitSettings:
     """The arguments of `TunedLens.fit` that decide what is fitted."""
 
     validation: float
@@ -95,7 +95,12 @@ class Quick:
 
 
 def fit_translators(
-    model: HookedModel, prompts: Prompts, layers: Sequence[int], settings: Settings, budget: int | None, progress: bool
+    model: HookedModel,
+    prompts: Prompts,
+    layers: Sequence[int],
+    settings: FitSettings,
+    budget: int | None,
+    progress: bool,
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """`A` `[layer d_model d_model]`, `b` `[layer d_model]` on the CPU, and the report for provenance.
 
@@ -123,7 +128,7 @@ def fit_translators(
     return torch.cat(A), torch.cat(b), report
 
 
-def _split(prompts: Prompts, settings: Settings) -> tuple[Prompts, Prompts]:
+def _split(prompts: Prompts, settings: FitSettings) -> tuple[Prompts, Prompts]:
     """Training and validation prompts: whole prompts, since positions of one prompt resemble each other."""
     usable = [i for i, row in enumerate(prompts.tokens) if len(row) > settings.skip_first]
     if len(usable) < 2:
@@ -168,7 +173,7 @@ def _collect(model: HookedModel, prompts: Prompts, layers: Sequence[int], skip: 
 
 
 def _fit_group(
-    model: HookedModel, train: Positions, held: Positions, settings: Settings, room: Budget
+    model: HookedModel, train: Positions, held: Positions, settings: FitSettings, room: Budget
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`A`, `b`, and the KL on validation positions of the logit lens and of the kept translator, `[layer 2]`."""
     generator = torch.Generator().manual_seed(settings.seed)
@@ -288,7 +293,7 @@ def _refine(
     W: Float[Tensor, "layer d_model d_model"],
     bias: Float[Tensor, "layer d_model"],
     quick: Quick,
-    settings: Settings,
+    settings: FitSettings,
     room: Budget,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
@@ -394,7 +399,9 @@ def _top(model: HookedModel, final: Float[Tensor, "row d_model"], room: Budget) 
 
 
 @torch.no_grad()
-def _quick(model: HookedModel, held: Positions, settings: Settings, room: Budget, generator: torch.Generator) -> Quick:
+def _quick(
+    model: HookedModel, held: Positions, settings: FitSettings, room: Budget, generator: torch.Generator
+) -> Quick:
     columns, weight = _draw(_top(model, held.final, room), model.d_vocab, settings.vocabulary, generator)
     return Quick(held.layers, columns, weight, _log_probs(model, held.final, columns, weight))
 

@@ -28,7 +28,15 @@ from torch import Tensor
 from mechkit._check import checked
 from mechkit.engine import frozen_parameters
 from mechkit.experiment.axes import Chosen
-from mechkit.experiment.estimates import AnyMetric, Chunk, Key, Study, check_one_site, hook_name, make_study
+from mechkit.experiment.estimates import (
+    AnyMetric,
+    Experiment,
+    GradientChunk,
+    Key,
+    check_one_site,
+    hook_name,
+    make_experiment,
+)
 from mechkit.experiment.passes import check_reached, runs_of, tapped, unedited
 from mechkit.hooks import SITES, HookedModel, get_site, one_at_a_time
 from mechkit.hooks._capture import keepers
@@ -94,32 +102,32 @@ def atp_star(
         "grad_drop": grad_drop,
         "sign": "magnitude" if grad_drop else "signed",
     }
-    study = make_study(model, pairs, metric, site, over, direction, chosen, budget, progress, about)
-    study.gradients = 1 + (model.n_layers if grad_drop else 0)
+    experiment = make_experiment(model, pairs, metric, site, over, direction, chosen, budget, progress, about)
+    experiment.gradients = 1 + (model.n_layers if grad_drop else 0)
     with frozen_parameters(model):
-        for chunk in study.chunks():
-            _attribute(study, chunk, qk_fix, grad_drop)
-    return study.result(next(iter(study.axes)))
+        for chunk in experiment.chunks():
+            _attribute(experiment, chunk, qk_fix, grad_drop)
+    return experiment.result(next(iter(experiment.axes)))
 
 
-def _attribute(study: Study, chunk: Chunk, qk_fix: bool, grad_drop: bool) -> None:
-    base_is, source_is = runs_of(study)
-    source, _, source_final = unedited(study, chunk, source_is)
-    base, hidden, base_final = unedited(study, chunk, base_is)
+def _attribute(experiment: Experiment, chunk: GradientChunk, qk_fix: bool, grad_drop: bool) -> None:
+    base_is, source_is = runs_of(experiment)
+    source, _, source_final = unedited(experiment, chunk, source_is)
+    base, hidden, base_final = unedited(experiment, chunk, base_is)
     chunk.keep_unedited({source_is: source_final, base_is: base_final})
     taps: dict[Key, Key] = {}  # node -> where its gradient is taken
     effects: dict[Key, Effect] = {}
-    if qk_fix and study.keys[0][0] in ("q", "k"):
-        _check_heads_are_apart(study, chunk, study.keys[0], base, hidden)
-    for key in study.keys:
+    if qk_fix and experiment.keys[0][0] in ("q", "k"):
+        _check_heads_are_apart(experiment, chunk, experiment.keys[0], base, hidden)
+    for key in experiment.keys:
         if qk_fix and key[0] in ("q", "k"):
             taps[key] = ("pattern", key[1])
             fix = _query_fix if key[0] == "q" else _key_fix
-            effects[key] = fix(study, chunk, key, source[key], hidden[key[1]])
+            effects[key] = fix(experiment, chunk, key, source[key], hidden[key[1]])
         else:
             taps[key] = key
             effects[key] = partial(torch.mul, source[key] - base[key])
-    silent = set(study.keys)
+    silent = set(experiment.keys)
 
     def add(gradient: Tensor, tap: Key) -> None:
         for key in (key for key, at in taps.items() if at == tap):
@@ -131,28 +139,28 @@ def _attribute(study: Study, chunk: Chunk, qk_fix: bool, grad_drop: bool) -> Non
         (hook_name(tap), lambda x, hook, tap=tap: tapped(x, partial(add, tap=tap)))
         for tap in dict.fromkeys(taps.values())
     ]
-    n_layers = study.model.n_layers
+    n_layers = experiment.model.n_layers
     hooks += keepers([("resid_pre", layer) for layer in range(n_layers)], read, lambda activation, _: activation)
     leaf, final = chunk.runs.forward(chunk.tokens[base_is], chunk.everyone, hooks, leaf=True)
     assert leaf is not None
     value = chunk.metric(final).sum()
     if not grad_drop:
         torch.autograd.grad(value, leaf)
-        check_reached(study, silent)
+        check_reached(experiment, silent)
         return
     stream = {layer: activation for (_, layer), activation in read.items()}
     ends = [*(stream[i] for i in range(1, n_layers)), final]
     into_next = torch.autograd.grad(value, [leaf, *ends], retain_graph=True)[1:]  # the gradient at each block's output
-    check_reached(study, silent)
-    _drop_each_layer(study, chunk, leaf, stream, into_next)
+    check_reached(experiment, silent)
+    _drop_each_layer(experiment, chunk, leaf, stream, into_next)
 
 
 def _drop_each_layer(
-    study: Study, chunk: Chunk, leaf: Tensor, stream: dict[int, Tensor], at_output: Sequence[Tensor]
+    experiment: Experiment, chunk: GradientChunk, leaf: Tensor, stream: dict[int, Tensor], at_output: Sequence[Tensor]
 ) -> None:
-    """Replaces the study's plain estimates by the mean of their sizes over backward passes with one layer dropped each."""
-    (site, axes), n_layers = next(iter(study.axes.items())), study.model.n_layers
-    ids, working = chunk.ids, study.effects[site]
+    """Replaces the experiment's plain estimates by the mean of their sizes over backward passes with one layer dropped each."""
+    (site, axes), n_layers = next(iter(experiment.axes.items())), experiment.model.n_layers
+    ids, working = chunk.ids, experiment.effects[site]
     plain = working[..., ids].clone()
     total = torch.zeros_like(plain)
     by_layer = axes.dims.index("layer")
@@ -166,30 +174,30 @@ def _drop_each_layer(
             index = torch.tensor(above)
             estimate = estimate.index_copy(by_layer, index, plain.index_select(by_layer, index))
         total += estimate.abs()
-        study.took_gradients(len(ids))
+        experiment.took_gradients(len(ids))
     working[..., ids] = total / (n_layers - 1)
 
 
 def _check_heads_are_apart(
-    study: Study, chunk: Chunk, key: Key, base: Mapping[Key, Tensor], hidden: Mapping[int, Tensor]
+    experiment: Experiment, chunk: GradientChunk, key: Key, base: Mapping[Key, Tensor], hidden: Mapping[int, Tensor]
 ) -> None:
     """Refuses models in which one head's query or key changes another's pattern: the fix recomputes all heads at once."""
     moved = base[key].clone()
     moved[:, :, 0] *= 2
-    before = _pattern(study, chunk, key[1], hidden[key[1]])
-    after = _pattern(study, chunk, key[1], hidden[key[1]], (hook_name(key), moved))
-    group = study.model.n_heads // moved.shape[2]
+    before = _pattern(experiment, chunk, key[1], hidden[key[1]])
+    after = _pattern(experiment, chunk, key[1], hidden[key[1]], (hook_name(key), moved))
+    group = experiment.model.n_heads // moved.shape[2]
     if before.shape[1] > group and float((after - before)[:, group:].abs().max()) > 1e-3:
         raise ValueError(
-            f"qk_fix: in {study.model.name} ({study.model.cfg.architecture}) a head's {key[0]} changes the other heads' patterns "
-            "(a norm over all heads together), so that the softmax cannot be recomputed head by head; use qk_fix=False"
+            f"qk_fix: in {experiment.model.name} ({experiment.model.cfg.architecture}) a head's {key[0]} changes the other heads' "
+            "patterns (a norm over all heads together), so that the softmax cannot be recomputed head by head; use qk_fix=False"
         )
 
 
-def _query_fix(study: Study, chunk: Chunk, key: Key, query: Tensor, hidden: Tensor) -> Effect:
+def _query_fix(experiment: Experiment, chunk: GradientChunk, key: Key, query: Tensor, hidden: Tensor) -> Effect:
     """Effects of replacing each query: its row of the pattern is recomputed."""
-    pattern = _pattern(study, chunk, key[1], hidden)
-    change = _pattern(study, chunk, key[1], hidden, (hook_name(key), query)) - pattern
+    pattern = _pattern(experiment, chunk, key[1], hidden)
+    change = _pattern(experiment, chunk, key[1], hidden, (hook_name(key), query)) - pattern
 
     def effect(gradient: Tensor) -> Float[Tensor, "prompt pos head 1"]:
         return (change * gradient).sum(-1).transpose(1, 2)[..., None]
@@ -197,14 +205,14 @@ def _query_fix(study: Study, chunk: Chunk, key: Key, query: Tensor, hidden: Tens
     return effect
 
 
-def _key_fix(study: Study, chunk: Chunk, key: Key, keys: Tensor, hidden: Tensor) -> Effect:
+def _key_fix(experiment: Experiment, chunk: GradientChunk, key: Key, keys: Tensor, hidden: Tensor) -> Effect:
     """Effects of replacing keys: one by one where the result is over positions, else all of a head's together."""
-    pattern = _pattern(study, chunk, key[1], hidden)
-    edit, group = (hook_name(key), keys), study.model.n_heads // study.model.n_kv_heads
-    by_position = {"pos", "position"} & set(study.axes[key[0]].dims)
+    pattern = _pattern(experiment, chunk, key[1], hidden)
+    edit, group = (hook_name(key), keys), experiment.model.n_heads // experiment.model.n_kv_heads
+    by_position = {"pos", "position"} & set(experiment.axes[key[0]].dims)
     suffix = keys.shape[1]
     if not by_position:
-        change = _pattern(study, chunk, key[1], hidden, edit) - pattern
+        change = _pattern(experiment, chunk, key[1], hidden, edit) - pattern
 
         def together(gradient: Tensor) -> Float[Tensor, "prompt pos kv_head 1"]:
             per_head = (change * gradient).flatten(2).sum(-1)
@@ -213,8 +221,8 @@ def _key_fix(study: Study, chunk: Chunk, key: Key, keys: Tensor, hidden: Tensor)
             return placed.unflatten(2, (-1, group)).sum(3)[..., None]
 
         return together
-    scores = _pattern(study, chunk, key[1], hidden, site="attn_scores")
-    moved = _pattern(study, chunk, key[1], hidden, edit, site="attn_scores")
+    scores = _pattern(experiment, chunk, key[1], hidden, site="attn_scores")
+    moved = _pattern(experiment, chunk, key[1], hidden, edit, site="attn_scores")
     off = float((scores.softmax(-1) - pattern).abs().max())
     narrowest = min(x.dtype.itemsize for x in (pattern, scores, hidden))
     if not off <= (0.02 if narrowest < 4 else 1e-4):
@@ -261,8 +269,8 @@ def replaced_columns(
 
 
 def _pattern(
-    study: Study,
-    chunk: Chunk,
+    experiment: Experiment,
+    chunk: GradientChunk,
     layer: int,
     hidden: Tensor,
     edit: tuple[str, Tensor] | None = None,
@@ -270,6 +278,6 @@ def _pattern(
 ) -> Float[Tensor, "prompt head pos src"]:
     """The base run's pattern (or scores) in one layer, with its queries or keys replaced if an edit is given."""
     hooks = [] if edit is None else [(edit[0], lambda x, hook, new=edit[1]: new)]
-    tokens = chunk.tokens[study.base_is]
+    tokens = chunk.tokens[experiment.base_is]
     name = SITES[site].hook_name(layer)
     return chunk.runs.capture(tokens, chunk.everyone, hooks, name, hidden=hidden, layer=layer)

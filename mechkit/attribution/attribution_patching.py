@@ -21,7 +21,7 @@ from typing import Literal, Unpack, overload
 from mechkit._check import checked
 from mechkit.engine import frozen_parameters
 from mechkit.experiment.axes import Chosen
-from mechkit.experiment.estimates import AnyMetric, make_study
+from mechkit.experiment.estimates import AnyMetric, make_experiment
 from mechkit.experiment.passes import first_order
 from mechkit.hooks import HookedModel, one_at_a_time
 from mechkit.prompts import PromptPairs
@@ -90,9 +90,9 @@ def attribution_patching(
     """
     chosen: Chosen = {"layers": layers, "heads": heads, "positions": positions, "neurons": neurons}
     about = {"technique": "attribution_patching"}
-    study = make_study(model, pairs, metric, site, over, direction, chosen, budget, progress, about)
+    experiment = make_experiment(model, pairs, metric, site, over, direction, chosen, budget, progress, about)
     with frozen_parameters(model):
-        for chunk in study.chunks():
-            first_order(study, chunk)
-    results = {name: study.result(name) for name in study.axes}
+        for chunk in experiment.chunks():
+            first_order(experiment, chunk)
+    results = {name: experiment.result(name) for name in experiment.axes}
     return results if isinstance(site, Mapping) else results[next(iter(results))]

@@ -42,7 +42,7 @@ from mechkit._check import checked
 from mechkit.attribution._baseline import Baseline
 from mechkit.engine import frozen_parameters
 from mechkit.experiment.axes import Chosen
-from mechkit.experiment.estimates import AnyMetric, Chunk, Key, Study, hook_name, make_single_study
+from mechkit.experiment.estimates import AnyMetric, Experiment, GradientChunk, Key, hook_name, make_single_experiment
 from mechkit.experiment.passes import check_reached, tapped, unedited
 from mechkit.experiment.provenance import provenance_of
 from mechkit.experiment.quadrature import Rule, along_activation, batches, metric_with, quadrature
@@ -96,14 +96,14 @@ def gradient_x_input(
             f"metric: expected one of a single run, such as mk.logit_diff; {reader.name!r} compares with the "
             f"{reader.reference} run, and at that run itself its gradient is 0. token_integrated_gradients can use it"
         )
-    study = _input_study(model, prompts, reader, budget, progress)
+    experiment = _input_experiment(model, prompts, reader, budget, progress)
     with frozen_parameters(model):
-        for chunk in study.chunks():
-            actual = _actual(study, chunk)
+        for chunk in experiment.chunks():
+            actual = _actual(experiment, chunk)
             # Integrated gradients from zero with one point, at the end of the path: (actual - 0) * gradient at actual.
             zero, enters = torch.zeros_like(actual), _enters(chunk, {0: actual})
             _check_finite(along_activation(chunk, _INPUT, zero, actual, enters, [1.0], [1.0]), "gradient at the input")
-    return _result(study, passes=1, technique="gradient_x_input")
+    return _result(experiment, passes=1, technique="gradient_x_input")
 
 
 @checked
@@ -152,18 +152,18 @@ def token_integrated_gradients(
         >>> tokens.mean("prompt").top(3), tokens.provenance["completeness_error"]
     """
     points, weights = quadrature(steps, rule)
-    study = _input_study(model, prompts, metric, budget, progress)
-    study.gradients = len(points)
-    without, sums = Baseline.of(study, baseline, keep), _Sums(study, [_INPUT])
+    experiment = _input_experiment(model, prompts, metric, budget, progress)
+    experiment.gradients = len(points)
+    without, sums = Baseline.of(experiment, baseline, keep), _Sums(experiment, [_INPUT])
     with frozen_parameters(model):
-        for chunk in study.chunks():
-            actual = _actual(study, chunk)
+        for chunk in experiment.chunks():
+            actual = _actual(experiment, chunk)
             start = without.start(chunk, actual)
             found = along_activation(chunk, _INPUT, start, actual, _enters(chunk, {0: actual}), points, weights)
             sums.keep(chunk, found[None], _metric_from(chunk, start)[None])
     asked = {"baseline": without.stand_in, "keep": without.keep, "steps": len(points), "rule": rule}
     end = {"metric_baseline": sums.starts_at(), "completeness_error": max(sums.errors())}
-    return _result(study, passes=len(points), technique="token_integrated_gradients", **asked, **end)
+    return _result(experiment, passes=len(points), technique="token_integrated_gradients", **asked, **end)
 
 
 @checked
@@ -228,29 +228,29 @@ def neuron_attribution(
     points, weights = quadrature(steps, rule)
     _check_site(site)
     chosen: Chosen = {"layers": layers, "heads": heads, "neurons": neurons, "positions": positions}
-    study = make_single_study(model, prompts, metric, site, over, budget=budget, progress=progress, **chosen)
-    study.gradients = len(points) * (len(study.keys) if path == "activation" else 1)
-    without = Baseline.of(study, baseline, keep)
+    experiment = make_single_experiment(model, prompts, metric, site, over, budget=budget, progress=progress, **chosen)
+    experiment.gradients = len(points) * (len(experiment.keys) if path == "activation" else 1)
+    without = Baseline.of(experiment, baseline, keep)
     whole = path == "activation" or get_site(site).name in _CUTS  # whether a layer's sum is known
-    sums = _Sums(study, [*(study.keys if whole else []), *([_INPUT] if path == "input" else [])])
+    sums = _Sums(experiment, [*(experiment.keys if whole else []), *([_INPUT] if path == "input" else [])])
     with frozen_parameters(model):
-        for chunk in study.chunks():
+        for chunk in experiment.chunks():
             if path == "activation":
-                _grow_activations(study, chunk, points, weights, sums)
+                _grow_activations(experiment, chunk, points, weights, sums)
             else:
-                _conduct(study, chunk, without, points, weights, sums)
+                _conduct(experiment, chunk, without, points, weights, sums)
     asked: dict[str, Any] = {"path": path, "baseline": without.stand_in, "steps": len(points), "rule": rule}
     asked |= {"keep": without.keep, "metric_baseline": sums.starts_at()} if path == "input" else {}
     found = {"completeness_error": max(sums.errors()), "completeness_errors": sums.errors()}
-    passes = len(points) * (2 if path == "input" else len(study.keys))
-    return _result(study, passes=passes, technique="neuron_attribution", **asked, **found)
+    passes = len(points) * (2 if path == "input" else len(experiment.keys))
+    return _result(experiment, passes=passes, technique="neuron_attribution", **asked, **found)
 
 
-def _input_study(
+def _input_experiment(
     model: HookedModel, prompts: PromptPairs | Prompts, metric: AnyMetric, budget: int | None, progress: bool
-) -> Study:
-    """A study of what the first block reads. Its effects have a layer axis of length one."""
-    return make_single_study(
+) -> Experiment:
+    """An experiment on what the first block reads. Its effects have a layer axis of length one."""
+    return make_single_experiment(
         model, prompts, metric, "resid_pre", "layer pos", layers=[0], budget=budget, progress=progress
     )
 
@@ -264,30 +264,32 @@ def _check_site(site: str) -> None:
         )
 
 
-def _enters(chunk: Chunk, hidden: dict[int, Tensor]) -> dict[int, Tensor] | None:
+def _enters(chunk: GradientChunk, hidden: dict[int, Tensor]) -> dict[int, Tensor] | None:
     """What blocks read, for runs that can begin at a block."""
     return hidden if chunk.runs.how == "suffix" else None
 
 
-def _actual(study: Study, chunk: Chunk) -> Float[Tensor, "prompt pos d_model"]:
+def _actual(experiment: Experiment, chunk: GradientChunk) -> Float[Tensor, "prompt pos d_model"]:
     """What the first block reads in the unedited run, whose metric is kept."""
-    _, hidden, final = unedited(study, chunk, study.base_is)
-    chunk.keep_unedited({study.base_is: final})
+    _, hidden, final = unedited(experiment, chunk, experiment.base_is)
+    chunk.keep_unedited({experiment.base_is: final})
     return hidden[0]
 
 
 @torch.no_grad()
-def _metric_from(chunk: Chunk, start: Float[Tensor, "prompt pos d_model"]) -> Float[Tensor, "prompt"]:
+def _metric_from(chunk: GradientChunk, start: Float[Tensor, "prompt pos d_model"]) -> Float[Tensor, "prompt"]:
     """The metric of runs that begin with `start` instead of the embeddings."""
     return metric_with(chunk, _INPUT, start, chunk.everyone, _enters(chunk, {0: start}))
 
 
-def _grow_activations(study: Study, chunk: Chunk, points: list[float], weights: list[float], sums: _Sums) -> None:
+def _grow_activations(
+    experiment: Experiment, chunk: GradientChunk, points: list[float], weights: list[float], sums: _Sums
+) -> None:
     """Adds the integral of every layer from zero to its activations."""
-    kept, hidden, final = unedited(study, chunk, study.base_is)
-    chunk.keep_unedited({study.base_is: final})
+    kept, hidden, final = unedited(experiment, chunk, experiment.base_is)
+    chunk.keep_unedited({experiment.base_is: final})
     enters, totals, zeroed = _enters(chunk, hidden), [], []
-    for key in study.keys:
+    for key in experiment.keys:
         zero = torch.zeros_like(kept[key])
         totals.append(along_activation(chunk, key, zero, kept[key], enters, points, weights))
         with torch.no_grad():
@@ -296,11 +298,16 @@ def _grow_activations(study: Study, chunk: Chunk, points: list[float], weights: 
 
 
 def _conduct(
-    study: Study, chunk: Chunk, without: Baseline, points: list[float], weights: list[float], sums: _Sums
+    experiment: Experiment,
+    chunk: GradientChunk,
+    without: Baseline,
+    points: list[float],
+    weights: list[float],
+    sums: _Sums,
 ) -> None:
     """Adds, for every stretch of the embeddings' path, the gradients at its point times the activations' change along it."""
-    actual, keys = _actual(study, chunk), list(dict.fromkeys([*study.keys, _INPUT]))
-    start, n, silent = without.start(chunk, actual), len(chunk.everyone), set(study.keys)
+    actual, keys = _actual(experiment, chunk), list(dict.fromkeys([*experiment.keys, _INPUT]))
+    start, n, silent = without.start(chunk, actual), len(chunk.everyone), set(experiment.keys)
     # Where the stretches end; the first begins at 0.
     ends = [sum(weights[: k + 1]) / sum(weights) for k in range(len(weights))]
     before = _activations(chunk, keys, start, chunk.everyone)
@@ -317,40 +324,44 @@ def _conduct(
             share = change.pop(key) * gradient
             if key in sums.keys:
                 totals[sums.keys.index(key)].index_add_(0, row, share.flatten(1).sum(1).to(totals))
-            if key in study.keys:
+            if key in experiment.keys:
                 chunk.add(key, share, row)
 
         def keep(activation: Tensor, hook: Any, fn: Callable[[Tensor], None]) -> Tensor:
             return tapped(activation, fn)
 
         hooks = [(hook_name(key), partial(keep, fn=partial(contract, key=key))) for key in keys]
-        tokens = chunk.tokens[study.base_is][row]
+        tokens = chunk.tokens[experiment.base_is][row]
         leaf, final = chunk.runs.forward(tokens, row, hooks, hidden=along[0], leaf=True)
         assert leaf is not None
         torch.autograd.grad(chunk.metric(final, row).sum(), leaf)
-    check_reached(study, silent)
+    check_reached(experiment, silent)
     sums.keep(chunk, totals, _metric_from(chunk, start).expand(len(sums.keys), -1))
 
 
 @torch.no_grad()
 def _activations(
-    chunk: Chunk, keys: Sequence[Key], hidden: Float[Tensor, "row pos d_model"], row: Int[Tensor, "row"]
+    chunk: GradientChunk, keys: Sequence[Key], hidden: Float[Tensor, "row pos d_model"], row: Int[Tensor, "row"]
 ) -> dict[Key, Tensor]:
     """The activations at `keys` of runs whose first block reads `hidden`."""
     kept: dict[Key, Tensor] = {}
-    chunk.runs.forward(chunk.tokens[chunk.study.base_is][row], row, keepers(keys, kept), hidden=hidden)
+    chunk.runs.forward(chunk.tokens[chunk.experiment.base_is][row], row, keepers(keys, kept), hidden=hidden)
     return kept
 
 
 class _Sums:
     """For each key and prompt the sum of all shares, and the metric at the start of the path, for the error of completeness."""
 
-    def __init__(self, study: Study, keys: Sequence[Key]) -> None:
-        self.keys, self._study = list(dict.fromkeys(keys)), study
-        self.dtype = study.values[study.base_is].dtype
-        self._total, self._start = (torch.zeros(len(self.keys), len(study.base), dtype=self.dtype) for _ in range(2))
+    def __init__(self, experiment: Experiment, keys: Sequence[Key]) -> None:
+        self.keys, self._study = list(dict.fromkeys(keys)), experiment
+        self.dtype = experiment.values[experiment.base_is].dtype
+        self._total, self._start = (
+            torch.zeros(len(self.keys), len(experiment.base), dtype=self.dtype) for _ in range(2)
+        )
 
-    def keep(self, chunk: Chunk, total: Float[Tensor, "key prompt"], start: Float[Tensor, "key prompt"]) -> None:
+    def keep(
+        self, chunk: GradientChunk, total: Float[Tensor, "key prompt"], start: Float[Tensor, "key prompt"]
+    ) -> None:
         """Of a chunk's prompts; raises `ValueError` where they are not finite."""
         _check_finite(start, "metric at the start of the path")
         _check_finite(total, "gradients along the path")
@@ -371,28 +382,28 @@ def _check_finite(values: Tensor, what: str) -> None:
         raise ValueError(f"{what}: expected finite numbers, got NaN or inf; load the model in a wider dtype")
 
 
-def _result(study: Study, *, passes: int, **provenance: Any) -> Result:
-    """The study's effects. `passes`: whole forward passes that the plain way takes."""
-    axes = next(iter(study.axes.values()))
-    values, dims = study.effects[axes.site.name], axes.dims
+def _result(experiment: Experiment, *, passes: int, **provenance: Any) -> Result:
+    """The experiment's effects. `passes`: whole forward passes that the plain way takes."""
+    axes = next(iter(experiment.axes.values()))
+    values, dims = experiment.effects[axes.site.name], axes.dims
     if provenance["technique"] != "neuron_attribution":  # its one layer is no dim
         values, dims = values[0], ("pos",)
     return Result(
         values=values,
         dims=(*dims, "prompt"),
-        coords={**{dim: axes.coords[dim] for dim in dims}, "prompt": tuple(range(len(study.base)))},
+        coords={**{dim: axes.coords[dim] for dim in dims}, "prompt": tuple(range(len(experiment.base)))},
         baseline={},
         base="",
-        metric=study.metric.name,
-        unit=study.metric.unit,
+        metric=experiment.metric.name,
+        unit=experiment.metric.unit,
         provenance=provenance_of(
-            study.model,
-            study.base,
+            experiment.model,
+            experiment.base,
             site=axes.site.name,
             over=" ".join(dims),
-            runs=study.how,
-            metric_actual=float(study.values[study.base_is].mean()),
-            **{**study.provenance, **provenance},
+            runs=experiment.how,
+            metric_actual=float(experiment.values[experiment.base_is].mean()),
+            **{**experiment.provenance, **provenance},
         ),
-        cost=Cost(study.block_tokens, int(study.base.lengths.sum()) * study.model.n_layers * passes),
+        cost=Cost(experiment.block_tokens, int(experiment.base.lengths.sum()) * experiment.model.n_layers * passes),
     )

@@ -24,7 +24,15 @@ from torch import Tensor
 from mechkit._check import checked
 from mechkit.engine import frozen_parameters
 from mechkit.experiment.axes import Chosen
-from mechkit.experiment.estimates import AnyMetric, Chunk, Key, Study, check_one_site, hook_name, make_study
+from mechkit.experiment.estimates import (
+    AnyMetric,
+    Experiment,
+    GradientChunk,
+    Key,
+    check_one_site,
+    hook_name,
+    make_experiment,
+)
 from mechkit.experiment.passes import check_reached, runs_of, tapped, unedited
 from mechkit.experiment.quadrature import Rule, along_activation, batches, metric_with, quadrature
 from mechkit.hooks import SITES, HookedModel, one_at_a_time
@@ -80,25 +88,33 @@ def integrated_gradients(
         raise ValueError("path: 'input' moves the embeddings themselves; for site='embed' use path='activation'")
     chosen: Chosen = {"layers": layers, "heads": heads, "positions": positions, "neurons": neurons}
     about = {"technique": "integrated_gradients", "path": path, "steps": steps, "rule": rule}
-    study = make_study(model, pairs, metric, site, over, direction, chosen, budget, progress, about)
-    study.gradients = len(points) * (len(study.keys) if path == "activation" else 1)
-    errors = torch.zeros(len(study.keys), len(study.base), dtype=torch.float64)
+    experiment = make_experiment(model, pairs, metric, site, over, direction, chosen, budget, progress, about)
+    experiment.gradients = len(points) * (len(experiment.keys) if path == "activation" else 1)
+    errors = torch.zeros(len(experiment.keys), len(experiment.base), dtype=torch.float64)
     with frozen_parameters(model):
-        for chunk in study.chunks():
+        for chunk in experiment.chunks():
             walk = _activation_paths if path == "activation" else _input_path
-            errors[:, chunk.ids] = walk(study, chunk, points, weights).double().cpu()
-    gap = (study.values[runs_of(study)[1]] - study.values[study.base_is]).double().abs().mean().clamp(min=1e-12)
-    return study.result(next(iter(study.axes)), completeness_error=float(errors.abs().mean(1).max() / gap))
+            errors[:, chunk.ids] = walk(experiment, chunk, points, weights).double().cpu()
+    gap = (
+        (experiment.values[runs_of(experiment)[1]] - experiment.values[experiment.base_is])
+        .double()
+        .abs()
+        .mean()
+        .clamp(min=1e-12)
+    )
+    return experiment.result(next(iter(experiment.axes)), completeness_error=float(errors.abs().mean(1).max() / gap))
 
 
-def _activation_paths(study: Study, chunk: Chunk, points: list[float], weights: list[float]) -> Tensor:
+def _activation_paths(
+    experiment: Experiment, chunk: GradientChunk, points: list[float], weights: list[float]
+) -> Tensor:
     """Adds every layer's integral. Returns its error for each layer and prompt."""
-    base_is, source_is = runs_of(study)
-    source, _, source_final = unedited(study, chunk, source_is)
-    base, hidden, base_final = unedited(study, chunk, base_is)
+    base_is, source_is = runs_of(experiment)
+    source, _, source_final = unedited(experiment, chunk, source_is)
+    base, hidden, base_final = unedited(experiment, chunk, base_is)
     chunk.keep_unedited({source_is: source_final, base_is: base_final})
     errors = []
-    for key in study.keys:
+    for key in experiment.keys:
         enters = hidden if chunk.runs.how == "suffix" else None
         total = along_activation(chunk, key, base[key], source[key], enters, points, weights)
         with torch.no_grad():
@@ -107,16 +123,16 @@ def _activation_paths(study: Study, chunk: Chunk, points: list[float], weights: 
     return torch.stack(errors)
 
 
-def _input_path(study: Study, chunk: Chunk, points: list[float], weights: list[float]) -> Tensor:
+def _input_path(experiment: Experiment, chunk: GradientChunk, points: list[float], weights: list[float]) -> Tensor:
     """Adds the integral of every node's gradient over runs between the two embeddings. Returns the embeddings' error."""
-    base_is, source_is = runs_of(study)
-    difference, source_hidden, source_final = unedited(study, chunk, source_is)
-    base, base_hidden, base_final = unedited(study, chunk, base_is)
-    for key in study.keys:
+    base_is, source_is = runs_of(experiment)
+    difference, source_hidden, source_final = unedited(experiment, chunk, source_is)
+    base, base_hidden, base_final = unedited(experiment, chunk, base_is)
+    for key in experiment.keys:
         difference[key].sub_(base.pop(key))
     chunk.keep_unedited({source_is: source_final, base_is: base_final})
     change = source_hidden[0] - base_hidden[0]
-    total, silent = change.new_zeros(len(chunk.everyone)), set(study.keys)
+    total, silent = change.new_zeros(len(chunk.everyone)), set(experiment.keys)
     for row, point, weight in batches(chunk, points, weights):
 
         def keep(activation: Tensor, hook: Any, key: Key, row: Tensor = row, weight: Tensor = weight) -> Tensor:
@@ -127,13 +143,13 @@ def _input_path(study: Study, chunk: Chunk, points: list[float], weights: list[f
 
             return tapped(activation, contract)
 
-        hooks = [(hook_name(key), partial(keep, key=key)) for key in study.keys]
+        hooks = [(hook_name(key), partial(keep, key=key)) for key in experiment.keys]
         hidden = (base_hidden[0][row] + point[:, None, None] * change[row]).to(change.dtype)
         leaf, final = chunk.runs.forward(chunk.tokens[base_is][row], row, hooks, hidden=hidden, leaf=True)
         assert leaf is not None
         slope = torch.autograd.grad(chunk.metric(final, row).sum(), leaf)[0]
         share = (change[row] * slope).flatten(1).sum(1) * weight
         total = total.index_add(0, row, share.to(total))
-    check_reached(study, silent)
-    gap = study.values[source_is] - study.values[base_is]
-    return (total.cpu() - gap[chunk.ids].to(total.dtype)).expand(len(study.keys), -1)
+    check_reached(experiment, silent)
+    gap = experiment.values[source_is] - experiment.values[base_is]
+    return (total.cpu() - gap[chunk.ids].to(total.dtype)).expand(len(experiment.keys), -1)

@@ -29,7 +29,7 @@ from torch import Tensor
 from mechkit._check import checked
 from mechkit._drawn import Drawn
 from mechkit._precision import widen
-from mechkit.attribution._readout import Chunk, Logits, Reader, read_cells
+from mechkit.attribution._readout import LensChunk, Logits, Reader, read_cells
 from mechkit.experiment.axes import Axes, make_axes
 from mechkit.experiment.positions import split_prompts
 from mechkit.experiment.provenance import provenance_of
@@ -201,7 +201,7 @@ def top_tokens(
     axes = make_axes(model, base, named, site, over, layers=layers, heads=heads, positions=positions)
     _check_lens(lens, model, axes)
 
-    def read(logits: Logits, chunk: Chunk) -> tuple[Tensor, Tensor]:
+    def read(logits: Logits, chunk: LensChunk) -> tuple[Tensor, Tensor]:
         best = widen(logits(None)).softmax(-1).topk(k)
         return best.values, best.indices
 
@@ -330,7 +330,7 @@ def _n_columns(ids: Tensor | None, prompts: Prompts) -> int:
 
 
 def _read_tokens(
-    value: str, ids: Int[Tensor, "prompt token"] | None, texts: Sequence[Tensor], logits: Logits, chunk: Chunk
+    value: str, ids: Int[Tensor, "prompt token"] | None, texts: Sequence[Tensor], logits: Logits, chunk: LensChunk
 ) -> tuple[Tensor, None]:
     if ids is not None:
         wanted = ids[chunk.prompt]
@@ -356,7 +356,7 @@ def _of_tokens(value: str, logits: Tensor, wanted: Int[Tensor, "row token"]) -> 
     return log_probs.exp() if value == "prob" else log_probs
 
 
-def _read_distribution(value: str, logits: Logits, chunk: Chunk) -> tuple[Tensor, None]:
+def _read_distribution(value: str, logits: Logits, chunk: LensChunk) -> tuple[Tensor, None]:
     log_q = widen(logits(None)).log_softmax(-1)
     if value == "entropy":
         terms = -log_q.exp() * log_q

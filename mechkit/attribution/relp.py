@@ -21,7 +21,7 @@ from typing import Literal
 from mechkit._check import checked
 from mechkit.engine import frozen_parameters
 from mechkit.experiment.axes import Chosen
-from mechkit.experiment.estimates import AnyMetric, check_one_site, make_study
+from mechkit.experiment.estimates import AnyMetric, check_one_site, make_experiment
 from mechkit.experiment.passes import first_order
 from mechkit.experiment.relevance import relevance_rules
 from mechkit.hooks import HookedModel, get_site, one_at_a_time
@@ -71,9 +71,9 @@ def relp(
         )
     chosen: Chosen = {"layers": layers, "heads": heads, "positions": positions, "neurons": neurons}
     about = {"technique": "relp", "attention": attention}
-    study = make_study(model, pairs, metric, site, over, direction, chosen, budget, progress, about)
+    experiment = make_experiment(model, pairs, metric, site, over, direction, chosen, budget, progress, about)
     with frozen_parameters(model):
-        for chunk in study.chunks():
+        for chunk in experiment.chunks():
             with relevance_rules(model, attention):
-                first_order(study, chunk)
-    return study.result(next(iter(study.axes)))
+                first_order(experiment, chunk)
+    return experiment.result(next(iter(experiment.axes)))

@@ -28,7 +28,7 @@ from torch import Tensor
 from mechkit._check import checked
 from mechkit._drawn import Drawn
 from mechkit._files import decoding, read_tensors, write_tensors
-from mechkit.attribution._tuned_fit import Settings, fit_translators
+from mechkit.attribution._tuned_fit import FitSettings, fit_translators
 from mechkit.engine import check_can_run
 from mechkit.experiment.axes import choose_indices
 from mechkit.experiment.positions import split_prompts
@@ -135,7 +135,7 @@ class TunedLens(Drawn):
         chosen = choose_indices("layers", range(model.n_layers - 1) if layers is None else layers, model.n_layers)
         if model.n_layers - 1 in chosen:
             raise ValueError(f"layers: the last layer, {model.n_layers - 1}, needs no translator; leave it out")
-        settings = Settings(validation, steps, batch, lr, vocabulary, skip_first, seed)
+        settings = FitSettings(validation, steps, batch, lr, vocabulary, skip_first, seed)
         with torch.inference_mode(False):
             A, b, report = fit_translators(model, text, chosen, settings, budget, progress)
         provenance = provenance_of(model, text, technique="TunedLens.fit", **vars(settings), **report)

@@ -28,7 +28,7 @@ from mechkit._precision import wide_dtype, widen
 from mechkit.circuits._runs import CircuitRuns, Written
 from mechkit.circuits.graph import Graph
 from mechkit.engine import Budget, agree_before_difference, call_metric, logits_at_hand, read_metric
-from mechkit.experiment.estimates import AnyMetric, check_study
+from mechkit.experiment.estimates import AnyMetric, check_experiment
 from mechkit.hooks import HookedModel, Parts, Run, record
 from mechkit.hooks._devices import out_of_memory
 from mechkit.hooks._nonfinite import where_it_began
@@ -76,7 +76,7 @@ class Constants:
 
 
 @dataclass(eq=False)
-class Chunk:
+class CircuitChunk:
     """Prompts of equal length whose circuits run together.
 
     Attributes:
@@ -139,7 +139,7 @@ class Evaluator:
             )
         self.model, self.pairs, self.ablation = model, pairs, ablation
         self.metric: Metric | CallableMetric = metric_for(metric, pairs)
-        check_study(model, self.metric, {"clean": pairs.clean, "corrupted": pairs.corrupted})
+        check_experiment(model, self.metric, {"clean": pairs.clean, "corrupted": pairs.corrupted})
         self.graph, self.parts, self.budget = Graph.of(model), Parts(model), Budget.of(model, budget)
         if isinstance(ablation, Constants) and ablation.graph != self.graph:
             raise ValueError(f"ablation: expected constants for {self.graph}, got some for {ablation.graph}")
@@ -155,9 +155,9 @@ class Evaluator:
         self._checked: set[tuple[int, bool]] = set()  # lengths, and whether something is left out before the start
         self._looks_ahead = False  # whether some pair's runs were found to differ before their tokens do
         self._means: Written | None = None
-        self._kept: list[Chunk] = []
+        self._kept: list[CircuitChunk] = []
 
-    def chunks(self) -> Iterator[Chunk]:
+    def chunks(self) -> Iterator[CircuitChunk]:
         """All prompts, in chunks. Their unedited runs are recorded once, if all of them fit the budget together."""
         if self._kept:
             yield from self._kept
@@ -188,7 +188,7 @@ class Evaluator:
 
     @torch.no_grad()
     def evaluate_chunk(
-        self, chunk: Chunk, circuits: Circuits, *, first_layer: int = 0
+        self, chunk: CircuitChunk, circuits: Circuits, *, first_layer: int = 0
     ) -> Float[Tensor, "circuit prompt"]:
         """The same for one chunk."""
         n, device = len(chunk.ids), self.model.device
@@ -239,7 +239,7 @@ class Evaluator:
         return min(start, read, length - 1)
 
     @torch.no_grad()
-    def _record(self, ids: list[int]) -> Chunk:
+    def _record(self, ids: list[int]) -> CircuitChunk:
         clean, corrupted = (
             prompts.stack(ids).to(self.model.device) for prompts in (self.pairs.clean, self.pairs.corrupted)
         )
@@ -254,7 +254,7 @@ class Evaluator:
             self.block_tokens += runs.replayer.block_tokens
             return self._record(ids)
         owner: Evaluator = weakref.proxy(self)  # no cycle: the recorded runs go when the evaluator goes
-        chunk = Chunk(owner, torch.tensor(ids), runs, None)
+        chunk = CircuitChunk(owner, torch.tensor(ids), runs, None)
         if (kind := (runs.run.length, bool(start))) not in self._checked:
             runs.check(other.last_logits[0] if self.ablation == "resample" else None)
             self._checked.add(kind)
@@ -293,7 +293,7 @@ class Evaluator:
         return Written.from_stacked(mean, self.graph)
 
     @torch.no_grad()
-    def _keep_unedited(self, chunk: Chunk, clean: Run, corrupted: Run) -> None:
+    def _keep_unedited(self, chunk: CircuitChunk, clean: Run, corrupted: Run) -> None:
         """The metric of the unedited runs and of the empty circuit."""
         everyone = torch.arange(len(chunk.ids), device=self.model.device)
         start = chunk.runs.start
@@ -316,7 +316,7 @@ class Evaluator:
                     f"prompt {int(chunk.ids[bad[0]])} {where_it_began(self.model, tokens.to(self.model.device))}"
                 )
 
-    def _value_of_run(self, chunk: Chunk, run: str, final: Tensor, everyone: Tensor, corrupted: Run) -> Tensor:
+    def _value_of_run(self, chunk: CircuitChunk, run: str, final: Tensor, everyone: Tensor, corrupted: Run) -> Tensor:
         if isinstance(self.metric, Metric) or run != "corrupted":
             return chunk.value(final, everyone)
         logits = self.model.unembed(corrupted.resid[-1])

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechkit.circuits._evaluation import Chunk, Evaluator
+from mechkit.circuits._evaluation import CircuitChunk, Evaluator
 from mechkit.circuits._runs import CircuitRuns
 from mechkit.engine import Budget, check_metric, check_parts, metric_of_some
 from mechkit.hooks import HookedModel
@@ -79,7 +79,7 @@ class Objective:
         self.evaluator, self.name = evaluator, name
         self.unit = evaluator.metric.unit if name == "kl" else f"{evaluator.metric.unit}^2"
         self.wide, self.device = evaluator.values["clean"].dtype, evaluator.model.device
-        self._kept: list[Chunk] | None = []
+        self._kept: list[CircuitChunk] | None = []
         held = 0
         for chunk in evaluator.chunks():  # all of them: the unedited runs' metric comes with it
             held += _bytes(chunk)
@@ -88,11 +88,11 @@ class Objective:
             else:
                 self._kept.append(chunk)
 
-    def chunks(self) -> Iterator[Chunk]:
+    def chunks(self) -> Iterator[CircuitChunk]:
         yield from self.evaluator.chunks() if self._kept is None else self._kept
 
     def loss(
-        self, chunk: Chunk, final: Float[Tensor, "row pos d_model"], prompt: Int[Tensor, "row"]
+        self, chunk: CircuitChunk, final: Float[Tensor, "row pos d_model"], prompt: Int[Tensor, "row"]
     ) -> Float[Tensor, "row"]:
         """Of each row, 0 or more; in the graph.
 
@@ -107,7 +107,7 @@ class Objective:
             )
         return value if self.name == "kl" else (value - self.of(chunk, "clean")[prompt]).square()
 
-    def of(self, chunk: Chunk, run: str) -> Float[Tensor, "prompt"]:
+    def of(self, chunk: CircuitChunk, run: str) -> Float[Tensor, "prompt"]:
         """An unedited run's metric of a chunk's prompts."""
         return self.evaluator.values[run][chunk.ids].to(self.device)
 
@@ -139,7 +139,7 @@ class Objective:
         for chunk in self.chunks():
             rows, prompt = rows_of(chunk, prompts)
 
-            def add(some: slice, chunk: Chunk = chunk, rows: Tensor = rows, prompt: Tensor = prompt) -> None:
+            def add(some: slice, chunk: CircuitChunk = chunk, rows: Tensor = rows, prompt: Tensor = prompt) -> None:
                 nonlocal total
                 leaf = gates[rows[some]].to(self.device, self.wide).requires_grad_()
                 at = prompt[some].to(self.device)
@@ -152,7 +152,9 @@ class Objective:
             self.in_batches(chunk, len(rows), add)
         return total, slope
 
-    def in_batches(self, chunk: Chunk, n_rows: int, compute: Callable[[slice], None], first_layer: int = 0) -> None:
+    def in_batches(
+        self, chunk: CircuitChunk, n_rows: int, compute: Callable[[slice], None], first_layer: int = 0
+    ) -> None:
         """Calls `compute` with as many rows at a time as the budget has room for, gradients included."""
         done, budget = 0, self.evaluator.budget
         while done < n_rows:
@@ -169,7 +171,7 @@ class Objective:
         chunk.runs.replayer.block_tokens = 0
 
 
-def rows_of(chunk: Chunk, prompts: Int[Tensor, "row"]) -> tuple[Int[Tensor, "some"], Int[Tensor, "some"]]:
+def rows_of(chunk: CircuitChunk, prompts: Int[Tensor, "row"]) -> tuple[Int[Tensor, "some"], Int[Tensor, "some"]]:
     """Which rows are of a chunk's prompts, and which of them each is."""
     return (prompts[:, None] == chunk.ids).nonzero().unbind(1)  # type: ignore[return-value]
 
@@ -198,7 +200,7 @@ def rows_with_gradients(runs: CircuitRuns, budget: Budget, first_layer: int = 0)
     return max(1, budget.bytes // 2 // (a_row * item))
 
 
-def _bytes(chunk: Chunk) -> int:
+def _bytes(chunk: CircuitChunk) -> int:
     """What a chunk holds in memory, but for what all of them share."""
     runs = chunk.runs
     tensors = [*runs.run.resid, *runs.clean.stacked(), *runs.ablated.stacked()]

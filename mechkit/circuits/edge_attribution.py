@@ -32,8 +32,8 @@ from mechkit.circuits._writings import HookPairs, Writings
 from mechkit.circuits.edge_scores import EdgeScores
 from mechkit.circuits.graph import Graph
 from mechkit.engine import agree_before_difference, frozen_parameters
-from mechkit.experiment.edges import both_runs, chosen_positions, edge_study, where_it_counts
-from mechkit.experiment.estimates import AnyMetric, Chunk, Study
+from mechkit.experiment.edges import both_runs, chosen_positions, edge_experiment, where_it_counts
+from mechkit.experiment.estimates import AnyMetric, Experiment, GradientChunk
 from mechkit.experiment.passes import tapped
 from mechkit.experiment.provenance import circuit_provenance
 from mechkit.experiment.quadrature import Rule, batches, quadrature
@@ -95,14 +95,14 @@ def edge_attribution(
     """
     rule = rule or ("left" if steps == 1 else "stretched")
     ask = _asked(steps, rule, path, gradient)
-    study = edge_study(model, pairs, metric, direction, budget)
-    study.defer_proof, study.progress = True, progress
+    experiment = edge_experiment(model, pairs, metric, direction, budget)
+    experiment.defer_proof, experiment.progress = True, progress
     graph, parts = Graph.of(model), Parts(model)
-    study.gradients = len(ask[0]) * (len(parts.writer_sites()) if path == "activation" else 1)
-    scores = _Scores(graph, study, per_prompt, positions)
+    experiment.gradients = len(ask[0]) * (len(parts.writer_sites()) if path == "activation" else 1)
+    scores = _Scores(graph, experiment, per_prompt, positions)
     errors = torch.full((len(pairs),), torch.nan, dtype=torch.float64)
     with frozen_parameters(model):
-        for i, chunk in enumerate(study.chunks()):
+        for i, chunk in enumerate(experiment.chunks()):
             work = _Work(chunk, parts, graph, scores, relp=gradient == "relp")
             work.keep_runs(every_hidden=path == "activation", check=i == 0)
             if path == "input":
@@ -111,14 +111,18 @@ def edge_attribution(
                 work.along_activations(*ask)
     share = {}
     if path == "input" and gradient == "exact" and positions is None:
-        gap = (study.values["clean"] - study.values["corrupted"]).double().abs().mean().clamp(min=1e-12)
+        gap = (experiment.values["clean"] - experiment.values["corrupted"]).double().abs().mean().clamp(min=1e-12)
         share = {"completeness_error": float(errors.abs().mean() / gap)}
     return scores.result(
         steps=len(ask[0]),
         rule=rule,
         path=path,
         gradient=gradient,
-        gradient_at=study.base_is if ask[0] == [0.0] else "clean and corrupted" if ask[0] == [0.0, 1.0] else "between",
+        gradient_at=experiment.base_is
+        if ask[0] == [0.0]
+        else "clean and corrupted"
+        if ask[0] == [0.0, 1.0]
+        else "between",
         **share,
     )
 
@@ -135,51 +139,54 @@ def _asked(steps: int, rule: str, path: str, gradient: str) -> tuple[list[float]
 class _Scores:
     """The scores so far, and from them the result."""
 
-    def __init__(self, graph: Graph, study: Study, per_prompt: bool, positions: Sequence[Any] | None) -> None:
-        self.graph, self.study, self.per_prompt = graph, study, per_prompt
-        shape = (len(graph.writers), len(graph.readers), len(study.base) if per_prompt else 1)
-        wide = study.values[study.base_is].dtype
+    def __init__(self, graph: Graph, experiment: Experiment, per_prompt: bool, positions: Sequence[Any] | None) -> None:
+        self.graph, self.experiment, self.per_prompt = graph, experiment, per_prompt
+        shape = (len(graph.writers), len(graph.readers), len(experiment.base) if per_prompt else 1)
+        wide = experiment.values[experiment.base_is].dtype
         self.values = torch.zeros(shape, dtype=wide)
-        self.positions = chosen_positions(study, positions)
+        self.positions = chosen_positions(experiment, positions)
 
     def add(
         self, prompt: Int[Tensor, "prompt"], writers: slice, readers: slice, part: Float[Tensor, "prompt writer reader"]
     ) -> None:
-        sign = 1 if self.study.base_is == "corrupted" else -1
+        sign = 1 if self.experiment.base_is == "corrupted" else -1
         part = sign * part.to("cpu", self.values.dtype).permute(1, 2, 0)
         into = self.values[writers, readers]
         if self.per_prompt:
             into[..., prompt] += part
         else:
-            into += part.sum(-1, keepdim=True) / len(self.study.base)
+            into += part.sum(-1, keepdim=True) / len(self.experiment.base)
 
     def counts(
-        self, chunk: Chunk, base: Float[Tensor, "prompt suffix d_model"], source: Float[Tensor, "prompt suffix d_model"]
+        self,
+        chunk: GradientChunk,
+        base: Float[Tensor, "prompt suffix d_model"],
+        source: Float[Tensor, "prompt suffix d_model"],
     ) -> Bool[Tensor, "prompt suffix"]:
         """At which positions, from the chunk's start on, a change of a writer counts: not before the prompts differ, where the
         two runs agree as long (`base` and `source` are what they ended in)."""
-        tokens, others = (chunk.tokens[str(run)] for run in (self.study.base_is, self.study.source_is))
+        tokens, others = (chunk.tokens[str(run)] for run in (self.experiment.base_is, self.experiment.source_is))
         agree = agree_before_difference(tokens, others, base, source)
-        return where_it_counts(self.study, self.positions, tokens, others, chunk.ids, agree)[:, chunk.runs.start :]
+        return where_it_counts(self.experiment, self.positions, tokens, others, chunk.ids, agree)[:, chunk.runs.start :]
 
     def result(self, **provenance: Any) -> EdgeScores:
-        study = self.study
-        naive = int(study.base.lengths.sum()) * study.model.n_layers * self.graph.n_edges
+        experiment = self.experiment
+        naive = int(experiment.base.lengths.sum()) * experiment.model.n_layers * self.graph.n_edges
         return EdgeScores.of(
             self.graph,
             self.values if self.per_prompt else self.values[..., 0],
-            baseline=study.values,
-            metric=study.metric.name,
-            unit=study.metric.unit,
+            baseline=experiment.values,
+            metric=experiment.metric.name,
+            unit=experiment.metric.unit,
             provenance=circuit_provenance(
-                study.model,
-                *both_runs(study),
+                experiment.model,
+                *both_runs(experiment),
                 technique="edge_attribution",
-                runs=study.how,
-                **{**study.provenance, **provenance},
+                runs=experiment.how,
+                **{**experiment.provenance, **provenance},
                 positions=None if self.positions is None else list(self.positions),
             ),
-            cost=Cost(study.block_tokens, naive),
+            cost=Cost(experiment.block_tokens, naive),
             prompts=self.per_prompt,
         )
 
@@ -196,22 +203,22 @@ class _Gradients:
 class _Work:
     """One chunk of prompts."""
 
-    def __init__(self, chunk: Chunk, parts: Parts, graph: Graph, scores: _Scores, relp: bool) -> None:
+    def __init__(self, chunk: GradientChunk, parts: Parts, graph: Graph, scores: _Scores, relp: bool) -> None:
         self.chunk, self.parts, self.graph, self.scores, self.relp = chunk, parts, graph, scores, relp
-        self.model: HookedModel = chunk.study.model
+        self.model: HookedModel = chunk.experiment.model
 
     @torch.no_grad()
     def keep_runs(self, every_hidden: bool, check: bool) -> None:
         """Both unedited runs, in one batch; and whether the attention is what its weights say."""
-        chunk, study = self.chunk, self.chunk.study
-        assert study.source_is is not None
+        chunk, experiment = self.chunk, self.chunk.experiment
+        assert experiment.source_is is not None
         n = len(chunk.ids)
         both = Writings(self.parts)
         first: dict[tuple[str, int], Tensor] = {}  # what the first prompt's attention did
         checked = [(kind, layer) for layer in range(self.model.n_layers if check else 0) for kind in CHECKED]
         hooks = both.hooks(every_hidden=every_hidden)
         hooks += keepers(checked, first, lambda activation, _: activation[:1].clone())
-        tokens = torch.cat([chunk.tokens[study.base_is], chunk.tokens[study.source_is]])
+        tokens = torch.cat([chunk.tokens[experiment.base_is], chunk.tokens[experiment.source_is]])
         _, final = chunk.runs.forward(tokens, chunk.everyone.repeat(2), hooks)
         if not chunk.runs.proved(final[[0, n]]):
             self.keep_runs(every_hidden, check)
@@ -221,7 +228,7 @@ class _Work:
         self.base, self.source = both.rows(slice(0, n)), both.rows(slice(n, None))
         self.final_change = final[n:] - final[:n]
         self.counts = self.scores.counts(chunk, final[:n], final[n:])
-        chunk.keep_unedited({study.base_is: final[:n], study.source_is: final[n:]})
+        chunk.keep_unedited({experiment.base_is: final[:n], experiment.source_is: final[n:]})
 
     def along_input(self, points: list[float], weights: list[float]) -> Float[Tensor, "prompt"]:
         """Adds all scores. Returns by how much those of the embedding's edges miss the difference of the two runs."""
@@ -235,8 +242,8 @@ class _Work:
             total = total.index_add(0, row, ((change[row] * slope).flatten(1).sum(1) * weight).to(total))
             mean.add(row, weight, layers, last)
         self._check_covered(*mean.contract(), total)
-        values = self.chunk.study.values
-        gap = (values[str(self.chunk.study.source_is)] - values[self.chunk.study.base_is])[self.chunk.ids]
+        values = self.chunk.experiment.values
+        gap = (values[str(self.chunk.experiment.source_is)] - values[self.chunk.experiment.base_is])[self.chunk.ids]
         return total - gap.to(total)
 
     def check_written(self, changes: Float[Tensor, "prompt writer pos d_model"], where: slice) -> None:
@@ -256,7 +263,7 @@ class _Work:
         (Where only some positions count, the sum says nothing.)"""
         if not bool(torch.isfinite(total).all()):
             raise ValueError(
-                f"metric: expected a finite gradient, got NaN or inf from {self.chunk.study.metric.name!r} for prompts "
+                f"metric: expected a finite gradient, got NaN or inf from {self.chunk.experiment.metric.name!r} for prompts "
                 f"{self.chunk.ids[~torch.isfinite(total).cpu()].tolist()[:5]}"
             )
         error, size = float((of_embedding - total).abs().max()), float(sizes.max())
@@ -312,7 +319,7 @@ class _Work:
                 mid = "resid_pre" if self.parts.parallel else "resid_mid"
                 hooks.append((SITES[mid].hook_name(i), partial(keep_stream, at=i, name="x_mlp")))
                 hooks.append((f"blocks.{i}.mlp.hook_in", partial(keep_gradient, at=i, name="mlp")))
-        tokens = self.chunk.tokens[self.chunk.study.base_is][row]
+        tokens = self.chunk.tokens[self.chunk.experiment.base_is][row]
         with relevance_rules(self.model, "gradient") if self.relp else nullcontext():
             leaf, final = self.chunk.runs.forward(tokens, row, hooks, hidden=hidden, layer=layer, leaf=True)
             assert leaf is not None
@@ -356,8 +363,8 @@ class _Mean:
         for which in ("q", "k", "v"):
             if which not in kept.at:
                 raise ValueError(
-                    f"metric: no gradient path from {self.work.chunk.study.metric.name!r} to the {which} of layer {layer} of "
-                    f"{self.work.model.name}, so that edges cannot be estimated there; use edge_patching, which needs no gradient"
+                    f"metric: no gradient path from {self.work.chunk.experiment.metric.name!r} to the {which} of layer {layer} "
+                    f"of {self.work.model.name}, so that edges cannot be estimated there; use edge_patching, which needs no gradient"
                 )
             weight = parts.weight(layer, which)
             gradient = kept.at[which].reshape(*x.shape[:2], len(weight), -1)
@@ -399,5 +406,5 @@ class _Mean:
         """Positions whose changes fit into a quarter of the budget at once."""
         work = self.work
         a_position = len(work.chunk.ids) * len(work.graph.writers) * work.model.d_model * work.scores.values.itemsize
-        size = max(1, work.chunk.study.budget.bytes // 4 // a_position)
+        size = max(1, work.chunk.experiment.budget.bytes // 4 // a_position)
         return (slice(first, min(first + size, n_positions)) for first in range(0, n_positions, size))

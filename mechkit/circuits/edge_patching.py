@@ -33,8 +33,8 @@ from mechkit.circuits.circuit import Circuit
 from mechkit.circuits.edge_scores import EdgeScores, ScoredEdge
 from mechkit.circuits.graph import Edge, Graph, Reader, Writer
 from mechkit.engine import Cell, Derived, Edit, sweep
-from mechkit.experiment.edges import both_runs, chosen_positions, edge_study, where_it_counts
-from mechkit.experiment.estimates import AnyMetric, Study
+from mechkit.experiment.edges import both_runs, chosen_positions, edge_experiment, where_it_counts
+from mechkit.experiment.estimates import AnyMetric, Experiment
 from mechkit.experiment.provenance import circuit_provenance, merged
 from mechkit.hooks import HookedModel, Parts, Run, one_at_a_time
 from mechkit.prompts import PromptPairs
@@ -82,14 +82,14 @@ def edge_patching(
             a checkpoint of another study; what `activation_patching` refuses.
     """
     edges = edges if edges is None or isinstance(edges, Circuit | str) else list(edges)
-    study = edge_study(model, pairs, metric, direction, budget)
+    experiment = edge_experiment(model, pairs, metric, direction, budget)
     graph, parts = Graph.of(model), Parts(model)
     wanted = chosen_edges(graph, model, edges)
-    where = chosen_positions(study, positions)
+    where = chosen_positions(experiment, positions)
     if checkpoint is not None and not Path(checkpoint).absolute().parent.is_dir():
         raise ValueError(f"checkpoint: there is no folder {str(Path(checkpoint).absolute().parent)!r} to write it into")
-    parts.check(study.base.tokens[0][None].to(model.device))
-    work = _Work(study, graph, parts, where, per_prompt)
+    parts.check(experiment.base.tokens[0][None].to(model.device))
+    work = _Work(experiment, graph, parts, where, per_prompt)
     saved = None if checkpoint is None else _Checkpoint(Path(checkpoint), work)
     todo = [edge for edge in wanted if saved is None or not saved.has(edge)]
     with Progress(len(wanted), "edge", progress, done=len(wanted) - len(todo)) as bar:
@@ -139,21 +139,27 @@ def chosen_edges(
 
 
 class _Work:
-    """One study of edges: the effects so far."""
+    """One experiment of edges: the effects so far."""
 
     def __init__(
-        self, study: Study, graph: Graph, parts: Parts, positions: Sequence[Any] | None, per_prompt: bool
+        self, experiment: Experiment, graph: Graph, parts: Parts, positions: Sequence[Any] | None, per_prompt: bool
     ) -> None:
-        self.study, self.graph, self.parts, self.positions, self.per_prompt = study, graph, parts, positions, per_prompt
+        self.experiment, self.graph, self.parts, self.positions, self.per_prompt = (
+            experiment,
+            graph,
+            parts,
+            positions,
+            per_prompt,
+        )
         self.tokens, self.naive, self.how = 0, 0, "suffix"
-        n = len(study.base) if per_prompt else 1
-        wide = study.values[study.base_is].dtype
+        n = len(experiment.base) if per_prompt else 1
+        wide = experiment.values[experiment.base_is].dtype
         self.values = torch.full((len(graph.writers), len(graph.readers), n), torch.nan, dtype=wide)
 
     def batches(self, edges: Sequence[Edge]) -> Iterator[list[Edge]]:
         """Edges whose values fit into a quarter of the budget, and not so many that progress is seldom seen and saved."""
-        model, n_tokens = self.study.model, int(self.study.base.lengths.sum())
-        room = self.study.budget.bytes // 2
+        model, n_tokens = self.experiment.model, int(self.experiment.base.lengths.sum())
+        room = self.experiment.budget.bytes // 2
         item = torch.empty((), dtype=model.dtype).element_size()
         attention = model.d_head * (model.n_heads + 2 * model.n_kv_heads) + 2 * model.d_model
         some: list[Edge] = []
@@ -162,9 +168,9 @@ class _Work:
             variant = _variant(edge)
             if variant not in seen:
                 needs = n_tokens * item * (attention if edge.reader.kind in "qkv" else 2 * model.d_model)
-                if some and (needs > room or len(some) * len(self.study.base) >= ROWS):
+                if some and (needs > room or len(some) * len(self.experiment.base) >= ROWS):
                     yield some
-                    some, seen, room = [], set(), self.study.budget.bytes // 2
+                    some, seen, room = [], set(), self.experiment.budget.bytes // 2
                 room -= needs
                 seen.add(variant)
             some.append(edge)
@@ -173,7 +179,7 @@ class _Work:
 
     def patch(self, edges: Sequence[Edge]) -> None:
         """Computes the effects of some edges."""
-        study, last = self.study, self.study.model.n_layers - 1
+        experiment, last = self.experiment, self.experiment.model.n_layers - 1
         variants: dict[tuple[str, int], dict[tuple[Any, ...], int]] = {}
         cells: list[Cell] = []
         for edge in edges:
@@ -190,24 +196,27 @@ class _Work:
             sites |= {("resid_mid", edge.reader.layer) for edge in edges if edge.reader.kind == "mlp"}
         sites |= {("mlp_out", edge.reader.layer) for edge in edges if edge.reader.kind == "mlp"}
         answers = sweep(
-            study.model,
-            study.base,
+            experiment.model,
+            experiment.base,
             cells,
-            study.metric,
-            source=study.source,
+            experiment.metric,
+            source=experiment.source,
             derived={KEY: Derived(tuple(sorted(sites)), _Values(self, asked).make)},
-            base_is=study.base_is,
-            source_is=str(study.source_is),
-            budget=max(1, study.budget.bytes * 2),
+            base_is=experiment.base_is,
+            source_is=str(experiment.source_is),
+            budget=max(1, experiment.budget.bytes * 2),
             progress=False,
         )
         assert answers.source is not None
-        study.values[study.base_is], study.values[str(study.source_is)] = answers.base, answers.source
+        experiment.values[experiment.base_is], experiment.values[str(experiment.source_is)] = (
+            answers.base,
+            answers.source,
+        )
         effects = answers.values - answers.base
-        assert study.source is not None
-        alike = [torch.equal(a, b) for a, b in zip(study.base.tokens, study.source.tokens, strict=True)]
+        assert experiment.source is not None
+        alike = [torch.equal(a, b) for a, b in zip(experiment.base.tokens, experiment.source.tokens, strict=True)]
         effects[:, alike] = 0  # whole passes of other batches round differently
-        effects = effects if study.base_is == "corrupted" else -effects
+        effects = effects if experiment.base_is == "corrupted" else -effects
         effects = effects if self.per_prompt else effects.mean(1, keepdim=True)
         where = torch.tensor([self.graph.index(edge) for edge in edges])
         self.values[where[:, 0], where[:, 1]] = effects.to(self.values)
@@ -217,7 +226,7 @@ class _Work:
 
     def result(self, wanted: Sequence[Edge] | None = None) -> EdgeScores:
         """Of the wanted edges, or of all that were computed."""
-        study, values = self.study, self.values
+        experiment, values = self.experiment, self.values
         if wanted is not None:
             where = torch.tensor([self.graph.index(edge) for edge in wanted])
             values = torch.full_like(self.values, torch.nan)
@@ -225,29 +234,29 @@ class _Work:
         return EdgeScores.of(
             self.graph,
             values if self.per_prompt else values[..., 0],
-            baseline=study.values,
-            metric=study.metric.name,
-            unit=study.metric.unit,
+            baseline=experiment.values,
+            metric=experiment.metric.name,
+            unit=experiment.metric.unit,
             provenance=self.provenance(),
             cost=Cost(self.tokens, self.naive) if self.tokens else None,
             prompts=self.per_prompt,
         )
 
     def provenance(self) -> dict[str, Any]:
-        study = self.study
-        clean, corrupted = both_runs(study)
+        experiment = self.experiment
+        clean, corrupted = both_runs(experiment)
         positions = None if self.positions is None else list(self.positions)
         return circuit_provenance(
-            study.model,
+            experiment.model,
             clean,
             corrupted,
             technique="edge_patching",
             replay=self.how,
             corrupted_hash=corrupted.hash(),
-            metric=study.metric.name,
-            **study.provenance,
+            metric=experiment.metric.name,
+            **experiment.provenance,
             positions=positions,
-            positions_at=[study.named[at].tolist() if isinstance(at, str) else at for at in positions or ()],
+            positions_at=[experiment.named[at].tolist() if isinstance(at, str) else at for at in positions or ()],
         )
 
 
@@ -275,7 +284,9 @@ class _Values:
     def make(self, base: Run, source: Run, ids: np.ndarray, site: str, layer: int) -> Tensor:
         """`[variant prompt pos …]`."""
         work = self.work
-        counts = where_it_counts(work.study, work.positions, base.tokens, source.tokens, ids, runs_agree(base, source))
+        counts = where_it_counts(
+            work.experiment, work.positions, base.tokens, source.tokens, ids, runs_agree(base, source)
+        )
         changes = Changes(work.parts, base, source, counts)
         if site == "resid_post":
             asked = self.asked[site, layer]
@@ -309,7 +320,7 @@ def _runs(asked: list[tuple[Any, ...]]) -> Iterator[tuple[int, str, list[Writer]
 
 
 class _Checkpoint:
-    """The file that an interrupted study goes on from."""
+    """The file that an interrupted call goes on from."""
 
     def __init__(self, path: Path, work: _Work) -> None:
         self.path, self.work, self.at = path, work, time.monotonic()
@@ -336,12 +347,12 @@ class _Checkpoint:
         edges = saved.edges
         some = [edges[i] for i in sorted({0, len(edges) // 2, len(edges) - 1})]
         self.work.patch(some)
-        study, graph = self.work.study, self.work.graph
-        pairs = [(study.values[run], saved.baseline[run]) for run in study.values]
+        experiment, graph = self.work.experiment, self.work.graph
+        pairs = [(experiment.values[run], saved.baseline[run]) for run in experiment.values]
         pairs += [(self.work.values[graph.index(edge)], values[graph.index(edge)]) for edge in some]
-        scale = max(1e-6, *(float(value.abs().max()) for value in study.values.values()))
+        scale = max(1e-6, *(float(value.abs().max()) for value in experiment.values.values()))
         error = max(float((ours.to(theirs) - theirs).abs().max()) for ours, theirs in pairs)
-        if not error <= 10 * tolerance("replay", study.model.dtype) * scale:
+        if not error <= 10 * tolerance("replay", experiment.model.dtype) * scale:
             raise ValueError(
                 f"checkpoint: {self.path} is of another study: its numbers differ by {error:.1e} from those of this metric. Give "
                 "another file, or delete it"

@@ -186,7 +186,7 @@ def learn_mask(
         ValueError: an argument out of range; a metric without gradient; clean and ablated runs that are the same for the
             objective (there is nothing to learn); what `evaluate_circuit` refuses.
     """
-    settings = Settings(over, objective, penalty, target, steps, batch, lr, temperature, held_out, seed)
+    settings = MaskSettings(over, objective, penalty, target, steps, batch, lr, temperature, held_out, seed)
     metric_of = metric_maker(model, pairs, metric, objective, position)
     train, test = split(len(pairs), held_out, seed) if held_out else (list(range(len(pairs))), [])
     found_on, report = pairs[train], metric_of(train)
@@ -220,7 +220,7 @@ def learn_mask(
 
 
 @dataclass(frozen=True)
-class Settings:
+class MaskSettings:
     """The arguments of `learn_mask` that decide what is learned."""
 
     over: Literal["edge", "node"]
@@ -252,7 +252,7 @@ class _Gates:
     """What is learned: `log_alpha`, `[writer reader]` for edges (those that do not exist do nothing), `[writer 1]` for nodes.
     In float64 on the CPU: probabilities near 1 must still be told apart, and draws be the same on every device."""
 
-    def __init__(self, graph: Graph, settings: Settings) -> None:
+    def __init__(self, graph: Graph, settings: MaskSettings) -> None:
         self.graph, self.temperature, self.target = graph, settings.temperature, settings.target
         self.exists = graph.exists.double()
         self.counts = self.exists if settings.over == "edge" else torch.ones_like(self.exists[:, :1])
@@ -306,7 +306,7 @@ class _Gates:
         return self.n ** (1 - done) * (self.target or 0) ** done
 
 
-def _train(task: Objective, gates: _Gates, settings: Settings, progress: bool) -> Float[Tensor, "quantity step"]:
+def _train(task: Objective, gates: _Gates, settings: MaskSettings, progress: bool) -> Float[Tensor, "quantity step"]:
     steps, batch, scale = settings.steps, settings.batch, task.loss_of_nothing()
     generator = torch.Generator().manual_seed(settings.seed)
     prompts = turns(len(task.evaluator.pairs), batch, generator)

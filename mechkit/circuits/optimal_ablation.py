@@ -33,7 +33,7 @@ from torch import Tensor
 from mechkit._check import checked
 from mechkit._drawn import Drawn
 from mechkit._progress import Progress
-from mechkit.circuits._evaluation import Chunk, Constants, Evaluator
+from mechkit.circuits._evaluation import CircuitChunk, Constants, Evaluator
 from mechkit.circuits._objective import Objective, ObjectiveName, divergence, metric_maker, rows_of, turns
 from mechkit.circuits._runs import Written
 from mechkit.circuits.circuit import Circuit
@@ -125,11 +125,11 @@ def optimal_ablation(
             ),
             objective,
         )
-        study = _Alone(task, _chosen(task.evaluator.graph, writers)) if circuit is None else _Together(task, circuit)
-        values, losses = _descend(study, steps, batch, lr, seed, progress)
+        search = _Alone(task, _chosen(task.evaluator.graph, writers)) if circuit is None else _Together(task, circuit)
+        values, losses = _descend(search, steps, batch, lr, seed, progress)
     units: dict[str, tuple[int | str, ...]] = {}
     if circuit is None:
-        units["writer"] = tuple(writer.name for writer in study.writers)
+        units["writer"] = tuple(writer.name for writer in search.writers)
     coords: dict[str, tuple[int | str, ...]] = {
         "ablation": (*STARTS, "optimal"),
         **units,
@@ -153,9 +153,9 @@ def optimal_ablation(
             **arguments,
             n_edges=None if circuit is None else circuit.n_edges,
         ),
-        cost=Cost(task.evaluator.block_tokens, study.naive_tokens(steps, batch or len(pairs))),
+        cost=Cost(task.evaluator.block_tokens, search.naive_tokens(steps, batch or len(pairs))),
     )
-    return OptimalConstants(values, study.graph, "optimal", tuple(result.provenance["prompts"]), losses=result)
+    return OptimalConstants(values, search.graph, "optimal", tuple(result.provenance["prompts"]), losses=result)
 
 
 def _chosen(graph: Graph, writers: Sequence[Writer | str] | None) -> list[Writer]:
@@ -185,7 +185,7 @@ def _start(task: Objective) -> tuple[Float[Tensor, "writer d_model"], Float[Tens
     return mean, scale.clamp(min=float(scale.mean()) / 100)  # what hardly varies must still be able to move
 
 
-class _Study(ABC):
+class _Search(ABC):
     """What is ablated. A *unit* is what has a loss of its own: a component by itself, or everything outside a circuit.
 
     Attributes:
@@ -215,13 +215,13 @@ class _Study(ABC):
 
     @abstractmethod
     def add_losses(
-        self, chunk: Chunk, values: Tensor, rows: Tensor, prompt: Tensor, found: Tensor, slope: Tensor | None
+        self, chunk: CircuitChunk, values: Tensor, rows: Tensor, prompt: Tensor, found: Tensor, slope: Tensor | None
     ) -> None:
         """Fills in the losses of some rows, whose prompts are of one chunk; adds the gradient to `slope`, if one is given."""
 
     def run(
         self,
-        chunk: Chunk,
+        chunk: CircuitChunk,
         gates: Tensor,
         prompt: Tensor,
         ablated: Written,
@@ -261,7 +261,7 @@ class _Piece:
     first_layer: int
 
 
-class _Alone(_Study):
+class _Alone(_Search):
     """Each writer by itself: all others write what they write in this very run."""
 
     def __init__(self, task: Objective, writers: list[Writer]) -> None:
@@ -279,7 +279,7 @@ class _Alone(_Study):
         self.pieces = [piece for piece in pieces if piece.chosen]
 
     def add_losses(
-        self, chunk: Chunk, values: Tensor, rows: Tensor, prompt: Tensor, found: Tensor, slope: Tensor | None
+        self, chunk: CircuitChunk, values: Tensor, rows: Tensor, prompt: Tensor, found: Tensor, slope: Tensor | None
     ) -> None:
         for piece in self.pieces:
             self._add_piece(piece, chunk, values, rows, prompt, found, slope)
@@ -287,7 +287,7 @@ class _Alone(_Study):
     def _add_piece(
         self,
         piece: _Piece,
-        chunk: Chunk,
+        chunk: CircuitChunk,
         values: Tensor,
         rows: Tensor,
         prompt: Tensor,
@@ -312,7 +312,7 @@ class _Alone(_Study):
         self.task.in_batches(chunk, len(writer), add, piece.first_layer)
 
 
-class _Together(_Study):
+class _Together(_Search):
     """Everything outside a circuit at once."""
 
     def __init__(self, task: Objective, circuit: Circuit) -> None:
@@ -322,7 +322,7 @@ class _Together(_Study):
         self.members: Bool[Tensor, "writer reader"] = circuit.members
 
     def add_losses(
-        self, chunk: Chunk, values: Tensor, rows: Tensor, prompt: Tensor, found: Tensor, slope: Tensor | None
+        self, chunk: CircuitChunk, values: Tensor, rows: Tensor, prompt: Tensor, found: Tensor, slope: Tensor | None
     ) -> None:
         gates = self.members.to(self.model.device, self.model.dtype)
 
@@ -336,16 +336,16 @@ class _Together(_Study):
 
 
 def _descend(
-    study: _Study, steps: int, batch: int | None, lr: float, seed: int, progress: bool
+    search: _Search, steps: int, batch: int | None, lr: float, seed: int, progress: bool
 ) -> tuple[Float[Tensor, "writer d_model"], Float[Tensor, "ablation unit prompt"]]:
     """The best constants that were seen, and the losses of the two starts and of these."""
-    n = len(study.task.evaluator.pairs)
+    n = len(search.task.evaluator.pairs)
     everyone = torch.arange(n)
     batch = n if batch is None else batch
-    mean, scale = _start(study.task)
+    mean, scale = _start(search.task)
     starts = [mean, torch.zeros_like(mean)]
-    at_start = torch.stack([study.losses(values, everyone) for values in starts])
-    best = _Best(study, mean, at_start[0])
+    at_start = torch.stack([search.losses(values, everyone) for values in starts])
+    best = _Best(search, mean, at_start[0])
     best.see(starts[1], at_start[1])
     moved = torch.zeros_like(mean, requires_grad=True)
     adam = torch.optim.Adam([moved], lr=lr)
@@ -355,26 +355,26 @@ def _descend(
             values = (mean + scale * moved).detach()
             rows = everyone if batch >= n else next(prompts)
             slope = torch.zeros_like(values)
-            losses = study.losses(values, rows, slope)
+            losses = search.losses(values, rows, slope)
             if batch >= n:
                 best.see(values, losses)
             elif step % LOOK == 0 and step:
-                best.see(values, study.losses(values, everyone))
+                best.see(values, search.losses(values, everyone))
             moved.grad = slope * scale / len(rows)
             for group in adam.param_groups:
                 group["lr"] = lr * (1 - step / steps)
             adam.step()
             bar.update(note=f"loss {best.losses.mean().item():.4g}")
     values = (mean + scale * moved).detach()
-    best.see(values, study.losses(values, everyone))
+    best.see(values, search.losses(values, everyone))
     return best.values.cpu(), torch.cat([at_start, best.losses[None]])
 
 
 class _Best:
     """The constants with the least loss so far, unit by unit."""
 
-    def __init__(self, study: _Study, values: Tensor, losses: Float[Tensor, "unit prompt"]) -> None:
-        self.unit, self.values, self.losses = study.unit, values.clone(), losses.clone()
+    def __init__(self, search: _Search, values: Tensor, losses: Float[Tensor, "unit prompt"]) -> None:
+        self.unit, self.values, self.losses = search.unit, values.clone(), losses.clone()
 
     def see(self, values: Tensor, losses: Float[Tensor, "unit prompt"]) -> None:
         better = losses.mean(1) < self.losses.mean(1)  # false where NaN

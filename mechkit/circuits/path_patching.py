@@ -27,8 +27,8 @@ from mechkit._check import checked, naming
 from mechkit.circuits._reads import Changes, runs_agree, stream
 from mechkit.circuits.graph import Graph, Reader, Writer
 from mechkit.engine import Cell, Derived, Edit, sweep
-from mechkit.experiment.edges import chosen_positions, edge_study, where_it_counts
-from mechkit.experiment.estimates import AnyMetric, Study
+from mechkit.experiment.edges import chosen_positions, edge_experiment, where_it_counts
+from mechkit.experiment.estimates import AnyMetric, Experiment
 from mechkit.experiment.positions import choose_positions, position_labels
 from mechkit.experiment.provenance import circuit_provenance
 from mechkit.hooks import HookedModel, Parts, Run, one_at_a_time
@@ -83,33 +83,33 @@ def path_patching(
     """
     if freeze not in ("all", "heads"):
         raise ValueError(f"freeze: expected 'all' or 'heads', got {freeze!r}")
-    study = edge_study(model, pairs, metric, direction, budget)
+    experiment = edge_experiment(model, pairs, metric, direction, budget)
     graph, parts = Graph.of(model), Parts(model)
     _refuse_ends(senders, receivers)
     reads = _receivers(graph, receivers)
-    plan = _Plan.of(study, graph, senders, positions)
+    plan = _Plan.of(experiment, graph, senders, positions)
     reached = _reached(graph, [writer for writer, _ in plan.cells], reads, by_name=not isinstance(senders, str))
-    parts.check(study.base.tokens[0][None].to(model.device))
+    parts.check(experiment.base.tokens[0][None].to(model.device))
     values, cost, how = [], Cost(0, 0), "suffix"
-    per_sender = int(study.base.lengths.sum()) * model.d_model * 4 * (2 + len(reads))
-    at_once = max(1, study.budget.bytes // 2 // per_sender)
+    per_sender = int(experiment.base.lengths.sum()) * model.d_model * 4 * (2 + len(reads))
+    at_once = max(1, experiment.budget.bytes // 2 // per_sender)
     for first in range(0, len(plan.cells), at_once):
         some = plan.cells[first : first + at_once]
         answers = sweep(
             model,
-            study.base,
+            experiment.base,
             [_cell(graph, reads, writer, i) for i, (writer, _) in enumerate(some)],
-            study.metric,
-            source=study.source,
-            derived={KEY: Derived(_sites(graph, parts), _Values(study, graph, parts, some, freeze).make)},
-            base_is=study.base_is,
-            source_is=str(study.source_is),
-            budget=max(1, study.budget.bytes * 2),
+            experiment.metric,
+            source=experiment.source,
+            derived={KEY: Derived(_sites(graph, parts), _Values(experiment, graph, parts, some, freeze).make)},
+            base_is=experiment.base_is,
+            source_is=str(experiment.source_is),
+            budget=max(1, experiment.budget.bytes * 2),
             progress=progress,
         )
         for i, (_, at) in enumerate(some):
             if "pos" in plan.coords and at is not None:  # a prompt without that position has no answer
-                answers.values[i, study.base.lengths <= int(at[0])] = torch.nan
+                answers.values[i, experiment.base.lengths <= int(at[0])] = torch.nan
         answers.values[~reached[first : first + at_once]] = torch.nan
         values.append(answers.values)
         cost = Cost(
@@ -117,15 +117,15 @@ def path_patching(
         )
         how = how if answers.replay == "suffix" else answers.replay
     assert answers.source is not None
-    n = len(study.base)
+    n = len(experiment.base)
     return Result(
         values=torch.cat(values).reshape(*(len(labels) for labels in plan.coords.values()), n),
         dims=(*plan.coords, "prompt"),
         coords={**plan.coords, "prompt": tuple(range(n))},
-        baseline={study.base_is: answers.base, str(study.source_is): answers.source},
-        base=study.base_is,
-        metric=study.metric.name,
-        unit=study.metric.unit,
+        baseline={experiment.base_is: answers.base, str(experiment.source_is): answers.source},
+        base=experiment.base_is,
+        metric=experiment.metric.name,
+        unit=experiment.metric.unit,
         provenance=circuit_provenance(
             model,
             pairs.clean,
@@ -136,7 +136,7 @@ def path_patching(
             freeze=freeze,
             replay=how,
             positions=None if positions is None else list(positions),
-            **study.provenance,
+            **experiment.provenance,
         ),
         cost=cost,
     )
@@ -198,13 +198,15 @@ class _Plan:
     coords: dict[str, tuple[Any, ...]]
 
     @classmethod
-    def of(cls, study: Study, graph: Graph, senders: str | Sequence[str], positions: Sequence[Any] | None) -> _Plan:
+    def of(
+        cls, experiment: Experiment, graph: Graph, senders: str | Sequence[str], positions: Sequence[Any] | None
+    ) -> _Plan:
         if not isinstance(senders, str):
             with naming("senders"):
                 writers = [graph.writer(name) for name in names_of("senders", senders)]
             if not writers or len(set(writers)) != len(writers):
                 raise ValueError(f"senders: expected at least one, each once; got {list(senders)}")
-            everywhere = chosen_positions(study, positions)
+            everywhere = chosen_positions(experiment, positions)
             return cls([(w, everywhere) for w in writers], {"sender": tuple(w.name for w in writers)})
         dims = senders.split()
         place = dims[-1] if dims and dims[-1] in ("pos", "position") else None
@@ -222,14 +224,14 @@ class _Plan:
         if heads:
             coords["head"] = tuple(range(graph.n_heads))
         if place is None:
-            everywhere = chosen_positions(study, positions)
+            everywhere = chosen_positions(experiment, positions)
             return cls([(w, everywhere) for w in writers], coords)
         if place == "pos":
-            every = range(int(study.base.lengths.max())) if positions is None else positions
-            where: list[Any] = list(chosen_positions(study, every) or ())
-            coords["pos"] = position_labels(study.base, where)
+            every = range(int(experiment.base.lengths.max())) if positions is None else positions
+            where: list[Any] = list(chosen_positions(experiment, every) or ())
+            coords["pos"] = position_labels(experiment.base, where)
         else:
-            where = choose_positions(study.named, positions)
+            where = choose_positions(experiment.named, positions)
             coords["position"] = tuple(where)
         return cls([(w, (at,)) for w in writers for at in where], coords)
 
@@ -266,13 +268,13 @@ class _Values:
 
     def __init__(
         self,
-        study: Study,
+        experiment: Experiment,
         graph: Graph,
         parts: Parts,
         cells: Sequence[tuple[Writer, tuple[Any, ...] | None]],
         freeze: str,
     ) -> None:
-        self.study, self.graph, self.parts, self.cells, self.freeze = study, graph, parts, cells, freeze
+        self.experiment, self.graph, self.parts, self.cells, self.freeze = experiment, graph, parts, cells, freeze
         self.ids: np.ndarray | None = None
         self.streams: dict[tuple[int, str], Tensor] = {}
 
@@ -294,7 +296,7 @@ class _Values:
         """By how much each sender changes the stream in front of each block, and within it; at the end, the final one."""
         graph, parts = self.graph, self.parts
         about = base.tokens, source.tokens, ids, runs_agree(base, source)
-        counts = torch.stack([where_it_counts(self.study, at, *about) for _, at in self.cells])
+        counts = torch.stack([where_it_counts(self.experiment, at, *about) for _, at in self.cells])
         written = Changes(parts, base, source, counts).of([writer for writer, _ in self.cells])
         streams: dict[tuple[int, str], Tensor] = {}
         change = written * self._is(lambda w: w.layer < 0)
@@ -315,4 +317,4 @@ class _Values:
 
     def _is(self, which: Any) -> Float[Tensor, "sender 1 1 1"]:
         chosen = torch.tensor([bool(which(writer)) for writer, _ in self.cells])
-        return chosen.to(self.study.model.device, self.study.model.dtype)[:, None, None, None]
+        return chosen.to(self.experiment.model.device, self.experiment.model.dtype)[:, None, None, None]

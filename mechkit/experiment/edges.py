@@ -13,7 +13,7 @@ from torch import Tensor
 from mechkit.engine import Budget
 from mechkit.engine._causality import same_so_far
 from mechkit.experiment.axes import choose_indices
-from mechkit.experiment.estimates import AnyMetric, Study, check_study
+from mechkit.experiment.estimates import AnyMetric, Experiment, check_experiment
 from mechkit.experiment.positions import choose_positions
 from mechkit.hooks import HookedModel
 from mechkit.metrics import metric_for
@@ -21,9 +21,9 @@ from mechkit.prompts import PromptPairs, Prompts
 
 
 @torch.inference_mode(False)
-def edge_study(
+def edge_experiment(
     model: HookedModel, pairs: PromptPairs, metric: AnyMetric, direction: str, budget: int | None, **provenance: Any
-) -> Study:
+) -> Experiment:
     """Checks what the user asked for, for all that look at edges. `ValueError`s name the argument."""
     if direction not in ("denoise", "noise"):
         raise ValueError(f"direction: expected 'denoise' or 'noise', got {direction!r}")
@@ -32,35 +32,37 @@ def edge_study(
     runs = ("corrupted", "clean") if direction == "denoise" else ("clean", "corrupted")
     base, source = (getattr(pairs, run) for run in runs)
     metric = metric_for(metric, pairs)
-    check_study(model, metric, {runs[0]: base, runs[1]: source})
+    check_experiment(model, metric, {runs[0]: base, runs[1]: source})
     provenance = {"task": pairs.task, "direction": direction, **provenance}
     room = Budget.of(model, budget)
     room.bytes //= 2  # half for the runs, half for readers' gradients and writers' changes
-    return Study(model, base, source, *runs, pairs.positions, metric, {}, room, provenance)
+    return Experiment(model, base, source, *runs, pairs.positions, metric, {}, room, provenance)
 
 
-def both_runs(study: Study) -> tuple[Prompts, Prompts]:
+def both_runs(experiment: Experiment) -> tuple[Prompts, Prompts]:
     """The clean and the corrupted prompts."""
-    assert study.source is not None
-    return (study.base, study.source) if study.base_is == "clean" else (study.source, study.base)
+    assert experiment.source is not None
+    return (
+        (experiment.base, experiment.source) if experiment.base_is == "clean" else (experiment.source, experiment.base)
+    )
 
 
-def chosen_positions(study: Study, positions: Sequence[Any] | None) -> tuple[Any, ...] | None:
+def chosen_positions(experiment: Experiment, positions: Sequence[Any] | None) -> tuple[Any, ...] | None:
     """The positions where a writer's change counts: names, or indices from 0; `None` is everywhere."""
     if positions is None:
         return None
     if isinstance(positions, str) or any(isinstance(at, str) for at in positions):
-        return tuple(choose_positions(study.named, positions))
-    if len(study.base.by_length()) > 1 and any(isinstance(at, int) and at < 0 for at in positions):
+        return tuple(choose_positions(experiment.named, positions))
+    if len(experiment.base.by_length()) > 1 and any(isinstance(at, int) and at < 0 for at in positions):
         raise ValueError(
-            f"positions: an index from the end is another position in prompts of lengths {sorted(study.base.by_length())}; "
+            f"positions: an index from the end is another position in prompts of lengths {sorted(experiment.base.by_length())}; "
             "expected indices from 0, or names"
         )
-    return tuple(choose_indices("positions", positions, int(study.base.lengths.max())))
+    return tuple(choose_indices("positions", positions, int(experiment.base.lengths.max())))
 
 
 def where_it_counts(
-    study: Study,
+    experiment: Experiment,
     positions: Sequence[Any] | None,
     base: Int[Tensor, "prompt pos"],
     source: Int[Tensor, "prompt pos"],
@@ -75,6 +77,6 @@ def where_it_counts(
         return moved
     at, chosen = torch.arange(base.shape[1], device=base.device), torch.zeros_like(moved)
     for position in positions:
-        place = study.named[position][ids] if isinstance(position, str) else torch.tensor([position])
+        place = experiment.named[position][ids] if isinstance(position, str) else torch.tensor([position])
         chosen |= at == place.reshape(-1, 1).to(at.device)
     return moved & chosen

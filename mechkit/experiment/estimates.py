@@ -29,7 +29,7 @@ ESTIMATES = ("attribution_patching", "integrated_gradients", "atp_star", "relp")
 
 
 @dataclass(eq=False)
-class Study:
+class Experiment:
     """What a gradient method is asked, and the numbers that it has filled in so far.
 
     Attributes:
@@ -79,7 +79,7 @@ class Study:
             return [0] * len(self.base)
         return first_differences(self.base.tokens, self.source.tokens).tolist()
 
-    def chunks(self) -> Iterator[Chunk]:
+    def chunks(self) -> Iterator[GradientChunk]:
         """Prompts that run together: of one length, as many as fit the budget."""
         first, done = self.first_differences(), 0
 
@@ -91,7 +91,7 @@ class Study:
         with Progress(len(self.base) * self.gradients, "gradient", self.progress) as self.bar:
             # The longest first: a proof holds for shorter prompts too.
             for batch in self.base.batches(at_once, order=first.__getitem__, longest_first=True):
-                chunk = Chunk.of(self, batch.ids, first[batch.ids[0]], fit(batch.length, batch.ids))
+                chunk = GradientChunk.of(self, batch.ids, first[batch.ids[0]], fit(batch.length, batch.ids))
                 yield chunk
                 self.block_tokens += chunk.runs.block_tokens
                 self.how = chunk.runs.how if chunk.runs.how != "suffix" else self.how
@@ -128,7 +128,7 @@ class Study:
 
 
 @dataclass(eq=False)
-class Chunk:
+class GradientChunk:
     """Prompts of equal length that run together.
 
     Attributes:
@@ -140,7 +140,7 @@ class Chunk:
         reference: The logits that the metric compares with, where it does.
     """
 
-    study: Study
+    experiment: Experiment
     ids: Int[Tensor, "prompt"]
     tokens: dict[str, Int[Tensor, "prompt pos"]]
     runs: GradientRuns
@@ -149,65 +149,65 @@ class Chunk:
     reference: Tensor | None = None
 
     @classmethod
-    def of(cls, study: Study, ids: Sequence[int], start: int, rows: int) -> Chunk:
-        model, tokens = study.model, {}
-        for run, prompts in ((study.base_is, study.base), (study.source_is, study.source)):
+    def of(cls, experiment: Experiment, ids: Sequence[int], start: int, rows: int) -> GradientChunk:
+        model, tokens = experiment.model, {}
+        for run, prompts in ((experiment.base_is, experiment.base), (experiment.source_is, experiment.source)):
             if run is not None and prompts is not None:
                 tokens[run] = prompts.stack(ids).to(model.device)
-        base = tokens[study.base_is]
-        if isinstance(study.metric, Metric):
-            start = min(start, int(study.metric.positions[list(ids)].min()))
-        whole = "an activation before the first block" if "embed" in study.axes else None
-        source = tokens.get(study.source_is) if study.source_is is not None else None
+        base = tokens[experiment.base_is]
+        if isinstance(experiment.metric, Metric):
+            start = min(start, int(experiment.metric.positions[list(ids)].min()))
+        whole = "an activation before the first block" if "embed" in experiment.axes else None
+        source = tokens.get(experiment.source_is) if experiment.source_is is not None else None
         runs = GradientRuns(
             model,
             base,
             source,
             min(start, base.shape[1] - 1),
             whole=whole,
-            proofs=study.proofs,
-            defer=study.defer_proof,
+            proofs=experiment.proofs,
+            defer=experiment.defer_proof,
         )
-        return cls(study, torch.tensor(ids), tokens, runs, torch.arange(len(ids), device=model.device), rows)
+        return cls(experiment, torch.tensor(ids), tokens, runs, torch.arange(len(ids), device=model.device), rows)
 
     def metric(self, final: Tensor, row: Int[Tensor, "row"] | None = None) -> Float[Tensor, "row"]:
         """The metric of rows, in the graph. `row` says which of the chunk's prompts each row is; all of them by default."""
         row = self.everyone if row is None else row
         reference = None if self.reference is None else self.reference[row]
-        n, ids = len(self.study.base), self.ids[row.cpu()]
-        return metric_values(self.runs, self.study.metric, final, ids, row, reference, n_prompts=n)
+        n, ids = len(self.experiment.base), self.ids[row.cpu()]
+        return metric_values(self.runs, self.experiment.metric, final, ids, row, reference, n_prompts=n)
 
     @torch.no_grad()
     def keep_unedited(self, finals: Mapping[str, Tensor]) -> None:
         """Keeps the metric of the unedited runs, given what each ended in; raises `ValueError` where it is not finite."""
-        metric = self.study.metric
+        metric = self.experiment.metric
         if isinstance(metric, Metric) and metric.reference is not None:
             final = finals[metric.reference].detach()
             self.reference = self.runs.logits(final, metric.positions[self.ids], metric.tokens)
         for run, final in finals.items():
             value = self.metric(final.detach())
-            self.study.values[run][self.ids] = value.to(self.study.values[run])
+            self.experiment.values[run][self.ids] = value.to(self.experiment.values[run])
             if len(bad := (~torch.isfinite(value)).nonzero().flatten().tolist()):
                 raise ValueError(
                     f"{run} run: expected a finite metric, got NaN or inf for prompts {self.ids[bad].tolist()[:5]}; of prompt "
-                    f"{int(self.ids[bad[0]])} {where_it_began(self.study.model, self.tokens[run][bad[0]])}"
+                    f"{int(self.ids[bad[0]])} {where_it_began(self.experiment.model, self.tokens[run][bad[0]])}"
                 )
 
     def add(self, key: Key, per_entry: Float[Tensor, "row *dims"], row: Int[Tensor, "row"] | None = None) -> None:
-        """Adds effects of one layer's activations (positions from `runs.start` on) to the study's."""
+        """Adds effects of one layer's activations (positions from `runs.start` on) to the experiment's."""
         site, layer = key
         per_entry = per_entry.to(torch.promote_types(per_entry.dtype, torch.float32))
         if not bool(torch.isfinite(per_entry).all()):  # NaN would look like a cell that does not exist
             raise ValueError(
                 f"gradient: expected finite effects at {site!r} of layer {layer}, got NaN or inf, though the runs were finite; "
-                f"the backward pass overflows in {str(self.study.model.dtype).removeprefix('torch.')}, or the metric has no "
+                f"the backward pass overflows in {str(self.experiment.model.dtype).removeprefix('torch.')}, or the metric has no "
                 "gradient there"
             )
-        axes, into = self.study.axes[site], self.study.effects[site]
+        axes, into = self.experiment.axes[site], self.experiment.effects[site]
         if row is not None:
             summed = per_entry.new_zeros(len(self.ids), *per_entry.shape[1:])
             per_entry = summed.index_add(0, row, per_entry)
-        sums = reduce_to(axes, per_entry, self.runs.start, {k: at[self.ids] for k, at in self.study.named.items()})
+        sums = reduce_to(axes, per_entry, self.runs.start, {k: at[self.ids] for k, at in self.experiment.named.items()})
         if "layer" in axes.dims:
             into = into.select(axes.dims.index("layer"), list(axes.layers).index(layer))
         into[..., self.ids] += sums.movedim(0, -1).to(into)
@@ -257,7 +257,7 @@ def check_one_site(site: Any) -> None:
 
 
 @torch.inference_mode(False)
-def make_study(
+def make_experiment(
     model: HookedModel,
     pairs: PromptPairs,
     metric: AnyMetric,
@@ -268,7 +268,7 @@ def make_study(
     budget: int | None,
     progress: bool,
     provenance: Mapping[str, Any],
-) -> Study:
+) -> Experiment:
     """Checks what the user asked for. `ValueError`s name the argument. `provenance`: the technique, and its own arguments."""
     if direction not in ("denoise", "noise"):
         raise ValueError(f"direction: expected 'denoise' or 'noise', got {direction!r}")
@@ -288,8 +288,8 @@ def make_study(
             )
         axes[one.site.name] = one
     metric = metric_for(metric, pairs)
-    check_study(model, metric, {runs[0]: base, runs[1]: source})
-    return Study(
+    check_experiment(model, metric, {runs[0]: base, runs[1]: source})
+    return Experiment(
         model,
         base,
         source,
@@ -304,7 +304,7 @@ def make_study(
 
 
 @torch.inference_mode(False)
-def make_single_study(
+def make_single_experiment(
     model: HookedModel,
     prompts: PromptPairs | Prompts,
     metric: AnyMetric,
@@ -314,18 +314,18 @@ def make_single_study(
     budget: int | None = None,
     progress: bool = False,
     **chosen: Unpack[Chosen],
-) -> Study:
+) -> Experiment:
     """The same for methods that look at one run: the clean prompts of pairs."""
     base, named, task = split_prompts(prompts)
     axes = make_axes(model, base, named, site, over, **chosen)
     metric = metric_for(metric, prompts)
-    check_study(model, metric, {"clean": base})
+    check_experiment(model, metric, {"clean": base})
     room = Budget.of(model, budget)
     axes_of, about = {axes.site.name: axes}, {"task": task}
-    return Study(model, base, None, "clean", None, named, metric, axes_of, room, about, progress=progress)
+    return Experiment(model, base, None, "clean", None, named, metric, axes_of, room, about, progress=progress)
 
 
-def check_study(model: HookedModel, metric: Metric | CallableMetric, runs: Mapping[str, Prompts]) -> None:
+def check_experiment(model: HookedModel, metric: Metric | CallableMetric, runs: Mapping[str, Prompts]) -> None:
     """Refuses a model in training mode, tokens that it cannot read, and a metric made for other prompts."""
     check_can_run(model, {f"{name} prompt": prompts for name, prompts in runs.items()})
     check_metric(model, next(iter(runs.values())), metric, runs)

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechkit.experiment.estimates import Chunk, Key, hook_name
+from mechkit.experiment.estimates import GradientChunk, Key, hook_name
 from mechkit.metrics import Metric
 
 Rule = Literal["left", "right", "midpoint", "gauss-legendre", "stretched"]
@@ -49,14 +49,14 @@ def quadrature(steps: int, rule: str) -> tuple[list[float], list[float]]:
     return [(first + k) / steps for k in range(steps)], [1 / steps] * steps
 
 
-def batches(chunk: Chunk, points: list[float], weights: list[float]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def batches(chunk: GradientChunk, points: list[float], weights: list[float]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Rows `(prompt, point, weight)` of all prompts at some points of the path, as many points at once as the budget allows.
 
     A callable metric is given the prompts in their order and nothing else, so that it sees one point at a time.
     """
     n = len(chunk.everyone)
-    at_once = max(1, chunk.rows // n) if isinstance(chunk.study.metric, Metric) else 1
-    dtype, device = torch.promote_types(chunk.study.model.dtype, torch.float32), chunk.everyone.device
+    at_once = max(1, chunk.rows // n) if isinstance(chunk.experiment.metric, Metric) else 1
+    dtype, device = torch.promote_types(chunk.experiment.model.dtype, torch.float32), chunk.everyone.device
     for first in range(0, len(points), at_once):
         some = slice(first, first + at_once)
         k = len(points[some])
@@ -64,11 +64,11 @@ def batches(chunk: Chunk, points: list[float], weights: list[float]) -> Iterator
             torch.tensor(x[some], dtype=dtype, device=device).repeat_interleave(n) for x in (points, weights)
         )
         yield chunk.everyone.repeat(k), point, weight
-        chunk.study.took_gradients(n * k)
+        chunk.experiment.took_gradients(n * k)
 
 
 def along_activation(
-    chunk: Chunk,
+    chunk: GradientChunk,
     key: Key,
     start: Float[Tensor, "prompt *dims"],
     end: Float[Tensor, "prompt *dims"],
@@ -76,7 +76,7 @@ def along_activation(
     points: list[float],
     weights: list[float],
 ) -> Float[Tensor, "prompt"]:
-    """Adds the integral along one layer's activation, with the base run for everything before it, to the study's effects.
+    """Adds the integral along one layer's activation, with the base run for everything before it, to the experiment's effects.
 
     Args:
         hidden: What each block of the base run reads; `None` runs whole forward passes.
@@ -84,7 +84,7 @@ def along_activation(
     Returns:
         Each prompt's sum over all entries of the activation, to be held against `m(end) - m(start)`.
     """
-    change, wide = end - start, chunk.study.values[chunk.study.base_is].dtype
+    change, wide = end - start, chunk.experiment.values[chunk.experiment.base_is].dtype
     total = torch.zeros(len(chunk.everyone), dtype=wide, device=chunk.everyone.device)
     for row, point, weight in batches(chunk, points, weights):
         shape = (-1, *[1] * (start.ndim - 1))
@@ -96,21 +96,21 @@ def along_activation(
 
 
 def _gradient(
-    chunk: Chunk, key: Key, at: Tensor, row: Int[Tensor, "row"], hidden: Mapping[int, Tensor] | None
+    chunk: GradientChunk, key: Key, at: Tensor, row: Int[Tensor, "row"], hidden: Mapping[int, Tensor] | None
 ) -> Tensor:
     value = metric_with(chunk, key, at, row, hidden)
     return torch.autograd.grad(value.sum(), at)[0]
 
 
 def metric_with(
-    chunk: Chunk, key: Key, at: Tensor, row: Int[Tensor, "row"], hidden: Mapping[int, Tensor] | None
+    chunk: GradientChunk, key: Key, at: Tensor, row: Int[Tensor, "row"], hidden: Mapping[int, Tensor] | None
 ) -> Float[Tensor, "row"]:
     """The metric of base prompts in which one layer's activation is replaced by `at`."""
 
     def replace(activation: Tensor, hook: Any) -> Tensor:
         return at
 
-    tokens = chunk.tokens[chunk.study.base_is][row]
+    tokens = chunk.tokens[chunk.experiment.base_is][row]
     read = None if hidden is None else hidden[key[1]][row]
     _, final = chunk.runs.forward(tokens, row, [(hook_name(key), replace)], hidden=read, layer=key[1])
     return chunk.metric(final, row)

@@ -21,7 +21,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from mechkit._check import checked
-from mechkit.plot._attention_data import Drawing, Patterns, Scale, block_labels, patterns_of, pooled
+from mechkit.plot._attention_data import Drawing, Patterns, PatternScale, block_labels, patterns_of, pooled
 from mechkit.plot._attention_lines import draw_lines
 from mechkit.plot._figure import Facts, Figure, Frame, dress, label_axis
 from mechkit.plot._text import plain, shortened
@@ -318,9 +318,9 @@ def _factor(shape: tuple[int, ...], side: int, cells: int) -> int:
     return factor
 
 
-def _scale(patterns: Patterns, n_cells: int) -> Scale:
+def _scale(patterns: Patterns, n_cells: int) -> PatternScale:
     absent = bool(np.isnan(patterns.values).any())
-    return Scale(patterns.what, patterns.largest, patterns.signed, n_cells > _EXACT, absent)
+    return PatternScale(patterns.what, patterns.largest, patterns.signed, n_cells > _EXACT, absent)
 
 
 def _pooling(factor: int, patterns: Patterns) -> str:
@@ -328,7 +328,7 @@ def _pooling(factor: int, patterns: Patterns) -> str:
     return f"each cell shows the {largest} of a block of {factor} × {factor} tokens" if factor > 1 else ""
 
 
-def _cells(pattern: np.ndarray, name: str, scale: Scale, **options: Any) -> go.Heatmap:
+def _cells(pattern: np.ndarray, name: str, scale: PatternScale, **options: Any) -> go.Heatmap:
     """One head. The template takes its texts from elsewhere, so that nothing in them is read as a part of it."""
     first = "%{meta[0]}<br>" if name else ""
     return go.Heatmap(

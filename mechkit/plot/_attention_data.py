@@ -204,7 +204,7 @@ def block_labels(labels: Sequence[str], factor: int) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Scale:
+class PatternScale:
     """What colours mean, and how numbers become what is drawn.
 
     Attributes:

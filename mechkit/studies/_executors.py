@@ -20,7 +20,7 @@ import torch
 
 from mechkit.hooks import HookedModel
 from mechkit.studies._files import StoreError
-from mechkit.studies._worker import Failed, Finished, Planned, Settings, Task, Worker
+from mechkit.studies._worker import Failed, Finished, Planned, Work, Worker, WorkerSettings
 
 Outcome = Planned | Finished | Failed
 
@@ -35,9 +35,9 @@ class Executor(Protocol):
 
     n_workers: int
 
-    def open(self, settings: Settings) -> None: ...
+    def open(self, settings: WorkerSettings) -> None: ...
     def close(self) -> None: ...
-    def submit(self, worker: int, task: Task) -> Any: ...
+    def submit(self, worker: int, task: Work) -> Any: ...
     def wait(self, handles: Sequence[Any], seconds: float) -> list[Any]: ...
     def result(self, handle: Any) -> Outcome: ...
 
@@ -45,7 +45,7 @@ class Executor(Protocol):
 class _Opens:
     """`with executor.opened(settings):`."""
 
-    def opened(self, settings: Settings) -> _Opens:
+    def opened(self, settings: WorkerSettings) -> _Opens:
         self.open(settings)  # type: ignore[attr-defined]
         return self
 
@@ -74,13 +74,13 @@ class InProcess(_Opens):
             check_device(device)
         self._worker: Worker | None = None
 
-    def open(self, settings: Settings) -> None:
+    def open(self, settings: WorkerSettings) -> None:
         self._worker = Worker(settings, self.device, self.loaded)
 
     def close(self) -> None:
         self._worker = None
 
-    def submit(self, worker: int, task: Task) -> Any:
+    def submit(self, worker: int, task: Work) -> Any:
         return task
 
     def wait(self, handles: Sequence[Any], seconds: float) -> list[Any]:
@@ -131,7 +131,7 @@ class Processes(_Opens):
         self._pools: list[concurrent.futures.ProcessPoolExecutor] = []
         self._of: dict[concurrent.futures.Future[Outcome], int] = {}
 
-    def open(self, settings: Settings) -> None:
+    def open(self, settings: WorkerSettings) -> None:
         self._settings = settings
         self._pools = [self._pool(device) for device in self.devices]
 
@@ -152,7 +152,7 @@ class Processes(_Opens):
             pool.shutdown(wait=True, cancel_futures=True)
         self._pools, self._of = [], {}
 
-    def submit(self, worker: int, task: Task) -> Any:
+    def submit(self, worker: int, task: Work) -> Any:
         try:
             handle = self._pools[worker].submit(_compute, task)
         except BrokenProcessPool:  # it died while it had nothing to do
@@ -178,7 +178,7 @@ class Processes(_Opens):
 _worker: Worker | None = None  # of this process, if it is one of `Processes`
 
 
-def _begin(settings: Settings, device: str, threads: int) -> None:
+def _begin(settings: WorkerSettings, device: str, threads: int) -> None:
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the runner's, which ends us
     threading.Thread(target=_end_with_the_runner, daemon=True).start()
@@ -195,7 +195,7 @@ def _end_with_the_runner() -> None:
         os._exit(1)
 
 
-def _compute(task: Task) -> Outcome:
+def _compute(task: Work) -> Outcome:
     assert _worker is not None
     return _worker.run(task)
 
@@ -237,7 +237,7 @@ class Ray(_Opens):
         self._actors: list[Any] = []
         self._of: dict[Any, int] = {}
 
-    def open(self, settings: Settings) -> None:
+    def open(self, settings: WorkerSettings) -> None:
         import ray
 
         if not ray.is_initialized():
@@ -264,7 +264,7 @@ class Ray(_Opens):
             ray.shutdown()
             self._ours = False
 
-    def submit(self, worker: int, task: Task) -> Any:
+    def submit(self, worker: int, task: Work) -> Any:
         handle = self._actors[worker].run.remote(task)
         self._of[handle] = worker
         return handle

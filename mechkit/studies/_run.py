@@ -23,7 +23,7 @@ from mechkit.studies._executors import Executor, WorkerLostError
 from mechkit.studies._files import StoreError
 from mechkit.studies._job import Job, ModelSpec
 from mechkit.studies._store import DamagedError, Store
-from mechkit.studies._worker import Failed, Finished, Planned, PlanTask, Settings, ShardTask, Task
+from mechkit.studies._worker import Failed, Finished, Planned, PlanWork, ShardWork, Work, WorkerSettings
 
 BEAT_EVERY, BEAT_LEAST = 5.0, 0.5  # seconds between two signs of life, at most and at least
 WAIT = 1.0
@@ -80,9 +80,9 @@ class _Queue:
     """Tasks that wait, a model's together."""
 
     def __init__(self) -> None:
-        self.tasks: deque[Task] = deque()
+        self.tasks: deque[Work] = deque()
 
-    def take(self, loaded: ModelSpec | None) -> Task | None:
+    def take(self, loaded: ModelSpec | None) -> Work | None:
         """The first task of the loaded model, else the first."""
         if not self.tasks:
             return None
@@ -99,7 +99,7 @@ def run(
     jobs: Sequence[Job],
     store: Store,
     executor: Executor,
-    settings: Settings,
+    settings: WorkerSettings,
     *,
     name: str,
     retries: int,
@@ -145,9 +145,9 @@ class _Loop:
         by_model: dict[ModelSpec, list[Job]] = {}
         for job in jobs:
             by_model.setdefault(job.model, []).append(job)
-        self.queue.tasks.extend(PlanTask(model, tuple(mine)) for model, mine in by_model.items())
+        self.queue.tasks.extend(PlanWork(model, tuple(mine)) for model, mine in by_model.items())
         self.total, self.done = 0, 0
-        self.flying: dict[Any, tuple[int, Task]] = {}
+        self.flying: dict[Any, tuple[int, Work]] = {}
         self.loaded: dict[int, ModelSpec | None] = dict.fromkeys(range(executor.n_workers))
         self.ended, self.news = threading.Event(), threading.Event()
 
@@ -180,7 +180,7 @@ class _Loop:
         except WorkerLostError as error:
             self.loaded[worker] = None
             outcome = Failed(f"its worker was lost: {error}")
-            if isinstance(task, ShardTask):
+            if isinstance(task, ShardWork):
                 task = replace(task, lost=task.lost + 1)
             elif task.attempt < self.retries:
                 del self.flying[handle]
@@ -190,26 +190,26 @@ class _Loop:
         del self.flying[handle]
         if isinstance(outcome, Failed):
             self._failed(task, outcome.error)
-        elif isinstance(outcome, Planned) and isinstance(task, PlanTask):
+        elif isinstance(outcome, Planned) and isinstance(task, PlanWork):
             self._planned(task, outcome)
         elif isinstance(outcome, Finished):
             self.done += 1
             self.report.computed += 1
             self.report.shard_seconds += outcome.seconds
 
-    def _planned(self, task: PlanTask, planned: Planned) -> None:
+    def _planned(self, task: PlanWork, planned: Planned) -> None:
         self.report.damage += planned.damage
         for job, error in planned.failed.items():
             self._record(job, None, error, 1)
-        shards = [ShardTask(self.jobs[job], shard) for job, numbers in planned.todo.items() for shard in numbers]
+        shards = [ShardWork(self.jobs[job], shard) for job, numbers in planned.todo.items() for shard in numbers]
         total = sum(planned.n_shards.values())
         self.total += total
         self.done += total - len(shards)
         self.report.kept += total - len(shards)
         self.queue.tasks.extendleft(reversed(shards))
 
-    def _failed(self, task: Task, error: str) -> None:
-        if isinstance(task, PlanTask):  # the model itself: none of its jobs can be run
+    def _failed(self, task: Work, error: str) -> None:
+        if isinstance(task, PlanWork):  # the model itself: none of its jobs can be run
             for job in task.jobs:
                 self._record(job.id, None, error, 1)
         elif task.attempt < self.retries:
@@ -227,16 +227,16 @@ class _Loop:
         if self.watch is None:
             return
         doing = [
-            str(task.job) if isinstance(task, ShardTask) else f"planning {task.model.name}" for _, task in self._at()
+            str(task.job) if isinstance(task, ShardWork) else f"planning {task.model.name}" for _, task in self._at()
         ]
         self.watch(Event(self.done, self.total, doing[0] if doing else ""))
 
-    def _at(self) -> list[tuple[int, Task]]:
+    def _at(self) -> list[tuple[int, Work]]:
         return list(self.flying.values())
 
     def _beat(self) -> None:
         while True:
-            shards = [task for _, task in self._at() if isinstance(task, ShardTask)]
+            shards = [task for _, task in self._at() if isinstance(task, ShardWork)]
             with contextlib.suppress(StoreError):  # whoever computes will meet it too
                 self.store.beat([[str(one.job), one.job.id, one.shard] for one in shards], self.executor.n_workers)
             if self.ended.wait(BEAT_LEAST):

@@ -119,7 +119,7 @@ def check(
     folder: Path | None = None,
     stem: str | None = None,
 ) -> Statement:
-    """Settings and entries as a study. `folder` is what relative paths are relative to.
+    """WorkerSettings and entries as a study. `folder` is what relative paths are relative to.
 
     Raises:
         ValueError: everything that is wrong.

@@ -38,7 +38,7 @@ LEAST_BUDGET = 2**20
 
 
 @dataclass(frozen=True)
-class PlanTask:
+class PlanWork:
     """To look at all jobs of one model: which shards are left to do."""
 
     model: ModelSpec
@@ -47,7 +47,7 @@ class PlanTask:
 
 
 @dataclass(frozen=True)
-class ShardTask:
+class ShardWork:
     """To compute one shard. Each attempt after a worker was lost has half the budget of the one before."""
 
     job: Job
@@ -60,7 +60,7 @@ class ShardTask:
         return self.job.model
 
 
-Task = PlanTask | ShardTask
+Work = PlanWork | ShardWork
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Failed:
 
 
 @dataclass(frozen=True)
-class Settings:
+class WorkerSettings:
     """What a run gives its workers."""
 
     store: str
@@ -102,7 +102,7 @@ class Worker:
     """
 
     def __init__(
-        self, settings: Settings, device: str | None = None, loaded: Mapping[str, HookedModel] | None = None
+        self, settings: WorkerSettings, device: str | None = None, loaded: Mapping[str, HookedModel] | None = None
     ) -> None:
         self.settings, self.device = settings, device
         self.store = Store(settings.store)
@@ -114,10 +114,10 @@ class Worker:
         self._plans: dict[str, Plan] = {}
         self._budget = settings.budget
 
-    def run(self, task: Task) -> Planned | Finished | Failed:
+    def run(self, task: Work) -> Planned | Finished | Failed:
         """One task. Errors come back as `Failed`, but for a store that cannot be used, which ends the study."""
         try:
-            return self._plan(task) if isinstance(task, PlanTask) else self._shard(task)
+            return self._plan(task) if isinstance(task, PlanWork) else self._shard(task)
         except StoreError:
             raise
         except Exception as error:
@@ -181,7 +181,7 @@ class Worker:
 
     # -- planning ------------------------------------------------------------------------------------------------------
 
-    def _plan(self, task: PlanTask) -> Planned:
+    def _plan(self, task: PlanWork) -> Planned:
         todo: dict[str, tuple[int, ...]] = {}
         sizes: dict[str, int] = {}
         failed: dict[str, str] = {}
@@ -295,7 +295,7 @@ class Worker:
 
     # -- computing -----------------------------------------------------------------------------------------------------
 
-    def _shard(self, task: ShardTask) -> Finished:
+    def _shard(self, task: ShardWork) -> Finished:
         begin = time.perf_counter()
         job, model = task.job, self.model(task.model)
         plan = self._plans.get(job.id)

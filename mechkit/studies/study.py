@@ -29,7 +29,7 @@ from mechkit.studies._spec import Statement, check, read_toml
 from mechkit.studies._status import Status, status
 from mechkit.studies._store import Store
 from mechkit.studies._table import Table, counted, fits
-from mechkit.studies._worker import Settings
+from mechkit.studies._worker import WorkerSettings
 
 Entry = str | Mapping[str, Any]
 
@@ -203,7 +203,7 @@ class Study:
                 "them anew, or look at their results"
             )
         self.store.damage.clear()
-        settings = Settings(self.store.url, self.budget, self.shard)
+        settings = WorkerSettings(self.store.url, self.budget, self.shard)
         with watching(progress) as watch:
             return run(
                 jobs, self.store, executor, settings, name=self.name, retries=self.retries, watch=watch, known=self.jobs

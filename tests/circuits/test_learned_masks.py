@@ -21,7 +21,7 @@ from mechkit.circuits.areas import roc
 from mechkit.circuits.circuit import Circuit
 from mechkit.circuits.evaluation import evaluate_circuit
 from mechkit.circuits.graph import Graph
-from mechkit.circuits.learned_masks import LearnedMask, Settings, _Gates, learn_mask
+from mechkit.circuits.learned_masks import LearnedMask, MaskSettings, _Gates, learn_mask
 from mechkit.engine import frozen_parameters
 
 KNOWN: dict[str, Callable[[], Any]] = {
@@ -304,9 +304,9 @@ def test_hard_concrete_gates() -> None:
     assert not final[~graph.exists].any()
 
 
-def settings(**changes: Any) -> Settings:
+def settings(**changes: Any) -> MaskSettings:
     arguments = {"over": "edge", "objective": "kl", "penalty": 1.0, "target": None, "steps": 10, "batch": 4, "lr": 0.3}
-    return Settings(**{**arguments, "temperature": 2 / 3, "held_out": 0.5, "seed": 0, **changes})
+    return MaskSettings(**{**arguments, "temperature": 2 / 3, "held_out": 0.5, "seed": 0, **changes})
 
 
 # -- the rest ----------------------------------------------------------------------------------------------------------

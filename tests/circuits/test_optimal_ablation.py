@@ -17,7 +17,7 @@ from mechkit.circuits._runs import CircuitRuns
 from mechkit.circuits.circuit import Circuit
 from mechkit.circuits.evaluation import evaluate_circuit
 from mechkit.circuits.graph import Graph, Writer
-from mechkit.circuits.optimal_ablation import OptimalConstants, _Study, optimal_ablation
+from mechkit.circuits.optimal_ablation import OptimalConstants, _Search, optimal_ablation
 
 
 @cache
@@ -316,7 +316,7 @@ def test_nothing_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any, **__: Any) -> None:
         raise KeyError("in the middle")
 
-    monkeypatch.setattr(_Study, "run", broken)
+    monkeypatch.setattr(_Search, "run", broken)
     with pytest.raises(KeyError, match="in the middle"):
         optimal(model, pairs, writers=["m0"])
     assert [p.requires_grad for p in parameters] == before

@@ -67,7 +67,7 @@ def test_the_import_loads_nothing_else() -> None:
     probe = "import json, sys; print(json.dumps([name for name in sys.modules]))"
     loaded = set(json.loads(in_a_fresh_interpreter(f"import mechkit; mechkit.__version__; dir(mechkit); {probe}")))
     assert loaded & LATE == set()
-    assert {name for name in loaded if name.startswith("mechkit")} == {"mechkit", "mechkit._version"}
+    assert {name for name in loaded if name.startswith("mechkit")} == {"mechkit", "mechkit._drawn", "mechkit._version"}
     more = set(json.loads(in_a_fresh_interpreter(f"import mechkit; mechkit.logit_diff; {probe}")))
     assert {"torch", "mechkit.metrics"} <= more  # the probe sees
     assert "mechkit.circuits" not in more  # one name does not bring all

@@ -94,11 +94,11 @@ def test_a_model_that_could_not_be_hashed_is_not_gone_on_with(tmp_path, monkeypa
     from mechkit.studies import _worker
 
     (job,) = study(tmp_path / "store").jobs
-    worker = _worker.Worker(_worker.Settings(str(tmp_path / "store")))
+    worker = _worker.Worker(_worker.WorkerSettings(str(tmp_path / "store")))
     digest = _worker.weights_digest
     monkeypatch.setattr(_worker, "weights_digest", lambda _: 1 / 0)
     for _ in range(2):
-        assert "ZeroDivisionError" in str(worker.run(_worker.PlanTask(job.model, (job,))))
+        assert "ZeroDivisionError" in str(worker.run(_worker.PlanWork(job.model, (job,))))
     monkeypatch.setattr(_worker, "weights_digest", digest)
     assert worker.model(job.model) is tiny_llama()
     assert worker._weights == digest(tiny_llama())
@@ -123,7 +123,7 @@ def test_memory_of_a_model_that_failed_to_load_is_given_back(tmp_path, monkeypat
 
     left: list[int] = []
     monkeypatch.setattr(_worker.Worker, "_load", load)
-    worker = _worker.Worker(_worker.Settings(str(tmp_path / "store")))
+    worker = _worker.Worker(_worker.WorkerSettings(str(tmp_path / "store")))
     (job,) = study(tmp_path / "store").jobs
     gc.disable()
     try:
@@ -137,7 +137,7 @@ def test_memory_of_a_model_that_failed_to_load_is_given_back(tmp_path, monkeypat
 
 def test_prompts_that_differ_from_call_to_call_are_refused(tmp_path):
     """A task without a seed: what a second worker would make are other prompts than those that were planned."""
-    from mechkit.studies._worker import PlanTask, Settings, ShardTask, Worker
+    from mechkit.studies._worker import PlanWork, ShardWork, Worker, WorkerSettings
 
     drawn = tmp_path / "seed"
     drawn.write_text("0")
@@ -145,10 +145,10 @@ def test_prompts_that_differ_from_call_to_call_are_refused(tmp_path):
         tmp_path / "store", tasks=[{"name": "helpers.studies:pairs_of_file", "path": str(drawn), "label": "pairs"}]
     )
     (job,) = one.jobs
-    settings = Settings(one.store.url)
-    Worker(settings).run(PlanTask(job.model, one.jobs))
+    settings = WorkerSettings(one.store.url)
+    Worker(settings).run(PlanWork(job.model, one.jobs))
     drawn.write_text("1")
-    outcome = Worker(settings).run(ShardTask(job, 0))
+    outcome = Worker(settings).run(ShardWork(job, 0))
     assert "prompts: expected what the job was planned with" in str(outcome)
 
 
