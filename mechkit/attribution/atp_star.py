@@ -189,7 +189,7 @@ def _check_heads_are_apart(
     group = experiment.model.n_heads // moved.shape[2]
     if before.shape[1] > group and float((after - before)[:, group:].abs().max()) > 1e-3:
         raise ValueError(
-            f"qk_fix: in {experiment.model.name} ({experiment.model.cfg.architecture}) a head's {key[0]} changes the other heads' "
+            f"qk_fix: in {experiment.model.name} ({experiment.model.cfg.architecture}) a head's {key[0]} changes the others' "
             "patterns (a norm over all heads together), so that the softmax cannot be recomputed head by head; use qk_fix=False"
         )
 

@@ -364,7 +364,7 @@ class _Mean:
             if which not in kept.at:
                 raise ValueError(
                     f"metric: no gradient path from {self.work.chunk.experiment.metric.name!r} to the {which} of layer {layer} "
-                    f"of {self.work.model.name}, so that edges cannot be estimated there; use edge_patching, which needs no gradient"
+                    f"of {self.work.model.name}, so that edges cannot be estimated there; use edge_patching, which needs none"
                 )
             weight = parts.weight(layer, which)
             gradient = kept.at[which].reshape(*x.shape[:2], len(weight), -1)

@@ -89,6 +89,6 @@ def check_reached(experiment: Experiment, silent: set[Key]) -> None:
     if silent:
         names = ", ".join(hook_name(key) for key in sorted(silent)[:4])
         raise ValueError(
-            f"site: no gradient path from metric {experiment.metric.name!r} to {names} in {experiment.model.name}, so that nothing "
-            "can be estimated there; use activation_patching, which needs no gradient"
+            f"site: no gradient path from metric {experiment.metric.name!r} to {names} in {experiment.model.name}, so that "
+            "nothing can be estimated there; use activation_patching, which needs no gradient"
         )
