@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from types import TracebackType
@@ -23,17 +24,18 @@ class Progress:
     Args:
         total: How many units there are; `None` if that is not known.
         unit: What is counted, in the singular.
-        show: `False` shows nothing.
+        show: `False` shows nothing; so does the environment variable `TQDM_DISABLE=1`.
         done: How many are done already.
     """
 
     def __init__(self, total: int | None, unit: str, show: bool = True, *, done: int = 0) -> None:
         self.total, self.unit, self.done, self.note = total, unit, done, ""
         self._first, self._began, self._wrote = done, time.monotonic(), 0.0
-        self._stream = sys.stderr if show else None
+        silenced = os.environ.get("TQDM_DISABLE", "0") not in ("", "0")  # as for every other library's bars
+        self._stream = sys.stderr if show and not silenced else None
         self._bar: Any = None
         if self._stream is not None and is_watched(self._stream):
-            from tqdm.auto import tqdm
+            from tqdm import tqdm  # in notebooks too: its widget needs a package, and warns without
 
             self._bar = tqdm(total=total, initial=done, unit=unit, leave=False, delay=DELAY)
 

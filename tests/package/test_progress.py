@@ -158,6 +158,10 @@ def test_short_calls_are_silent(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_nothing_is_shown_if_it_is_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert lines_of(monkeypatch, 60.0, 10, show=False) == []
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    assert lines_of(monkeypatch, 60.0, 10) == []
+    monkeypatch.setenv("TQDM_DISABLE", "0")
+    assert lines_of(monkeypatch, 60.0, 10) != []
 
 
 def test_what_was_done_before_took_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,6 +195,13 @@ def test_a_terminal_gets_a_bar_that_is_taken_away(monkeypatch: pytest.MonkeyPatc
     assert "4/4" in screen.getvalue()
     assert "mechkit:" not in screen.getvalue()
     assert screen.getvalue().rsplit("\r", 1)[-1] == ""
+
+
+def test_a_cell_of_a_notebook_is_watched() -> None:
+    out_stream = type("OutStream", (io.StringIO,), {"__module__": "ipykernel.iostream"})
+    assert _progress.is_watched(out_stream())
+    assert _progress.is_watched(Terminal())
+    assert not _progress.is_watched(io.StringIO())
 
 
 def test_a_log_that_cannot_be_written_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
