@@ -7,8 +7,6 @@ from mechkit.hooks._anatomy import post_norm as post_norm
 from mechkit.hooks._cache import ActivationCache as ActivationCache
 from mechkit.hooks._devices import out_of_memory as out_of_memory
 from mechkit.hooks._identity import beside_weights as beside_weights
-from mechkit.hooks._load import find_model as find_model
-from mechkit.hooks._load import fingerprint as fingerprint
 from mechkit.hooks._lock import ModelLock as ModelLock
 from mechkit.hooks._lock import one_at_a_time as one_at_a_time
 from mechkit.hooks._model import HookedModel as HookedModel
@@ -30,5 +28,7 @@ from mechkit.hooks._sites import SITES as SITES
 from mechkit.hooks._sites import Site as Site
 from mechkit.hooks._sites import get_site as get_site
 from mechkit.hooks._sites import parse_hook_name as parse_hook_name
-from mechkit.hooks._validate import ValidationReport as ValidationReport
 from mechkit.hooks._weights import check_stream as check_stream
+from mechkit.hooks.loading.validate import ValidationReport as ValidationReport
+from mechkit.hooks.loading.where import find_model as find_model
+from mechkit.hooks.loading.where import fingerprint as fingerprint

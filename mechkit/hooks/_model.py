@@ -11,21 +11,18 @@ import torch
 from torch import Tensor
 
 from mechkit._check import checked, is_whole, naming
-from mechkit.hooks import _load
 from mechkit.hooks._cache import ActivationCache, check_dtype
 from mechkit.hooks._capture import capture
 from mechkit.hooks._context import context_of
 from mechkit.hooks._copy import deep_copy
 from mechkit.hooks._devices import input_device
 from mechkit.hooks._generate import Generate
-from mechkit.hooks._heads import why_not_heads
 from mechkit.hooks._hooking import NOT_HEADS, HookFunction, Hooks
 from mechkit.hooks._identity import Identity
 from mechkit.hooks._lock import ModelLock, lock_of, one_at_a_time, share_lock
 from mechkit.hooks._loss import mean_loss, next_token_losses
 from mechkit.hooks._padding import check_float64, measure_masks
 from mechkit.hooks._projections import in_place
-from mechkit.hooks._quantized import check_plain_weights
 from mechkit.hooks._readout import block_returns
 from mechkit.hooks._rotary import forget_lengths
 from mechkit.hooks._sites import parse_hook_name
@@ -33,8 +30,12 @@ from mechkit.hooks._stack import Stack
 from mechkit.hooks._surface import Names, Surface, measure_sites
 from mechkit.hooks._text import Input
 from mechkit.hooks._tree import shared_tree
-from mechkit.hooks._validate import ValidationReport, check_logits, validate
 from mechkit.hooks._weights import Weights
+from mechkit.hooks.loading import hf, pretrained
+from mechkit.hooks.loading.heads import why_not_heads
+from mechkit.hooks.loading.probe import probe_tokens
+from mechkit.hooks.loading.quantized import check_plain_weights
+from mechkit.hooks.loading.validate import ValidationReport, check_logits, validate
 
 ReturnType = Literal["logits", "loss", "both"]
 HookList = Sequence[tuple[str | tuple[str, int] | Callable[[str], bool], HookFunction]]
@@ -64,7 +65,7 @@ class HookedModel(Surface, Weights, Generate):
         self._readout: tuple[Any, Any] | None = None  # see _readout.py
         forget_lengths(bridge.original_model)
         with self.lock.held("loads it"):
-            with _load.refusing("its hooked model does not run", bridge.original_model):
+            with hf.refusing("its hooked model does not run", bridge.original_model):
                 # The first forward pass, in which TransformerLens attaches some hooks of its own
                 self.stack = Stack.of(bridge, measure_sites(bridge, self.device))
                 self._block_returns = block_returns(bridge, self.device)
@@ -106,13 +107,13 @@ class HookedModel(Surface, Weights, Generate):
             ValueError: an argument that would change the weights, no such file, a package that the format needs is missing, or
                 the hooked model does not compute what the Hugging Face model computes.
         """
-        hf_model, tokenizer = _load.load_hf(
+        hf_model, tokenizer = pretrained.load_hf(
             name, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code, **kwargs
         )
         if "device_map" not in kwargs:
             hf_model = hf_model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         probe = _probe(hf_model)
-        return cls(_load.build_bridge(hf_model, tokenizer, str(name)), name=str(name), revision=revision, probe=probe)
+        return cls(hf.build_bridge(hf_model, tokenizer, str(name)), name=str(name), revision=revision, probe=probe)
 
     @classmethod
     @checked
@@ -138,12 +139,12 @@ class HookedModel(Surface, Weights, Generate):
                 model does not compute what `hf_model` computes.
             TypeError: it is no model of transformers, or the tokenizer is none.
         """
-        _load.check_hf_model(hf_model)
+        hf.check_hf_model(hf_model)
         name = name or getattr(hf_model.config, "name_or_path", "") or type(hf_model).__name__
-        _load.check_tokenizer(tokenizer)
+        hf.check_tokenizer(tokenizer)
         probe = _probe(hf_model)
         with shared_tree(hf_model) as copied:
-            bridge = _load.build_bridge(copied, tokenizer, name)
+            bridge = hf.build_bridge(copied, tokenizer, name)
         share_lock(bridge, hf_model)
         return cls(bridge, name=name, revision=revision, probe=probe)
 
@@ -151,7 +152,7 @@ class HookedModel(Surface, Weights, Generate):
     @checked
     def from_bridge(cls, bridge: Any) -> HookedModel:
         """Wraps a TransformerBridge that one already has; refuses one whose weights were folded or centred in place."""
-        _load.check_bridge(bridge)
+        hf.check_bridge(bridge)
         if getattr(bridge, "compatibility_mode", False):
             raise ValueError(
                 "bridge: expected a TransformerBridge on raw weights, got one in compatibility mode, whose weights were "
@@ -400,8 +401,8 @@ def _probe(hf_model: Any) -> Tensor | None:
     check_plain_weights(hf_model)
     with torch.no_grad():
         config = hf_model.config.get_text_config()
-        tokens = _load.probe_tokens(config.vocab_size, context_of(config)).to(input_device(hf_model))
-        with _load.refusing(f"{type(hf_model).__name__} does not run on token ids alone", hf_model):
+        tokens = probe_tokens(config.vocab_size, context_of(config)).to(input_device(hf_model))
+        with hf.refusing(f"{type(hf_model).__name__} does not run on token ids alone", hf_model):
             return None if hf_model.training else hf_model(tokens).logits
 
 

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechkit._precision import tolerance
-from mechkit.hooks._load import probe_tokens
+from mechkit.hooks.loading.probe import probe_tokens
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ def test_half_precision(family, dtype):
 
 def test_float64_models_that_compute_partly_in_float32_are_held_to_float32():
     """Phi-3's rotations are float32: the hooked model's logits may be off by more than float64 rounds, but not by 1e-3."""
-    from mechkit.hooks import _validate
+    from mechkit.hooks.loading import validate as _validate
 
     model = build("llama", 0, torch.float64)
     assert _validate._allowed(model, 1e-7) == 1e-6

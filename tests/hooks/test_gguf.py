@@ -19,7 +19,8 @@ import pytest
 import torch
 
 import mechkit as mk
-from mechkit.hooks import _gguf, _load
+from mechkit.hooks.loading import gguf as _gguf
+from mechkit.hooks.loading import pretrained as _load
 
 gguf = pytest.importorskip("gguf")
 WORDS = ["<s>", "</s>", *(chr(code) for code in range(97, 123)), "Ġ", "th", "he", "the", "Ġthe"]

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from mechkit._precision import ObservedDtypes, tolerance
-from mechkit.hooks._heads import heads_errors
-from mechkit.hooks._load import probe_tokens
 from mechkit.hooks._record import record
+from mechkit.hooks.loading.heads import heads_errors
+from mechkit.hooks.loading.probe import probe_tokens
 
 if TYPE_CHECKING:
     from mechkit.hooks._model import HookedModel
