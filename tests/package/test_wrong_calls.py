@@ -120,6 +120,7 @@ OWN: dict[str, dict[str, list[Any]]] = {
     "faithfulness_curve": {"held_out": [-0.5, 2.0, *OF_NUMBER, None]},
     "learn_mask": {"target": [-1, 2.5, True, "3"]},
     "Circuit": {"model": [3, None], "members": OF_TENSOR},
+    "Result.numpy": {"dims": ["layer", 3, ("layer", "layer"), (1,), "layer head prompt pos"]},
     "Result": {"base": ["nonsense", 3, None], "metric": [3, None]},
     "plot.curve": {"size": [3, None]},
     "report": {"code": [3, None]},
