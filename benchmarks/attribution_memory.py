@@ -38,8 +38,9 @@ N_PAIRS, LENGTH = 8, 128
 
 def measure(name: str, device: str) -> dict[str, dict[str, float]]:
     """Bytes, by what was run: `"plain"` passes, and `"mechkit"`'s attribution patching."""
-    import mechkit as mk
     from mechkit.hooks._load import load_hf
+
+    import mechkit as mk
 
     plain, tokenizer = load_hf(name, dtype=torch.float32, revision=None, trust_remote_code=False)
     plain = plain.to(device).requires_grad_(False)

@@ -23,16 +23,15 @@ from mechkit.hooks._lock import ModelLock, lock_of, one_at_a_time, share_lock
 from mechkit.hooks._loss import mean_loss, next_token_losses
 from mechkit.hooks._padding import check_float64, measure_masks
 from mechkit.hooks._projections import in_place
-from mechkit.hooks._readout import block_returns
 from mechkit.hooks._rotary import forget_lengths
 from mechkit.hooks._sites import parse_hook_name
 from mechkit.hooks._stack import Stack
-from mechkit.hooks._surface import Names, Surface, measure_sites
+from mechkit.hooks._surface import Names, Surface, measure_blocks
 from mechkit.hooks._text import Input
 from mechkit.hooks._tree import shared_tree
 from mechkit.hooks._weights import Weights
 from mechkit.hooks.loading import hf, pretrained
-from mechkit.hooks.loading.heads import why_not_heads
+from mechkit.hooks.loading.heads import record_heads, why_not_heads
 from mechkit.hooks.loading.probe import probe_tokens
 from mechkit.hooks.loading.quantized import check_plain_weights
 from mechkit.hooks.loading.validate import ValidationReport, check_logits, validate
@@ -67,14 +66,17 @@ class HookedModel(Surface, Weights, Generate):
         with self.lock.held("loads it"):
             with hf.refusing("its hooked model does not run", bridge.original_model):
                 # The first forward pass, in which TransformerLens attaches some hooks of its own
-                self.stack = Stack.of(bridge, measure_sites(bridge, self.device))
-                self._block_returns = block_returns(bridge, self.device)
-            bridge.__dict__[NOT_HEADS] = why_not_heads(self)
+                sites, self._block_returns = measure_blocks(bridge, self.device)
+                self.stack = Stack.of(bridge, sites)
+            tokens = probe_tokens(self.d_vocab if probe is None else probe.shape[-1], self.n_ctx).to(self.device)
+            recorded, logits = record_heads(self, tokens)
+            bridge.__dict__[NOT_HEADS] = why_not_heads(self, recorded)
+            del recorded
             self._in_place = in_place(bridge)
             self._attached_at_rest = self._attached()
-            self._masks = measure_masks(bridge, self.device, self.n_ctx)
+            self._masks = measure_masks(bridge, tokens, logits, self.n_ctx)
             if probe is not None:
-                check_logits(self, probe)
+                check_logits(self, logits, probe)
 
     # -- making one ----------------------------------------------------------------------------------------------------
 

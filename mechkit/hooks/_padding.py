@@ -10,7 +10,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechkit._precision import tolerance
-from mechkit.hooks.loading.probe import probe_tokens
 
 
 @dataclass(frozen=True)
@@ -47,15 +46,18 @@ class Masks:
 
 
 @torch.no_grad()
-def measure_masks(bridge: Any, device: torch.device, context: int | None) -> Masks:
-    """Runs a few tokens with padding and without."""
+def measure_masks(
+    bridge: Any, tokens: Int[Tensor, "prompt pos"], alone: Float[Tensor, "prompt pos d_vocab"], context: int | None
+) -> Masks:
+    """Runs a few tokens with padding, of which the logits without padding are `alone`."""
     model = bridge.original_model
     room = 11 if context is None else min(11, context)
     if model.training or room < 2:
         return Masks()  # dropout would differ; no room
-    tokens = probe_tokens(int(bridge.cfg.d_vocab), room - 1)[:, : max(1, room - 3)].to(device)
+    if tokens.shape[1] > max(1, room - 3):  # a short context
+        tokens = tokens[:, : max(1, room - 3)]
+        alone = bridge(tokens)
     padding, ones = tokens.new_zeros(len(tokens), room - tokens.shape[1]), torch.ones_like(tokens)
-    alone = bridge(tokens)
 
     def works(parts: list[Tensor], masks: list[Tensor], where: slice) -> bool:
         try:

@@ -224,18 +224,6 @@ def _of_prompts(model: HookedModel, resid: Float[Tensor, "row pos d_model"]) -> 
     return logits
 
 
-@torch.no_grad()
-def block_returns(bridge: Any, device: torch.device) -> int | None:
-    """How many things the last block returns, where that is a tuple, as a run of one token shows."""
-    seen: list[Any] = []
-    handle = bridge.blocks[-1].register_forward_hook(lambda module, args, output: seen.append(output))
-    try:
-        bridge(torch.zeros(1, 1, dtype=torch.long, device=device))
-    finally:
-        handle.remove()
-    return len(seen[-1]) if seen and isinstance(seen[-1], tuple | list) else None
-
-
 class _Through(nn.Module):
     """Stands in for a block: returns what it is given, or a stream of its own."""
 

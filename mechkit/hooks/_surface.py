@@ -132,12 +132,12 @@ class Surface(Facts):
         return [name for name in SITES if self.has_site(name)]
 
 
-def measure_sites(bridge: Any, device: torch.device) -> Sizes:
+def measure_blocks(bridge: Any, device: torch.device) -> tuple[Sizes, int | None]:
     """Runs a model once on a few tokens, and looks which sites it computes.
 
     Returns:
         For every `(site, layer)` that is there (layer 0 for sites outside the blocks) the sizes of its axes after the batch.
-        The position's is that of this run.
+        The position's is that of this run. And how many things the last block returns, where that is a tuple.
 
     Raises:
         ValueError: TransformerLens does not present the model as one list of blocks.
@@ -155,13 +155,17 @@ def measure_sites(bridge: Any, device: torch.device) -> Sizes:
     def note(activation: Any, hook: Any, key: tuple[str, int]) -> None:
         seen.setdefault(key, []).append(tuple(activation.shape) if isinstance(activation, Tensor) else ())
 
-    known = hook_points(bridge)
+    known, returned = hook_points(bridge), []
+    handle = bridge.blocks[-1].register_forward_hook(lambda module, args, output: returned.append(output))
     with Hooks(bridge) as hooks, torch.no_grad():
         for name, site in SITES.items():
             for layer in range(n_layers) if site.in_block else (0,):
                 if name != "result" and site.hook_name(layer) in known:
                     hooks.attach(site.hook_name(layer), partial(note, key=(name, layer)))
-        bridge(torch.zeros(1, n_tokens, dtype=torch.long, device=device))
+        try:
+            bridge(torch.zeros(1, n_tokens, dtype=torch.long, device=device))
+        finally:
+            handle.remove()
     sizes = {"batch": 1, "pos": n_tokens, "src": n_tokens, "d_model": int(bridge.cfg.d_model), "head": n_heads}
     found = {
         key: shapes[0][1:]
@@ -171,7 +175,8 @@ def measure_sites(bridge: Any, device: torch.device) -> Sizes:
     for layer in range(n_layers):
         if ("z", layer) in found and _splits_by_head(bridge.blocks[layer].attn, found["z", layer][-1], sizes):
             found["result", layer] = (n_tokens, n_heads, sizes["d_model"])
-    return {key: found[key] for site in SITES for layer in range(n_layers) if (key := (site, layer)) in found}
+    several = len(returned[-1]) if returned and isinstance(returned[-1], tuple | list) else None
+    return {key: found[key] for site in SITES for layer in range(n_layers) if (key := (site, layer)) in found}, several
 
 
 def _fits(site: Site, shape: tuple[int, ...], sizes: Mapping[str, int]) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechkit._precision import tolerance
@@ -28,13 +28,16 @@ _NAMES = {site: SITES[site].hook for site in ("resid_pre", "attn_out", "mlp_out"
 _NAMES |= {"z": "blocks.{layer}.attn.o.hook_in", "heads": "blocks.{layer}.attn.o.hook_out"}
 
 
+Recorded = dict[int, dict[str, Tensor]]  # layer -> site -> activation
+
+
 @torch.no_grad()
-def heads_errors(model: HookedModel, tokens: Int[Tensor, "prompt pos"]) -> dict[int, float | str]:
+def heads_errors(model: HookedModel, recorded: Recorded) -> dict[int, float | str]:
     """For each layer with heads how far they are from what its attention adds, as a share of the largest entry; or, where that
-    cannot be computed, why."""
+    cannot be computed, why. `recorded` is what `record_heads` gives."""
     parts = Parts(model)
     errors: dict[int, float | str] = {}
-    for layer, sites in _recorded(model, tokens).items():
+    for layer, sites in recorded.items():
         if not {"z", "heads", "attn_out"} <= set(sites):
             continue
         try:
@@ -46,11 +49,10 @@ def heads_errors(model: HookedModel, tokens: Int[Tensor, "prompt pos"]) -> dict[
     return errors
 
 
-def why_not_heads(model: HookedModel) -> dict[int, str]:
-    """For each layer whose heads are not what its block adds to the stream, why; found on one token."""
-    token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+def why_not_heads(model: HookedModel, recorded: Recorded) -> dict[int, str]:
+    """For each layer whose heads are not what its block adds to the stream, why."""
     found = {}
-    for layer, error in heads_errors(model, token).items():
+    for layer, error in heads_errors(model, recorded).items():
         if isinstance(error, str):
             found[layer] = error
         elif not error <= tolerance("heads", model.dtype):
@@ -60,7 +62,11 @@ def why_not_heads(model: HookedModel) -> dict[int, str]:
     return found
 
 
-def _recorded(model: HookedModel, tokens: Tensor) -> dict[int, dict[str, Tensor]]:
+@torch.no_grad()
+def record_heads(
+    model: HookedModel, tokens: Int[Tensor, "prompt pos"]
+) -> tuple[Recorded, Float[Tensor, "prompt pos d_vocab"]]:
+    """What heads are compared on, and the logits, of one forward pass."""
     points = hook_points(model.bridge)
     places = {
         template.format(layer=layer): (layer, site)
@@ -69,12 +75,12 @@ def _recorded(model: HookedModel, tokens: Tensor) -> dict[int, dict[str, Tensor]
         if site not in SITES or model.has_site(site, layer)
     }
     with capture(model, [name for name in places if name in points], partly=True) as kept:
-        model.run(tokens)
+        logits = model.run(tokens)
     found: dict[int, dict[str, Tensor]] = {layer: {} for layer in range(model.n_layers)}
     for name, activation in kept.items():
         layer, site = places[name]
         found[layer][site] = activation
-    return found
+    return found, logits
 
 
 def _error(parts: Parts, layer: int, sites: Mapping[str, Tensor]) -> float:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mechkit._precision import ObservedDtypes, tolerance
 from mechkit.hooks._record import record
-from mechkit.hooks.loading.heads import heads_errors
+from mechkit.hooks.loading.heads import heads_errors, record_heads
 from mechkit.hooks.loading.probe import probe_tokens
 
 if TYPE_CHECKING:
@@ -40,11 +40,8 @@ class ValidationReport:
     tolerance: float
 
 
-def check_logits(model: HookedModel, probe: Tensor) -> float:
-    """The largest relative difference from the Hugging Face model's logits; raises `ValueError` if it is not rounding."""
-    tokens = probe_tokens(probe.shape[-1], probe.shape[1]).to(model.device)
-    with torch.no_grad():
-        logits = model.run(tokens)
+def check_logits(model: HookedModel, logits: Tensor, probe: Tensor) -> float:
+    """The largest relative difference of logits from the Hugging Face model's; raises `ValueError` if it is not rounding."""
     difference = _relative(logits, probe)
     if difference != difference and (where := _nonfinite_weight(model)) is not None:
         raise ValueError(
@@ -79,7 +76,7 @@ def validate(model: HookedModel, probe: Tensor | None) -> ValidationReport:
     logits = model.run(tokens)
     run = record(model, tokens, blocks=False)
     return ValidationReport(
-        logits=None if probe is None else check_logits(model, probe),
+        logits=None if probe is None else check_logits(model, logits, probe),
         heads=_check_heads(model, tokens),
         padding=_check_padding(model, tokens, logits),
         unembed=_checked(model, "logits read from the final residual", _relative(model.unembed(run.resid[-1]), logits)),
@@ -91,7 +88,7 @@ def _check_heads(model: HookedModel, tokens: Tensor) -> float | None:
     if not model.has_site("result"):
         return None
     worst = 0.0
-    for layer, error in heads_errors(model, tokens).items():
+    for layer, error in heads_errors(model, record_heads(model, tokens)[0]).items():
         if isinstance(error, str):
             raise ValueError(f"{model.name}: the heads of layer {layer} are not known: {error}")
         worst = max(worst, _checked(model, f"sum of heads in layer {layer}, and what the layer adds,", error))
