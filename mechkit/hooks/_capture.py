@@ -68,6 +68,8 @@ def capture(
     Raises:
         ValueError: the model does not compute a name.
     """
+    if not partly:
+        model.hook_names(list(names))  # raises, with the reason, for a site that the model lacks
     kept: dict[Name, Tensor] = {}
     ended = LeaveError()
     with Hooks(model.bridge) as attached:

@@ -15,9 +15,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mechkit._precision import tolerance
+
 if TYPE_CHECKING:
-    from mechkit._precision import tolerance
-from mechkit.hooks._facts import Facts
+    from mechkit.hooks._facts import Facts
 
 Which = Literal["q", "k", "v", "o"]
 
