@@ -74,8 +74,9 @@ def build_bridge(hf_model: Any, tokenizer: Any | None, name: str) -> Any:
         warnings.simplefilter("ignore")  # notes on optional aliases that this architecture lacks
         bridge = build_bridge_from_module(hf_model, architecture, hf_config=hf_model.config, model_name=name)
     read_joint_projections(bridge)
-    if isinstance(head := hf_model.get_output_embeddings(), torch.nn.Module):
-        getattr(head, "original_component", head).register_forward_pre_hook(follow_weight)
+    head = getattr(hf_model.get_output_embeddings(), "original_component", None)
+    if isinstance(head, torch.nn.Linear) and "bias" in head._buffers:
+        head.register_forward_pre_hook(follow_weight)
     _place(bridge, hf_model)
     if tokenizer is not None:
         _give(bridge, tokenizer)
