@@ -348,7 +348,7 @@ def with_inseq(args: argparse.Namespace, model: Any) -> dict[str, Callable[[Any]
 
 def plain_model(args: argparse.Namespace) -> tuple[Any, Any]:
     """The Hugging Face model itself, without a hook."""
-    from mechkit.hooks._load import load_hf
+    from mechkit.hooks.loading.pretrained import load_hf
 
     plain, tokenizer = load_hf(args.model, dtype=getattr(torch, args.dtype), revision=None, trust_remote_code=False)
     plain.set_attn_implementation(args.attention)

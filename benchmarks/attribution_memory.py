@@ -38,9 +38,8 @@ N_PAIRS, LENGTH = 8, 128
 
 def measure(name: str, device: str) -> dict[str, dict[str, float]]:
     """Bytes, by what was run: `"plain"` passes, and `"mechkit"`'s attribution patching."""
-    from mechkit.hooks._load import load_hf
-
     import mechkit as mk
+    from mechkit.hooks.loading.pretrained import load_hf
 
     plain, tokenizer = load_hf(name, dtype=torch.float32, revision=None, trust_remote_code=False)
     plain = plain.to(device).requires_grad_(False)

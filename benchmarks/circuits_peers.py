@@ -91,9 +91,8 @@ def nodes(node: Any, n_layers: int, edge: Any, pos: int) -> tuple[Any, Any]:
 
 def export(args: argparse.Namespace) -> None:
     """Writes the model, the pairs and what to run for `benchmarks/peers/`."""
-    from mechkit.hooks._load import load_hf
-
     import mechkit as mk
+    from mechkit.hooks.loading.pretrained import load_hf
 
     plain, tokenizer = load_hf(args.model, dtype=torch.float32, revision=None, trust_remote_code=False)
     config = plain.config

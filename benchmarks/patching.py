@@ -162,7 +162,7 @@ def with_nnsight(args: argparse.Namespace, model: Any, pairs: Any, site: str, ov
         raise SystemExit("the nnsight benchmark knows the module names of Llama-shaped models alone")
     clean, corrupted, metric = tensors(model, pairs)
     plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(args.device).eval()
-    from mechkit.hooks._load import load_hf
+    from mechkit.hooks.loading.pretrained import load_hf
 
     hf, tokenizer = load_hf(args.model, dtype=torch.float32, revision=None, trust_remote_code=False)
     plain.load_state_dict(hf.state_dict())
