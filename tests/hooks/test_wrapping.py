@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 import mechkit as mk
 from helpers.families import GQA, build_hf, build_of
 from helpers.plain import layers
-from helpers.tiny import make_pairs
+from helpers.tiny import make_pairs, whole_vocabulary
 from mechkit.engine import _proof
 from mechkit.hooks import _model
 
@@ -382,6 +382,27 @@ def test_the_hooked_model_outlives_the_users():
     gc.collect()
     assert gone() is None
     assert torch.allclose(model(TOKENS).detach(), expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("part", ["mlp.down_proj", "self_attn.o_proj"])
+def test_a_parametrized_weight_is_what_its_parameters_make_of_it(part):
+    hf = build("llama")
+    layer = hf.model.layers[1].get_submodule(part)
+    nn.utils.parametrizations.weight_norm(layer)
+    with torch.no_grad():
+        layer.parametrizations.weight.original0.mul_(1.5)
+    model, pairs = mk.HookedModel.from_hf(hf), make_pairs()
+    same_as(model, hf)
+    metric = whole_vocabulary(pairs)
+    found, slow = (
+        mk.activation_patching(model, pairs, metric, site="z", progress=False, replay=replay).values
+        for replay in (True, False)
+    )
+    assert torch.allclose(found, slow, atol=1e-10, rtol=0)
+    assert model.validate().heads < 1e-9
+    with torch.no_grad():
+        layer.parametrizations.weight.original0.mul_(2.0)  # training goes on, and reaches the hooked model
+    same_as(model, hf)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama"])

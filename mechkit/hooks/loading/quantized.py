@@ -23,7 +23,8 @@ def check_plain_weights(hf_model: Any) -> None:
         if kind not in (*PLAIN, Tensor) and kind is not nn.Parameter:
             _refuse(hf_model, name, kind)
     for name, module in hf_model.named_modules():
-        if callable(getattr(module, "weight", None)):  # torch's quantized modules unpack theirs when it is called
+        weight = getattr(module, "weight", None)
+        if callable(weight) and not isinstance(weight, nn.Module):  # torch's quantized modules unpack theirs when it is called
             _refuse(hf_model, f"{name}.weight", type(module))
         for packed in _PACKED:
             if isinstance(getattr(module, packed, None), Tensor):
