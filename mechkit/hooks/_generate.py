@@ -23,6 +23,7 @@ from mechkit._progress import Progress
 from mechkit.hooks._context import check_length
 from mechkit.hooks._lock import one_at_a_time
 from mechkit.hooks._text import Input, Text
+from mechkit.prompts import Prompts
 
 # Kinds of rotary embedding whose angles depend on the length so far: kept keys would have the angles of a shorter prompt.
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
@@ -134,9 +135,9 @@ class Generate(Text):
         new: list[list[int]] = [[] for _ in prompts]
         bar = Progress(max_new_tokens * len(prompts), "token", verbose)
         with bar:
-            for ids in _equally_long(prompts):
-                draw = [generators[i] for i in ids]
-                steps = self._continued(torch.stack([prompts[i] for i in ids]), choice, draw)
+            for batch in Prompts(tuple(prompts)).batches():
+                ids = batch.ids
+                steps = self._continued(batch.tokens, choice, [generators[i] for i in ids])
                 for _ in range(max_new_tokens):
                     drawn = next(steps).tolist()
                     bar.update(len(ids))
@@ -189,14 +190,6 @@ class Generate(Text):
 
 def _generator(seed: int, device: torch.device) -> torch.Generator:
     return torch.Generator(device).manual_seed(seed)
-
-
-def _equally_long(prompts: list[Tensor]) -> list[list[int]]:
-    """Indices of prompts, those of equal length together."""
-    by_length: dict[int, list[int]] = {}
-    for i, prompt in enumerate(prompts):
-        by_length.setdefault(len(prompt), []).append(i)
-    return list(by_length.values())
 
 
 def _appended(tokens: Int[Tensor, "batch pos"], new: list[list[int]], pad: int) -> Int[Tensor, "batch longer"]:

@@ -34,7 +34,7 @@ from mechkit.hooks._sites import parse_hook_name
 
 HookFunction = Callable[..., Tensor | None]  # fn(activation, hook=hook_point) -> new activation, or None to leave it
 Direction = Literal["fwd", "bwd"]
-# Where a bridge keeps why a layer's heads do not sum to what the layer's attention adds to the stream (`_heads.py`)
+# Where a bridge keeps why a layer's heads do not sum to what the layer's attention adds to the stream (`loading/heads.py`)
 NOT_HEADS = "_mechkit_not_heads"
 
 

@@ -24,11 +24,11 @@ from mechkit.hooks._loss import mean_loss, next_token_losses
 from mechkit.hooks._padding import check_float64, measure_masks
 from mechkit.hooks._projections import in_place
 from mechkit.hooks._rotary import forget_lengths
+from mechkit.hooks._shared_tree import shared_tree
 from mechkit.hooks._sites import parse_hook_name
 from mechkit.hooks._stack import Stack
 from mechkit.hooks._surface import Names, Surface, measure_blocks
 from mechkit.hooks._text import Input
-from mechkit.hooks._tree import shared_tree
 from mechkit.hooks._weights import Weights
 from mechkit.hooks.loading import hf, pretrained
 from mechkit.hooks.loading.heads import record_heads, why_not_heads

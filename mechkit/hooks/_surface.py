@@ -196,7 +196,7 @@ def _splits_by_head(attention: Any, width: int, sizes: Mapping[str, int]) -> boo
     """Whether the attention's output weight can be had by head."""
     projection = getattr(getattr(attention, "o", None), "original_component", None)
     if projection is not None and not is_plain(projection):
-        return True  # an adapter, say: whether it is linear is found when its heads are asked for (`_heads.py`)
+        return True  # an adapter, say: whether it is linear is found when its heads are asked for (`loading/heads.py`)
     try:
         weight = attention.W_O
         shape = None if getattr(attention.o, "original_component", None) is None else tuple(weight.shape)

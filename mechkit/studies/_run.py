@@ -116,7 +116,7 @@ def run(
     report = RunReport()
     with store.locked():
         write_manifest(store, known or jobs, name)
-        store.sweep()
+        store.remove_half_written()
         executor.open(settings)
         try:
             _Loop(jobs, store, executor, retries, report, watch).go()

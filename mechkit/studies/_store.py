@@ -177,7 +177,7 @@ class Store:
         with self._said(name):
             self.files.remove(name)
 
-    def sweep(self) -> None:
+    def remove_half_written(self) -> None:
         """Takes away the files of ours that processes left half written when they were killed. Object stores have none."""
         if not self.files.local:
             return

@@ -14,7 +14,7 @@ from torch import Tensor
 from mechkit._check import ArgumentTypeError, shown
 from mechkit.hooks._devices import out_of_memory
 from mechkit.hooks._joint import read_joint_projections
-from mechkit.hooks._tree import follow_weight
+from mechkit.hooks._shared_tree import follow_weight
 
 
 def check_hf_model(hf_model: Any) -> None:

@@ -24,7 +24,9 @@ def check_plain_weights(hf_model: Any) -> None:
             _refuse(hf_model, name, kind)
     for name, module in hf_model.named_modules():
         weight = getattr(module, "weight", None)
-        if callable(weight) and not isinstance(weight, nn.Module):  # torch's quantized modules unpack theirs when it is called
+        if callable(weight) and not isinstance(
+            weight, nn.Module
+        ):  # torch's quantized modules unpack theirs when it is called
             _refuse(hf_model, f"{name}.weight", type(module))
         for packed in _PACKED:
             if isinstance(getattr(module, packed, None), Tensor):
