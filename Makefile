@@ -21,7 +21,7 @@ demo: .venv/.installed-demo ## run the IOI experiment on SmolLM2-135M; pictures 
 	@$(PY) examples/ioi.py
 
 test: .venv/.installed ## run the test suite, without network, in JOBS=2 processes
-	@HF_HUB_OFFLINE="$${HF_HUB_OFFLINE-1}" OMP_NUM_THREADS="$${OMP_NUM_THREADS-1}" $(PY) -m pytest -n $(JOBS) --dist loadfile
+	@HF_HUB_OFFLINE="$${HF_HUB_OFFLINE-1}" OMP_NUM_THREADS="$${OMP_NUM_THREADS-1}" $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 lint: .venv/.installed ## check style, formatting and types
 	@$(PY) -m ruff check .

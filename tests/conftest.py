@@ -18,9 +18,19 @@ from helpers.shapes import instrument_shapes_alone, unchecked
 instrument_shapes_alone()
 
 import mechkit as mk  # noqa: E402
+from helpers.tiny import changed_models  # noqa: E402
 
 for _name in ("attribution", "circuits", "hooks", "plot", "tasks", "zoo"):
     getattr(mk, _name)  # loaded here, so that what the import of another library warns of is no test's failure
+
+# Files that take longest begin first, so that no process is left with one of them at the end (`make test` runs whole files).
+SLOWEST = ["notebooks", "docs", "exact", "architectures", "proof", "browser", "study", "store", "wrong_calls", "zoo"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {f"test_{name}.py": place for place, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
 
 _raises = pytest.raises
 
@@ -66,3 +76,11 @@ def _threads(request: pytest.FixtureRequest):
         torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _alone():
+    """No test depends on which ran before it: torch's random numbers begin anew, and shared models are left as they were made."""
+    torch.manual_seed(0)
+    yield
+    assert changed_models() == [], "a test that changes a model makes its own (helpers.tiny.make_model)"

@@ -9,7 +9,7 @@ import torch
 
 import mechkit as mk
 from helpers.families import FAMILIES
-from helpers.tiny import make_model, make_pairs, whole_vocabulary
+from helpers.tiny import make_model, make_pairs, model_of, whole_vocabulary
 
 
 def test_a_writer_and_an_eraser():
@@ -38,7 +38,7 @@ def test_a_writer_and_an_eraser():
 @pytest.mark.parametrize("mode", ["zero", "mean", "position_mean"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_parts_sum_to_the_total_effect(family, mode):
-    model, pairs = make_model(family), make_pairs(((7, 2), (7, 4)))
+    model, pairs = model_of(family), make_pairs(((7, 2), (7, 4)))
     metric = whole_vocabulary(pairs)
     head = (1, 2)
     found = mk.dla_erasure_check(model, pairs, metric, head, mode=mode)

@@ -8,6 +8,7 @@ import torch
 import mechkit as mk
 from helpers.families import D_VOCAB, FAMILIES, build_hf
 from helpers.shapes import unchecked
+from helpers.tiny import make_model, model_of
 from mechkit import zoo
 from mechkit.attribution._head_weights import embeddings, folded_weights, probe_attention
 from mechkit.attribution.head_circuits import ov_circuit, ov_svd, qk_circuit, token_labels
@@ -20,11 +21,6 @@ SOME, OTHERS = [3, 9, 17, 40, 60], [5, 9, 22]
 
 def tolerance(family: str) -> float:
     return 1e-8 if family in LAYER_NORM else 1e-5
-
-
-def make_model(family: str) -> mk.HookedModel:
-    dtype = torch.float32 if family == "mixtral" else torch.float64
-    return mk.HookedModel.from_hf(build_hf(family, dtype), name=family)
 
 
 def gain_of(norm: torch.nn.Module | None, d_model: int) -> torch.Tensor:
@@ -50,7 +46,7 @@ def embedding(model: mk.HookedModel) -> torch.Tensor:
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_embeddings(family):
-    model, tokens = make_model(family), torch.arange(3, 12)
+    model, tokens = model_of(family), torch.arange(3, 12)
     before = model(tokens)
     assert torch.allclose(embeddings(model, torch.arange(D_VOCAB)), embedding(model), atol=1e-12, rtol=0)
     assert not model.has_hooks
@@ -60,7 +56,7 @@ def test_embeddings(family):
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_ov_equals_whole_matrices(family):
-    model = make_model(family)
+    model = model_of(family)
     for layer, head in ((0, 0), (2, 3)):
         block = model.bridge.blocks[layer]
         kv_head = head // (model.n_heads // model.n_kv_heads)
@@ -84,7 +80,7 @@ def test_ov_equals_whole_matrices(family):
 def test_ov_is_what_the_model_does(family):
     """A prompt of one token attends to itself: the head's own output, read off a run in which the token's embedding alone is
     in the stream, through the real final norm divided by its scale."""
-    model, layer, head = make_model(family), 1, 2
+    model, layer, head = model_of(family), 1, 2
     x = embeddings(model, torch.tensor(SOME))[:, None]
     with model.hooks([(("resid_pre", layer), lambda _, hook: x.clone())]):
         _, cache = model.run_with_cache(torch.zeros(len(SOME), 1, dtype=torch.long), ("z", layer))
@@ -104,7 +100,7 @@ def test_ov_is_what_the_model_does(family):
 @torch.no_grad()
 def test_qk_diagonal_is_the_models_own_score(family):
     """A prompt of one token: the score of a token on itself, at relative position 0."""
-    model = make_model(family)
+    model = model_of(family)
     for layer, head in ((0, 1), (3, 3)):
         x = embeddings(model, torch.tensor(SOME))[:, None]
         with model.hooks([(("resid_pre", layer), lambda _, hook, x=x: x.clone())]):
@@ -119,7 +115,7 @@ def test_qk_diagonal_is_the_models_own_score(family):
 @torch.no_grad()
 def test_qk_is_the_models_own_score_of_two_tokens(family):
     """Without rotary turns the score of one token on another one before it is the circuit's; ALiBi is a known addition."""
-    model, layer, head = make_model(family), 1, 2
+    model, layer, head = model_of(family), 1, 2
     found = qk_circuit(model, layer, head, SOME, OTHERS)
     assert found.dims == ("dest", "source")
     for i, dest in enumerate(SOME):
@@ -135,7 +131,7 @@ def test_qk_is_the_models_own_score_of_two_tokens(family):
 @torch.no_grad()
 def test_qk_equals_the_product_of_queries_and_keys(family):
     """Off the diagonal too, with the norms spelled out."""
-    model, layer, head = make_model(family), 2, 3
+    model, layer, head = model_of(family), 2, 3
     block, kv_head = model.bridge.blocks[layer], 3 // (model.n_heads // model.n_kv_heads)
     x = embedding(model)
     x = block.ln1.original_component(x) if hasattr(block, "ln1") else x
@@ -158,7 +154,7 @@ def test_qk_equals_the_product_of_queries_and_keys(family):
 @pytest.mark.parametrize("family", ["gpt2", "llama", "llama_mqa", "gemma2", "olmo2", "falcon", "bloom"])
 @torch.no_grad()
 def test_svd_is_the_svd_of_the_whole_matrix(family):
-    model, layer, head = make_model(family), 1, 2
+    model, layer, head = model_of(family), 1, 2
     weights = next(folded_weights(model, [layer]))
     whole = weights.W_V[head] @ weights.W_O[head]
     found = ov_svd(model, layer, head, k=4, top=3)
@@ -176,7 +172,7 @@ def test_svd_is_the_svd_of_the_whole_matrix(family):
 @torch.no_grad()
 def test_all_directions_sum_to_the_ov_circuit(family):
     """`Σ singular_value * read * write` of the tokens is the OV circuit, but for a constant of the biases for each output."""
-    model, layer, head = make_model(family), 1, 2
+    model, layer, head = model_of(family), 1, 2
     found = ov_svd(model, layer, head, k=model.d_head, top=D_VOCAB)
     read, write = (torch.zeros(model.d_head, D_VOCAB, dtype=model.dtype) for _ in range(2))
     for i, direction in enumerate(found.directions):
@@ -268,7 +264,7 @@ def test_a_model_that_its_weights_do_not_describe_is_refused():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_probe_finds_the_attention_scale(family):
-    scales = probe_attention(make_model(family), [0, 3])
+    scales = probe_attention(model_of(family), [0, 3])
     expected = 1.0 if family == "gpt_neo" else 8**-0.5
     assert all(abs(scale - expected) < 1e-6 for scale in scales.values())
 

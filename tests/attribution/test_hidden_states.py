@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import mechkit as mk
-from helpers.tiny import make_model, make_pairs
+from helpers.tiny import make_model, make_pairs, model_of
 from mechkit.attribution.hidden_states import hidden_states
 
 SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
@@ -15,7 +15,7 @@ SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "mixtral"])
 @pytest.mark.parametrize("site", SITES)
 def test_equal_to_the_cache_bit_for_bit(family: str, site: str) -> None:
-    model, pairs = make_model(family), make_pairs()
+    model, pairs = model_of(family), make_pairs()
     found = hidden_states(model, pairs, site=site, progress=False)
     assert found.dims == ("layer", "d_model", "prompt")
     assert found.shape == (model.n_layers, model.d_model, 3)

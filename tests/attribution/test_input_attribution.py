@@ -9,7 +9,7 @@ import torch
 
 import mechkit as mk
 from helpers.families import D_VOCAB, FAMILIES, build_hf
-from helpers.tiny import make_model, make_pairs, whole_vocabulary
+from helpers.tiny import make_model, make_pairs, model_of, whole_vocabulary
 from mechkit.attribution.input_attribution import gradient_x_input, neuron_attribution, token_integrated_gradients
 from mechkit.engine import Budget
 from mechkit.experiment.quadrature import quadrature
@@ -97,7 +97,7 @@ def first_reads(family, model, tokens, baseline):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradient_x_input_equals_the_naive_way(family):
-    model, pairs = make_model(family), make_pairs(PAIRS)
+    model, pairs = model_of(family), make_pairs(PAIRS)
     metric = whole_vocabulary(pairs)
     found = gradient_x_input(model, pairs, metric)
     assert (found.dims, found.baseline, found.unit) == (("pos", "prompt"), {}, "logits")
@@ -112,7 +112,7 @@ def test_gradient_x_input_equals_the_naive_way(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_token_integrated_gradients_equal_the_naive_way(family):
-    model, pairs = make_model(family), make_pairs(PAIRS)
+    model, pairs = model_of(family), make_pairs(PAIRS)
     metric = whole_vocabulary(pairs)
     for baseline, rule in (("zero", "midpoint"), ("mean", "left"), (7, "gauss-legendre")):
         points, weights = quadrature(3, rule)
@@ -137,7 +137,7 @@ def test_token_integrated_gradients_equal_the_naive_way(family):
 
 @pytest.mark.parametrize("family", ["gpt2", "falcon", "gpt_neox", "bloom", "olmo2"])
 def test_token_integrated_gradients_are_complete(family):
-    model, pairs = make_model(family), make_pairs()
+    model, pairs = model_of(family), make_pairs()
     metric = whole_vocabulary(pairs)
     fine = token_integrated_gradients(model, pairs, metric, baseline=7, steps=300)
     coarse = token_integrated_gradients(model, pairs, metric, baseline=7, steps=5)
@@ -208,7 +208,7 @@ def _fixed_scale(model):
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "gptj"])
 def test_tokens_alone_together_and_within_any_budget(family):
-    model, pairs = make_model(family), make_pairs(((7, 4), (6, 5), (7, 3), (5, 1)))
+    model, pairs = model_of(family), make_pairs(((7, 4), (6, 5), (7, 3), (5, 1)))
     metric = whole_vocabulary(pairs)
     tolerance = 1e-9 if family in ALL_FLOAT64 else 1e-5
 
@@ -324,7 +324,7 @@ def naive_conductance(model, family, pairs, metric, site, layer, steps, baseline
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("path", ["activation", "input"])
 def test_neurons_equal_the_naive_way(family, path):
-    model, pairs = make_model(family), make_pairs(PAIRS)
+    model, pairs = model_of(family), make_pairs(PAIRS)
     metric, steps, layers = whole_vocabulary(pairs), 2, [1, 3] if path == "activation" else [2]
     baseline = {"baseline": "mean"} if path == "input" else {}
     for site, over in OVER.items():
@@ -346,7 +346,7 @@ def test_neurons_equal_the_naive_way(family, path):
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "gptj", "phi", "falcon", "bloom"])
 def test_a_layers_neurons_sum_to_what_zeroing_it_takes_away(family):
-    model, pairs = make_model(family), make_pairs()
+    model, pairs = model_of(family), make_pairs()
     metric = whole_vocabulary(pairs)
     zeroed = mk.ablation(model, pairs.clean, metric, site="mlp_post", over="layer", mode="zero", progress=False)
     fine = neuron_attribution(model, pairs, metric, steps=150)
@@ -360,7 +360,7 @@ def test_a_layers_neurons_sum_to_what_zeroing_it_takes_away(family):
 @pytest.mark.parametrize("family", ["gpt2", "gptj", "qwen3"])
 def test_conductance_of_a_cut_is_complete(family):
     """Each layer's residual stream passes all of it on; an MLP, with the stream around it, does not."""
-    model, pairs = make_model(family), make_pairs()
+    model, pairs = model_of(family), make_pairs()
     metric = whole_vocabulary(pairs)
     options = {"over": "layer", "path": "input", "baseline": 7, "steps": 200}
     tokens = token_integrated_gradients(model, pairs, metric, baseline=7, steps=200)
@@ -409,7 +409,7 @@ def budget_of_rows(model, rows, length=5):
 @pytest.mark.parametrize("path", ["activation", "input"])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3", "mixtral"])
 def test_neurons_of_other_dims_and_budgets(family, path):
-    model, pairs = make_model(family), make_pairs()
+    model, pairs = model_of(family), make_pairs()
     metric, options = whole_vocabulary(pairs), {"path": path, "steps": 3}
     options |= {"baseline": "mean"} if path == "input" else {}
     tolerance = 1e-2 if family == "mixtral" else 1e-9 if family in ALL_FLOAT64 else 1e-4
@@ -501,7 +501,7 @@ def test_more_refusals(run):
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "falcon"])
 def test_equals_captum(family):
     captum = pytest.importorskip("captum.attr")
-    model, pairs = make_model(family), make_pairs()
+    model, pairs = model_of(family), make_pairs()
     metric, hf = whole_vocabulary(pairs), build_hf(family)
 
     def values(tokens=None, embeds=None):

@@ -7,7 +7,7 @@ import torch
 
 import mechkit as mk
 from helpers.families import D_VOCAB, FAMILIES
-from helpers.tiny import make_model, make_pairs
+from helpers.tiny import make_model, make_pairs, model_of
 from mechkit.attribution.patchscope import IDENTITY, patchscope
 from mechkit.hooks import SITES
 
@@ -42,7 +42,7 @@ def check_row(probs: torch.Tensor, ids: torch.Tensor, logits: torch.Tensor, tole
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_layer_position_and_prompt(family):
-    model, prompts = make_model(family), make_pairs().clean
+    model, prompts = model_of(family), make_pairs().clean
     tolerance = 1e-5 if family == "mixtral" else 1e-10
     caches = [run(model, source) for source in prompts.tokens]
     for site in ("resid_post", "resid_mid", "mlp_out"):
@@ -70,7 +70,7 @@ def test_every_layer_position_and_prompt(family):
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3"])
 def test_into_another_layer(family):
-    model, prompts = make_model(family), make_pairs().clean
+    model, prompts = model_of(family), make_pairs().clean
     found = patchscope(model, prompts, TARGET, target_layer=-3, layers=[3, 0], k=4, progress=False)
     assert found.probs.dims == ("layer", "k", "prompt")
     assert found.probs.coords["layer"] == (3, 0)
@@ -82,7 +82,7 @@ def test_into_another_layer(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_prompt_written_into_itself_is_the_unpatched_model(family):
-    model, prompts = make_model(family), make_pairs().clean[[0]]
+    model, prompts = model_of(family), make_pairs().clean[[0]]
     tolerance = 1e-5 if family == "mixtral" else 1e-12
     with torch.no_grad():
         logits = model(prompts.tokens[0][None])[0, -1]
@@ -121,7 +121,7 @@ def test_named_positions_and_one_position():
 
 @pytest.mark.parametrize("family", ["gpt2", "mistral", "falcon"])
 def test_continuation_is_greedy_with_the_state_in_place(family):
-    model, prompts = make_model(family), make_pairs().clean
+    model, prompts = model_of(family), make_pairs().clean
     found = patchscope(model, prompts, TARGET, target_position=2, k=1, max_new_tokens=4, progress=False)
     caches, changed = [run(model, source) for source in prompts.tokens], 0
     with torch.no_grad():

@@ -7,16 +7,9 @@ import torch
 
 import mechkit as mk
 from helpers.reference_circuits import whole_run
-from helpers.tiny import make_model, make_pairs, whole_vocabulary
+from helpers.tiny import make_pairs, model_of, whole_vocabulary
 
 FAMILIES = ["gpt2", "llama", "llama_mqa", "gemma2", "gptj", "falcon", "opt", "bloom", "olmo2"]
-MODELS: dict[str, mk.HookedModel] = {}
-
-
-def model_of(family: str) -> mk.HookedModel:
-    if family not in MODELS:
-        MODELS[family] = make_model(family)
-    return MODELS[family]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

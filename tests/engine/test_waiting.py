@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mechkit as mk
-from helpers.tiny import LENGTH, make_model, make_pairs, whole_vocabulary
+from helpers.tiny import LENGTH, make_model, make_pairs, model_of, whole_vocabulary
 from mechkit.engine import _sweep
 from mechkit.engine._memory import Budget
 
@@ -92,7 +92,7 @@ def test_the_counter_sees(plant):
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gptj"])
 @pytest.mark.parametrize("site", ["z", "resid_pre", "pattern", "result"])
 def test_many_batches_wait_no_more_often_than_few(family, site, monkeypatch):
-    model, pairs = make_model(family), make_pairs(((LENGTH, 2), (LENGTH, 4)))
+    model, pairs = model_of(family), make_pairs(((LENGTH, 2), (LENGTH, 4)))
     over = "layer pos" if site == "resid_pre" else "layer pos head"
 
     def run():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,14 +16,42 @@ SHAPES = ((LENGTH, 2), (LENGTH, 4), (5, 1))
 
 
 def make_model(family: str, dtype: torch.dtype | None = None) -> mk.HookedModel:
-    dtype = dtype or (torch.float32 if family == "mixtral" else torch.float64)  # its kernels have no float64
+    """A new model of a family, for a test that changes it: float64, or what its kernels have."""
+    dtype = dtype or (torch.float32 if family == "mixtral" else torch.float64)
     return mk.HookedModel.from_hf(build_hf(family, dtype), name=family)
 
 
-@functools.cache
-def model_of(family: str) -> mk.HookedModel:
-    """A family's tiny model, made once a process. Nobody may change it."""
-    return make_model(family)
+def model_of(family: str, dtype: torch.dtype | None = None) -> mk.HookedModel:
+    """The same, made once for all tests that only run it. A test that leaves a change on it fails (`conftest.py`)."""
+    key = (family, dtype)
+    if key not in SHARED:
+        model = make_model(family, dtype)
+        SHARED[key] = model, state_of(model)
+    USED.add(key)
+    return SHARED[key][0]
+
+
+SHARED: dict[tuple[str, torch.dtype | None], tuple[mk.HookedModel, list[Any]]] = {}
+USED: set[tuple[str, torch.dtype | None]] = set()  # since the last look at what has changed
+
+
+def state_of(model: mk.HookedModel) -> list[Any]:
+    """What a test could leave changed: modes, hooks, functions put in the place of others, weights and their gradients.
+
+    Hooks are those that `has_hooks` counts: TransformerLens leaves some of its own with its first `run_with_cache`.
+    """
+    modules = [(m.training, "forward" in m.__dict__) for m in model.bridge.modules()]
+    weights = [(id(p), p._version, p.requires_grad, p.grad is None) for p in model.bridge.parameters()]
+    return [model.has_hooks, *modules, *weights]
+
+
+def changed_models() -> list[str]:
+    """Families whose shared model a test has changed; it is made anew next time."""
+    changed = [key for key in USED if state_of(SHARED[key][0]) != SHARED[key][1]]
+    USED.clear()
+    for key in changed:
+        del SHARED[key]
+    return [family for family, _ in changed]
 
 
 def make_pairs(shapes: tuple[tuple[int, int], ...] = SHAPES, seed: int = 0) -> mk.PromptPairs:
