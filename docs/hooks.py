@@ -46,7 +46,7 @@ def on_pre_build(config: Any) -> None:
 
 
 def on_post_page(output: str, page: Any, config: Any) -> str:
-    from mechkit.plot._figure import CONFIG
+    from mechkit.plot._export import CONFIG
 
     if "plotly-graph-div" not in output:
         return output

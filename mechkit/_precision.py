@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 Compared = Literal[
     "replay", "projection", "runs", "norm", "readout", "heads", "weights", "lens", "direction", "edges", "circuit"
 ]
+_OWN = 1e-5  # of a stream's size: what its own rounding comes to at most, but in half precision
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # How far rounding may take two ways to the same number apart, as a share of its size (logits: of their spread), by what is
 # compared. Many Hugging Face models compute norms and softmaxes in float32, whatever their dtype is: hence 1e-5 and 1e-6.
@@ -82,15 +83,18 @@ class Rounding:
         found: Float[Tensor, "row pos d_model"],
         expected: Float[Tensor, "row pos d_model"],
         before: Float[Tensor, "row pos d_model"] | None = None,
+        blocks: int = 0,
     ) -> float:
         """How far two residual streams are apart at the worst position, as a share of what was added to `before` there.
 
-        A stream's own rounding (it may be much larger than what one block adds) is allowed beside that. Without `before` it is a
-        share of the stream.
+        A stream's own rounding (it may be much larger than what one block adds: a thousand times, at the first position of many
+        models) is allowed beside that: of one sum, or of the sums of as many `blocks` as both streams have come through, where it
+        grows as a random walk does. Without `before` it is a share of the stream.
         """
+        own = max(2 * self.eps, min(4 * self.eps * blocks**0.5, _OWN))
         found, expected = found.double(), expected.to(found.device).double()
         added = expected if before is None else expected - before.to(found.device).double()
-        allowed = added.norm(dim=-1) + 2 * self.eps / self.of_block * expected.norm(dim=-1)
+        allowed = added.norm(dim=-1) + own / self.of_block * expected.norm(dim=-1)
         apart = (found - expected).norm(dim=-1)
         return float((apart / allowed.clamp(min=torch.finfo(torch.float64).tiny)).max())
 

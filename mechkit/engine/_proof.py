@@ -325,7 +325,7 @@ class _Whole:
             return f"{len(run.resid)} residual streams where a whole pass has {len(self.streams)}"
         for layer, found in enumerate(self.streams):
             before, recorded = recorded, run.resid[layer][prompt, :start]
-            if not (off := rounding.off(found[:, :start], recorded, before)) <= rounding.of_block:
+            if not (off := rounding.off(found[:, :start], recorded, before, blocks=layer)) <= rounding.of_block:
                 return (
                     f"what block {layer} reads at positions before {start} differs by {off:.1e} of what was added there"
                 )

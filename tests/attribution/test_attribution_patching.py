@@ -8,6 +8,7 @@ import torch
 import mechkit as mk
 from helpers.families import FAMILIES, build_hf
 from helpers.tiny import make_model, make_pairs, whole_vocabulary
+from mechkit.experiment.axes import make_axes, make_grid
 from mechkit.hooks import SITES
 
 # The families that transformers computes in float64 throughout. In the others a norm or a softmax is in float32, whatever the
@@ -41,12 +42,12 @@ def central_difference(model, pairs, metric, site, over, step):
                 ).detach()
                 for i in layers
             }
-            grid = mk.attribution._cells.make_grid(model, some.clean, some.positions, site, over, value="moved")
+            grid = make_grid(model, some.clean, some.positions, site, over, value="moved")
             here = mk.Metric("mixture", "", len(some), some.positions["END"], None, metric.read)
             answers = mk.sweep(model, some.corrupted, grid.cells, here, values={"moved": at}, progress=False)
             values = answers.values.reshape(*grid.shape, len(ids))
             if per_length.ndim == 0:
-                shape = mk.attribution._cells.make_axes(model, pairs.clean, pairs.positions, site, over).shape
+                shape = make_axes(model, pairs.clean, pairs.positions, site, over).shape
                 per_length = torch.full((*shape, len(pairs)), torch.nan, dtype=torch.float64)
             where = tuple(slice(0, n) for n in values.shape[:-1])
             for k, i in enumerate(ids):

@@ -58,8 +58,12 @@ def test_a_healthy_model_is_not_blamed(family, tokens):
 @pytest.mark.parametrize("family", SEPARATE + JOINT)
 def test_one_head_of_the_queries(family, tokens):
     model, weight = planted(family, "q")
+    row = HEAD * D_HEAD + 3
+    if family in ("gpt_neox", "bloom"):  # each head's query, key and value stand together in the joint weight
+        weight = model.bridge.blocks[LAYER].attn.original_component.query_key_value.weight
+        row = HEAD * 3 * D_HEAD + 3
     with torch.no_grad():
-        weight[HEAD * D_HEAD + 3, 5] = torch.nan
+        weight[row, 5] = torch.nan
     found = first_nonfinite(model, tokens)
     assert (found.site, found.layer, found.heads, found.n_heads) == ("q", LAYER, (HEAD,), 4)
 

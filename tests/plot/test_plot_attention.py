@@ -19,7 +19,7 @@ from plotly.utils import PlotlyJSONEncoder
 import mechkit.plot._attention as drawing
 from helpers.pictures.attention import HOSTILE, WORDS, examples, labels, make
 from mechkit.plot._attention import attention
-from mechkit.plot._attention_data import Scale, pooled
+from mechkit.plot._attention_data import PatternScale, pooled
 from mechkit.plot._export import find_browser, read_table
 from mechkit.plot._figure import Figure
 from mechkit.plot._theme import DARK, LIGHT, theme_of
@@ -274,7 +274,7 @@ def test_all_zero_is_white_and_not_blank() -> None:
 # Many cells
 
 
-def decoded(z: np.ndarray, scale: Scale) -> np.ndarray:
+def decoded(z: np.ndarray, scale: PatternScale) -> np.ndarray:
     """What the hover text says, as a number."""
     return z.astype(np.float64) / scale.steps * scale.largest
 
@@ -293,7 +293,7 @@ def test_many_cells_are_drawn_as_bytes_with_their_scale(monkeypatch: pytest.Monk
     for trace, exact in zip(maps(figure), values.reshape(4, 6, 6), strict=True):
         assert trace.z.dtype == kind
         np.testing.assert_array_equal(trace.z == low, np.isnan(exact))  # absent cells stay absent, others never are
-        shown = decoded(trace.z, Scale("", largest, signed, True, True))
+        shown = decoded(trace.z, PatternScale("", largest, signed, True, True))
         error = np.abs(shown - exact)[~np.isnan(exact)]
         tiny = np.abs(exact[~np.isnan(exact)]) < 0.5 * largest / steps
         assert (error[~tiny] <= 0.5001 * largest / steps).all()
@@ -594,7 +594,7 @@ def test_any_token_is_one_line_of_plain_text(token: str) -> None:
 @settings(deadline=None, max_examples=100)
 def test_a_byte_is_within_a_step_of_its_value(values: list[float], signed: bool) -> None:
     exact = np.array(values, dtype=np.float32) - (0.5 if signed else 0)
-    scale = Scale("", float(np.abs(exact).max()) or 1.0, signed, True, True)
+    scale = PatternScale("", float(np.abs(exact).max()) or 1.0, signed, True, True)
     shown = decoded(scale.drawn(exact), scale)
     assert (np.abs(shown - exact) <= 1.001 * scale.largest / scale.steps).all()
     assert (scale.drawn(np.array([np.nan])) == (-128 if signed else 0)).all()
