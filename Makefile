@@ -20,8 +20,9 @@ help: ## list the targets
 demo: .venv/.installed-demo ## run the IOI experiment on SmolLM2-135M; pictures go to out/
 	@$(PY) examples/ioi.py
 
+# Tests start many processes: each would compile torch, transformers and the rest again where the environment forbids bytecode.
 test: .venv/.installed ## run the test suite, without network, in JOBS=2 processes
-	@HF_HUB_OFFLINE="$${HF_HUB_OFFLINE-1}" OMP_NUM_THREADS="$${OMP_NUM_THREADS-1}" $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+	@HF_HUB_OFFLINE="$${HF_HUB_OFFLINE-1}" OMP_NUM_THREADS="$${OMP_NUM_THREADS-1}" PYTHONDONTWRITEBYTECODE= $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 lint: .venv/.installed ## check style, formatting and types
 	@$(PY) -m ruff check .
@@ -31,11 +32,11 @@ lint: .venv/.installed ## check style, formatting and types
 docs: .venv/.installed ## build the documentation into out/site/, running every code block in it
 	@HF_HUB_OFFLINE="$${HF_HUB_OFFLINE-1}" $(PY) -m mkdocs build --strict --site-dir out/site
 
-notebooks: .venv/.installed ## write examples/*.ipynb from the scripts
-	@$(PY) -m jupytext --quiet --to ipynb examples/*.py
+notebooks: .venv/.installed ## run the examples and write examples/*.ipynb, with their outputs
+	@$(PY) docs/write_notebooks.py
 
 bench: .venv/.installed-bench ## time the same sweep in mechkit, TransformerLens and nnsight
-	@$(PY) benchmarks/patching.py --cells 150
+	@$(PY) benchmarks/patching/other_libraries.py --cells 150
 
 clean: ## remove caches and build products; .venv and out/ stay
 	@rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

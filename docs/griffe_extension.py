@@ -1,4 +1,4 @@
-"""What the API reference is told about the source that cannot be read off it alone."""
+"""Additions to the API reference that cannot be read off the source."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the site's build needs beside its plugins (mkdocs calls these functions by their names).
+"""What the site's build needs in addition to its plugins (mkdocs calls these functions by their names).
 
 1. The code on the pages runs in a temporary folder, so that what it saves is not left in the repository, and every model is
    loaded once for all pages.

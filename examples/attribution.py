@@ -1,5 +1,5 @@
 # %% [markdown]
-# # Which component wrote the answer, when does the model believe it, and how far can a gradient be trusted to tell?
+# # Which component wrote the answer, when does the model believe it, and how far can a gradient be trusted?
 #
 # On indirect-object-identification prompts:
 #

@@ -39,32 +39,11 @@ print(model)
 # %% [markdown]
 # ## Does the model learn from the context?
 
-
 # %%
-def loss_by_position(ablate: list[tuple[int, int]] | None = None) -> torch.Tensor:
-    """`[prompt pos-1]`, in nats; with the given heads replaced by their mean in the unedited run, over prompts and positions."""
-    tokens = torch.stack(prompts.tokens)
-    layers = sorted({layer for layer, _ in ablate or ()})
-    hooks = []
-    with torch.no_grad():
-        clean = model.run_with_cache(tokens, [("z", layer) for layer in layers])[1] if layers else {}
-        for layer in layers:
-            heads = [head for at, head in ablate or () if at == layer]
-            mean = clean["z", layer].mean((0, 1))
-
-            def replace(z: torch.Tensor, hook, heads=heads, mean=mean) -> torch.Tensor:
-                z = z.clone()
-                z[:, :, heads] = mean[heads]
-                return z
-
-            hooks.append((("z", layer), replace))
-        with model.hooks(hooks):
-            return model(tokens, return_type="loss", loss_per_token=True).cpu()
-
-
-loss = loss_by_position()
+with torch.no_grad():
+    loss = model(torch.stack(prompts.tokens), return_type="loss", loss_per_token=True)
 print(
-    f"Loss (nats a token): {float(loss[:, : begin - 1].mean()):.2f} on the first {args.length} random tokens, "
+    f"Loss (nats per token): {float(loss[:, : begin - 1].mean()):.2f} on the first {args.length} random tokens, "
     f"{float(loss[:, begin:].mean()):.2f} on their repetition"
 )
 
@@ -113,9 +92,10 @@ best = [(int(cell.coords["layer"]), int(cell.coords["head"])) for cell in induct
 ablated = {"induction heads": best}
 for draw in range(3):
     ablated[f"random heads, draw {draw + 1}"] = random_heads(best, args.seed + draw)
-for name, heads in ablated.items():
-    change = float((loss_by_position(heads) - loss)[:, begin:].mean())
-    print(f"  {name:22} {', '.join(f'L{layer}H{head}' for layer, head in heads):38} {change:+.2f} nats")
+repetition = mk.loss(prompts, positions=slice(begin, None))
+without = mk.ablation(model, prompts, repetition, cells=ablated).mean("prompt").effect()
+for (name, heads), change in zip(ablated.items(), without.values, strict=True):
+    print(f"  {name:22} {', '.join(f'L{layer}H{head}' for layer, head in heads):38} {float(change):+.2f} nats")
 
 # %% [markdown]
 # ## When does the right token come up?

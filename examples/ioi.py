@@ -35,7 +35,7 @@ print("  corrupted", model.to_string(pairs.corrupted.tokens[0]))
 # %% [markdown]
 # ## Does the model do it?
 #
-# Every result knows the metric of the unedited runs, so one sweep of a single layer tells both.
+# Every result knows the metric of the unedited runs, so one sweep of a single layer gives both.
 
 # %%
 last = {"site": "resid_pre", "over": "layer", "layers": [model.n_layers - 1], "progress": False}

@@ -35,7 +35,7 @@ args.out.mkdir(parents=True, exist_ok=True)
 # ## State, check, run
 #
 # The file is checked whole before anything runs. `run` computes what the store does not hold yet, so that a second call takes
-# a second. Another executor is one argument: `mk.studies.Processes()` is a process a GPU, `mk.studies.Ray("ray://…")` a cluster.
+# a second. Another executor is one argument: `mk.studies.Processes()` (one process per GPU) or `mk.studies.Ray("ray://…")`.
 
 # %%
 study = mk.Study.from_toml(args.study, store=args.store)
@@ -64,7 +64,7 @@ figure
 # %% [markdown]
 # ## Do tasks share heads?
 #
-# Correlation over all heads of what each restores. With the same few prompts a task, this is a first look and no more.
+# Correlation over all heads of what each restores. With the same few prompts per task, this is a first look and no more.
 
 # %%
 for a, b in itertools.combinations(tasks, 2):
@@ -93,7 +93,7 @@ figure
 # %% [markdown]
 # ## The table, for other tools
 #
-# One row a cell and prompt, with what the job is, its labels, its value and its baselines. Parquet is read by DuckDB
+# One row per cell and prompt, with what the job is, its labels, its value and its baselines. Parquet is read by DuckDB
 # (`select task, layer, head, avg(value) from 'study.parquet' group by all`), polars and pandas alike.
 
 # %%

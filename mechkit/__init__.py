@@ -1,4 +1,4 @@
-"""mechkit: mechanistic interpretability with exact, fast sweeps, labelled results and pictures that one can trust.
+"""mechkit: mechanistic interpretability with exact, fast sweeps, labelled results and figures.
 
 A name is loaded when it is first asked for, so that `import mechkit` takes no time. `__init__.pyi` has the same names, for
 editors and type checkers; `tests/package/test_names.py` compares the two.
@@ -16,11 +16,15 @@ _drawn.module = "mechkit.plot._default"  # what draws the results of all other p
 _MODULE_OF = {
     "PromptPairs": "mechkit.prompts",
     "Prompts": "mechkit.prompts",
+    "Segment": "mechkit.prompts",
     "Metric": "mechkit.metrics",
     "accuracy": "mechkit.metrics",
+    "answer_log_prob": "mechkit.metrics",
+    "in_context_score": "mechkit.metrics",
     "kl_divergence": "mechkit.metrics",
     "log_prob": "mechkit.metrics",
     "logit_diff": "mechkit.metrics",
+    "loss": "mechkit.metrics",
     "metric_factory": "mechkit.metrics",
     "prob_diff": "mechkit.metrics",
     "Cost": "mechkit.result",
@@ -39,6 +43,7 @@ _MODULE_OF = {
     "activation_patching": "mechkit.attribution",
     "atp_star": "mechkit.attribution",
     "attention_flow": "mechkit.attribution",
+    "attention_knockout": "mechkit.attribution",
     "attention_patterns": "mechkit.attribution",
     "attention_relevance": "mechkit.attribution",
     "attention_rollout": "mechkit.attribution",
@@ -50,12 +55,14 @@ _MODULE_OF = {
     "gradient_x_input": "mechkit.attribution",
     "head_scores": "mechkit.attribution",
     "hidden_states": "mechkit.attribution",
+    "image_patching": "mechkit.attribution",
     "integrated_gradients": "mechkit.attribution",
     "logit_lens": "mechkit.attribution",
     "neuron_attribution": "mechkit.attribution",
     "ov_circuit": "mechkit.attribution",
     "ov_svd": "mechkit.attribution",
     "patchscope": "mechkit.attribution",
+    "pixel_attribution": "mechkit.attribution",
     "qk_circuit": "mechkit.attribution",
     "relp": "mechkit.attribution",
     "token_integrated_gradients": "mechkit.attribution",
@@ -77,7 +84,7 @@ _MODULE_OF = {
     "path_patching": "mechkit.circuits",
     "report": "mechkit.plot",
     "Study": "mechkit.studies",
-    "GapWarning": "mechkit._gap",
+    "GapWarning": "mechkit._warnings",
 }
 _PACKAGES = ("circuits", "plot", "studies", "tasks", "zoo")  # public as they are: `mk.tasks.ioi`
 _MODULES = {*_PACKAGES, *(module.removeprefix("mechkit.") for module in _MODULE_OF.values())}

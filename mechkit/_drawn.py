@@ -1,4 +1,4 @@
-"""Objects with a default picture. They do not know how it is drawn: what draws has entered itself in `DRAWERS`.
+"""Objects with a default picture. They do not know how it is drawn: the drawing module registers itself in `DRAWERS`.
 
 `mechkit/__init__.py` names the module that does so (`module`); it is loaded when the first picture is asked for.
 """
@@ -32,7 +32,8 @@ class Drawn:
 
         Args:
             **options: Of the function of `mechkit.plot` that draws it (its name is `figure.facts.kind`), such as `title=`,
-                `theme="dark"`.
+                `theme="dark"`, and of all of them: `size="column"`, `width=`, `height=`, `font_size=`, `caption=`, `annotations=`
+                (see `Figure.resized`).
 
         Returns:
             A plotly figure: `.show()` it, or `.save()` it as .html, .png, .svg, .pdf, .json or .csv.

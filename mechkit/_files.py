@@ -1,10 +1,10 @@
-"""Files that somebody hands over: looked at before they are read or written, so that a wrong one costs a sentence and no more.
+"""Files that a user names: checked before they are read or written, so that a wrong one gives a clear error.
 
 1. `regular_file` refuses what is not there, folders, pipes and devices, and files above a size.
-2. `read_text` refuses what is no text; `parse_json` what is no JSON, or is nested without end.
+2. `read_text` refuses what is not text; `parse_json` what is not JSON, or is nested too deeply.
 3. `read_tensors` reads safetensors files with a JSON header of our own, which `write_tensors` wrote: results and lenses.
 4. `destination` refuses to write where there is no folder, or a folder instead of a file; `replacing` writes in one step.
-5. Whatever goes wrong in making an object of a file's content is the file's fault: `decoding` says so, with the file's name.
+5. An error in making an object of a file's content is the file's fault: `decoding` reports it with the file's name.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def decoding(path: Place, what: str) -> Iterator[None]:
 
 
 def destination(path: Place, *, make_folders: bool = False) -> Path:
-    """Where a file is to be written; `~` at its beginning is the home folder.
+    """Where a file will be written; `~` at its beginning is the home folder.
 
     Args:
         path: The file.
@@ -156,7 +156,7 @@ def expanded(path: Place) -> Path:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file beside the wanted one, which takes its place in one step if all went well inside.
+    """A file next to `path`, which replaces it in one step if the block raises nothing.
 
     Raises:
         ValueError: it cannot be written.
@@ -238,7 +238,7 @@ _FORMULA = r"[=+\-@\t\r\n＝＋－＠]"
 # A text that reads as a number, or as True or False.
 _TYPED = r"\s*(?:[\d_]*\.?[\d_]+(?:[eE][+-]?\d+)?|[\d_]+\.|(?i:nan|inf|infinity|true|false))\s*$"
 _MARKED = re.compile(f"'*(?:{_FORMULA}|{_TYPED})")
-GUARDED = f"^('*{_FORMULA}|'+{_TYPED})"  # for pyarrow: what has to be marked lest it be run, or taken for marked
+GUARDED = f"^('*{_FORMULA}|'+{_TYPED})"  # for pyarrow: what must be marked so that it is not run, or taken for marked
 
 
 def guarded(text: str) -> str:

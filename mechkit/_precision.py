@@ -1,4 +1,4 @@
-"""What numbers are computed in, and how far rounding may take two ways to the same number apart."""
+"""The dtype that numbers are computed in, and how much two computations of the same number may differ by rounding."""
 
 from __future__ import annotations
 
@@ -16,29 +16,30 @@ Compared = Literal[
 _OWN = 1e-5  # of a stream's size: what its own rounding comes to at most, but in half precision
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # How far rounding may take two ways to the same number apart, as a share of its size (logits: of their spread), by what is
-# compared. Many Hugging Face models compute norms and softmaxes in float32, whatever their dtype is: hence 1e-5 and 1e-6.
+# compared. Many Hugging Face models compute norms and softmaxes in float32, whatever their dtype: this is why 1e-5 and 1e-6.
 _TOLERANCE: dict[str, tuple[float, float, float, float]] = {
-    "replay": (1e-9, 1e-4, 0.05, 0.01),  # blocks run by themselves, and whole forward passes: the same operations
-    "projection": (1e-6, 1e-4, 0.05, 0.01),  # a projection, and the matrix that it is said to multiply with
-    "runs": (
-        1e-6,
-        1e-4,
-        0.05,
-        0.01,
-    ),  # two runs, as long as they have read the same tokens (experts see other groups of rows)
-    "norm": (1e-5, 1e-4, 0.05, 0.01),  # a norm, and its formula with the scale held fixed; attention by its weights
-    "readout": (1e-5, 1e-4, 0.05, 0.01),  # the model's logits, and those read off its last residual stream
-    "heads": (
-        1e-6,
-        1e-3,
-        0.1,
-        0.02,
-    ),  # the sum of the heads, and what the block adds; the bridge, and the Hugging Face model
-    "weights": (1e-4, 1e-4, 0.05, 0.02),  # scores, values and outputs of attention, and what folded weights say
-    "lens": (1e-6, 1e-3, 0.1, 0.05),  # the stream after a block, and the sum of what was written into it
-    "direction": (1e-5, 1e-3, 0.1, 0.05),  # the metric, and the sum of its terms
-    "edges": (1e-5, 1e-3, 0.2, 0.1),  # the whole gradient, and the sum over the edges that it flows through
-    "circuit": (1e-5, 1e-3, 0.1, 0.03),  # the model, and the circuit of all its edges
+    # blocks run by themselves, and whole forward passes: the same operations
+    "replay": (1e-9, 1e-4, 0.05, 0.01),
+    # a projection, and the matrix that it should multiply with
+    "projection": (1e-6, 1e-4, 0.05, 0.01),
+    # two runs, as long as they have read the same tokens (experts see other groups of rows)
+    "runs": (1e-6, 1e-4, 0.05, 0.01),
+    # a norm, and its formula with the scale held fixed; attention by its weights
+    "norm": (1e-5, 1e-4, 0.05, 0.01),
+    # the model's logits, and those read off its last residual stream
+    "readout": (1e-5, 1e-4, 0.05, 0.01),
+    # the sum of the heads, and what the block adds; the bridge, and the Hugging Face model
+    "heads": (1e-6, 1e-3, 0.1, 0.02),
+    # scores, values and outputs of attention, and what folded weights say
+    "weights": (1e-4, 1e-4, 0.05, 0.02),
+    # the stream after a block, and the sum of what was written into it
+    "lens": (1e-6, 1e-3, 0.1, 0.05),
+    # the metric, and the sum of its terms
+    "direction": (1e-5, 1e-3, 0.1, 0.05),
+    # the whole gradient, and the sum over the edges that it flows through
+    "edges": (1e-5, 1e-3, 0.2, 0.1),
+    # the model, and the circuit of all its edges
+    "circuit": (1e-5, 1e-3, 0.1, 0.03),
 }
 
 
@@ -88,7 +89,7 @@ class Rounding:
         """How far two residual streams are apart at the worst position, as a share of what was added to `before` there.
 
         A stream's own rounding (it may be much larger than what one block adds: a thousand times, at the first position of many
-        models) is allowed beside that: of one sum, or of the sums of as many `blocks` as both streams have come through, where it
+        models) is allowed in addition: of one sum, or of the sums of as many `blocks` as both streams have come through, where it
         grows as a random walk does. Without `before` it is a share of the stream.
         """
         own = max(2 * self.eps, min(4 * self.eps * blocks**0.5, _OWN))
@@ -119,5 +120,5 @@ class ObservedDtypes(TorchDispatchMode):
         return out
 
     def coarsest(self, default: torch.dtype) -> torch.dtype:
-        """The seen type whose numbers lie farthest apart; `default` if none was seen."""
+        """The seen type with the coarsest numbers; `default` if none was seen."""
         return max({default, *self._seen}, key=lambda dtype: torch.finfo(dtype).eps)

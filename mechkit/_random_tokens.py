@@ -47,6 +47,7 @@ def ordinary_tokens(model: Any) -> Int[Tensor, "token"]:
         added = getattr(model.tokenizer, "added_tokens_decoder", {})
         special = {*model.tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
         known = min(model.d_vocab, len(model.tokenizer))
+    special.add(getattr(model, "image_token_id", None))
     return torch.tensor([i for i in range(known) if i not in special], dtype=torch.long)
 
 

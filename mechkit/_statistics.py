@@ -1,7 +1,7 @@
 """Resampling over prompts, for all cells at once: the bootstrap of a ratio of sums, and the sign-flip test of a mean.
 
 Percentile bootstrap, Efron and Tibshirani (1993), chapter 13; studentized (bootstrap-t), chapter 12; sign-flip permutation test,
-Good (2005), section 3.2. How often the intervals cover: `benchmarks/coverage.py`.
+Good (2005), section 3.2. How often the intervals cover: `benchmarks/truth/intervals.py`.
 """
 
 from collections.abc import Iterator

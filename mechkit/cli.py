@@ -1,7 +1,7 @@
-"""The command line: `mechkit run study.toml`, and looking at what came of it.
+"""The command line: `mechkit run study.toml`, and commands that show its results.
 
 1. Each command reads its arguments, calls what a script would call (`mechkit.Study`, `HookedModel.validate`), and prints.
-2. What a user can mend (a bad file, a missing model, a store that cannot be used) is one message on stderr and exit code 2.
+2. What a user can fix (a bad file, a missing model, a store that cannot be used) is one message on stderr and exit code 2.
 3. Tables are rich's. Nothing in them is read as markup, since labels may hold brackets.
 4. Everything slow to import is imported by the command that needs it.
 """
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 WIDTH = 200  # columns of a table that is not printed on a terminal
 REFRESH = 2.0  # seconds between two looks of `status --watch`
 NAMES = {"model", "task", "technique", "job", "metric", "dtype", "revision"}  # keys of --only whose values are text
-SWEEPS = (("z", "layer head"), ("resid_pre", "layer pos"), ("z", "layer pos head"))  # what `info` reckons
+SWEEPS = (("z", "layer head"), ("resid_pre", "layer pos"), ("z", "layer pos head"))  # what `info` estimates
 
 # typer takes choices as enums; its older versions know no Literal
 Kind = StrEnum("Kind", {"in_process": "in-process", "processes": "processes", "ray": "ray"})
@@ -49,6 +49,10 @@ StudyOrStore = Annotated[str, typer.Argument(metavar="STUDY.toml|STORE", help="T
 Elsewhere = Annotated[str | None, typer.Option(metavar="STORE", help="Another store than the file's.")]
 Only = Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Jobs that fit: task=ioi. Repeatable.")]
 AllowCode = Annotated[bool, typer.Option("--allow-code", help="Run functions that the file names as module:function.")]
+
+Stale = Annotated[
+    bool, typer.Option("--stale", help="Of a store: take in jobs that its studies do not state any more.")
+]
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -87,7 +91,7 @@ def run(
 
     Exit code 0: all done. 1: some jobs failed. 2: the file, a model or the store cannot be used. 130: interrupted.
     """
-    with _told(interrupted="interrupted: what was finished is kept; the same command goes on from there"):
+    with _errors_as_messages(interrupted="interrupted: what was finished is kept; the same command goes on from there"):
         if Path(study).is_dir():
             raise ValueError(f"study: expected a TOML file, got the folder {study!r}; name the study's file")
         opened = _open(study, store, allow_code)
@@ -127,13 +131,14 @@ def status(
     verify: Annotated[bool, typer.Option("--verify", help="Read every number, and count only what is whole.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Look again until all is done, or until Ctrl-C.")] = False,
+    stale: Stale = False,
     allow_code: AllowCode = False,
 ) -> None:
     """How far a study is: read from its store alone, also while it runs."""
-    with _told():
+    with _errors_as_messages():
         if watch and as_json:
             raise ValueError("watch: expected either --watch or --json, got both")
-        opened = _open(study, store, allow_code)
+        opened = _open(study, store, allow_code, stale)
         if watch:
             _watch(opened, verify)
         elif as_json:
@@ -185,20 +190,21 @@ def _status_json(study: Study, found: Status) -> dict[str, Any]:
 def results(
     study: StudyOrStore,
     store: Elsewhere = None,
-    to: Annotated[Format | None, typer.Option(help="Write them all, one row a cell and prompt.")] = None,
+    to: Annotated[Format | None, typer.Option(help="Write them all, one row per cell and prompt.")] = None,
     out: Annotated[Path | None, typer.Option(help="The file; default the study's name, here.")] = None,
     partial: Annotated[bool, typer.Option("--partial", help="Take in jobs that are finished in part.")] = False,
     only: Only = None,
+    stale: Stale = False,
     allow_code: AllowCode = False,
 ) -> None:
     """The finished jobs: written to a file, or each job's three strongest cells.
 
     Exit code 0: there are results (jobs that are not finished are counted on stderr). 1: there are none yet.
     """
-    with _told():
+    with _errors_as_messages():
         if to is None and out is not None:
             raise ValueError(f"out: expected --to parquet or csv with it, got --out {out} alone")
-        opened = _open(study, store, allow_code)
+        opened = _open(study, store, allow_code, stale)
         table = opened.results(partial=partial)
         if table.missing:
             typer.echo(f"{len(table.missing)} of {len(opened)} jobs are not finished: left out", err=True)
@@ -215,7 +221,7 @@ def results(
 
 
 def _summary(table: Results) -> rich.table.Table:
-    """A row a job. Cells are means over prompts, furthest from the unedited run first; edges by their scores."""
+    """One row per job. Cells are means over prompts, furthest from the unedited run first; edges by their scores."""
     from mechkit.circuits import EdgeScores
 
     shown = _table("model", "task", "technique", "metric", "cells", "strongest: value (distance from the base run)")
@@ -240,12 +246,12 @@ def info(
     revision: Annotated[str | None, typer.Option(help="The hub's revision.")] = None,
     dtype: Annotated[Dtype, typer.Option(help="Of the weights.")] = Dtype.float32,
     device: Annotated[str | None, typer.Option(help="Where to put it; default the GPU if there is one.")] = None,
-    prompts: Annotated[int, typer.Option(min=1, help="Pairs of prompts to reckon with.")] = 32,
+    prompts: Annotated[int, typer.Option(min=1, help="Pairs of prompts to assume.")] = 32,
     length: Annotated[int, typer.Option(min=1, help="Tokens of each.")] = 15,
     allow_remote_code: Annotated[bool, typer.Option("--allow-remote-code", help="Run code that it brings.")] = False,
 ) -> None:
     """A model: its sizes and sites, whether it is computed faithfully, and what sweeps of it would take."""
-    with _told():
+    with _errors_as_messages():
         import torch
 
         from mechkit.engine import check_tokens
@@ -276,7 +282,7 @@ def _sites(model: HookedModel, length: int) -> rich.table.Table:
     from mechkit.hooks import SITES
 
     table = _table("site", "hook", "axes", f"shape for prompts of {length} tokens")
-    for name in model.sites:
+    for name in [name for stack in model.stacks.values() for name in stack.site_names]:
         site = SITES[name]
         shape = ["prompts", *(str(model.site_size(name, dim, length)) for dim in site.dims)]
         table.add_row(name, site.hook, " ".join(["batch", *site.dims]), f"[{', '.join(shape)}]")
@@ -287,9 +293,9 @@ def _validation(model: HookedModel) -> rich.table.Table:
     """What was found; `validate` raises for a model that is not computed faithfully."""
     found = model.validate()
     table = _table("validate", f"largest difference (allowed: {found.tolerance:.0e} of the largest value)")
-    told = {"logits": "against Hugging Face's", "heads": "sum, against the attention's output"}
-    told |= {"padding": "prompts alone, against padded ones", "unembed": "final residual, against the logits"}
-    for name, what in told.items():
+    compared = {"logits": "against Hugging Face's", "heads": "sum, against the attention's output"}
+    compared |= {"padding": "prompts alone, against padded ones", "unembed": "final residual, against the logits"}
+    for name, what in compared.items():
         difference = getattr(found, name)
         table.add_row(f"{name}: {what}", "not checked" if difference is None else f"{difference:.1e}")
     return table
@@ -300,7 +306,7 @@ def _sweeps(model: HookedModel, prompts: int, length: int) -> rich.table.Table:
     from mechkit.engine import Budget
 
     title = f"{prompts} pairs of {length} tokens that differ from the first token on. Block-token: a block's work on a token"
-    numbers = ("cells#", "prompts at once#", "recorded a pair#", "block-tokens#", "naive#", "fewer#")
+    numbers = ("cells#", "prompts at once#", "recorded per pair#", "block-tokens#", "naive#", "fewer#")
     table = _table("patching", "over", *numbers, title=title)
     for site, over in SWEEPS:
         if not model.has_site(site):
@@ -377,8 +383,8 @@ def _arguments(function: Any) -> str:
 
 
 @contextlib.contextmanager
-def _told(interrupted: str = "interrupted") -> Iterator[None]:
-    """What a user can mend becomes a message on stderr and exit code 2; Ctrl-C, a line and 130."""
+def _errors_as_messages(interrupted: str = "interrupted") -> Iterator[None]:
+    """What a user can fix becomes a message on stderr and exit code 2; Ctrl-C, a line and 130."""
     try:
         from mechkit.studies import StoreError
 
@@ -392,7 +398,7 @@ def _told(interrupted: str = "interrupted") -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
-def _open(path: str, store: str | None, allow_code: bool) -> Study:
+def _open(path: str, store: str | None, allow_code: bool, stale: bool = False) -> Study:
     """The study of a file, or all that a store knows; raises `ValueError` for a file that is wrong, or no study."""
     from mechkit.studies import Study
 
@@ -402,7 +408,7 @@ def _open(path: str, store: str | None, allow_code: bool) -> Study:
         return Study.from_toml(path, store=store, allow_code=allow_code)
     if store is not None:
         raise ValueError(f"store: expected a study's file with --store, got the store {path!r}; give one of them")
-    return Study.open(path)
+    return Study.open(path, stale=stale)
 
 
 def _only(given: Sequence[str] | None) -> dict[str, Any] | None:

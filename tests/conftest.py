@@ -24,7 +24,8 @@ for _name in ("attribution", "circuits", "hooks", "plot", "tasks", "zoo"):
     getattr(mk, _name)  # loaded here, so that what the import of another library warns of is no test's failure
 
 # Files that take longest begin first, so that no process is left with one of them at the end (`make test` runs whole files).
-SLOWEST = ["notebooks", "docs", "exact", "architectures", "proof", "browser", "study", "store", "wrong_calls", "zoo"]
+SLOWEST = ["docs", "notebooks", "exact", "proof", "input_attribution", "optimal_ablation", "study", "executors"]
+SLOWEST += ["learned_masks", "tuned_lens", "browser", "zoo", "attribution_variants", "batches", "architectures"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -80,7 +81,7 @@ def _threads(request: pytest.FixtureRequest):
 
 @pytest.fixture(autouse=True)
 def _alone():
-    """No test depends on which ran before it: torch's random numbers begin anew, and shared models are left as they were made."""
+    """No test depends on which ran before it: torch's random seed is reset, and shared models are left as they were made."""
     torch.manual_seed(0)
     yield
     assert changed_models() == [], "a test that changes a model makes its own (helpers.tiny.make_model)"

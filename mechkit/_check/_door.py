@@ -62,7 +62,7 @@ def _with_door(
         """Each argument's kind, and the arrays that it may be. Annotations are resolved at the first call, when all modules are
         there."""
         raw = inspect.unwrap(fn)
-        scope = {**vars(sys.modules["mechkit"]), **(raw.__globals__ if names is None else names)}
+        scope = _Names(raw.__globals__ if names is None else names)
         annotations = {name: _resolved(p.annotation, scope) for name, p in signature.parameters.items()}
         stated = {name: of for name, of in annotations.items() if of not in (Any, inspect.Parameter.empty)}
         kinds = {name: in_range(name, kind_of(of), ranges.get(name)) for name, of in stated.items()}
@@ -112,10 +112,21 @@ def _name_of(fn: Any) -> str:
     return str(getattr(fn, "__qualname__", fn)).removesuffix(".__init__")
 
 
+class _Names(dict[str, Any]):
+    """A module's names, and mechkit's public ones, which are loaded when they are looked up: a module that names a class for type
+    checkers alone names it for this too, whether or not somebody has used that class by then."""
+
+    def __missing__(self, name: str) -> Any:
+        try:
+            return getattr(sys.modules["mechkit"], name)
+        except AttributeError:
+            raise KeyError(name) from None
+
+
 def _resolved(annotation: Any, names: Mapping[str, Any]) -> Any:
     if not isinstance(annotation, str):
         return annotation
     try:
-        return eval(annotation, dict(names))  # our own source's annotation
+        return eval(annotation, {}, names)  # our own source's annotation
     except Exception:  # a name that is there for type checkers alone
         return Any

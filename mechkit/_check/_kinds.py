@@ -1,4 +1,4 @@
-"""From annotations to kinds: what an argument must be, in words, and what finds fault with a value."""
+"""From annotations to kinds: what an argument must be, in words, and a function that finds what is wrong with a value."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from jaxtyping import AbstractArray
 
 _ITEMS = 10_000  # items of one argument that are looked at
-# Ranges of numbers, by the argument's name, where functions do not say more themselves.
+# Ranges of numbers, by the argument's name, unless a function states its own range.
 _RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, 2**63 - 1),
     "held_out": (0, 1),
@@ -220,7 +220,7 @@ def _any_of(kinds: list[Kind]) -> Kind:
             found.append(one)
         inside = [one for one in found if one.where or not one.wrong_type]  # its own type was right
         wrong_type = not inside or inside[0].wrong_type
-        if len(inside) == 1 and inside[0].where:
+        if inside and all(one.where for one in inside):
             return inside[0]
         return Fault("", wrong_type, expected, value)
 
@@ -240,7 +240,8 @@ def _several(item: Kind, *, ordered: bool, exhaustible: bool) -> Kind:
     def fault(value: Any) -> Fault | None:
         if isinstance(value, torch.Tensor | np.ndarray):
             listed = isinstance(value, np.ndarray) or (value.layout == torch.strided and not value.is_nested)
-            fits = listed and value.ndim > 0
+            of_numbers = isinstance(value, torch.Tensor) or value.dtype.kind not in "OSU"
+            fits = listed and value.ndim > 0 and not (of_numbers and item.expected == "a string")
         else:
             sized = exhaustible or (hasattr(value, "__len__") and (hasattr(value, "__getitem__") or not ordered))
             fits = isinstance(value, Iterable) and sized and not isinstance(value, str | bytes | Mapping)

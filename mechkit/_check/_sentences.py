@@ -1,4 +1,4 @@
-"""What is said of a wrong argument: the sentence, the value as it is shown, and what to write instead."""
+"""The error for a wrong argument: the sentence, the value as it is shown, and what to write instead."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ from mechkit.attribution.atp_star import atp_star as atp_star
 from mechkit.attribution.attention_attribution import attention_flow as attention_flow
 from mechkit.attribution.attention_attribution import attention_relevance as attention_relevance
 from mechkit.attribution.attention_attribution import attention_rollout as attention_rollout
+from mechkit.attribution.attention_knockout import attention_knockout as attention_knockout
 from mechkit.attribution.attention_patterns import attention_patterns as attention_patterns
 from mechkit.attribution.attribution_patching import attribution_patching as attribution_patching
 from mechkit.attribution.comparison import Comparison as Comparison
@@ -21,6 +22,7 @@ from mechkit.attribution.head_circuits import qk_circuit as qk_circuit
 from mechkit.attribution.head_scores import composition_scores as composition_scores
 from mechkit.attribution.head_scores import head_scores as head_scores
 from mechkit.attribution.hidden_states import hidden_states as hidden_states
+from mechkit.attribution.image_patching import image_patching as image_patching
 from mechkit.attribution.input_attribution import gradient_x_input as gradient_x_input
 from mechkit.attribution.input_attribution import neuron_attribution as neuron_attribution
 from mechkit.attribution.input_attribution import token_integrated_gradients as token_integrated_gradients
@@ -29,5 +31,6 @@ from mechkit.attribution.logit_lens import TopTokens as TopTokens
 from mechkit.attribution.logit_lens import logit_lens as logit_lens
 from mechkit.attribution.logit_lens import top_tokens as top_tokens
 from mechkit.attribution.patchscope import patchscope as patchscope
+from mechkit.attribution.pixel_attribution import pixel_attribution as pixel_attribution
 from mechkit.attribution.relp import relp as relp
 from mechkit.attribution.tuned_lens import TunedLens as TunedLens

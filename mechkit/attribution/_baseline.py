@@ -1,17 +1,18 @@
-"""Where integrated gradients of the input begin: what the first block reads when the tokens say nothing."""
+"""Where integrated gradients of the input begin: what the first block reads from tokens without information."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from mechkit.experiment.estimates import Experiment, GradientChunk
 from mechkit.hooks import HookedModel
+from mechkit.prompts import Stacked
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,28 +41,31 @@ class Baseline:
         self, chunk: GradientChunk, actual: Float[Tensor, "prompt pos d_model"]
     ) -> Float[Tensor, "prompt pos d_model"]:
         """What the first block reads when the tokens' embeddings are replaced where the model looks them up."""
-        tokens = chunk.tokens[chunk.experiment.base_is]
+        rows = chunk.inputs[chunk.experiment.base_is]
         token = self.stand_in if isinstance(self.stand_in, int) else None
-        start = self._looked_up(chunk, tokens) if token is None else chunk.runs.embed(torch.full_like(tokens, token))
+        if token is None:
+            start = self._looked_up(chunk, rows)
+        else:
+            text = torch.full_like(rows.tokens, token)  # the places of pictures are kept
+            text = torch.where(self.model.placeholder_mask(rows.tokens), rows.tokens, text) if rows.inputs else text
+            start = chunk.runs.embed(replace(rows, tokens=text))
         for row, i in enumerate(chunk.ids.tolist()):
             start[row, self.kept[i]] = actual[row, self.kept[i]]
         return start
 
-    def _looked_up(
-        self, chunk: GradientChunk, tokens: Int[Tensor, "prompt pos"]
-    ) -> Float[Tensor, "prompt pos d_model"]:
+    def _looked_up(self, chunk: GradientChunk, rows: Stacked) -> Float[Tensor, "prompt pos d_model"]:
         found = self.model.bridge.original_model.get_input_embeddings()
         table = getattr(found, "original_component", found)  # itself, without the bridge's hook points
         vector = _mean_embedding(self.model, table) if self.stand_in == "mean" else torch.zeros(())
         fired: list[bool] = []
 
-        def replace(module: Any, args: Any, output: Tensor) -> Tensor:
+        def exchange(module: Any, args: Any, output: Tensor) -> Tensor:
             fired.append(True)
             return vector.to(output).expand_as(output).clone()
 
-        handle = table.register_forward_hook(replace)
+        handle = table.register_forward_hook(exchange)
         try:
-            start = chunk.runs.embed(tokens)
+            start = chunk.runs.embed(rows)
         finally:
             handle.remove()
         if not fired:

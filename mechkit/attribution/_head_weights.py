@@ -1,4 +1,4 @@
-"""A head's weights with the norms around them folded in, and the check that the model computes what they say.
+"""A head's weights with the norms around them folded in, and the check that the model computes with them.
 
 Used by `head_circuits` and `head_scores`. Norms are measured from their modules (`FrozenNorm`), and so is the attention's scale.
 """
@@ -131,7 +131,7 @@ def _across(norm: Any | None, x: Float[Tensor, "... head d"], apply: Callable[[A
     if weight.numel() != x.shape[-2] * x.shape[-1]:
         raise ValueError(
             f"model: expected query and key norms with {x.shape[-1]} or {x.shape[-2]} x {x.shape[-1]} weights, got "
-            f"{list(weight.shape)} ({type(norm).__name__}): its queries and keys cannot be told from its weights"
+            f"{list(weight.shape)} ({type(norm).__name__}): its queries and keys cannot be computed from its weights"
         )
     return apply(norm, x.flatten(-2)).reshape(x.shape)
 

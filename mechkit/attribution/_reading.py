@@ -36,7 +36,7 @@ class Reading:
         direction: What a vector added to the residual stream adds to the metric, per unit.
         constant: What the biases after the residual stream add.
         value: The metric.
-        scale: The size of the logits that it is made of, to judge rounding by.
+        scale: The size of the logits that it is made of, to judge rounding by; where what they sum cancels, that of their terms.
     """
 
     direction: Float[Tensor, "prompt d_model"]
@@ -57,6 +57,7 @@ def as_direction(model: HookedModel, direction: Direction, pairs: PromptPairs | 
         direction = metric_for(direction, pairs)  # type: ignore[arg-type, assignment]
     if isinstance(direction, Metric):
         direction.check(pairs)
+        _ = direction.position  # refuses several
         check_metric(model, prompts, direction, ("clean",))
         return direction
     if isinstance(direction, Tensor) and direction.is_floating_point():
@@ -65,6 +66,8 @@ def as_direction(model: HookedModel, direction: Direction, pairs: PromptPairs | 
                 f"metric: expected a direction [{model.d_model}] or [{n}, {model.d_model}] (d_model), got "
                 f"{list(direction.shape)}"
             )
+        if not bool(direction.isfinite().all()):
+            raise ValueError("metric: expected a direction of finite numbers, got NaN or infinity in it")
         return direction.to(model.device, model.dtype).expand(n, -1)
     if isinstance(direction, CallableMetric) or callable(direction):
         raise ValueError(
@@ -88,7 +91,7 @@ def as_direction(model: HookedModel, direction: Direction, pairs: PromptPairs | 
     def read(logits: Tensor, prompt: Tensor, _: Tensor | None) -> Tensor:
         return logits.gather(-1, which.to(logits.device)[prompt, None])[:, 0]
 
-    return Metric("logit", "logits", n, prompts.lengths - 1, tokens, read, lengths=prompts.lengths)
+    return Metric("logit", "logits", n, prompts.ends, tokens, read, lengths=prompts.lengths)
 
 
 def to_result(
@@ -139,7 +142,7 @@ def read_direction(
         if isinstance(direction, Tensor):
             u = direction[prompt.to(direction.device)]
             value, per_logit = (u * normed).sum(-1), torch.zeros(())
-            size = float(value.abs().max())
+            size = max(float(value.abs().max()), float((u * normed).norm(dim=-1).max()))
             constant = torch.zeros_like(value)
         else:
             tokens = direction.tokens
@@ -147,7 +150,8 @@ def read_direction(
             bias = model.b_U if tokens is None else model.b_U[tokens.to(model.b_U.device)]
             raw = normed @ weight + bias
             logits = widen(model.unembed(resid, tokens))
-            size = float(logits.abs().max())
+            terms = (normed.square() @ weight.square()).sqrt()  # as large as logits are, unless what they sum cancels
+            size = max(float(logits.abs().max()), float(terms.max()))
             _check_same(widen(model.scale_logits(raw)), logits, size, model.dtype)
             per_logit = linear_gradient(direction, logits, prompt)
             value = direction.read(logits, prompt, None)

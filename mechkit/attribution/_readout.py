@@ -1,7 +1,7 @@
-"""From activations to logits, a few rows at a time: what the lenses share. All logits at once are never held.
+"""From activations to logits, a few rows at a time: what the lenses share. All logits are never in memory at once.
 
 1. The model runs once on prompts of equal length (again for more layers, where one prompt's activations exceed the budget).
-   It unembeds one position. Of each site only the positions that are read are kept.
+   It unembeds one position. Only the positions that are read are kept, at each site.
 2. A *row* is one position of one prompt. Rows go through the norm and the unembedding in chunks whose logits fit the budget,
    every layer and head of a chunk in turn.
 3. Each cell's logits are reduced at once to the few numbers that were asked for.
@@ -28,6 +28,7 @@ from mechkit._precision import tolerance, wide_dtype, widen
 from mechkit._progress import Progress
 from mechkit.engine import Budget, check_can_run
 from mechkit.experiment.axes import Axes
+from mechkit.experiment.positions import places_of
 from mechkit.hooks import (
     SITES,
     FrozenNorm,
@@ -127,7 +128,7 @@ def read_cells(
     Args:
         axes: Of one of the sites above; without `pos` or `position` the last position is read.
         named: Named positions, for `position`.
-        read: Reduces one cell's logits to `width` numbers a row.
+        read: Reduces one cell's logits to `width` numbers per row.
         n_logits: Logits of a row that `read` asks for at most.
         lens: Translates residual streams first.
 
@@ -192,16 +193,16 @@ class _Kept:
         if axes.site.name == "result":
             names += [into_post_norm(layer) for layer in layers if post_norm(model, layer) is not None]
         self._heads = {head: j for j, head in enumerate(heads or ())}
-        tokens = prompts.stack(members).to(model.device)
+        rows = prompts.stack(members).to(model.device)
         with capture(model, names, where_read) as self._activations:
-            run = record(model, tokens, blocks=False)
+            run = record(model, rows, blocks=False)
         self.final = run.resid[-1][member.to(run.resid[-1].device), self.pos.to(run.resid[-1].device)]
         for name, activation in (*self._activations.items(), ("the final residual stream", self.final)):
             if len(bad := (~torch.isfinite(activation)).flatten(1).any(1).nonzero().flatten().tolist()):
                 at = int(member[bad[0]])
                 raise ValueError(
                     f"model: expected finite activations, got NaN or inf in {name} of prompt {members[at]}; "
-                    f"{where_it_began(model, tokens[at])}"
+                    f"{where_it_began(model, rows[[at]])}"
                 )
         check_readout(model, run, "a lens")
 
@@ -230,12 +231,8 @@ class _Kept:
 
 def _places(axes: Axes, prompts: Prompts, named: Mapping[str, Tensor]) -> Int[Tensor, "place prompt"]:
     """The position that each place is in each prompt; -1 where the prompt has none."""
-    if "position" in axes.index:
-        return torch.stack([named[name] for name in axes.index["position"]])
-    if "pos" in axes.index:
-        index = torch.tensor(list(axes.index["pos"]))[:, None]
-        return torch.where(index < prompts.lengths, index, -1)
-    return (prompts.lengths - 1)[None]
+    chosen = axes.index.get("position", axes.index.get("pos", [-1]))
+    return places_of(prompts.lengths, named, chosen)
 
 
 def _batches(
@@ -287,7 +284,7 @@ def _check_parts(model: HookedModel, prompts: Prompts, axes: Axes) -> None:
     sites += ["result"] * (axes.site.name == "result")
     model.check_every_layer(["resid_pre", "resid_post"], "the lens of components")
     names = [SITES[s].hook_name(at) for s, at in itertools.product(sites, axes.layers) if model.has_site(s, at)]
-    shortest = min(prompts.tokens, key=len)[None].to(model.device)
+    shortest = prompts.stack([min(range(len(prompts)), key=lambda i: len(prompts.tokens[i]))])
     with capture(model, names, lambda activation, _: activation[0, -1].clone()) as kept:
         record(model, shortest, blocks=False)
     for layer in axes.layers:

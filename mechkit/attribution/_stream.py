@@ -85,7 +85,7 @@ _POS_EMBED = "hook_pos_embed"
 
 
 def needed(model: HookedModel, over: str, index: Mapping[str, Sequence[Any]]) -> list[str]:
-    """The activations that a split needs beside every component's output."""
+    """The activations that a split needs in addition to every component's output."""
     names = []
     for layer in index.get("layer", ()):
         part = _NEURONS if "neuron" in index else _HEADS
@@ -117,9 +117,9 @@ class StreamRun:
     ) -> None:
         self.model, self.error = model, 0.0
         check_linear_readout(model, "direct logit attribution")
-        tokens = prompts.stack(ids).to(model.device)
+        rows = prompts.stack(ids).to(model.device)
         which = torch.tensor(ids)
-        positions = direction.positions if isinstance(direction, Metric) else prompts.lengths - 1
+        positions = direction.positions if isinstance(direction, Metric) else prompts.ends
         everyone, read_at = torch.arange(len(ids), device=model.device), positions[which].to(model.device)
         self.written = [[hooks for _, hooks in written_in(model, layer)] for layer in range(model.n_layers)]
         outputs = [name for layer in self.written for hooks in layer for name in hooks]
@@ -135,7 +135,7 @@ class StreamRun:
 
         names = list(dict.fromkeys([*embedding, *outputs, *also]))
         with torch.no_grad(), capture(model, names, where_read) as self.kept:
-            recorded = record(model, tokens, blocks=False)
+            recorded = record(model, rows, blocks=False)
         check_readout(model, recorded, "direct logit attribution")
         self.final = recorded.resid[-1][everyone, read_at]
         self.reading = read_direction(model, self.final, direction, which)

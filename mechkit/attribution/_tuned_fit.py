@@ -1,20 +1,20 @@
 """Fitting a tuned lens's translators in minutes on a laptop's CPU.
 
-The KL to the final distribution over a whole vocabulary costs `2 * d_model * d_vocab` operations a position and layer, and
-twice that again for its gradient; so it is looked at as rarely as possible.
+The KL to the final distribution over a whole vocabulary costs `2 * d_model * d_vocab` operations per position and layer, and
+twice that for its gradient; so it is computed as rarely as possible.
 
 1. *Closed form.* Ridge regression from a layer's residual stream to the final one, scaled to unit RMS; towards a multiple of
    the identity. Positions count inversely to their squared norm. The ridge with the least KL on validation prompts is taken.
-2. *Confidence.* A regression's prediction is an average, and the final norm blows it up to full length: the lens would be too
-   sure (or not sure enough) of what it says. A shift along the direction that the unembedding sees least takes length away
-   from all others, as a temperature would, and stays within an affine map. Its size is chosen on validation prompts.
+2. *Confidence.* A regression's prediction is an average, and the final norm scales it to full length: the lens would be too
+   confident (or not confident enough). A shift along the direction that the unembedding reads least shortens all
+   others, as a temperature would, and stays within an affine map. Its size is chosen on validation prompts.
 3. *Gradient steps* on the KL: Adam in coordinates that are whitened for each layer, all layers at once, on the tokens that are
    most probable in the batch and a random draw of the others, which stand for the rest of the normalizer. The best state that
    was seen on validation prompts is kept for each layer.
 4. *Verdict.* With the whole vocabulary on validation prompts, each layer keeps its translator if it is better than none.
 
 Measured on SmolLM2-135M with 3,300 positions, mean KL of layers 0 to 28 on other text: 12.7 nats without a lens, 1.66 after
-steps 1 and 2 (of which step 2 is worth an eighth), 1.56 after 100 gradient steps. More steps did not help: with so little text
+steps 1 and 2 (an eighth of it by step 2), 1.56 after 100 gradient steps. More steps did not help: with so little text
 it overfits. A draw of the vocabulary makes a step eight times cheaper, and the KL that is reached is the same to within noise.
 """
 
@@ -160,7 +160,7 @@ def _collect(model: HookedModel, prompts: Prompts, layers: Sequence[int], skip: 
         return max(1, min(room.prompts_at_once(model, length, sites), unembedded))
 
     for batch in prompts.batches(fit):
-        run = record(model, batch.tokens.to(model.device), sites, blocks=False)
+        run = record(model, batch.stacked, sites, blocks=False)
         check_readout(model, run, "a lens")
         end = run.resid[-1]
         resid.append(torch.stack([run.sites[site].to(end.device) for site in sites])[:, :, skip:].flatten(1, 2))
@@ -384,7 +384,7 @@ def _log_probs(model: HookedModel, resid: Tensor, columns: Tensor, weight: Tenso
 
 
 def _divergence(model: HookedModel, resid: Tensor, columns: Tensor, weight: Tensor, log_p: Tensor) -> Tensor:
-    """The estimated KL(final ‖ lens), one a row. Its mean is no less than 0."""
+    """The estimated KL(final ‖ lens), one per row. Its mean is at least 0."""
     log_q = _log_probs(model, resid, columns, weight)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 

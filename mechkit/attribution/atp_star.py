@@ -4,13 +4,13 @@
    attention elsewhere. So the softmax is not linearized: the pattern is recomputed exactly with the source's query (or key), and
    `effect = sum((new pattern - pattern) * gradient at the pattern)`. With one key replaced, only its own score changes; all keys'
    patterns then follow from the scores in closed form, without a run for each.
-2. *GradDrop*. A direct effect and an indirect one through a later layer can cancel in the gradient, though they do not in truth.
+2. *GradDrop*. A direct effect and an indirect one through a later layer can cancel in the gradient, although they really do not.
    So the backward pass is repeated with each layer's contribution dropped in turn (the gradient goes past the layer along the
-   residual stream alone), and a node's score is the mean of the absolute estimates: `sum over layers |estimate| / (layers - 1)`
+   residual stream only), and a node's score is the mean of the absolute estimates: `sum over layers |estimate| / (layers - 1)`
    (a node has no estimate where its own layer is dropped). It has no sign.
 
 Costs one backward pass, with GradDrop one more for each layer (from that layer down, so half as long on average), and for the QK
-fix two or three attention patterns a layer.
+fix two or three attention patterns per layer.
 
 Kramar, Lieberum, Shah and Nanda 2024, https://arxiv.org/abs/2403.00745.
 """
@@ -38,6 +38,7 @@ from mechkit.experiment.estimates import (
     make_experiment,
 )
 from mechkit.experiment.passes import check_reached, runs_of, tapped, unedited
+from mechkit.experiment.patches import takes_patches
 from mechkit.hooks import SITES, HookedModel, get_site, one_at_a_time
 from mechkit.hooks._capture import keepers
 from mechkit.prompts import PromptPairs
@@ -49,6 +50,7 @@ Effect = Callable[[Tensor], Tensor]
 
 @checked
 @one_at_a_time
+@takes_patches
 def atp_star(
     model: HookedModel,
     pairs: PromptPairs,
@@ -141,7 +143,7 @@ def _attribute(experiment: Experiment, chunk: GradientChunk, qk_fix: bool, grad_
     ]
     n_layers = experiment.model.n_layers
     hooks += keepers([("resid_pre", layer) for layer in range(n_layers)], read, lambda activation, _: activation)
-    leaf, final = chunk.runs.forward(chunk.tokens[base_is], chunk.everyone, hooks, leaf=True)
+    leaf, final = chunk.runs.forward(chunk.inputs[base_is], chunk.everyone, hooks, leaf=True)
     assert leaf is not None
     value = chunk.metric(final).sum()
     if not grad_drop:
@@ -278,6 +280,6 @@ def _pattern(
 ) -> Float[Tensor, "prompt head pos src"]:
     """The base run's pattern (or scores) in one layer, with its queries or keys replaced if an edit is given."""
     hooks = [] if edit is None else [(edit[0], lambda x, hook, new=edit[1]: new)]
-    tokens = chunk.tokens[experiment.base_is]
+    rows = chunk.inputs[experiment.base_is]
     name = SITES[site].hook_name(layer)
-    return chunk.runs.capture(tokens, chunk.everyone, hooks, name, hidden=hidden, layer=layer)
+    return chunk.runs.capture(rows, chunk.everyone, hooks, name, hidden=hidden, layer=layer)

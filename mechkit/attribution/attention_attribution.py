@@ -1,4 +1,4 @@
-"""Attention attribution: how much of each input position reaches a position of the last layer, by the patterns alone.
+"""Attention attribution: how much of each input position reaches a position of the last layer, by the patterns only.
 
 Three ways to chain the patterns A of the layers, averaged over their heads, with the residual stream as an identity:
 
@@ -20,13 +20,13 @@ Three ways to chain the patterns A of the layers, averaged over their heads, wit
 3. The row of the position that the metric reads is the value.
 
 These are heuristics: attention is not explanation (Jain and Wallace 2019, https://arxiv.org/abs/1902.10186). Rollout and
-flow ignore what the heads write, the MLPs, and what was predicted; relevance knows of these by a gradient alone. Take them as
-a map of where to look, and ask `activation_patching` whether a position matters.
+flow ignore what the heads write, the MLPs, and what was predicted; relevance includes these only through a gradient. Use them to
+find where to look, and `activation_patching` to test whether a position matters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -40,12 +40,12 @@ from mechkit._check import checked
 from mechkit._precision import wide_dtype, widen
 from mechkit._progress import Progress
 from mechkit.engine import Budget, call_metric, check_can_run, check_metric, logits_at_hand, read_metric
-from mechkit.experiment.positions import position_labels, split_prompts
+from mechkit.experiment.positions import place_in_every, position_labels, split_prompts
 from mechkit.experiment.provenance import provenance_of
 from mechkit.hooks import HookedModel, one_at_a_time
 from mechkit.hooks._capture import capture
 from mechkit.metrics import AnyMetric, CallableMetric, Metric, metric_for
-from mechkit.prompts import PromptPairs, Prompts
+from mechkit.prompts import AnyPrompts, PromptPairs, Prompts, Stacked, as_prompts
 from mechkit.result import Result
 
 Over = Literal["pos", "layer pos"]
@@ -58,7 +58,7 @@ _STEPS = 2**30  # flow is found in whole steps of 2^-30, the finest that 32 bits
 @one_at_a_time
 def attention_rollout(
     model: HookedModel,
-    prompts: Prompts | PromptPairs,
+    prompts: AnyPrompts,
     *,
     position: str | int = "END",
     over: Over = "pos",
@@ -98,6 +98,7 @@ def attention_rollout(
     Example:
         >>> attention_rollout(model, pairs).mean("prompt").top(3)
     """
+    prompts = as_prompts(model, prompts)
     rule = _Rule("attention_rollout", "fraction", _rollout, _mixing(residual, head_fusion))
     return _attributed(
         rule, model, prompts, position, over, budget, progress, residual=residual, head_fusion=head_fusion
@@ -108,7 +109,7 @@ def attention_rollout(
 @one_at_a_time
 def attention_flow(
     model: HookedModel,
-    prompts: Prompts | PromptPairs,
+    prompts: AnyPrompts,
     *,
     position: str | int = "END",
     over: Over = "pos",
@@ -137,6 +138,7 @@ def attention_flow(
     Raises:
         ValueError: as `attention_rollout`.
     """
+    prompts = as_prompts(model, prompts)
     rule = _Rule("attention_flow", "capacity", _flow, _mixing(residual, head_fusion))
     return _attributed(
         rule, model, prompts, position, over, budget, progress, residual=residual, head_fusion=head_fusion
@@ -147,7 +149,7 @@ def attention_flow(
 @one_at_a_time
 def attention_relevance(
     model: HookedModel,
-    prompts: Prompts | PromptPairs,
+    prompts: AnyPrompts,
     metric: AnyMetric,
     *,
     position: str | int | None = None,
@@ -181,12 +183,13 @@ def attention_relevance(
     Example:
         >>> attention_relevance(model, pairs, logit_diff(pairs)).mean("prompt").top(3)
     """
+    prompts = as_prompts(model, prompts)
     metric = metric_for(metric, prompts)
     where = _reading_position(model, split_prompts(prompts)[0], metric, position)
 
-    def matrices(model: HookedModel, tokens: Tensor, ids: list[int]) -> Matrices:
-        weighted = _weighted_patterns(model, tokens, metric, ids)
-        return torch.eye(tokens.shape[1], dtype=weighted.dtype) + weighted  # R + Ā R = (I + Ā) R
+    def matrices(model: HookedModel, rows: Stacked, ids: list[int]) -> Matrices:
+        weighted = _weighted_patterns(model, rows, metric, ids)
+        return torch.eye(rows.tokens.shape[1], dtype=weighted.dtype) + weighted  # R + Ā R = (I + Ā) R
 
     whole = isinstance(metric, CallableMetric)
     rule = _Rule("attention_relevance", "arbitrary units", _rollout, matrices, gradients=True, whole=whole)
@@ -207,7 +210,7 @@ class _Rule:
     name: str
     unit: str
     chain: Callable[[Matrices, Int[Tensor, "prompt"], bool], Float[Tensor, "depth prompt src"]]
-    matrices: Callable[[HookedModel, Int[Tensor, "prompt pos"], list[int]], Matrices]
+    matrices: Callable[[HookedModel, Stacked, list[int]], Matrices]
     gradients: bool = False
     whole: bool = False
 
@@ -251,7 +254,7 @@ def _flows(capacities: np.ndarray, depths: Sequence[int], target: int) -> Float[
 
 
 def _source_side(graph: Any, source: int, sink: int) -> np.ndarray:
-    """Which nodes lie on the source's side of a smallest cut: those to which more could flow."""
+    """Which nodes are on the source's side of a minimum cut: those to which more could flow."""
     from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 
     left = graph - maximum_flow(graph, source, sink).flow
@@ -265,23 +268,23 @@ def _source_side(graph: Any, source: int, sink: int) -> np.ndarray:
 # -- patterns and gradients of one batch of prompts -------------------------------------------------------------------
 
 
-def _mixing(residual: float, head_fusion: HeadFusion) -> Callable[[HookedModel, Tensor, list[int]], Matrices]:
+def _mixing(residual: float, head_fusion: HeadFusion) -> Callable[[HookedModel, Stacked, list[int]], Matrices]:
     """What gives `residual * I + (1 - residual) * A` of every layer, where A joins the heads. The rows sum to 1."""
     if isinstance(residual, bool) or not isinstance(residual, int | float) or not 0 <= residual <= 1:
         raise ValueError(f"residual: expected a share from 0 to 1, got {residual!r}")
     if head_fusion not in ("mean", "max"):
         raise ValueError(f"head_fusion: expected 'mean' or 'max', got {head_fusion!r}")
 
-    def matrices(model: HookedModel, tokens: Tensor, ids: list[int]) -> Matrices:
+    def matrices(model: HookedModel, rows: Stacked, ids: list[int]) -> Matrices:
         def joined(pattern: Tensor, name: tuple[str, int]) -> Tensor:
             shares = _shares(pattern, name[1])
             one = shares.mean(1) if head_fusion == "mean" else shares.amax(1)
-            return one / one.sum(-1, keepdim=True)  # of a mean too, lest rounding add up over the layers
+            return one / one.sum(-1, keepdim=True)  # of a mean too, so that rounding does not add up over the layers
 
         patterns = [("pattern", layer) for layer in range(model.n_layers)]
         with torch.no_grad(), capture(model, patterns, joined) as found:
-            model(tokens)
-        identity = torch.eye(tokens.shape[1], dtype=torch.float64)
+            model.run(rows)
+        identity = torch.eye(rows.tokens.shape[1], dtype=torch.float64)
         return residual * identity + (1 - residual) * torch.stack([found[name] for name in patterns])
 
     return matrices
@@ -301,9 +304,7 @@ def _shares(pattern: Tensor, layer: int) -> Float[Tensor, "batch head dest src"]
     return wide
 
 
-def _weighted_patterns(
-    model: HookedModel, tokens: Int[Tensor, "prompt pos"], metric: Metric | CallableMetric, ids: list[int]
-) -> Matrices:
+def _weighted_patterns(model: HookedModel, rows: Stacked, metric: Metric | CallableMetric, ids: list[int]) -> Matrices:
     """Mean over heads of max(0, gradient * pattern), for every layer.
 
     The gradient is that of a zero that is added to each pattern: it exists whether or not the parameters are frozen, and
@@ -320,7 +321,7 @@ def _weighted_patterns(
     layers = range(model.n_layers)
     with torch.inference_mode(False), torch.enable_grad():
         with model.hooks([(("pattern", layer), partial(add_zero, layer=layer)) for layer in layers]):
-            logits = model(tokens.clone())  # a tensor that autograd may keep, wherever it was made
+            logits = model.run(rows.clone())  # a tensor that autograd may keep, wherever it was made
         value = _read(metric, widen(logits), ids)
         gradients = torch.autograd.grad(value.sum(), [zeros[layer] for layer in layers], allow_unused=True)
     weighted = []
@@ -342,7 +343,7 @@ def _read(metric: Metric | CallableMetric, logits: Tensor, ids: list[int]) -> Fl
     if isinstance(metric, CallableMetric):
         value = call_metric(metric, logits_at_hand(logits), np.array(ids), len(ids))
     else:
-        rows = logits[torch.arange(len(ids), device=logits.device), metric.positions[prompt].to(logits.device)]
+        rows = logits[torch.arange(len(ids), device=logits.device), metric.position[prompt].to(logits.device)]
         if metric.tokens is not None:
             rows = rows[:, metric.tokens.to(logits.device)]
         value = read_metric(metric, rows, prompt)
@@ -374,14 +375,14 @@ def _attributed(
     if over not in ("pos", "layer pos"):
         raise ValueError(f"over: expected 'pos' or 'layer pos', got {over!r}")
     model.hook_names("pattern")  # raises if this architecture lacks it in some layer
-    target = position if isinstance(position, Tensor) else _index(tokens, named, position)
+    target = position if isinstance(position, Tensor) else place_in_every(tokens, named, position)
     memory, every, longest = Budget.of(model, budget), over == "layer pos", int(tokens.lengths.max())
     dtype = wide_dtype(model.dtype)
     values = torch.full((model.n_layers if every else 1, longest, len(tokens)), torch.nan, dtype=dtype)
     with Progress(len(tokens), "prompt", progress) as bar:
         fit = None if rule.whole else lambda length, _: _prompts_at_once(model, length, memory, rule.gradients)
         for batch in tokens.batches(fit):
-            matrices = rule.matrices(model, batch.tokens.to(model.device), batch.ids)
+            matrices = rule.matrices(model, batch.stacked.to(model.device), batch.ids)
             found = rule.chain(matrices, target[batch.ids], every)
             values[:, : batch.length, batch.ids] = found.transpose(1, 2).to(dtype)
             bar.update(len(batch))
@@ -410,18 +411,6 @@ def _prompts_at_once(model: HookedModel, length: int, budget: Budget, gradients:
     return max(1, fits if budget.tokens is None else min(fits, budget.tokens // length))
 
 
-def _index(prompts: Prompts, named: Mapping[str, Tensor], position: str | int) -> Int[Tensor, "prompt"]:
-    """The index asked about in each prompt."""
-    if isinstance(position, str) and position in named:
-        return named[position]
-    if isinstance(position, bool) or not isinstance(position, int):
-        raise ValueError(f"position: expected one of {', '.join(named)}, or an index; got {position!r}")
-    lengths = prompts.lengths
-    if not bool(((position >= -lengths) & (position < lengths)).all()):
-        raise ValueError(f"position: expected an index into prompts of {lengths.tolist()} tokens, got {position}")
-    return torch.remainder(position, lengths)
-
-
 def _reading_position(
     model: HookedModel, prompts: Prompts, metric: Metric | CallableMetric, position: str | int | None
 ) -> str | int | Tensor:
@@ -437,5 +426,5 @@ def _reading_position(
         )
     check_metric(model, prompts, metric, ("clean",))
     if isinstance(metric, Metric):
-        return metric.positions
+        return metric.position
     return "END" if position is None else position

@@ -2,7 +2,7 @@
 
 1. Prompts of equal length run together; nothing is padded.
 2. Every layer's pattern (or its scores, before the softmax) is copied as the model computes it.
-3. The scores say where the mask is: there the model puts a number so low that no query and key could make it. Such a cell does
+3. The scores show where the mask is: there the model puts a number so low that no query and key could give it. Such a cell does
    not exist, and neither does one at a position that a shorter prompt lacks: both are NaN. A source that is seen but gets
    nothing is 0.
 """
@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechkit._check import checked
@@ -26,7 +26,7 @@ from mechkit.experiment.axes import choose_indices
 from mechkit.experiment.positions import position_labels, split_prompts
 from mechkit.experiment.provenance import provenance_of
 from mechkit.hooks import HookedModel, one_at_a_time, record
-from mechkit.prompts import PromptPairs, Prompts
+from mechkit.prompts import AnyPrompts, Stacked, as_prompts
 from mechkit.result import Result
 
 _MASKED = -1e8  # masks are -1e9, the dtype's lowest number or minus infinity; half precision has its own limit
@@ -37,7 +37,7 @@ _MASKED = -1e8  # masks are -1e9, the dtype's lowest number or minus infinity; h
 @torch.no_grad()
 def attention_patterns(
     model: HookedModel,
-    prompts: Prompts | PromptPairs,
+    prompts: AnyPrompts,
     *,
     layers: Sequence[int] | None = None,
     heads: Sequence[int] | None = None,
@@ -48,7 +48,7 @@ def attention_patterns(
     """The attention of every head, from each destination to each source position.
 
     The numbers are those that `model.run_with_cache(tokens, "pattern")` keeps for the same batch, bit for bit (half precision is
-    widened). The result holds `layers * heads * length² * prompts` of them: 12 × 12 heads and 512 tokens are 151 MB a prompt
+    widened). The result holds `layers * heads * length² * prompts` of them: 12 × 12 heads and 512 tokens are 151 MB per prompt
     in float32.
 
     Args:
@@ -56,12 +56,12 @@ def attention_patterns(
         prompts: Of any lengths. Of pairs, the clean prompts.
         layers, heads: Restrict those dims.
         scores: Give the scores before the softmax instead (with all that the model adds to them, such as ALiBi's slopes).
-        budget: Bytes of working memory beside the result; default half of the GPU's free memory, 1 GiB on a CPU.
+        budget: Bytes of working memory in addition to the result; default half of the GPU's free memory, 1 GiB on a CPU.
         progress: Show a progress bar when it takes long.
 
     Returns:
         A `Result` with dims `("layer", "head", "dest", "src", "prompt")` and no baseline, on the CPU: attention from 0 to 1
-        (unit `"attention"`), or scores (unit `"logits"`). A destination's attention sums to 1 over its sources, but for models
+        (unit `"attention"`), or scores (unit `"logits"`). A destination's attention sums to 1 over its sources, except in models
         with attention sinks outside the prompt. NaN where the mask hides the source (later positions in a causal model, those
         outside the window in a sliding-window layer) and where a prompt lacks the position. Positions are labelled
         `'" Mary" 3'` where all prompts have that text, else by their number; with several prompts the provenance has each
@@ -74,6 +74,7 @@ def attention_patterns(
     Example:
         >>> mk.plot.attention(attention_patterns(model, pairs), layer=9, head=6)
     """
+    prompts = as_prompts(model, prompts)
     check_can_run(model)
     rows, _, task = split_prompts(prompts)
     check_can_run(model, {"prompt": rows})
@@ -86,7 +87,7 @@ def attention_patterns(
     memory = Budget.of(model, budget)
     with Progress(len(rows), "prompt", progress) as bar:
         for batch in rows.batches(lambda length, _: memory.prompts_at_once(model, length, [("pattern", 0)] * 3)):
-            _run(model, batch.tokens.to(model.device), _Target(values, batch.ids, *chosen, scores))
+            _run(model, batch.stacked, _Target(values, batch.ids, *chosen, scores))
             bar.update(len(batch))
     labels = position_labels(rows, range(longest))
     given: dict[str, Any] = {"technique": "attention_patterns", "task": task, "scores": scores}
@@ -121,7 +122,7 @@ class _Target:
     scores: bool
 
 
-def _run(model: HookedModel, tokens: Int[Tensor, "batch pos"], target: _Target) -> None:
+def _run(model: HookedModel, rows: Stacked, target: _Target) -> None:
     """Runs a batch and writes every layer's part as it is computed."""
     masks: dict[int, Bool[Tensor, "batch chosen dest src"]] = {}
     hooks: list[Any] = []
@@ -130,7 +131,7 @@ def _run(model: HookedModel, tokens: Int[Tensor, "batch pos"], target: _Target) 
         if not target.scores:
             hooks.append((("pattern", layer), partial(_keep_pattern, row=row, target=target, masks=masks)))
     with model.hooks(hooks):
-        record(model, tokens, blocks=False)
+        record(model, rows, blocks=False)
 
 
 def _keep_scores(

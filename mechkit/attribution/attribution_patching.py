@@ -23,6 +23,7 @@ from mechkit.engine import frozen_parameters
 from mechkit.experiment.axes import Chosen
 from mechkit.experiment.estimates import AnyMetric, make_experiment
 from mechkit.experiment.passes import first_order
+from mechkit.experiment.patches import takes_patches
 from mechkit.hooks import HookedModel, one_at_a_time
 from mechkit.prompts import PromptPairs
 from mechkit.result import Result
@@ -51,6 +52,7 @@ def attribution_patching(
 ) -> dict[str, Result]: ...
 @checked
 @one_at_a_time
+@takes_patches
 def attribution_patching(
     model: HookedModel,
     pairs: PromptPairs,
@@ -90,7 +92,7 @@ def attribution_patching(
     """
     chosen: Chosen = {"layers": layers, "heads": heads, "positions": positions, "neurons": neurons}
     about = {"technique": "attribution_patching"}
-    experiment = make_experiment(model, pairs, metric, site, over, direction, chosen, budget, progress, about)
+    experiment = make_experiment(model, pairs, metric, site, over, direction, chosen, budget, progress, about, True)
     with frozen_parameters(model):
         for chunk in experiment.chunks():
             first_order(experiment, chunk)

@@ -1,4 +1,4 @@
-"""How far to trust an approximation here: held against exact patching, and mended by it where it matters.
+"""How far to trust an approximation here: compares it with exact patching, and replaces its strongest cells.
 
 `compare` takes two results for the same cells, `verify` computes the exact value of the strongest cells of an approximation.
 """
@@ -30,7 +30,7 @@ _LEAST = 0.01  # cells with an effect below this share of the largest have no si
 
 @dataclass(frozen=True)
 class WorstCell:
-    """A cell where approximation and exact effect lie far apart."""
+    """A cell where approximation and exact effect are far apart."""
 
     label: str
     approx: float
@@ -92,7 +92,7 @@ def compare(approx: Result, exact: Result, *, k: int = 10) -> Comparison:
     Args:
         approx: The approximation.
         exact: The exact result for the same model, prompts, site and direction; its cells may be in another order, and it may
-            have others besides.
+            have more cells.
         k: How many of the strongest cells must be found, and how many of the worst are named.
 
     Returns:

@@ -33,7 +33,7 @@ from mechkit.engine import Budget, check_can_run
 from mechkit.experiment.axes import choose_indices, choose_layers, common_width
 from mechkit.experiment.positions import choose_positions, position_labels, split_prompts
 from mechkit.hooks import SITES, HookedModel, mlp_weight, one_at_a_time
-from mechkit.prompts import PromptPairs, Prompts
+from mechkit.prompts import AnyPrompts, Prompts, as_prompts
 from mechkit.result import Result
 
 OVER = ("component", "cumulative", "layer head", "layer head src", "layer head position", "layer neuron")
@@ -44,7 +44,7 @@ CAUTION = "direct effect only: later components may remove it (see dla_erasure_c
 @one_at_a_time
 def direct_logit_attribution(
     model: HookedModel,
-    prompts: PromptPairs | Prompts,
+    prompts: AnyPrompts,
     metric: Direction,
     over: str = "component",
     *,
@@ -85,6 +85,7 @@ def direct_logit_attribution(
         ValueError: a metric that is not linear in the logits; an architecture whose residual stream, heads or neurons do not
             sum to what they should (the message says where and by how much); training mode.
     """
+    prompts = as_prompts(model, prompts)
     if over not in OVER:
         raise ValueError(f"over: expected one of {', '.join(map(repr, OVER))}; got {over!r}")
     base, named, task = split_prompts(prompts)

@@ -32,7 +32,7 @@ from mechkit.engine import Budget, attached_hooks, check_can_run
 from mechkit.experiment.positions import split_prompts
 from mechkit.hooks import SITES, HookedModel, one_at_a_time
 from mechkit.metrics import Metric
-from mechkit.prompts import PromptPairs, Prompts
+from mechkit.prompts import AnyPrompts, Prompts, as_prompts
 from mechkit.result import Result
 
 
@@ -83,7 +83,7 @@ class Erasure(Drawn):
 @one_at_a_time
 def dla_erasure_check(
     model: HookedModel,
-    prompts: PromptPairs | Prompts,
+    prompts: AnyPrompts,
     metric: Direction,
     head: tuple[int, int],
     *,
@@ -111,6 +111,7 @@ def dla_erasure_check(
         ValueError: no such head or mode; a mean over a single prompt; a metric that is not linear in the logits;
             training mode.
     """
+    prompts = as_prompts(model, prompts)
     if not (isinstance(head, tuple | list) and len(head) == 2 and all(hasattr(i, "__index__") for i in head)):
         raise ValueError(f"head: expected (layer, head), two indices; got {head!r}")
     layer, index = (int(i) for i in head)
@@ -157,7 +158,7 @@ def dla_erasure_check(
 
 
 def _writers(model: HookedModel, head: tuple[int, int]) -> list[str]:
-    """Everything that writes into the stream from the head's layer on, but for the head itself."""
+    """Everything that writes into the stream from the head's layer on, except the head itself."""
     names = []
     for layer in range(head[0], model.n_layers):
         names += [f"L{layer}H{i}" for i in range(model.n_heads) if (layer, i) != head]

@@ -2,7 +2,7 @@
 
 1. A head is two low-rank maps: QK = W_Q W_Kᵀ says where it attends, OV = W_V W_O what it moves from there.
 2. Between token and head stands the block's norm, between head and logits the final norm. A norm is a gain (and in LayerNorm
-   a centring) times a scale that depends on the token. Gains and centring are *folded* into the weights beside them: what
+   a centring) times a scale that depends on the token. Gains and centring are *folded* into the adjacent weights: what
    reads the stream (W_Q, W_K, W_V, W_U) takes those of the norm in front of it, W_O those of the norm behind it where a
    block has one (Gemma 2 and 3, OLMo 2), W_Q and W_K those of query and key norms. Each function says what becomes of the scales.
 3. All is computed from the factors: nothing of size vocabulary², and no d_model² matrix for each head or pair of heads.
@@ -175,7 +175,7 @@ def ov_svd(model: HookedModel, layer: int, head: int, k: int = 10, top: int = 10
 
     The block's norm's gain and centring are folded into the matrix, and those of a norm behind the attention. Tokens: reading
     is measured on embeddings after the block's norm (its exact scale, without its bias); writing on W_U with the final norm's
-    gain and centring. So `Σ singular_value * read value * write value` over all directions is `ov_circuit`, but for what the
+    gain and centring. So `Σ singular_value * read value * write value` over all directions is `ov_circuit` without what the
     biases add.
 
     Both vectors of a direction may change sign together. Here the token with the largest write value in magnitude has a

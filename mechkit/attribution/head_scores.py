@@ -45,7 +45,7 @@ from mechkit.attribution._head_weights import (
 )
 from mechkit.engine import Budget, check_can_run
 from mechkit.experiment.axes import choose_indices
-from mechkit.experiment.positions import choose_positions, split_prompts
+from mechkit.experiment.positions import choose_positions, places_of, split_prompts
 from mechkit.experiment.provenance import provenance_of
 from mechkit.hooks import (
     HookedModel,
@@ -57,7 +57,7 @@ from mechkit.hooks import (
     write_scale,
 )
 from mechkit.hooks._capture import capture
-from mechkit.prompts import PromptPairs, Prompts
+from mechkit.prompts import AnyPrompts, PromptPairs, Prompts, Stacked, as_prompts
 from mechkit.result import Result
 
 Kind = Literal["previous_token", "duplicate_token", "induction", "prefix_matching", "copying", "name_mover_copy"]
@@ -72,7 +72,7 @@ def head_scores(
     model: HookedModel,
     kind: Kind = "induction",
     *,
-    prompts: Prompts | PromptPairs | None = None,
+    prompts: AnyPrompts | None = None,
     positions: Sequence[str] | None = None,
     sign: Literal[1, -1] = 1,
     n: int | None = None,
@@ -130,6 +130,7 @@ def head_scores(
     Example:
         >>> head_scores(model, "induction").mean("prompt").top(5)
     """
+    prompts = None if prompts is None else as_prompts(model, prompts)
     if kind not in KINDS:
         raise ValueError(f"kind: expected one of {', '.join(KINDS)}; got {kind!r}")
     check_can_run(model)
@@ -147,7 +148,7 @@ def head_scores(
     base, named, given_task = split_prompts(prompts)
     check_can_run(model, {"random prompt" if random else "prompt": base})
     if kind == "name_mover_copy":
-        at = None if positions is None else [named[name] for name in choose_positions(named, positions)]
+        at = None if positions is None else places_of(base.lengths, named, choose_positions(named, positions))
         values = _name_mover_copy(model, base, at, sign, *chosen, Budget.of(model, budget), progress)
     else:
         values = _pattern_scores(model, base, kind, *chosen, Budget.of(model, budget), progress)
@@ -176,7 +177,7 @@ def head_scores(
 @one_at_a_time
 @torch.no_grad()
 def composition_scores(model: HookedModel, kind: Literal["Q", "K", "V"] = "K", *, progress: bool = True) -> Result:
-    """How much of what each later head reads lies in what each earlier head writes: `‖A B‖ / (‖A‖ ‖B‖)`, Frobenius norms.
+    """How much of what each later head reads is in what each earlier head writes: `‖A B‖ / (‖A‖ ‖B‖)`, Frobenius norms.
 
     A is the earlier head's OV matrix, as it maps row vectors; B is the later head's `W_K W_Qᵀ` for `"K"`, `W_Q W_Kᵀ` for
     `"Q"`, and its OV matrix for `"V"`.
@@ -234,7 +235,7 @@ def composition_scores(model: HookedModel, kind: Literal["Q", "K", "V"] = "K", *
 
 
 def random_prompts(model: HookedModel, kind: Kind, n: int, length: int | None, seed: int) -> Prompts:
-    """Random tokens, drawn anew for each prompt and repeated as `head_scores` says."""
+    """Random tokens, drawn for each prompt and repeated as `head_scores` says."""
     times = {"prefix_matching": 4, "name_mover_copy": 1}.get(kind, 2)
     length = (25 if kind == "prefix_matching" else 50) if length is None else length
     return Prompts.from_tokens(repeated_rows(model, n, length, times, seed), model)
@@ -279,15 +280,15 @@ def _pattern_scores(
     progress: bool,
 ) -> Float[Tensor, "layer head prompt"]:
     values = torch.full((len(layers), len(heads), len(prompts)), torch.nan, dtype=widen(_scalar(model)).dtype)
-    for ids, tokens in _batches(model, prompts, budget, progress):
-        sources = attended(tokens, kind)
+    for ids, rows in _batches(model, prompts, budget, progress):
+        sources = attended(rows.tokens, kind, model.placeholder_mask(rows.tokens))
         counts = sources.any(-1).sum(-1).to(values.dtype)  # destinations that count
         kept = partial(
             _reduce, values=values, ids=ids, heads=heads, weight=sources.to(values.dtype) / counts[:, None, None]
         )
         hooks: list[Any] = [(("pattern", layer), partial(kept, row=row)) for row, layer in enumerate(layers)]
         with model.hooks(hooks):
-            record(model, tokens, blocks=False)
+            record(model, rows, blocks=False)
     return values
 
 
@@ -306,13 +307,18 @@ def _reduce(
     values[row, :, ids] = torch.einsum("bhds,bds->hb", attention, weight.to(attention.device)).cpu()
 
 
-def attended(tokens: Int[Tensor, "prompt pos"], kind: str) -> Bool[Tensor, "prompt pos pos"]:
-    """Where a head of this kind looks: `[prompt destination source]`. Destinations that do not count have no source."""
+def attended(
+    tokens: Int[Tensor, "prompt pos"], kind: str, patches: Bool[Tensor, "prompt pos"] | None = None
+) -> Bool[Tensor, "prompt pos pos"]:
+    """Where a head of this kind looks: `[prompt destination source]`. Destinations that do not count have no source. `patches`
+    of a picture, which share one placeholder, are no repetitions of each other."""
     length = tokens.shape[1]
     before = torch.ones(length, length, dtype=torch.bool, device=tokens.device).tril(-1)
     if kind == "previous_token":
         return (before & ~before.tril(-2)).expand(len(tokens), -1, -1)
     earlier = (tokens[:, :, None] == tokens[:, None, :]) & before
+    if patches is not None:
+        earlier = earlier & ~patches[:, None]
     if kind == "duplicate_token":
         return earlier
     if kind == "induction":  # the last of the earlier occurrences alone
@@ -324,12 +330,12 @@ def attended(tokens: Int[Tensor, "prompt pos"], kind: str) -> Bool[Tensor, "prom
 
 def _batches(
     model: HookedModel, prompts: Prompts, budget: Budget, progress: bool
-) -> Iterator[tuple[list[int], Int[Tensor, "prompt pos"]]]:
+) -> Iterator[tuple[list[int], Stacked]]:
     """Prompts of equal length, as many at once as the budget holds with the pattern of one layer."""
     bar = Progress(len(prompts), "prompt", progress)
     with bar:
         for batch in prompts.batches(lambda length, _: budget.prompts_at_once(model, length, [("pattern", 0)] * 3)):
-            yield batch.ids, batch.tokens.to(model.device)
+            yield batch.ids, batch.stacked.to(model.device)
             bar.update(len(batch))
 
 
@@ -362,7 +368,7 @@ def _copying(
 def _name_mover_copy(
     model: HookedModel,
     prompts: Prompts,
-    positions: Sequence[Int[Tensor, "prompt"]] | None,
+    positions: Int[Tensor, "place prompt"] | None,
     sign: int,
     layers: Sequence[int],
     heads: Sequence[int],
@@ -373,14 +379,15 @@ def _name_mover_copy(
     shared = model.n_heads // model.n_kv_heads
     at_once = max(1, budget.bytes // (4 * 4 * model.d_vocab))  # rows of float32 logits and their copies
     values = torch.full((len(layers), len(heads), len(prompts)), torch.nan)
-    for ids, tokens in _batches(model, prompts, budget, progress):
+    for ids, rows in _batches(model, prompts, budget, progress):
+        tokens = rows.tokens
         with capture(model, [("resid_post", 0)]) as kept:
-            check_readout(model, record(model, tokens, blocks=False), "a copying score")
+            check_readout(model, record(model, rows, blocks=False), "a copying score")
         everyone = torch.arange(len(ids), device=tokens.device)[:, None]
         if positions is None:
             at = torch.arange(tokens.shape[1], device=tokens.device).expand(len(ids), -1)
         else:
-            at = torch.stack([p[ids] for p in positions], -1).to(tokens.device)
+            at = positions[:, ids].T.to(tokens.device)
         stream, own = kept["resid_post", 0][everyone, at].flatten(0, 1), tokens[everyone, at].flatten()
         for row, layer in enumerate(layers):
             if layer == 0:

@@ -10,7 +10,6 @@ every `Result`, which changes no number.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -20,12 +19,12 @@ from mechkit._check import checked
 from mechkit._progress import Progress
 from mechkit.engine import Budget, check_can_run
 from mechkit.experiment.axes import choose_indices
-from mechkit.experiment.positions import split_prompts
+from mechkit.experiment.positions import place_in_every, split_prompts
 from mechkit.experiment.provenance import provenance_of
 from mechkit.hooks import SITES, HookedModel, get_site, one_at_a_time, parse_hook_name, record
 from mechkit.hooks._capture import capture
 from mechkit.hooks._nonfinite import where_it_began
-from mechkit.prompts import PromptPairs, Prompts
+from mechkit.prompts import AnyPrompts, Stacked, as_prompts
 from mechkit.result import Cost, Result
 
 _SITES = tuple(name for name, site in SITES.items() if site.in_block and site.dims == ("pos", "d_model"))
@@ -36,7 +35,7 @@ _SITES = tuple(name for name, site in SITES.items() if site.in_block and site.di
 @torch.no_grad()
 def hidden_states(
     model: HookedModel,
-    prompts: PromptPairs | Prompts,
+    prompts: AnyPrompts,
     *,
     site: str = "resid_post",
     layers: Sequence[int] | None = None,
@@ -65,6 +64,7 @@ def hidden_states(
     Example:
         >>> states = hidden_states(model, pairs, position="S2")
     """
+    prompts = as_prompts(model, prompts)
     found, named_layer = get_site(site), parse_hook_name(site)[1]
     if found.name not in _SITES:
         raise ValueError(f"site: expected one of {', '.join(_SITES)}, got {site!r}")
@@ -78,18 +78,18 @@ def hidden_states(
     check_can_run(model, {"prompt": base})
     chosen = choose_indices("layers", layers, model.n_layers)
     names = model.hook_names([(found.name, layer) for layer in chosen])  # raises if this architecture lacks the site
-    at = _positions(base, named, position)
+    at = place_in_every(base, named, position)
     wide = torch.float64 if model.dtype == torch.float64 else torch.float32
     values = torch.empty(len(chosen), model.d_model, len(base), dtype=wide)
     room, sites = Budget.of(model, budget), [(found.name, layer) for layer in chosen]
     with Progress(len(base), "prompt", progress) as bar:
         for batch in base.batches(lambda length, _: room.prompts_at_once(model, length, sites)):
-            ids, tokens = batch.ids, batch.tokens.to(model.device)
-            for i, kept in enumerate(_run(model, tokens, names, at[ids])):
+            ids, rows = batch.ids, batch.stacked.to(model.device)
+            for i, kept in enumerate(_run(model, rows, names, at[ids])):
                 if len(bad := (~kept.isfinite()).any(-1).nonzero().flatten().tolist()):
                     raise ValueError(
                         f"model: expected finite activations, got NaN or inf in {names[i]} of prompts "
-                        f"{[ids[j] for j in bad[:5]]}; of prompt {ids[bad[0]]} {where_it_began(model, tokens[bad[0]])}"
+                        f"{[ids[j] for j in bad[:5]]}; of prompt {ids[bad[0]]} {where_it_began(model, rows[[bad[0]]])}"
                     )
                 values[i][:, ids] = kept.T.to(values)
             bar.update(len(ids))
@@ -109,33 +109,13 @@ def hidden_states(
     )
 
 
-def _positions(prompts: Prompts, named: Any, position: int | str) -> Int[Tensor, "prompt"]:
-    """The position in each prompt, counted from its beginning."""
-    if isinstance(position, str):
-        if position not in named:
-            raise ValueError(f"position: expected an index or one of {', '.join(named)}, got {position!r}")
-        return torch.as_tensor(named[position])
-    if isinstance(position, bool) or not hasattr(position, "__index__"):
-        raise ValueError(f"position: expected an index or a name, got {position!r}")
-    lengths, index = prompts.lengths, position.__index__()
-    at = lengths + index if index < 0 else torch.full_like(lengths, index)
-    for i in ((at < 0) | (at >= lengths)).nonzero().flatten().tolist():
-        raise ValueError(
-            f"position: expected an index that every prompt has; prompt {i} has {lengths[i]} tokens, got {position}. "
-            "Leave it out, or use a named position"
-        )
-    return at
-
-
-def _run(
-    model: HookedModel, tokens: Int[Tensor, "prompt pos"], names: Sequence[str], at: Int[Tensor, "prompt"]
-) -> list[Tensor]:
+def _run(model: HookedModel, prompts: Stacked, names: Sequence[str], at: Int[Tensor, "prompt"]) -> list[Tensor]:
     """`[prompt d_model]` for each hook name. One position is unembedded, not all."""
 
     def at_position(activation: Tensor, name: str) -> Tensor:
-        rows = torch.arange(len(tokens), device=activation.device)
-        return activation.expand(len(tokens), *activation.shape[1:])[rows, at.to(activation.device)]
+        rows = torch.arange(len(prompts), device=activation.device)
+        return activation.expand(len(prompts), *activation.shape[1:])[rows, at.to(activation.device)]
 
     with capture(model, names, at_position) as kept:
-        record(model, tokens, blocks=False)
+        record(model, prompts, blocks=False)
     return [kept[name] for name in names]

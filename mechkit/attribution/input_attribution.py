@@ -49,7 +49,7 @@ from mechkit.experiment.quadrature import Rule, along_activation, batches, metri
 from mechkit.hooks import HookedModel, get_site, one_at_a_time
 from mechkit.hooks._capture import keepers
 from mechkit.metrics import Metric, metric_for
-from mechkit.prompts import PromptPairs, Prompts
+from mechkit.prompts import AnyPrompts, PromptPairs, Prompts, as_prompts
 from mechkit.result import Cost, Result
 
 _INPUT: Key = ("resid_pre", 0)  # what the first block reads
@@ -60,7 +60,7 @@ _CUTS = ("resid_pre", "resid_mid", "resid_post")  # everything that a later laye
 @one_at_a_time
 def gradient_x_input(
     model: HookedModel,
-    prompts: PromptPairs | Prompts,
+    prompts: AnyPrompts,
     metric: AnyMetric,
     *,
     budget: int | None = None,
@@ -90,6 +90,7 @@ def gradient_x_input(
     Example:
         >>> gradient_x_input(model, pairs, logit_diff(pairs)).mean("prompt").top(3)
     """
+    prompts = as_prompts(model, prompts)
     reader = metric_for(metric, prompts)
     if isinstance(reader, Metric) and reader.reference is not None:
         raise ValueError(
@@ -111,7 +112,7 @@ def gradient_x_input(
 @torch.inference_mode(False)
 def token_integrated_gradients(
     model: HookedModel,
-    prompts: PromptPairs | Prompts,
+    prompts: AnyPrompts,
     metric: AnyMetric,
     *,
     baseline: str | int = "zero",
@@ -151,6 +152,7 @@ def token_integrated_gradients(
         >>> tokens = token_integrated_gradients(model, pairs, logit_diff(pairs), baseline=" the")
         >>> tokens.mean("prompt").top(3), tokens.provenance["completeness_error"]
     """
+    prompts = as_prompts(model, prompts)
     points, weights = quadrature(steps, rule)
     experiment = _input_experiment(model, prompts, metric, budget, progress)
     experiment.gradients = len(points)
@@ -171,7 +173,7 @@ def token_integrated_gradients(
 @torch.inference_mode(False)
 def neuron_attribution(
     model: HookedModel,
-    prompts: PromptPairs | Prompts,
+    prompts: AnyPrompts,
     metric: AnyMetric,
     *,
     site: str = "mlp_post",
@@ -221,6 +223,7 @@ def neuron_attribution(
         >>> neurons = neuron_attribution(model, pairs, logit_diff(pairs), layers=[20, 21])
         >>> neurons.mean("prompt").top(10)
     """
+    prompts = as_prompts(model, prompts)
     if path not in ("activation", "input"):
         raise ValueError(f"path: expected 'activation' or 'input', got {path!r}")
     if path == "activation" and (baseline != "zero" or keep is not None):
@@ -331,8 +334,8 @@ def _conduct(
             return tapped(activation, fn)
 
         hooks = [(hook_name(key), partial(keep, fn=partial(contract, key=key))) for key in keys]
-        tokens = chunk.tokens[experiment.base_is][row]
-        leaf, final = chunk.runs.forward(tokens, row, hooks, hidden=along[0], leaf=True)
+        rows = chunk.inputs[experiment.base_is][row]
+        leaf, final = chunk.runs.forward(rows, row, hooks, hidden=along[0], leaf=True)
         assert leaf is not None
         torch.autograd.grad(chunk.metric(final, row).sum(), leaf)
     check_reached(experiment, silent)
@@ -345,7 +348,7 @@ def _activations(
 ) -> dict[Key, Tensor]:
     """The activations at `keys` of runs whose first block reads `hidden`."""
     kept: dict[Key, Tensor] = {}
-    chunk.runs.forward(chunk.tokens[chunk.experiment.base_is][row], row, keepers(keys, kept), hidden=hidden)
+    chunk.runs.forward(chunk.inputs[chunk.experiment.base_is][row], row, keepers(keys, kept), hidden=hidden)
     return kept
 
 
@@ -362,7 +365,7 @@ class _Sums:
     def keep(
         self, chunk: GradientChunk, total: Float[Tensor, "key prompt"], start: Float[Tensor, "key prompt"]
     ) -> None:
-        """Of a chunk's prompts; raises `ValueError` where they are not finite."""
+        """Stores a chunk's values; raises `ValueError` where they are not finite."""
         _check_finite(start, "metric at the start of the path")
         _check_finite(total, "gradients along the path")
         self._total[:, chunk.ids], self._start[:, chunk.ids] = (x.detach().cpu().to(self.dtype) for x in (total, start))

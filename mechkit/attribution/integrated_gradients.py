@@ -3,8 +3,8 @@
 One gradient, at the base run, is a poor guide where the metric bends on the way. Here it is averaged over the path:
 
 - `path="activation"`: each layer's activations move by themselves from the base to the source run's (Marks et al. 2024). The
-  nodes of a layer sum to the exact effect of patching them all together, but for the error of the sum, which is reported
-  (`completeness_error`). Costs `steps` backward passes a layer, from that layer on.
+  nodes of a layer sum to the exact effect of patching them all together, up to the error of the sum, which is reported
+  (`completeness_error`). Costs `steps` backward passes per layer, from that layer on.
 - `path="input"`: the embeddings move, and every node's gradient is averaged over these runs (Hanna et al. 2024, EAP-IG for
   nodes). Costs `steps` backward passes in all. Completeness holds for the embeddings and is reported for them.
 
@@ -34,6 +34,7 @@ from mechkit.experiment.estimates import (
     make_experiment,
 )
 from mechkit.experiment.passes import check_reached, runs_of, tapped, unedited
+from mechkit.experiment.patches import takes_patches
 from mechkit.experiment.quadrature import Rule, along_activation, batches, metric_with, quadrature
 from mechkit.hooks import SITES, HookedModel, one_at_a_time
 from mechkit.prompts import PromptPairs
@@ -43,6 +44,7 @@ from mechkit.result import Result
 @checked
 @one_at_a_time
 @torch.inference_mode(False)
+@takes_patches
 def integrated_gradients(
     model: HookedModel,
     pairs: PromptPairs,
@@ -145,7 +147,7 @@ def _input_path(experiment: Experiment, chunk: GradientChunk, points: list[float
 
         hooks = [(hook_name(key), partial(keep, key=key)) for key in experiment.keys]
         hidden = (base_hidden[0][row] + point[:, None, None] * change[row]).to(change.dtype)
-        leaf, final = chunk.runs.forward(chunk.tokens[base_is][row], row, hooks, hidden=hidden, leaf=True)
+        leaf, final = chunk.runs.forward(chunk.inputs[base_is][row], row, hooks, hidden=hidden, leaf=True)
         assert leaf is not None
         slope = torch.autograd.grad(chunk.metric(final, row).sum(), leaf)[0]
         share = (change[row] * slope).flatten(1).sum(1) * weight

@@ -35,7 +35,7 @@ from mechkit.experiment.positions import split_prompts
 from mechkit.experiment.provenance import provenance_of
 from mechkit.hooks import HookedModel, one_at_a_time
 from mechkit.metrics import kl
-from mechkit.prompts import PromptPairs, Prompts
+from mechkit.prompts import AnyPrompts, PromptPairs, Prompts, as_prompts
 from mechkit.result import Cost, Result
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ OF_TOKENS = ("logit", "log_prob", "prob", "rank")
 @one_at_a_time
 def logit_lens(
     model: HookedModel,
-    prompts: Prompts | PromptPairs,
+    prompts: AnyPrompts,
     tokens: Tokens | None = None,
     *,
     value: Literal["logit", "log_prob", "prob", "rank", "entropy", "kl"] | None = None,
@@ -106,6 +106,7 @@ def logit_lens(
         >>> lens = logit_lens(model, pairs.clean, tokens=[" Mary", " John"])
         >>> lens.mean("prompt").sel(token=" Mary")
     """
+    prompts = as_prompts(model, prompts)
     base, named, task = split_prompts(prompts)
     if tokens is None and isinstance(prompts, PromptPairs) and value not in ("entropy", "kl"):
         tokens = {"right": [ids[0] for ids in prompts.right], "wrong": [ids[0] for ids in prompts.wrong]}
@@ -172,7 +173,7 @@ class TopTokens(Drawn):
 @one_at_a_time
 def top_tokens(
     model: HookedModel,
-    prompts: Prompts | PromptPairs,
+    prompts: AnyPrompts,
     k: int = 5,
     *,
     site: str = "resid_post",
@@ -196,6 +197,7 @@ def top_tokens(
     Raises:
         ValueError: `k` is no number of tokens of the vocabulary; what `logit_lens` refuses.
     """
+    prompts = as_prompts(model, prompts)
     base, named, task = split_prompts(prompts)
     check_k(model, k)
     axes = make_axes(model, base, named, site, over, layers=layers, heads=heads, positions=positions)
@@ -322,7 +324,7 @@ def _single(model: HookedModel, token: Token) -> int:
 
 
 def _n_columns(ids: Tensor | None, prompts: Prompts) -> int:
-    """How many tokens a chunk of rows asks for at most."""
+    """The most tokens that a chunk of rows asks for."""
     return int(prompts.lengths.sum()) if ids is None else len(ids.unique())
 
 

@@ -25,11 +25,11 @@ from mechkit._progress import Progress
 from mechkit.attribution.logit_lens import TopTokens, check_k, make_top_tokens
 from mechkit.engine import Budget, check_can_run, check_tokens
 from mechkit.experiment.axes import choose_indices
-from mechkit.experiment.positions import choose_positions, split_prompts
+from mechkit.experiment.positions import choose_positions, places_of, split_prompts
 from mechkit.experiment.provenance import provenance_of
 from mechkit.hooks import SITES, HookedModel, get_site, one_at_a_time, record
 from mechkit.hooks._nonfinite import where_it_began
-from mechkit.prompts import PromptPairs, Prompts
+from mechkit.prompts import AnyPrompts, Prompts, Stacked, as_prompts
 
 # Makes a model repeat what stands at its `?`, which is at position -2 wherever `?` and `->` are one token each.
 IDENTITY = "cat -> cat; 1135 -> 1135; hello -> hello; ? ->"
@@ -40,7 +40,7 @@ Position = int | str
 @one_at_a_time
 def patchscope(
     model: HookedModel,
-    prompts: Prompts | PromptPairs,
+    prompts: AnyPrompts,
     target: str | Tensor | Sequence[int] | Prompts,
     *,
     positions: Position | Sequence[int] | Sequence[str] = -1,
@@ -85,6 +85,7 @@ def patchscope(
         >>> patchscope(model, prompts, IDENTITY, target_position=-2, layers=[6], k=1).strings
         array([[[' Paris', ' music']]], dtype=object)
     """
+    prompts = as_prompts(model, prompts)
     base, named, task = split_prompts(prompts)
     goal = _target(model, target)
     _check_arguments(model, base, goal, k, max_new_tokens)
@@ -95,7 +96,7 @@ def patchscope(
     source_layers = choose_indices("layers", layers, model.n_layers)
     if target_layer is not None:
         target_layer = choose_indices("target_layer", [target_layer], model.n_layers)[0]
-    target_position = choose_indices("target_position", [target_position], len(goal))[0]
+    target_position = choose_indices("target_position", [target_position], goal.tokens.shape[1])[0]
     dim, labels, places = _places(base, named, positions)
     room = Budget.of(model, budget)
     hidden = _hidden_states(model, base, [(found_site.name, layer) for layer in source_layers], places, room)
@@ -133,7 +134,7 @@ def patchscope(
         site=found_site.name,
         over=" ".join(dims),
         task=task,
-        target=goal.tolist(),
+        target=goal.tokens[0].tolist(),
         target_position=target_position,
         target_layer=target_layer,
         positions=list(labels),
@@ -153,27 +154,33 @@ def patchscope(
     )
 
 
-def _target(model: HookedModel, target: str | Tensor | Sequence[int] | Prompts) -> Int[Tensor, "pos"]:
+def _target(model: HookedModel, target: str | Tensor | Sequence[int] | Prompts) -> Stacked:
+    """The target prompt, as one row."""
     if isinstance(target, Prompts):
         if len(target) != 1:
             raise ValueError(f"target: expected one prompt, got {len(target)}")
-        return target.tokens[0]
+        check_can_run(model, {"target": target})
+        return target.stack([0])
+    if model.reads_pictures_alone:
+        raise ValueError(f"target: expected Prompts with a picture, since {model.name} reads pictures alone")
     if isinstance(target, str):
-        return model.to_tokens(target)[0].cpu()
+        return Stacked(model.to_tokens(target)[:1].cpu())
     tokens = torch.as_tensor(target).cpu()
     if tokens.ndim == 2 and len(tokens) == 1:
         tokens = tokens[0]
     if tokens.ndim != 1 or tokens.is_floating_point() or len(tokens) == 0:
         raise ValueError(f"target: expected token ids [pos], got {tokens.dtype} {list(tokens.shape)}")
-    return tokens.long()
+    model.check_placeholders(tokens, "target")
+    return Stacked(tokens.long()[None])
 
 
-def _check_arguments(model: HookedModel, base: Prompts, goal: Tensor, k: int, max_new_tokens: int) -> None:
+def _check_arguments(model: HookedModel, base: Prompts, goal: Stacked, k: int, max_new_tokens: int) -> None:
     check_can_run(model, {"prompt": base})
     check_k(model, k)
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 0:
         raise ValueError(f"max_new_tokens: expected 0 or more, got {max_new_tokens!r}")
-    longest = torch.cat([goal, goal[-1:].expand(max(0, max_new_tokens - 1))])  # the last new token is never read
+    tokens = goal.tokens[0]
+    longest = torch.cat([tokens, tokens[-1:].expand(max(0, max_new_tokens - 1))])  # the last new token is never read
     check_tokens(model, longest, "target" if max_new_tokens < 2 else "target with its continuation")
 
 
@@ -187,16 +194,14 @@ def _places(
     )
     if several and all(isinstance(one, str) for one in several) and len(set(several)) == len(several):
         names = choose_positions(named, several)
-        return None if single else "position", tuple(names), torch.stack([named[name] for name in names])
+        return None if single else "position", tuple(names), places_of(prompts.lengths, named, names)
     if (
         not several
         or any(isinstance(one, bool) or not isinstance(one, int) for one in several)
         or len(set(several)) < len(several)
     ):
         raise ValueError(f"positions: expected indices or names, at least one and each once; got {positions!r}")
-    index = torch.tensor(several)[:, None]
-    at = torch.where(index < 0, index + prompts.lengths, index)
-    at = torch.where((at < 0) | (at >= prompts.lengths), -1, at)
+    at = places_of(prompts.lengths, named, several)
     if bool((at < 0).all(1).any()):
         raise ValueError(
             f"positions: expected indices into at most {int(prompts.lengths.max())} tokens, got {positions!r}"
@@ -216,7 +221,7 @@ def _hidden_states(
     shape = (len(sites), *places.shape, model.d_model)
     hidden = torch.full(shape, torch.nan, dtype=model.dtype, device=model.device)
     for batch in prompts.batches(lambda length, _: room.prompts_at_once(model, length, sites)):
-        run = record(model, batch.tokens.to(model.device), sites, blocks=False)
+        run = record(model, batch.stacked, sites, blocks=False)
         member, place = (places[:, batch.ids].T >= 0).nonzero(as_tuple=True)
         pos = places[:, batch.ids].T[member, place]
         for i, site in enumerate(sites):
@@ -226,7 +231,7 @@ def _hidden_states(
                 first_bad = int(member[bad[0]])
                 raise ValueError(
                     f"prompts: expected finite activations, got NaN or inf in {site} of prompt {batch.ids[first_bad]}; "
-                    f"{where_it_began(model, run.tokens[first_bad])}"
+                    f"{where_it_began(model, run.rows[[first_bad]])}"
                 )
             hidden[i, place, torch.tensor(batch.ids)[member]] = states.to(hidden)
     return hidden
@@ -235,7 +240,7 @@ def _hidden_states(
 @torch.no_grad()
 def _run_rows(
     model: HookedModel,
-    goal: Int[Tensor, "pos"],
+    goal: Stacked,
     hidden: Float[Tensor, "row d_model"],
     site: str,
     layers: Sequence[int],
@@ -246,7 +251,7 @@ def _run_rows(
     progress: bool,
 ) -> tuple[Tensor, Tensor, list[str], int]:
     """Probabilities and ids of the top tokens `[row k]`, continuations, and how many block-tokens were computed."""
-    length = len(goal) + max(0, max_new_tokens - 1)
+    length = goal.tokens.shape[1] + max(0, max_new_tokens - 1)
     fits = room.prompts_at_once(model, length, [(site, 0)])
     fits = max(1, min(fits, room.bytes // 4 // (3 * model.d_vocab * hidden.element_size())))
     probs, ids, text, computed = [], [], [], 0
@@ -255,19 +260,19 @@ def _run_rows(
             rows = slice(first, first + fits)
             n = len(hidden[rows])
             writes = _writes(hidden[rows], site, layers[rows], position)
-            tokens = goal.to(model.device).expand(n, -1)
+            rows_of_goal = goal.to(model.device)[torch.zeros(n, dtype=torch.long, device=model.device)]
             for step in range(max(1, max_new_tokens)):
                 with model.hooks(writes):
-                    logits = widen(record(model, tokens, blocks=False).last_logits)
-                computed += tokens.numel() * model.n_layers
+                    logits = widen(record(model, rows_of_goal, blocks=False).last_logits)
+                computed += rows_of_goal.tokens.numel() * model.n_layers
                 if step == 0:
                     best = logits.softmax(-1).topk(k)
                     if bool(logits.isnan().any()):
                         raise ValueError("target: the model's logits are NaN where the hidden state was written")
                     probs.append(best.values.cpu())
                     ids.append(best.indices.cpu())
-                tokens = torch.cat([tokens, logits.argmax(-1, keepdim=True).to(tokens)], 1)
-            text += _texts(model, tokens[:, len(goal) :]) if max_new_tokens else [""] * n
+                rows_of_goal = rows_of_goal.and_one(logits.argmax(-1).to(rows_of_goal.tokens))
+            text += _texts(model, rows_of_goal.tokens[:, goal.tokens.shape[1] :]) if max_new_tokens else [""] * n
             bar.update(n)
     return torch.cat(probs), torch.cat(ids), text, computed
 

@@ -23,6 +23,7 @@ from mechkit.engine import frozen_parameters
 from mechkit.experiment.axes import Chosen
 from mechkit.experiment.estimates import AnyMetric, check_one_site, make_experiment
 from mechkit.experiment.passes import first_order
+from mechkit.experiment.patches import takes_patches
 from mechkit.experiment.relevance import relevance_rules
 from mechkit.hooks import HookedModel, get_site, one_at_a_time
 from mechkit.prompts import PromptPairs
@@ -31,6 +32,7 @@ from mechkit.result import Result
 
 @checked
 @one_at_a_time
+@takes_patches
 def relp(
     model: HookedModel,
     pairs: PromptPairs,

@@ -1,4 +1,4 @@
-"""Tuned lens: an affine map for each layer that says what its residual stream will have become at the end.
+"""Tuned lens: an affine map for each layer that predicts the final residual stream from the layer's.
 
 1. For each layer but the last, a translator `h -> h + A h + b`, applied to `resid_post`; then the model's own final norm and
    unembedding. With A = 0 and b = 0 it is the logit lens.
@@ -34,7 +34,7 @@ from mechkit.experiment.axes import choose_indices
 from mechkit.experiment.positions import split_prompts
 from mechkit.experiment.provenance import provenance_of
 from mechkit.hooks import HookedModel, check_stream, one_at_a_time
-from mechkit.prompts import PromptPairs, Prompts
+from mechkit.prompts import AnyPrompts, as_prompts
 
 _FORMAT = 1
 
@@ -88,7 +88,7 @@ class TunedLens(Drawn):
     def fit(
         cls,
         model: HookedModel,
-        prompts: Prompts | PromptPairs,
+        prompts: AnyPrompts,
         *,
         validation: float = 0.2,
         layers: Sequence[int] | None = None,
@@ -115,9 +115,9 @@ class TunedLens(Drawn):
                 a first position that the middle layers' translators read worse than the logit lens does.
             batch: Positions in a step.
             lr: Adam's learning rate, in whitened coordinates; falls linearly to 0.
-            vocabulary: Tokens drawn for each step, beside the most probable ones. The KL of a step is an estimate from these:
-                the normalizer is estimated without bias, its logarithm with a small one. What is kept at the end is decided
-                with the whole vocabulary.
+            vocabulary: Tokens drawn for each step, in addition to the most probable ones. The KL of a step is estimated from
+                these: the normalizer is estimated without bias, its logarithm with a small one. What is kept at the end is
+                decided with the whole vocabulary.
             skip_first: How many positions at the start of each prompt are left out of fitting and validation. The first
                 position of many models has an activation hundreds of times larger than any other; by default it is kept, but
                 each position counts inversely to its squared norm in the closed form, so that the lens can be used there too.
@@ -130,6 +130,7 @@ class TunedLens(Drawn):
             ValueError: fewer than two prompts, an argument out of range, training mode, a model whose logits are not a
                 function of its last block's output.
         """
+        prompts = as_prompts(model, prompts)
         text, _, _ = split_prompts(prompts)
         check_can_run(model, {"prompt": text})
         chosen = choose_indices("layers", range(model.n_layers - 1) if layers is None else layers, model.n_layers)

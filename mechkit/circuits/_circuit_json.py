@@ -34,6 +34,7 @@ _LIMIT = 2**30  # bytes of a file
 # Bytes of memory that a file may ask for: so many, or more if it is large itself.
 _ROOM, _ROOM_PER_BYTE = 2**27, 64
 _SCORED, _UNSCORED = 26, 3  # bytes that a pair of a writer and a reader takes while it is read
+_MIB_KINDS = ("input", "head", "mlp", "logits")
 _CFG = ("n_layers", "n_heads", "parallel_attn_mlp")
 
 
@@ -139,6 +140,8 @@ def _as_mib(circuit: Circuit, d_model: int | None) -> dict[str, Any]:
     graph = circuit.graph
     if not graph.mlps:
         raise ValueError("format: the 'mib' format has an MLP in every layer, and this model has none; use 'mechkit'")
+    if others := [kind.many for kind in graph.kinds if kind.name not in _MIB_KINDS]:
+        raise ValueError(f"format: the 'mib' format has heads and MLPs, and no {', '.join(others)}; use 'mechkit'")
     d_model = circuit.provenance.get("d_model") if d_model is None else d_model
     if d_model is None:
         raise ValueError(

@@ -25,7 +25,9 @@ from torch import Tensor
 
 from mechkit._check import checked
 from mechkit._precision import wide_dtype, widen
-from mechkit.circuits._runs import CircuitRuns, Written
+from mechkit._warnings import warn_of_task
+from mechkit.circuits._runs import CircuitRuns
+from mechkit.circuits._writings import Written, written
 from mechkit.circuits.graph import Graph
 from mechkit.engine import Budget, agree_before_difference, call_metric, logits_at_hand, read_metric
 from mechkit.experiment.estimates import AnyMetric, check_experiment
@@ -71,8 +73,7 @@ class Constants:
 
     def written(self) -> Written:
         """As the ablated values of runs, `[1 writer 1 d_model]`."""
-        graph, values = self.graph, self.values[None, :, None]
-        return Written.from_stacked([values[:, where] for where in graph.writers_at], graph)
+        return [self.values[None, where, None] for where in self.graph.writers_at]
 
 
 @dataclass(eq=False)
@@ -90,12 +91,12 @@ class CircuitChunk:
     runs: CircuitRuns
     reference: Tensor | None
 
-    def logits(self, final: Float[Tensor, "row pos d_model"], prompt: Int[Tensor, "row"]) -> Float[Tensor, "row token"]:
-        """The logits of the metric's tokens where it reads."""
+    def logits(self, final: Float[Tensor, "row pos d_model"], prompt: Int[Tensor, "row"]) -> Tensor:
+        """The logits of the metric's tokens where it reads, `[row token]` or `[row place token]`."""
         metric = self.owner.metric
         assert isinstance(metric, Metric)
         at = metric.positions[self.ids].to(final.device)[prompt] - self.runs.start
-        rows = torch.arange(len(final), device=final.device)
+        rows = torch.arange(len(final), device=final.device).reshape(-1, *[1] * (at.ndim - 1))
         return widen(self.owner.model.unembed(final[rows, at], metric.tokens))
 
     def value(self, final: Float[Tensor, "row pos d_model"], prompt: Int[Tensor, "row"]) -> Float[Tensor, "row"]:
@@ -133,6 +134,7 @@ class Evaluator:
     ) -> None:
         if not isinstance(pairs, PromptPairs):
             raise ValueError(f"pairs: expected PromptPairs, whose two runs are compared; got {type(pairs).__name__}")
+        pairs.check_position_by_position("circuits put one run's values into the other, position by position")
         if not isinstance(ablation, Constants) and ablation not in ABLATIONS:
             raise ValueError(
                 f"ablation: expected one of {', '.join(map(repr, ABLATIONS))} or Constants, got {ablation!r}"
@@ -147,11 +149,12 @@ class Evaluator:
             raise ValueError(
                 f"ablation: expected constants of {model.d_model} numbers each (d_model), got {list(ablation.values.shape)}"
             )
-        self.parts.check(pairs.clean.tokens[0][None].to(model.device))
+        self.parts.check(pairs.clean.stack([0]))
         wide = wide_dtype(model.dtype)
         runs = ("clean", "corrupted", "ablated")
         self.values = {run: torch.full((len(pairs),), torch.nan, dtype=wide) for run in runs}
         self.block_tokens = 0
+        self.task_checked = False  # whether it was looked at if the model does the task
         self._checked: set[tuple[int, bool]] = set()  # lengths, and whether something is left out before the start
         self._looks_ahead = False  # whether some pair's runs were found to differ before their tokens do
         self._means: Written | None = None
@@ -243,11 +246,11 @@ class Evaluator:
         clean, corrupted = (
             prompts.stack(ids).to(self.model.device) for prompts in (self.pairs.clean, self.pairs.corrupted)
         )
-        start = self._start(ids, clean.shape[1])
-        sites = self.parts.writer_sites() if self.ablation == "resample" else ()
+        start = self._start(ids, clean.tokens.shape[1])
+        sites = self.graph.recorded if self.ablation == "resample" else ()
         other = record(self.model, corrupted, sites, blocks=False)
-        self.block_tokens += corrupted.numel() * self.model.n_layers
-        ablated = self._ablated(other, clean.shape[1], start)
+        self.block_tokens += corrupted.tokens.numel() * self.model.n_layers
+        ablated = self._ablated(other, clean.tokens.shape[1], start)
         runs = CircuitRuns(self.model, self.graph, self.parts, clean, ablated, start)
         if start and not bool(agree_before_difference(clean, corrupted, runs.run.resid[-1], other.resid[-1]).all()):
             self._looks_ahead = True
@@ -263,34 +266,33 @@ class Evaluator:
 
     def _ablated(self, corrupted: Run, length: int, start: int) -> Written:
         if self.ablation == "resample":
-            return Written.of(self.parts, corrupted.sites, start)
+            return written(self.graph, self.parts, corrupted.sites, start)
         constants = self.ablation
         if constants == "zero":
             constants = Constants(torch.zeros(len(self.graph.writers), self.model.d_model), self.graph)
         if isinstance(constants, Constants):
-            return constants.written().map(lambda x: x.to(self.model.device, self.model.dtype))
+            return [x.to(self.model.device, self.model.dtype) for x in constants.written()]
         if self._means is None:
             self._means = self._mean_written()
-        return self._means.map(lambda x: x[..., :length, :])  # one position is the mean over all
+        return [x[..., :length, :] for x in self._means]  # one position is the mean over all
 
     @torch.no_grad()
     def _mean_written(self) -> Written:
         """Means over the corrupted prompts, at each position (over the prompts that have it), or over all positions."""
         sums: list[Tensor] = []
         by_position = self.ablation == "position_mean"
-        sites, fit = self.parts.writer_sites(), self.budget.prompts_at_once
+        sites, fit = self.graph.recorded, self.budget.prompts_at_once
         counts = torch.zeros(int(self.pairs.corrupted.lengths.max()) if by_position else 1, dtype=torch.float64)
         for batch in self.pairs.corrupted.batches(lambda length, _: fit(self.model, length, sites)):
-            run = record(self.model, batch.tokens.to(self.model.device), sites, blocks=False)
+            run = record(self.model, batch.stacked, sites, blocks=False)
             self.block_tokens += run.tokens.numel() * self.model.n_layers
-            written = Written.of(self.parts, run.sites).stacked()
-            summed = [x.double().sum((0,) if by_position else (0, 2), keepdim=True) for x in written]
+            values = written(self.graph, self.parts, run.sites)
+            summed = [x.double().sum((0,) if by_position else (0, 2), keepdim=True) for x in values]
             sums = sums or [x.new_zeros(*x.shape[:2], len(counts), x.shape[3]) for x in summed]
             for total, more in zip(sums, summed, strict=True):
                 total[:, :, : more.shape[2]] += more
             counts[: batch.length if by_position else 1] += len(batch) * (1 if by_position else batch.length)
-        mean = [(total / counts[:, None].to(total.device)).to(self.model.dtype) for total in sums]
-        return Written.from_stacked(mean, self.graph)
+        return [(total / counts[:, None].to(total.device)).to(self.model.dtype) for total in sums]
 
     @torch.no_grad()
     def _keep_unedited(self, chunk: CircuitChunk, clean: Run, corrupted: Run) -> None:
@@ -310,11 +312,17 @@ class Evaluator:
             self.values[run][chunk.ids] = whole.cpu().to(self.values[run])
             if not bool(torch.isfinite(whole).all()):
                 bad = (~torch.isfinite(whole)).nonzero().flatten().tolist()
-                tokens = (self.pairs.clean if run == "clean" else self.pairs.corrupted).tokens[int(chunk.ids[bad[0]])]
+                prompts = self.pairs.clean if run == "clean" else self.pairs.corrupted
+                at_fault = prompts.stack([int(chunk.ids[bad[0]])])
                 raise ValueError(
                     f"{run} run: expected a finite metric, got NaN or inf for prompts {[int(chunk.ids[i]) for i in bad[:5]]}; of "
-                    f"prompt {int(chunk.ids[bad[0]])} {where_it_began(self.model, tokens.to(self.model.device))}"
+                    f"prompt {int(chunk.ids[bad[0]])} {where_it_began(self.model, at_fault)}"
                 )
+        unedited = {run: self.values[run] for run in ("clean", "corrupted")}
+        if not self.task_checked and not any(bool(value.isnan().any()) for value in unedited.values()):
+            self.task_checked = True
+            if isinstance(metric, Metric):
+                warn_of_task(metric.name, unedited)
 
     def _value_of_run(self, chunk: CircuitChunk, run: str, final: Tensor, everyone: Tensor, corrupted: Run) -> Tensor:
         if isinstance(self.metric, Metric) or run != "corrupted":

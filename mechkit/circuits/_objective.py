@@ -56,7 +56,16 @@ def divergence(pairs: PromptPairs, metric: Metric | CallableMetric | None, posit
     made_of = kl.made_of
     if made_of is not None and metric.made_of is not None:
         made_of = replace(made_of, position=metric.made_of.position)
-    return replace(kl, positions=metric.positions, made_of=made_of)
+    if metric.n_places == 1:
+        return replace(kl, positions=metric.position, made_of=made_of)
+    counts = torch.tensor([[at not in row[:i] for i, at in enumerate(row)] for row in metric.positions.tolist()])
+
+    def read(logits: Tensor, prompt: Tensor, target: Tensor | None) -> Tensor:
+        here = counts.to(logits.device)[prompt].to(logits.dtype)  # not where a place fills a row up
+        places = kl.read(logits.flatten(0, 1), prompt, None if target is None else target.flatten(0, 1))
+        return (places.unflatten(0, here.shape) * here).sum(1) / here.sum(1)
+
+    return replace(kl, positions=metric.positions, read=read, made_of=made_of)
 
 
 def read_at(metric: Metric | CallableMetric) -> str | list[int]:
@@ -94,7 +103,7 @@ class Objective:
     def loss(
         self, chunk: CircuitChunk, final: Float[Tensor, "row pos d_model"], prompt: Int[Tensor, "row"]
     ) -> Float[Tensor, "row"]:
-        """Of each row, 0 or more; in the graph.
+        """One value per row, 0 or more; in the graph.
 
         Raises:
             ValueError: the metric has no gradient.
@@ -189,7 +198,7 @@ def turns(n: int, batch: int, generator: torch.Generator) -> Iterator[Int[Tensor
 def rows_with_gradients(runs: CircuitRuns, budget: Budget, first_layer: int = 0) -> int:
     """How many rows may run together if all that the backward pass needs is kept: half the budget is for it."""
     graph, model = runs.graph, runs.model
-    readers, heads = graph.n_heads + 2 * graph.n_kv_heads, graph.n_heads
+    readers, heads = graph.most_readers, graph.n_heads
     neurons = getattr(model.cfg, "d_mlp", None) or 4 * model.d_model
     # What each reader reads, what each head writes, the stream; and gradients of them
     streams = 2 * readers + 2 * heads + 8
@@ -203,6 +212,6 @@ def rows_with_gradients(runs: CircuitRuns, budget: Budget, first_layer: int = 0)
 def _bytes(chunk: CircuitChunk) -> int:
     """What a chunk holds in memory, but for what all of them share."""
     runs = chunk.runs
-    tensors = [*runs.run.resid, *runs.clean.stacked(), *runs.ablated.stacked()]
+    tensors = [*runs.run.resid, *runs.clean, *runs.ablated]
     tensors += [x for layer in runs.run.cache.layers for x in (layer.keys, layer.values)]
     return 2 * sum(x.numel() * x.element_size() for x in tensors)  # twice: streams of ablated values, calls' arguments

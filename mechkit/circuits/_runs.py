@@ -15,58 +15,19 @@ All edges give the clean run, and none the ablated one: `CircuitRuns.check` hold
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from itertools import groupby
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechkit._precision import tolerance, widen
+from mechkit.circuits._kinds import Group
+from mechkit.circuits._writings import Written, written
 from mechkit.circuits.graph import Graph
 from mechkit.engine import Budget, Replayer
 from mechkit.hooks import CannotReplayError, HookedModel, Parts, check_readout, record
-
-
-@dataclass(frozen=True, eq=False)
-class Written:
-    """What every writer adds to the residual stream, each `[prompt … pos d_model]`; axes of 1 where it is the same for all.
-
-    Attributes:
-        embed: `[prompt 1 pos d_model]`.
-        heads: For each layer `[prompt head pos d_model]`.
-        mlps: For each layer `[prompt 1 pos d_model]`; empty for a model without MLPs.
-    """
-
-    embed: Tensor
-    heads: list[Tensor]
-    mlps: list[Tensor]
-
-    @classmethod
-    @torch.no_grad()
-    def of(cls, parts: Parts, sites: dict[tuple[str, int], Tensor], start: int = 0) -> Written:
-        """From recorded activations (`Parts.writer_sites`), positions from `start` on."""
-        model = parts.model
-
-        def heads(layer: int) -> Tensor:
-            z = sites["z", layer][:, start:]
-            return parts.heads(layer, z.reshape(*z.shape[:2], model.n_heads, -1)).transpose(1, 2)
-
-        mlps = [sites["mlp_out", i][:, None, start:] for i in range(model.n_layers)] if parts.has_mlp else []
-        return cls(sites["resid_pre", 0][:, None, start:], [heads(i) for i in range(model.n_layers)], mlps)
-
-    def stacked(self) -> list[Tensor]:
-        """In the graph's order."""
-        return [self.embed] + [x for i, h in enumerate(self.heads) for x in (h, *self.mlps[i : i + 1])]
-
-    @classmethod
-    def from_stacked(cls, blocks: list[Tensor], graph: Graph) -> Written:
-        """The inverse of `stacked`."""
-        size = 1 + graph.mlps
-        return cls(blocks[0], blocks[1::size], blocks[2::size] if graph.mlps else [])
-
-    def map(self, fn: Any) -> Written:
-        return Written(fn(self.embed), [fn(x) for x in self.heads], [fn(x) for x in self.mlps])
+from mechkit.prompts import Stacked
 
 
 class CircuitRuns:
@@ -84,14 +45,14 @@ class CircuitRuns:
         model: HookedModel,
         graph: Graph,
         parts: Parts,
-        tokens: Int[Tensor, "prompt pos"],
+        rows: Stacked,
         ablated: Written,
         start: int,
     ) -> None:
         """
         Args:
             model, graph, parts: The model, in evaluation mode.
-            tokens: Clean prompts.
+            rows: Clean prompts.
             ablated: The ablated value of every writer, positions from `start` on (or one for all).
             start: The first position at which clean and ablated values differ.
 
@@ -100,11 +61,13 @@ class CircuitRuns:
         """
         self.model, self.graph, self.parts, self.start, self.ablated = model, graph, parts, start, ablated
         with torch.no_grad():
-            run = record(model, tokens, parts.writer_sites())
+            run = record(model, rows, graph.recorded)
             self.run = run
-            self.clean = Written.of(parts, run.sites, start)
+            self.clean = written(graph, parts, run.sites, start)
             self.last_logits = run.last_logits
-            self._bias = [self._written_by_bias(layer) for layer in range(model.n_layers)]
+            # What is added beside the writers is the same in every run, but for the scale of a norm behind it.
+            recorded = [(group, run.sites[group.recorded][:, start:]) for group in graph.writing]
+            self._beside = [group.kind.beside(parts, group.layer, x) for group, x in recorded]
             run.sites.clear()
             self._ablated_streams = self._streams(ablated)
         try:
@@ -114,7 +77,7 @@ class CircuitRuns:
                 f"model: expected causal attention in blocks that can be run one by one; {model.name} "
                 f"({model.cfg.architecture}): {error}"
             ) from error
-        self.replayer.block_tokens = tokens.numel() * model.n_layers
+        self.replayer.block_tokens = rows.tokens.numel() * model.n_layers
 
     @property
     def n_prompts(self) -> int:
@@ -123,7 +86,7 @@ class CircuitRuns:
     def rows_at_once(self, budget: Budget) -> int:
         """Circuits times prompts that fit the budget."""
         graph, model = self.graph, self.model
-        readers = graph.n_heads + 2 * graph.n_kv_heads
+        readers = graph.most_readers
         a_token = model.d_model * (2 * len(graph.writers) + 6 * readers) + 4 * model.n_heads * self.run.length
         item = torch.empty((), dtype=model.dtype).element_size()
         suffix = self.run.length - self.start
@@ -157,74 +120,50 @@ class CircuitRuns:
         # Writers that no reader sees need not be run (with gradients their gates may be 0 and still matter).
         seen = (gates != 0).any(2).any(0).tolist() if keep else [True] * len(graph.writers)
 
-        def read(stream: Tensor, readers: slice) -> Tensor:
-            """What readers see, `[row reader pos d_model]`."""
-            upto = graph.n_writers(graph.readers[readers.start])
-            return _rows(stream, prompt)[:, None] + kept.through(gates[:, :upto, readers])
+        def read(group: Group) -> Float[Tensor, "row reader pos d_model"]:
+            """What the readers of a group see."""
+            return _rows(streams[group.sees], prompt)[:, None] + kept.through(gates[:, : group.sees, group.readers])
 
-        kept.append(self.clean.embed[prompt] - _rows(ablated.embed, prompt))
-        for layer in range(graph.n_layers):
-            attention, mlp = graph.attention_reads_at(layer), graph.mlp_reads_at(layer)
-            heads_seen, mlp_seen = any(seen[graph.heads_at(layer)]), any(seen[graph.mlp_at(layer)])
-            changed = layer >= first_layer
-            mlp_reads = None
-            if mlp_seen and changed and parts.parallel:
-                mlp_reads = read(streams[layer, "pre"], mlp)[:, 0]
-            if not heads_seen:
-                kept.append_unseen(graph.n_heads)
-            else:
-                heads = self.clean.heads[layer][prompt]
-                if changed:
-                    heads = self._heads(layer, read(streams[layer, "pre"], attention), prompt)
-                kept.append(heads - _rows(ablated.heads[layer], prompt))
-            if parts.has_mlp and not mlp_seen:
-                kept.append_unseen(1)
-            elif parts.has_mlp:
-                if changed and not parts.parallel:
-                    mlp_reads = read(streams[layer, "mid"], mlp)[:, 0]
-                if mlp_reads is None:
-                    written = self.clean.mlps[layer][prompt]
-                else:
-                    written = parts.mlp(layer, mlp_reads)[:, None]
-                    if not heads_seen:  # else counted with the attention
-                        self.replayer.block_tokens += mlp_reads.shape[0] * mlp_reads.shape[1]
-                kept.append(written - _rows(ablated.mlps[layer], prompt))
-        return read(streams[graph.n_layers, "pre"], graph.logits_at)[:, 0]
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return self.replayer.attend(layer, q, k, v, prompt, self.start)
 
-    def _streams(self, ablated: Written) -> dict[tuple[int, str], Tensor]:
-        """The residual stream in front of each block, and within it, if every writer had its ablated value.
+        counted = -1  # the last layer whose block-tokens were counted
+        writing = zip(graph.writing, self.clean, ablated, strict=True)
+        for _, together in groupby(writing, key=lambda each: each[0].sees):
+            step = list(together)  # in a parallel block its MLP reads before its heads write
+            used = {group: not group.reads or any(seen[group.writers]) for group, _, _ in step}
+            runs = [group for group in used if used[group] and group.reads and group.layer >= first_layer]
+            reads = {group: read(group) for group in runs}
+            for group, clean, other in step:
+                if not used[group]:
+                    kept.append_unseen(group.writers.stop - group.writers.start)
+                    continue
+                live = group.kind.run(parts, group.layer, reads.pop(group), attend) if group in reads else clean[prompt]
+                kept.append(live - _rows(other, prompt))
+                if group in runs and group.layer > counted:
+                    if not group.kind.attention:  # that the replayer counts itself
+                        self.replayer.block_tokens += len(prompt) * live.shape[2]
+                    counted = group.layer
+        return read(graph.groups[-1])[:, 0]
 
-        It is summed from these values and from what biases write, not told from the clean run's stream by subtraction: what
+    def _streams(self, ablated: Written) -> dict[int, Tensor]:
+        """The residual stream after the first so many writers, for all numbers that some reader sees, if every writer had its
+        ablated value.
+
+        It is summed from these values and from what biases write, not computed from the clean run's stream by subtraction: what
         rounding leaves of that would be blown up by the norms where all values are 0.
         """
-        streams: dict[tuple[int, str], Tensor] = {}
-        everyone = torch.arange(self.n_prompts, device=self.model.device)
-        stream = _rows(ablated.embed, everyone).sum(1)
-        stream = widen(stream.expand(self.n_prompts, self.run.length - self.start, -1))
-        for layer in range(self.graph.n_layers):
-            streams[layer, "pre"] = stream.to(self.model.dtype)
-            stream = stream + widen(ablated.heads[layer]).sum(1) + widen(self._bias[layer])
-            if not self.parts.parallel:
-                streams[layer, "mid"] = stream.to(self.model.dtype)
-            if self.parts.has_mlp:
-                stream = stream + widen(ablated.mlps[layer]).sum(1)
-        streams[self.graph.n_layers, "pre"] = stream.to(self.model.dtype)
+        streams: dict[int, Tensor] = {}
+        sees = {group.sees for group in self.graph.reading}
+        shape = self.n_prompts, self.run.length - self.start, self.model.d_model
+        stream: Tensor | None = None
+        for group, values, beside in zip(self.graph.writing, ablated, self._beside, strict=True):
+            added = widen(values).sum(1)
+            stream = added.expand(shape) if stream is None else stream + added
+            stream = stream if beside is None else stream + widen(beside)
+            if group.writers.stop in sees:
+                streams[group.writers.stop] = stream.to(self.model.dtype)
         return streams
-
-    def _written_by_bias(self, layer: int) -> Tensor:
-        """What a layer's attention adds beside its heads in the clean run; the same in every run, but for a norm's scale."""
-        z = self.run.sites["z", layer][:, self.start :]
-        return self.parts.written_by_bias(layer, z.reshape(*z.shape[:2], self.model.n_heads, -1))
-
-    def _heads(self, layer: int, reads: Float[Tensor, "row reader pos d_model"], prompt: Tensor) -> Tensor:
-        """What each head writes, `[row head pos d_model]`, given what each of the layer's readers reads."""
-        graph, parts = self.graph, self.parts
-        normed = parts.attention_input(layer, reads).transpose(0, 1)  # [reader row pos d_model]
-        ends = (graph.n_heads, graph.n_heads + graph.n_kv_heads)
-        q = parts.project_each(layer, "q", normed[: ends[0]])
-        k = parts.project_each(layer, "k", normed[ends[0] : ends[1]])
-        v = parts.project_each(layer, "v", normed[ends[1] :])
-        return parts.heads(layer, self.replayer.attend(layer, q, k, v, prompt, self.start)).transpose(1, 2)
 
     @torch.no_grad()
     def check(self, corrupted_logits: Float[Tensor, "d_vocab"] | None) -> None:
@@ -284,7 +223,7 @@ class _Differences:
         self._n += n
 
     def through(self, gates: Float[Tensor, "row writer reader"]) -> Float[Tensor, "row reader pos d_model"]:
-        """The sum over writers, each times its gate."""
+        """The sum over writers, all that were appended, each times its gate."""
         if self._all is not None:
             return self._selected(gates, self._all[:, : gates.shape[1]])
         total, first = None, 0
@@ -314,4 +253,4 @@ def _rows(x: Tensor, prompt: Tensor) -> Tensor:
 
 
 def _has_gradient(gates: Tensor, ablated: Written) -> bool:
-    return torch.is_grad_enabled() and (gates.requires_grad or any(x.requires_grad for x in ablated.stacked()))
+    return torch.is_grad_enabled() and (gates.requires_grad or any(x.requires_grad for x in ablated))

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool
 from torch import Tensor
 
 from mechkit.circuits.graph import Graph
@@ -37,7 +35,7 @@ def top(graph: Graph, keys: Tensor, limit: int, lowest: float) -> list[tuple[int
 
 def greedy(graph: Graph, keys: Tensor, limit: int, lowest: float) -> list[tuple[int, int]]:
     """The best edges that can be reached from the logits, in the order in which they are taken."""
-    inputs = _input_lists(graph)
+    inputs = graph.inputs
     n_candidates = (keys >= lowest).sum(0).tolist()
     order = keys.nan_to_num(nan=-torch.inf).sort(dim=0, descending=True, stable=True)
     ranked, writers = order.values.T.tolist(), order.indices.T.tolist()  # by reader: its edges, best first
@@ -62,35 +60,18 @@ def greedy(graph: Graph, keys: Tensor, limit: int, lowest: float) -> list[tuple[
     return taken
 
 
-@lru_cache(maxsize=8)
-def _inputs(graph: Graph) -> Bool[Tensor, "writer reader"]:
-    """Which readers are inputs of which component."""
-    inputs = torch.zeros_like(graph.exists)
-    for i, writer in enumerate(graph.writers):
-        for reader in graph.readers_of(writer):
-            inputs[i, graph.reader_index[reader.name]] = True
-    return inputs
-
-
-@lru_cache(maxsize=8)
-def _input_lists(graph: Graph) -> list[list[int]]:
-    """For each component its inputs."""
-    return [readers.nonzero().flatten().tolist() for readers in _inputs(graph)]
-
-
-@lru_cache(maxsize=8)
 def _pairs(graph: Graph) -> tuple[np.ndarray, np.ndarray]:
-    """The same as two columns: a component, and one of its inputs."""
-    component, reader = _inputs(graph).nonzero().unbind(1)
-    return component.numpy(), reader.numpy()
+    """Components and their inputs as two columns: a component, and one of its inputs."""
+    component = np.repeat(np.arange(len(graph.inputs)), [len(inputs) for inputs in graph.inputs])
+    return component, np.array([reader for inputs in graph.inputs for reader in inputs])
 
 
 def alive(graph: Graph, members: Tensor) -> Tensor:
-    """The edges that lie on a path from the embedding to the logits."""
+    """The edges on a path from a component without inputs (the embedding) to an input of no component (the logits)."""
     component, reader = _pairs(graph)
     edges = members.cpu().numpy()
-    fed, useful = np.zeros(edges.shape[0], dtype=bool), np.zeros(edges.shape[1], dtype=bool)
-    fed[0] = useful[-1] = True
+    fed, useful = np.ones(edges.shape[0], dtype=bool), np.ones(edges.shape[1], dtype=bool)
+    fed[component] = useful[reader] = False
     fresh_fed, fresh_useful = fed.copy(), useful.copy()
     while fresh_fed.any() or fresh_useful.any():  # only what was found last can lead to more
         more_fed, more_useful = np.zeros_like(fed), np.zeros_like(useful)
@@ -109,7 +90,6 @@ def random_edges(graph: Graph, n_edges: int, generator: torch.Generator) -> Tens
 
 
 def random_connected(graph: Graph, n_edges: int, generator: torch.Generator) -> Tensor:
-    inputs = _inputs(graph)
     for _ in range(_DRAWS):
         keys = torch.rand(graph.exists.shape, generator=generator).masked_fill(~graph.exists, torch.nan)
         members = _largest_alive(graph, keys, n_edges)
@@ -117,7 +97,8 @@ def random_connected(graph: Graph, n_edges: int, generator: torch.Generator) -> 
             members = _short_path(graph, generator)
         writes = members.any(1)
         writes[0] = True
-        reads = inputs[writes].any(0)
+        reads = torch.zeros(len(graph.readers), dtype=torch.bool)
+        reads[[reader for writer in writes.nonzero().flatten().tolist() for reader in graph.inputs[writer]]] = True
         reads[-1] = True
         open_ = (graph.exists & ~members & writes[:, None] & reads).nonzero()
         missing = n_edges - int(members.sum())

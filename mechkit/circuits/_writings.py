@@ -1,4 +1,4 @@
-"""What every writer wrote in a run, kept small: a head as its z, until somebody asks what it adds to the stream."""
+"""What every writer wrote in a run: as it was recorded, and as what each adds to the residual stream."""
 
 from __future__ import annotations
 
@@ -9,49 +9,53 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechkit.hooks import HookedModel, Parts
+from mechkit.circuits._kinds import Site
+from mechkit.circuits.graph import Graph
+from mechkit.hooks import Parts
 from mechkit.hooks._capture import keepers
 
 HookPairs = list[tuple[str, Any]]
+# What each group of the graph's writers adds to the residual stream, `[prompt writer pos d_model]`, in the graph's order; axes of
+# 1 where it is the same for all prompts or positions.
+Written = list[Tensor]
+
+
+@torch.no_grad()
+def written(graph: Graph, parts: Parts, sites: dict[Site, Tensor], start: int = 0) -> Written:
+    """From recorded activations (`Graph.recorded`), positions from `start` on."""
+    return [group.kind.written(parts, group.layer, sites[group.recorded][:, start:]) for group in graph.writing]
 
 
 @dataclass(eq=False)
 class Writings:
-    """The outputs of all writers, and the stream that they were read into, in one run of rows of equal length.
+    """The outputs of all writers, and the stream that they were read into, in one run of rows of equal length, kept small: as
+    what was recorded, until somebody asks what it adds to the stream.
 
     Attributes:
-        parts: Of the model.
-        sites: `(site, layer)` -> activation: those of `Parts.writer_sites`, `z` as `[row pos head d_head]`; perhaps also
-            `resid_pre` of every layer, which the block there read.
+        graph, parts: Of the model.
+        sites: `(site, layer)` -> activation: those of `Graph.recorded`; perhaps also `resid_pre` of every layer, which the
+            block there read.
     """
 
+    graph: Graph
     parts: Parts
-    sites: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    sites: dict[Site, Tensor] = field(default_factory=dict)
 
     def hooks(self, *, every_hidden: bool = False) -> HookPairs:
         """Hooks that fill this in during a run, detached."""
-        model: HookedModel = self.parts.model
-
-        def by_head(activation: Tensor, key: tuple[str, int]) -> Tensor:
-            heads = (model.n_heads, -1) if key[0] == "z" else activation.shape[2:]
-            return activation.detach().reshape(*activation.shape[:2], *heads).clone()
-
-        sites = self.parts.writer_sites()
-        sites += [("resid_pre", layer) for layer in range(1, model.n_layers) if every_hidden]
-        return keepers(sites, self.sites, by_head)
+        sites = self.graph.recorded
+        sites += [("resid_pre", layer) for layer in range(1, self.graph.n_layers) if every_hidden]
+        return keepers(sites, self.sites, lambda activation, _: activation.detach().clone())
 
     def rows(self, which: slice) -> Writings:
         """Some of the rows."""
-        return Writings(self.parts, {key: x[which] for key, x in self.sites.items()})
+        return Writings(self.graph, self.parts, {key: x[which] for key, x in self.sites.items()})
 
     @torch.no_grad()
     def changes(self, other: Writings, where: slice = slice(None)) -> Float[Tensor, "row writer pos d_model"]:
         """What each writer wrote here less what it wrote in `other`, at some positions, in the graph's order."""
         changes = []
-        for site, layer in self.parts.writer_sites():
-            here, there = (run.sites[site, layer][:, where] for run in (self, other))
-            if site == "z":
-                changes.append(self.parts.head_changes(layer, here, there).transpose(1, 2))
-            else:
-                changes.append((here - there)[:, None])
+        for group in self.graph.writing:
+            here, there = (run.sites[group.recorded][:, where] for run in (self, other))
+            changes.append(group.kind.changes(self.parts, group.layer, here, there))
         return torch.cat(changes, 1)

@@ -142,16 +142,9 @@ class _Search:
     def groups(self) -> Iterator[list[Edge]]:
         """Edges into readers that read the same stream, from the top down. None decides about another's component."""
         graph = self.evaluator.graph
-        group: list[Edge] = []
-        place: tuple[int, bool] | None = None
-        for reader in reversed(graph.readers):
-            here = (reader.layer, reader.kind == "mlp")
-            if here != place and group:
-                yield self._alive(group)
-                group = []
-            place = here
-            group += [Edge(writer, reader) for writer in reversed(graph.writers[: graph.n_writers(reader)])]
-        yield self._alive(group)
+        for group in reversed(graph.reading):
+            readers, writers = reversed(graph.readers[group.readers]), graph.writers[: group.sees][::-1]
+            yield self._alive([Edge(writer, reader) for reader in readers for writer in writers])
 
     def _alive(self, group: list[Edge]) -> list[Edge]:
         """Drops the inputs of components that nobody reads, and leaves out edges that are gone already."""

@@ -423,7 +423,8 @@ class Circuit(Drawn):
         except ImportError as error:
             raise ImportError("to_networkx: expected networkx, which is not installed; pip install networkx") from error
         drawn = nx.MultiDiGraph()
-        drawn.add_node("input", layer=-1, head=None)
+        first, last = self.graph.writers[0], self.graph.readers[-1]
+        drawn.add_node(first.name, layer=first.layer, head=first.head)
         for edge in self:
             score = None if self.scores is None else self.scores[self._index(edge)].item()
             attributes: dict[str, Any] = {"name": edge.name, "kind": edge.reader.kind}
@@ -431,20 +432,15 @@ class Circuit(Drawn):
                 attributes["score"] = score
             for writer in {edge.writer, *self.targets(edge.reader)}:
                 drawn.add_node(writer.name, layer=writer.layer, head=writer.head)
-            for target in [w.name for w in self.targets(edge.reader)] or ["logits"]:
-                drawn.add_edge(edge.writer.name, target, key=edge.reader.kind, **attributes)
-        drawn.add_node("logits", layer=self.graph.n_layers, head=None)
+            for target in self.targets(edge.reader) or [edge.reader]:
+                drawn.add_edge(edge.writer.name, target.name, key=edge.reader.kind, **attributes)
+        drawn.add_node(last.name, layer=last.layer, head=last.head)
         return drawn
 
     def __repr__(self) -> str:
         size = f"{self.n_edges:,} of {self.graph.n_edges:,} edges, {len(self.nodes)} nodes"
-        parts = (
-            size,
-            _selection.kept_of(self.n_edges, self.provenance),
-            self.model,
-            self.task,
-            completeness_warning(self.provenance),
-        )
+        kept = _selection.kept_of(self.n_edges, self.provenance)
+        parts = (size, kept, self.model, self.task, completeness_warning(self.provenance))
         return f"Circuit({'; '.join(part for part in parts if part)})"
 
 

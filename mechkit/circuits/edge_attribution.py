@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
@@ -28,6 +27,7 @@ from torch import Tensor
 
 from mechkit._check import checked
 from mechkit._precision import tolerance
+from mechkit.circuits._kinds import Group
 from mechkit.circuits._writings import HookPairs, Writings
 from mechkit.circuits.edge_scores import EdgeScores
 from mechkit.circuits.graph import Graph
@@ -41,7 +41,7 @@ from mechkit.experiment.relevance import relevance_rules
 from mechkit.hooks import SITES, HookedModel, Parts, one_at_a_time
 from mechkit.hooks._capture import keepers
 from mechkit.hooks._parts import CHECKED
-from mechkit.prompts import PromptPairs
+from mechkit.prompts import PromptPairs, Stacked
 from mechkit.result import Cost
 
 Path = Literal["input", "activation"]
@@ -98,7 +98,7 @@ def edge_attribution(
     experiment = edge_experiment(model, pairs, metric, direction, budget)
     experiment.defer_proof, experiment.progress = True, progress
     graph, parts = Graph.of(model), Parts(model)
-    experiment.gradients = len(ask[0]) * (len(parts.writer_sites()) if path == "activation" else 1)
+    experiment.gradients = len(ask[0]) * (len(graph.writing) if path == "activation" else 1)
     scores = _Scores(graph, experiment, per_prompt, positions)
     errors = torch.full((len(pairs),), torch.nan, dtype=torch.float64)
     with frozen_parameters(model):
@@ -165,9 +165,9 @@ class _Scores:
     ) -> Bool[Tensor, "prompt suffix"]:
         """At which positions, from the chunk's start on, a change of a writer counts: not before the prompts differ, where the
         two runs agree as long (`base` and `source` are what they ended in)."""
-        tokens, others = (chunk.tokens[str(run)] for run in (self.experiment.base_is, self.experiment.source_is))
-        agree = agree_before_difference(tokens, others, base, source)
-        return where_it_counts(self.experiment, self.positions, tokens, others, chunk.ids, agree)[:, chunk.runs.start :]
+        rows, others = (chunk.inputs[str(run)] for run in (self.experiment.base_is, self.experiment.source_is))
+        agree = agree_before_difference(rows, others, base, source)
+        return where_it_counts(self.experiment, self.positions, rows, others, chunk.ids, agree)[:, chunk.runs.start :]
 
     def result(self, **provenance: Any) -> EdgeScores:
         experiment = self.experiment
@@ -191,13 +191,8 @@ class _Scores:
         )
 
 
-@dataclass
-class _Gradients:
-    """The metric's gradient at what one layer's readers compute, and the stream that they read."""
-
-    x_attention: Tensor | None = None
-    x_mlp: Tensor | None = None
-    at: dict[str, Tensor] = field(default_factory=dict)  # "q", "k", "v", "mlp"
+Gradients = dict[Group, dict[str, Tensor]]  # the metric's, where readers' values are: by `Kind.gradients_at`
+Streams = dict[tuple[str, int], Tensor]  # what readers read, by `Group.stream`
 
 
 class _Work:
@@ -213,13 +208,13 @@ class _Work:
         chunk, experiment = self.chunk, self.chunk.experiment
         assert experiment.source_is is not None
         n = len(chunk.ids)
-        both = Writings(self.parts)
+        both = Writings(self.graph, self.parts)
         first: dict[tuple[str, int], Tensor] = {}  # what the first prompt's attention did
         checked = [(kind, layer) for layer in range(self.model.n_layers if check else 0) for kind in CHECKED]
         hooks = both.hooks(every_hidden=every_hidden)
         hooks += keepers(checked, first, lambda activation, _: activation[:1].clone())
-        tokens = torch.cat([chunk.tokens[experiment.base_is], chunk.tokens[experiment.source_is]])
-        _, final = chunk.runs.forward(tokens, chunk.everyone.repeat(2), hooks)
+        rows = Stacked.cat([chunk.inputs[experiment.base_is], chunk.inputs[experiment.source_is]])
+        _, final = chunk.runs.forward(rows, chunk.everyone.repeat(2), hooks)
         if not chunk.runs.proved(final[[0, n]]):
             self.keep_runs(every_hidden, check)
             return
@@ -238,9 +233,9 @@ class _Work:
         mean, total = _Mean(self, everyone), torch.zeros_like(self.chunk.everyone, dtype=self.scores.values.dtype)
         for row, point, weight in batches(self.chunk, points, weights):
             hidden = (start[row] + point[:, None, None] * change[row]).to(change.dtype)
-            slope, layers, last = self._backward(row, hidden, 0, ())
+            slope, streams, gradients = self._backward(row, hidden, 0, ())
             total = total.index_add(0, row, ((change[row] * slope).flatten(1).sum(1) * weight).to(total))
-            mean.add(row, weight, layers, last)
+            mean.add(row, weight, streams, gradients)
         self._check_covered(*mean.contract(), total)
         values = self.chunk.experiment.values
         gap = (values[str(self.chunk.experiment.source_is)] - values[self.chunk.experiment.base_is])[self.chunk.ids]
@@ -278,54 +273,53 @@ class _Work:
     def along_activations(self, points: list[float], weights: list[float]) -> None:
         """Adds the scores of each layer's heads, of each MLP, and of the embedding, from paths of their own."""
         whole = self.chunk.runs.how != "suffix"
-        for (site, layer), writers in zip(self.parts.writer_sites(), self.graph.writers_at, strict=True):
+        for group in self.graph.writing:
+            site, layer = group.recorded
             start, end = self.base.sites[site, layer], self.source.sites[site, layer]
-            mean = _Mean(self, writers)
+            mean = _Mean(self, group.writers)
             for row, point, weight in batches(self.chunk, points, weights):
                 at = (start[row] + point.reshape(-1, *[1] * (start.ndim - 1)) * (end - start)[row]).to(start.dtype)
 
                 def replace(activation: Tensor, hook: Any, at: Tensor = at) -> Tensor:
-                    return at.reshape(activation.shape)
+                    return at
 
                 hidden = None if whole and site != "resid_pre" else self.base.sites["resid_pre", layer][row]
                 hooks: HookPairs = [] if site == "resid_pre" else [(SITES[site].hook_name(layer), replace)]
                 hidden = at if site == "resid_pre" else hidden
-                _, layers, last = self._backward(row, hidden, layer, hooks)
-                mean.add(row, weight, layers, last)
+                mean.add(row, weight, *self._backward(row, hidden, layer, hooks)[1:])
             mean.contract()
 
     def _backward(
         self, row: Int[Tensor, "row"], hidden: Tensor | None, layer: int, edits: Sequence[tuple[str, Any]]
-    ) -> tuple[Tensor, dict[int, _Gradients], Tensor]:
+    ) -> tuple[Tensor, Streams, Gradients]:
         """One forward and backward pass from block `layer` on.
 
         Returns:
-            The gradient at what the first block reads, those of every later layer's readers, and that at the final stream.
+            The gradient at what the first block reads; what the readers of every later group read, and the gradients there.
         """
-        layers: dict[int, _Gradients] = {}
-        last: list[Tensor] = []
+        groups = [group for group in self.graph.reading if group.layer >= layer]
+        streams: Streams = {}
+        gradients: Gradients = {group: {} for group in groups}
 
-        def keep_stream(activation: Tensor, hook: Any, at: int, name: str) -> None:
-            setattr(layers.setdefault(at, _Gradients()), name, activation.detach())
+        def keep_gradient(activation: Tensor, hook: Any, kept: dict[str, Tensor], name: str) -> Tensor:
+            def keep(gradient: Tensor | None) -> None:  # None where another rule leads past it
+                if gradient is not None:
+                    kept[name] = gradient
 
-        def keep_gradient(activation: Tensor, hook: Any, at: int, name: str) -> Tensor:
-            return tapped(activation, partial(layers.setdefault(at, _Gradients()).at.__setitem__, name))
+            return tapped(activation, keep)
 
-        hooks: HookPairs = list(edits)
-        for i in range(layer, self.model.n_layers):
-            hooks.append((SITES["resid_pre"].hook_name(i), partial(keep_stream, at=i, name="x_attention")))
-            hooks += [(SITES[k].hook_name(i), partial(keep_gradient, at=i, name=k)) for k in ("q", "k", "v")]
-            if self.parts.has_mlp:
-                mid = "resid_pre" if self.parts.parallel else "resid_mid"
-                hooks.append((SITES[mid].hook_name(i), partial(keep_stream, at=i, name="x_mlp")))
-                hooks.append((f"blocks.{i}.mlp.hook_in", partial(keep_gradient, at=i, name="mlp")))
-        tokens = self.chunk.tokens[self.chunk.experiment.base_is][row]
+        read = dict.fromkeys(group.stream for group in groups if group.layer < self.model.n_layers)
+        hooks: HookPairs = [*edits, *keepers(list(read), streams, lambda activation, _: activation.detach())]
+        for group in groups:
+            places = group.kind.gradients_at(group.layer).items()
+            hooks += [(hook, partial(keep_gradient, kept=gradients[group], name=name)) for name, hook in places]
+        rows = self.chunk.inputs[self.chunk.experiment.base_is][row]
         with relevance_rules(self.model, "gradient") if self.relp else nullcontext():
-            leaf, final = self.chunk.runs.forward(tokens, row, hooks, hidden=hidden, layer=layer, leaf=True)
+            leaf, final = self.chunk.runs.forward(rows, row, hooks, hidden=hidden, layer=layer, leaf=True)
             assert leaf is not None
-            value = self.chunk.metric(tapped(final, last.append), row).sum()
-            (slope,) = torch.autograd.grad(value, leaf)
-        return slope, layers, last[0]
+            final = tapped(final, partial(gradients[groups[-1]].__setitem__, "stream"))
+            (slope,) = torch.autograd.grad(self.chunk.metric(final, row).sum(), leaf)
+        return slope, streams, gradients
 
 
 class _Mean:
@@ -334,73 +328,56 @@ class _Mean:
 
     def __init__(self, work: _Work, writers: slice) -> None:
         self.work, self.writers = work, writers
-        # Where a layer's attention, an MLP or the unembedding is in the graph's readers -> [prompt reader pos d_model]
-        self.readers: dict[tuple[int, int], Tensor] = {}
+        self.readers: dict[Group, Tensor] = {}  # [prompt reader pos d_model]
 
-    def add(self, row: Tensor, weight: Tensor, layers: dict[int, _Gradients], last: Tensor) -> None:
-        graph = self.work.graph
-        for layer, kept in layers.items():
-            if self._reads(graph.attention_reads_at(layer)):
-                self._add(graph.attention_reads_at(layer), row, weight, self._attention(layer, kept))
-            if graph.mlps and self._reads(graph.mlp_reads_at(layer)):
-                self._add(graph.mlp_reads_at(layer), row, weight, self._mlp(layer, kept))
-        self._add(graph.logits_at, row, weight, last[:, :, None])
+    def add(self, row: Tensor, weight: Tensor, streams: Streams, gradients: Gradients) -> None:
+        for group, kept in gradients.items():
+            if group.sees > self.writers.start:  # some of them read the first of the writers
+                self._add(group, row, weight, self._pulled_back(group, streams, kept))
 
     def _add(
-        self, readers: slice, row: Tensor, weight: Tensor, gradients: Float[Tensor, "row pos reader d_model"]
+        self, group: Group, row: Tensor, weight: Tensor, gradients: Float[Tensor, "row pos reader d_model"]
     ) -> None:
         gradients = gradients.to(weight.dtype) * weight[:, None, None, None]
         n = len(self.work.chunk.ids)
         if len(row) != n:  # several points of the path; else rows are the prompts in their order
             gradients = gradients.new_zeros(n, *gradients.shape[1:]).index_add(0, row, gradients)
-        summed, key = gradients.transpose(1, 2), (readers.start, readers.stop)
-        self.readers[key] = self.readers[key] + summed if key in self.readers else summed
+        summed = gradients.transpose(1, 2)
+        self.readers[group] = self.readers[group] + summed if group in self.readers else summed
 
-    def _attention(self, layer: int, kept: _Gradients) -> Float[Tensor, "row pos reader d_model"]:
-        parts, x = self.work.parts, kept.x_attention
-        assert x is not None
-        back = []
-        for which in ("q", "k", "v"):
-            if which not in kept.at:
-                raise ValueError(
-                    f"metric: no gradient path from {self.work.chunk.experiment.metric.name!r} to the {which} of layer {layer} "
-                    f"of {self.work.model.name}, so that edges cannot be estimated there; use edge_patching, which needs none"
-                )
-            weight = parts.weight(layer, which)
-            gradient = kept.at[which].reshape(*x.shape[:2], len(weight), -1)
-            back.append(torch.einsum("bphe,hme->bphm", gradient, weight))
-        return parts.pull_back_attention(layer, x, torch.cat(back, 2), self.work.relp)
-
-    def _mlp(self, layer: int, kept: _Gradients) -> Float[Tensor, "row pos 1 d_model"]:
-        x = kept.x_mlp
-        assert x is not None
-        gradient = kept.at["mlp"].reshape(x.shape)[:, :, None]
-        return self.work.parts.pull_back_mlp(layer, x, gradient, self.work.relp)
+    def _pulled_back(
+        self, group: Group, streams: Streams, kept: dict[str, Tensor]
+    ) -> Float[Tensor, "row pos reader d_model"]:
+        missing = [which for which in group.kind.gradients_at(group.layer) if which not in kept]
+        if missing:
+            raise ValueError(
+                f"metric: no gradient path from {self.work.chunk.experiment.metric.name!r} to the {missing[0]} of layer "
+                f"{group.layer} of {self.work.model.name}, so that edges cannot be estimated there; use edge_patching, which "
+                "needs none"
+            )
+        x = (
+            streams[group.stream] if group.stream in streams else kept["stream"]
+        )  # behind the last block nothing is in between
+        return group.kind.pull_back(self.work.parts, group.layer, x, kept, self.work.relp)
 
     @torch.no_grad()
     def contract(self) -> tuple[Float[Tensor, "prompt"], Float[Tensor, "prompt"]]:
         """Adds the scores, from changes of a few positions at a time. Returns the first writer's sums, and sums of sizes."""
-        work, graph = self.work, self.work.graph
+        work = self.work
         n, n_positions = work.counts.shape
         first, sizes = (work.scores.values.new_zeros(n, device=work.chunk.everyone.device) for _ in range(2))
         for where in self._position_blocks(n_positions):
             changes = work.source.changes(work.base, where)
             work.check_written(changes, where)
             changes = (changes * work.counts[:, None, where, None]).to(work.scores.values.dtype).flatten(2)
-            for key, gradients in self.readers.items():
-                readers = slice(*key)
-                upto = min(graph.n_writers(graph.readers[readers.start]), self.writers.stop)
-                writers = slice(self.writers.start, upto)
+            for group, gradients in self.readers.items():
+                writers = slice(self.writers.start, min(group.sees, self.writers.stop))
                 gradients = gradients[:, :, where].to(changes.dtype).flatten(2)
                 part = torch.bmm(changes[:, writers], gradients.mT)
                 first += part[:, 0].sum(-1)
                 sizes += part[:, 0].abs().sum(-1)
-                work.scores.add(work.chunk.ids, writers, readers, part)
+                work.scores.add(work.chunk.ids, writers, group.readers, part)
         return first, sizes
-
-    def _reads(self, readers: slice) -> bool:
-        """Whether these readers come after the first of the writers."""
-        return self.work.graph.n_writers(self.work.graph.readers[readers.start]) > self.writers.start
 
     def _position_blocks(self, n_positions: int) -> Iterator[slice]:
         """Positions whose changes fit into a quarter of the budget at once."""

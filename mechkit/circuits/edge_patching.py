@@ -18,8 +18,9 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -28,7 +29,8 @@ from torch import Tensor
 from mechkit._check import checked, naming
 from mechkit._precision import tolerance
 from mechkit._progress import Progress
-from mechkit.circuits._reads import Changes, runs_agree, stream
+from mechkit.circuits._kinds import Group, Site
+from mechkit.circuits._reads import Changes, runs_agree
 from mechkit.circuits.circuit import Circuit
 from mechkit.circuits.edge_scores import EdgeScores, ScoredEdge
 from mechkit.circuits.graph import Edge, Graph, Reader, Writer
@@ -88,7 +90,7 @@ def edge_patching(
     where = chosen_positions(experiment, positions)
     if checkpoint is not None and not Path(checkpoint).absolute().parent.is_dir():
         raise ValueError(f"checkpoint: there is no folder {str(Path(checkpoint).absolute().parent)!r} to write it into")
-    parts.check(experiment.base.tokens[0][None].to(model.device))
+    parts.check(experiment.base.stack([0]))
     work = _Work(experiment, graph, parts, where, per_prompt)
     saved = None if checkpoint is None else _Checkpoint(Path(checkpoint), work)
     todo = [edge for edge in wanted if saved is None or not saved.has(edge)]
@@ -163,11 +165,11 @@ class _Work:
         item = torch.empty((), dtype=model.dtype).element_size()
         attention = model.d_head * (model.n_heads + 2 * model.n_kv_heads) + 2 * model.d_model
         some: list[Edge] = []
-        seen: set[tuple[Any, ...]] = set()
-        for edge in sorted(edges, key=lambda e: (e.reader.layer, e.reader.kind == "mlp", self.graph.index(e))):
-            variant = _variant(edge)
+        seen: set[_Variant] = set()
+        for edge in sorted(edges, key=lambda e: (self.graph.group_of(e.reader).readers.start, self.graph.index(e))):
+            variant = self.variant(edge)
             if variant not in seen:
-                needs = n_tokens * item * (attention if edge.reader.kind in "qkv" else 2 * model.d_model)
+                needs = n_tokens * item * (2 * model.d_model if variant.reader else attention)
                 if some and (needs > room or len(some) * len(self.experiment.base) >= ROWS):
                     yield some
                     some, seen, room = [], set(), self.experiment.budget.bytes // 2
@@ -177,24 +179,34 @@ class _Work:
         if some:
             yield some
 
+    def place(self, reader: Reader) -> tuple[str, int, int | None]:
+        """Where a reader's value is written: site, layer, head. What is added last goes into the stream behind the block, of
+        which it changes nothing else."""
+        kind = self.graph.group_of(reader).kind
+        return ("resid_post", reader.layer, None) if kind.adds_last else kind.edited(reader)
+
+    def variant(self, edge: Edge) -> _Variant:
+        *_, head = self.place(edge.reader)
+        return _Variant(self.graph.group_of(edge.reader), edge.reader if head is None else None, edge.writer)
+
     def patch(self, edges: Sequence[Edge]) -> None:
         """Computes the effects of some edges."""
-        experiment, last = self.experiment, self.experiment.model.n_layers - 1
-        variants: dict[tuple[str, int], dict[tuple[Any, ...], int]] = {}
+        experiment = self.experiment
+        asked: dict[Site, dict[_Variant, int]] = {}
+        stacks: dict[Any, dict[_Variant, int]] = {}
         cells: list[Cell] = []
+        sites: set[Site] = set()
         for edge in edges:
-            site, layer = place(edge.reader, last)
-            stacked = variants.setdefault(("qkv", layer) if site in ("q", "k", "v") else (site, layer), {})
-            i = stacked.setdefault(_variant(edge), len(stacked))
-            cells.append((Edit(site, layer, KEY, head=edge.reader.head, variant=i),))
-        asked = {
-            key: [what for what, _ in sorted(of.items(), key=lambda item: item[1])] for key, of in variants.items()
-        }
-        layers = sorted({edge.writer.layer for edge in edges if edge.writer.layer >= 0})
-        sites = set(self.parts.writer_sites(layers))
-        if not self.graph.parallel:
-            sites |= {("resid_mid", edge.reader.layer) for edge in edges if edge.reader.kind == "mlp"}
-        sites |= {("mlp_out", edge.reader.layer) for edge in edges if edge.reader.kind == "mlp"}
+            group, variant = self.graph.group_of(edge.reader), self.variant(edge)
+            site, layer, head = self.place(edge.reader)
+            # Heads' values are for all of them, and share a stack.
+            stack = asked[site, layer] = stacks.setdefault((site, layer) if head is None else group, {})
+            cells.append((Edit(site, layer, KEY, head=head, variant=stack.setdefault(variant, len(stack))),))
+            sites.add(self.graph.group_of(edge.writer).recorded)
+            if group.within:
+                sites.add(group.stream)
+            if group.kind.adds_last:
+                sites.add(group.kind.edited(edge.reader)[:2])
         answers = sweep(
             experiment.model,
             experiment.base,
@@ -214,7 +226,8 @@ class _Work:
         )
         effects = answers.values - answers.base
         assert experiment.source is not None
-        alike = [torch.equal(a, b) for a, b in zip(experiment.base.tokens, experiment.source.tokens, strict=True)]
+        hashes = experiment.base.hashes(), experiment.source.hashes()  # of tokens and pictures
+        alike = [one == other for one, other in zip(*hashes, strict=True)]
         effects[:, alike] = 0  # whole passes of other batches round differently
         effects = effects if experiment.base_is == "corrupted" else -effects
         effects = effects if self.per_prompt else effects.mean(1, keepdim=True)
@@ -260,63 +273,56 @@ class _Work:
         )
 
 
-def place(reader: Reader, last_layer: int) -> tuple[str, int]:
-    """Where a reader's value is written: its query, key or value; else the stream after it, of which it changes nothing else."""
-    if reader.kind == "logits":
-        return "resid_post", last_layer
-    return ("resid_post" if reader.kind == "mlp" else reader.kind), reader.layer
+class _Variant(NamedTuple):
+    """What tells the values apart that are written at one place; the edits of a head share those of all heads."""
 
-
-def _variant(edge: Edge) -> tuple[Any, ...]:
-    """What tells the values apart that are written at one place. Queries, keys and values of a layer share a writer's."""
-    kind = "qkv" if edge.reader.kind in ("q", "k", "v") else edge.reader.kind
-    return edge.reader.layer, kind, edge.writer
+    group: Group
+    reader: Reader | None
+    writer: Writer
 
 
 class _Values:
     """Makes the values of a batch of edges from the two runs."""
 
-    def __init__(self, work: _Work, asked: dict[tuple[str, int], list[tuple[Any, ...]]]) -> None:
+    def __init__(self, work: _Work, asked: dict[Site, dict[_Variant, int]]) -> None:
         self.work, self.asked = work, asked
         self.ids: np.ndarray | None = None
-        self.projected: dict[tuple[str, int], Tensor] = {}
+        self.made: dict[Site, Tensor] = {}
 
     def make(self, base: Run, source: Run, ids: np.ndarray, site: str, layer: int) -> Tensor:
         """`[variant prompt pos …]`."""
-        work = self.work
-        counts = where_it_counts(
-            work.experiment, work.positions, base.tokens, source.tokens, ids, runs_agree(base, source)
-        )
-        changes = Changes(work.parts, base, source, counts)
-        if site == "resid_post":
-            asked = self.asked[site, layer]
-            return torch.cat([self._after(changes, kind, at, writers) for at, kind, writers in _runs(asked)])
         if self.ids is not ids:
-            self.ids, self.projected = ids, {}
-        if (site, layer) not in self.projected:
-            writers = [writer for _, _, writer in self.asked["qkv", layer]]
-            normed = self.work.parts.attention_input(layer, changes.base.resid[layer] + changes.of(writers))
-            for which in ("q", "k", "v"):
-                self.projected[which, layer] = self.work.parts.project(layer, which, normed)
-        return self.projected.pop((site, layer))
+            self.ids, self.made = ids, {}
+        if (site, layer) not in self.made:
+            self._make(base, source, ids, self.asked[site, layer])
+        return self.made.pop((site, layer))
 
-    def _after(self, changes: Changes, kind: str, layer: int, writers: list[Writer]) -> Tensor:
-        """The stream after an MLP, or the final one, if this reader alone sees the changes."""
-        base, change = changes.base, changes.of(writers)
-        if kind == "logits":
-            return base.resid[-1] + change
+    def _make(self, base: Run, source: Run, ids: np.ndarray, stack: dict[_Variant, int]) -> None:
+        """The values of a stack, at all places that have it."""
+        work = self.work
+        agree = runs_agree(base, source)
+        counts = where_it_counts(work.experiment, work.positions, base.rows, source.rows, ids, agree)
+        changes = Changes(work.graph, work.parts, base, source, counts)
+        places = [place for place, of in self.asked.items() if of is stack]
+        parts: dict[Site, list[Tensor]] = {place: [] for place in places}
+        for (group, reader), variants in groupby(stack, key=lambda variant: variant[:2]):
+            reads = group.read_in(base) + changes.of([variant.writer for variant in variants])
+            values = self._values(base, group, reader, reads, [site for site, _ in places])
+            for site, layer in places:
+                parts[site, layer].append(values[site])
+        self.made |= {place: some[0] if len(some) == 1 else torch.cat(some) for place, some in parts.items()}
+
+    def _values(
+        self, base: Run, group: Group, reader: Reader | None, reads: Tensor, sites: list[str]
+    ) -> dict[str, Tensor]:
         parts, graph = self.work.parts, self.work.graph
-        reads = stream(graph, base, Reader("mlp", layer)) + change
-        return base.resid[layer + 1] - base.sites["mlp_out", layer] + parts.mlp(layer, reads)
-
-
-def _runs(asked: list[tuple[Any, ...]]) -> Iterator[tuple[int, str, list[Writer]]]:
-    """Consecutive variants of one reader."""
-    first = 0
-    for i in range(1, len(asked) + 1):
-        if i == len(asked) or asked[i][:2] != asked[first][:2]:
-            yield asked[first][0], asked[first][1], [writer for *_, writer in asked[first:i]]
-            first = i
+        if reader is None:
+            return group.kind.values(parts, group, base, reads, graph.readers[group.readers], sites)
+        site, layer, _ = group.kind.edited(reader)
+        value = group.kind.values(parts, group, base, reads, [reader], [site])[site]
+        if group.kind.adds_last:
+            return {"resid_post": base.resid[layer + 1] - base.sites[site, layer] + value}
+        return {site: value}
 
 
 class _Checkpoint:

@@ -25,9 +25,10 @@ from torch import Tensor
 from mechkit._check import checked
 from mechkit._drawn import Drawn
 from mechkit._files import decoding
-from mechkit._gap import warn_of_gap
+from mechkit._warnings import warn_of_gap
 from mechkit.circuits.graph import Edge, Graph
 from mechkit.result import Cost, Interval, Result
+from mechkit.result._columns import Columns
 
 if TYPE_CHECKING:
     import pandas
@@ -279,7 +280,7 @@ class EdgeScores(Drawn):
                 f"normalized: expected runs that differ, got means clean {clean:.4g} and corrupted {corrupted:.4g}; "
                 "use the scores as they are"
             )
-        warn_of_gap(clean, corrupted, corrupted, self.result.metric, stacklevel=2)
+        warn_of_gap(clean, corrupted, corrupted, self.result.metric)
         values = self.result.values / gap.to(self.result.values)
         baseline = {
             name: ((b.double() - corrupted.to(b.device)) / gap.to(b.device)).to(b) for name, b in self.baseline.items()
@@ -322,16 +323,11 @@ class EdgeScores(Drawn):
         """
         import pandas as pd
 
-        values = (self.per_prompt if per_prompt else self.values[..., None]).cpu()
-        places = (~values.isnan()).permute(1, 0, 2).nonzero()
-        reader, writer, prompt = places.unbind(1)
-        columns: dict[str, Any] = {
-            "writer": np.array([w.name for w in self.graph.writers], dtype=object)[writer.numpy()],
-            "reader": np.array([r.name for r in self.graph.readers], dtype=object)[reader.numpy()],
-        }
-        if per_prompt:
-            columns["prompt"] = prompt.numpy()
-        return pd.DataFrame({**columns, "score": values[writer, reader, prompt].numpy()})
+        values = (self.per_prompt if per_prompt else self.values).transpose(0, 1).numpy(force=True)
+        labels = {**self.result.coords, "prompt": range(values.shape[-1])}
+        edges = Columns(("reader", "writer", "prompt")[: values.ndim], labels, values).present()
+        dims = ("writer", "reader", "prompt")[: values.ndim]
+        return pd.DataFrame({**{dim: edges.label(dim) for dim in dims}, "score": edges.value()})
 
     @checked
     def save(self, path: str | os.PathLike[str]) -> Path:

@@ -8,7 +8,7 @@ Notation: m is the metric's mean over prompts; M the model, C the circuit, ∅ t
   the circuit that steps in for K. To be without a component is to have all edges out of it ablated.
 - *Minimality*: for each component (or edge) v, `F(C without v) - F(C)`: 0 if v does nothing in the circuit.
 - *Random circuits* of as many edges: a faithfulness that they reach too means little. The circuit's rank is a p-value.
-- *Held out*: prompts that the circuit was not found on. Where its provenance says on which it was, the two are told apart.
+- *Held out*: prompts that the circuit was not found on. Where its provenance says on which it was, the two are reported apart.
 
 Wang et al. 2022, https://arxiv.org/abs/2211.00593 (faithfulness in the metric's unit, completeness, minimality); Miller et al.
 2024, https://arxiv.org/abs/2407.08734 (what such numbers depend on); Mueller et al. 2025 (MIB), https://arxiv.org/abs/2504.13151.
@@ -16,7 +16,6 @@ Wang et al. 2022, https://arxiv.org/abs/2211.00593 (faithfulness in the metric's
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -29,6 +28,7 @@ from mechkit._check import checked
 from mechkit._drawn import Drawn
 from mechkit._progress import Progress
 from mechkit._statistics import caution
+from mechkit._warnings import warn_user
 from mechkit.circuits._evaluation import Ablation, Constants, Evaluator, provenance_of_ablation
 from mechkit.circuits.circuit import Circuit
 from mechkit.experiment.estimates import AnyMetric
@@ -54,8 +54,8 @@ class Ratio:
             few prompts, or the gap between model and empty circuit changes its sign among the resamples.
         n_prompts: How many prompts it is of.
         caution: Why the interval covers less often than 95 %: fewer than 30 prompts, or a few that carry most of the deviations
-            (usual for losses, such as log probabilities and divergences). Empty where neither is so. `benchmarks/coverage.py` has
-            how often.
+            (usual for losses, such as log probabilities and divergences). Empty where neither is so.
+            `benchmarks/truth/intervals.py` has how often.
     """
 
     value: float
@@ -67,16 +67,15 @@ class Ratio:
     def __str__(self) -> str:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
-    def warn(self, stacklevel: int = 2) -> None:
+    def warn(self) -> None:
         """Warns (`UserWarning`) if there is reason for caution."""
-        warn_of_interval(self.caution, stacklevel + 1)
+        warn_of_interval(self.caution)
 
 
-def warn_of_interval(caution: str, stacklevel: int = 2) -> None:
+def warn_of_interval(caution: str) -> None:
     """Warns that an interval covers too seldom, if there is a reason."""
     if caution:
-        text = f"faithfulness: the 95 % interval covers less often than that: {caution}"
-        warnings.warn(text, UserWarning, stacklevel=stacklevel + 1)
+        warn_user(f"faithfulness: the 95 % interval covers less often than that: {caution}")
 
 
 @dataclass(frozen=True)

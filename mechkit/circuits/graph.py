@@ -18,21 +18,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
 from mechkit._check import checked
+from mechkit.circuits import _kinds
+from mechkit.circuits._kinds import Group, Kind, Site
 from mechkit.hooks import HookedModel
 
-ReaderKind = Literal["q", "k", "v", "mlp", "logits"]
 _CELLS = 2**30  # pairs of a writer and a reader, at most: a gigabyte of masks
-_READER = re.compile(r"a(\d+)\.(h|kv)(\d+)<([qkv])>|m(\d+)|logits")
-_WRITER = re.compile(r"input|a(\d+)\.h(\d+)|m(\d+)")
 
 
 @dataclass(frozen=True, order=True)
@@ -42,16 +40,20 @@ class Writer:
     Attributes:
         layer: The layer; -1 for the embedding.
         head: The head; `None` for an MLP and for the embedding.
+        kind: `"input"`, `"head"` or `"mlp"`: found from the other two if it is not given.
     """
 
     layer: int
     head: int | None = None
+    kind: str = field(default="", repr=False)
 
-    @property
+    def __post_init__(self) -> None:
+        found = "input" if self.layer < 0 else "mlp" if self.head is None else "head"
+        object.__setattr__(self, "kind", self.kind or found)
+
+    @cached_property
     def name(self) -> str:
-        if self.layer < 0:
-            return "input"
-        return f"m{self.layer}" if self.head is None else f"a{self.layer}.h{self.head}"
+        return _kinds.of_writer(self.kind).writer_name(self)
 
     def __str__(self) -> str:
         return self.name
@@ -68,18 +70,14 @@ class Reader:
         shared: Whether several query heads use this key-value head (which only its name shows).
     """
 
-    kind: ReaderKind
+    kind: str
     layer: int
     head: int | None = None
     shared: bool = False
 
-    @property
+    @cached_property
     def name(self) -> str:
-        if self.kind == "logits":
-            return "logits"
-        if self.kind == "mlp":
-            return f"m{self.layer}"
-        return f"a{self.layer}.{'kv' if self.shared else 'h'}{self.head}<{self.kind}>"
+        return _kinds.of_reader(self.kind).reader_name(self)
 
     def __str__(self) -> str:
         return self.name
@@ -149,8 +147,9 @@ class Graph:
         Raises:
             ValueError: some layer lacks queries, keys, values or heads' outputs (state-space models, hybrids, latent attention).
         """
-        partly = [site for site in ("resid_mid", "mlp_out") if model.has_site(site)]
-        model.check_every_layer(["q", "k", "v", "z", *partly], "a graph of edges")
+        needed = [site for kind in _kinds.KINDS for site in kind.needs(model)]
+        within = ["resid_mid"] if model.has_site("resid_mid") else []
+        model.check_every_layer([*needed, *within], "a graph of edges")
         return cls(
             model.n_layers,
             model.n_heads,
@@ -160,22 +159,49 @@ class Graph:
         )
 
     @cached_property
+    def kinds(self) -> tuple[Kind, ...]:
+        """The kinds of its nodes."""
+        return tuple(kind for kind in _kinds.KINDS if kind.layers(self))
+
+    @cached_property
+    def groups(self) -> tuple[Group, ...]:
+        """The nodes of each layer and kind, in the order in which they read and write: the embedding, the heads of layer 0, its
+        MLP, the heads of layer 1, …, the logits."""
+        return tuple(_kinds.groups_of(self))
+
+    @cached_property
+    def writing(self) -> tuple[Group, ...]:
+        """The groups that have writers."""
+        return tuple(group for group in self.groups if group.writes)
+
+    @cached_property
+    def reading(self) -> tuple[Group, ...]:
+        """The groups that have readers."""
+        return tuple(group for group in self.groups if group.reads)
+
+    @property
+    def recorded(self) -> list[Site]:
+        """The activations that tell what all writers wrote, in the order of `writing`."""
+        return [group.recorded for group in self.writing]
+
+    @cached_property
     def writers(self) -> tuple[Writer, ...]:
         """In the order in which they write: `input`, the heads of layer 0, its MLP, the heads of layer 1, …"""
-        last: list[int | None] = [None] if self.mlps else []
-        layers = (Writer(layer, head) for layer in range(self.n_layers) for head in (*range(self.n_heads), *last))
-        return (Writer(-1), *layers)
+        return tuple(
+            Writer(group.layer, i if group.kind.numbered else None, group.kind.name)
+            for group in self.writing
+            for i in range(group.kind.n_writers(self))
+        )
 
     @cached_property
     def readers(self) -> tuple[Reader, ...]:
         """In the order in which they read: queries, keys and values of layer 0, its MLP, …, `logits`."""
-        readers = []
-        for layer in range(self.n_layers):
-            readers += [Reader("q", layer, head) for head in range(self.n_heads)]
-            for kind in ("k", "v"):
-                readers += [Reader(kind, layer, head, self.shares) for head in range(self.n_kv_heads)]
-            readers += [Reader("mlp", layer)] * self.mlps
-        return (*readers, Reader("logits", self.n_layers))
+        return tuple(
+            Reader(kind, group.layer, i if group.kind.numbered else None, n < group.kind.n_writers(self))
+            for group in self.reading
+            for kind, n in group.kind.n_readers(self).items()
+            for i in range(n)
+        )
 
     @property
     def shares(self) -> bool:
@@ -185,50 +211,66 @@ class Graph:
     @property
     def n_cells(self) -> tuple[int, int]:
         """How many writers and how many readers there are, without making any."""
-        readers = self.n_heads + 2 * self.n_kv_heads + self.mlps
-        return 1 + self.n_layers * self.layer_size, 1 + self.n_layers * readers
+        writers = readers = 0
+        for kind in self.kinds:
+            layers = kind.layers(self).stop - kind.layers(self).start
+            writers += layers * kind.n_writers(self)
+            readers += layers * sum(kind.n_readers(self).values())
+        return writers, readers
+
+    def group_of(self, node: Writer | Reader) -> Group:
+        """The group that a writer or a reader is in."""
+        group = self._group_at.get((node.kind, node.layer))
+        if group is None:
+            raise ValueError(f"node: {node.name!r} is not in this graph")
+        return group
+
+    @cached_property
+    def _group_at(self) -> dict[tuple[str, int], Group]:
+        """By the kind of its writers and those of its readers, and the layer."""
+        return {(kind, group.layer): group for group in self.groups for kind in (group.kind.name, *group.kind.reads)}
+
+    def n_writers(self, reader: Reader) -> int:
+        """How many writers write before a reader reads: it has an edge from each of the first so many, and from no other."""
+        return self.group_of(reader).sees
+
+    @property
+    def most_readers(self) -> int:
+        """Readers of the group that has the most."""
+        return max(group.readers.stop - group.readers.start for group in self.groups)
 
     @property
     def layer_size(self) -> int:
         """Writers in one layer."""
-        return self.n_heads + self.mlps
-
-    def n_writers(self, reader: Reader) -> int:
-        """How many writers write before a reader reads: it has an edge from each of the first so many, and from no other."""
-        heads = self.n_heads if reader.kind == "mlp" and not self.parallel else 0
-        return 1 + reader.layer * self.layer_size + heads
+        return sum(group.writers.stop - group.writers.start for group in self.writing if group.layer == 0)
 
     def heads_at(self, layer: int) -> slice:
         """Where a layer's heads are in `writers`; its MLP, if there are any, comes right after them."""
-        first = 1 + layer * self.layer_size
-        return slice(first, first + self.n_heads)
+        return self._group_at["head", layer].writers
 
     def mlp_at(self, layer: int) -> slice:
         """Where a layer's MLP is in `writers`: one place, or none."""
-        first = self.heads_at(layer).stop
-        return slice(first, first + self.mlps)
+        heads = self.heads_at(layer)
+        return self._group_at["mlp", layer].writers if self.mlps else slice(heads.stop, heads.stop)
 
     def attention_reads_at(self, layer: int) -> slice:
         """Where a layer's queries, keys and values are in `readers`. They read the same stream."""
-        size = self.n_heads + 2 * self.n_kv_heads
-        first = layer * (size + self.mlps)
-        return slice(first, first + size)
+        return self._group_at["head", layer].readers
 
     def mlp_reads_at(self, layer: int) -> slice:
         """Where a layer's MLP is in `readers`: one place, or none."""
-        first = self.attention_reads_at(layer).stop
-        return slice(first, first + self.mlps)
+        attention = self.attention_reads_at(layer)
+        return self._group_at["mlp", layer].readers if self.mlps else slice(attention.stop, attention.stop)
 
     @property
     def logits_at(self) -> slice:
         """Where the unembedding is in `readers`."""
-        return slice(len(self.readers) - 1, len(self.readers))
+        return self.groups[-1].readers
 
     @property
     def writers_at(self) -> list[slice]:
         """Where those that write together are in `writers`: the embedding, each layer's heads, and its MLP."""
-        layers = ((self.heads_at(layer), self.mlp_at(layer)) for layer in range(self.n_layers))
-        return [slice(0, 1), *(where for layer in layers for where in layer[: 1 + self.mlps])]
+        return [group.writers for group in self.writing]
 
     @cached_property
     def exists(self) -> Bool[Tensor, "writer reader"]:
@@ -258,14 +300,12 @@ class Graph:
     @checked
     def writer(self, name: str) -> Writer:
         """The writer of that name, `"input"`, `"a9.h6"` or `"m3"`; `"9.6"` and `"L9H6"` mean `"a9.h6"`."""
-        name = _canonical(name)
+        name = self._canonical(name)
         if name in self.writer_index:
             return self.writers[self.writer_index[name]]
-        said = "out of range" if _WRITER.fullmatch(name) else "not a writer's name"
-        raise ValueError(
-            f"writer: expected 'input', a head 'a0.h0' to 'a{self.n_layers - 1}.h{self.n_heads - 1}'"
-            f"{f' or an MLP m0 to m{self.n_layers - 1}' if self.mlps else ''}; {name!r} is {said}"
-        )
+        known = any(re.fullmatch(kind.writer_names, name) for kind in _kinds.KINDS)
+        said = "out of range" if known else "not a writer's name"
+        raise ValueError(f"writer: expected {self._expected(0)}; {name!r} is {said}")
 
     @checked
     def reader(self, name: str) -> Reader:
@@ -273,22 +313,25 @@ class Graph:
 
         Where query heads share keys and values, `"a9.h6<k>"` is refused: the name of the key-value head is needed.
         """
-        name = _canonical(name)
+        name = self._canonical(name)
         if name in self.reader_index:
             return self.readers[self.reader_index[name]]
-        found = _READER.fullmatch(name)
-        if found and found[4] in ("k", "v") and self.shares and found[2] == "h" and int(found[3]) < self.n_heads:
-            group = int(found[3]) // (self.n_heads // self.n_kv_heads)
-            raise ValueError(
-                f"reader: query heads share keys and values in this model; expected 'a{found[1]}.kv{group}<{found[4]}>', which "
-                f"head {found[3]} uses, got {name!r}"
-            )
-        said = "out of range, or of another kind of model" if found else "not a reader's name"
-        raise ValueError(
-            "reader: expected a query 'a0.h0<q>', a key or value "
-            f"'a0.{'kv' if self.shares else 'h'}0<k>'{', an MLP m0' if self.mlps else ''} or 'logits', with layers below "
-            f"{self.n_layers}; {name!r} is {said}"
-        )
+        if meant := [why for kind in self.kinds if (why := kind.meant(self, name))]:
+            raise ValueError(f"reader: {meant[0]}")
+        known = any(re.fullmatch(kind.reader_names, name) for kind in _kinds.KINDS)
+        said = "out of range, or of another kind of model" if known else "not a reader's name"
+        raise ValueError(f"reader: expected {self._expected(1)}, with layers below {self.n_layers}; {name!r} is {said}")
+
+    def _canonical(self, name: str) -> str:
+        name = name.strip()
+        for kind in self.kinds:
+            name = kind.canonical(name)
+        return name
+
+    def _expected(self, which: int) -> str:
+        """Names of writers (0) or readers (1) in words."""
+        *others, last = [words for kind in self.kinds if (words := kind.expected(self)[which])]
+        return f"{', '.join(others)} or {last}"
 
     @checked
     def edge(self, name: str) -> Edge:
@@ -319,25 +362,30 @@ class Graph:
 
     def readers_of(self, writer: Writer) -> tuple[Reader, ...]:
         """The inputs of a component: a head's query, key and value, an MLP's one; nothing for the embedding."""
-        if writer.layer < 0:
-            return ()
-        if writer.head is None:
-            return (self.reader(writer.name),)
-        group = writer.head // (self.n_heads // self.n_kv_heads)
-        kv = f"a{writer.layer}.{'kv' if self.shares else 'h'}{group}"
-        return (self.reader(f"{writer.name}<q>"), self.reader(f"{kv}<k>"), self.reader(f"{kv}<v>"))
+        return tuple(self.readers[i] for i in self.inputs[self.writer_index[self.writer(writer.name).name]])
 
     def writers_of(self, reader: Reader) -> tuple[Writer, ...]:
         """The components that an input belongs to: one head or MLP, or all heads of a key-value head; none for the logits."""
-        if reader.kind == "logits":
-            return ()
-        if reader.kind == "mlp":
-            return (Writer(reader.layer),)
-        assert reader.head is not None
-        if reader.kind == "q":
-            return (Writer(reader.layer, reader.head),)
-        size = self.n_heads // self.n_kv_heads
-        return tuple(Writer(reader.layer, head) for head in range(reader.head * size, (reader.head + 1) * size))
+        return self._owners.get((reader.kind, reader.layer, reader.head), ())
+
+    @cached_property
+    def inputs(self) -> tuple[tuple[int, ...], ...]:
+        """For each writer, where its inputs are in `readers`."""
+        places = {_key(reader): i for i, reader in enumerate(self.readers)}
+        found = []
+        for writer in self.writers:
+            inputs = self.group_of(writer).kind.inputs(self, writer)
+            found.append(tuple(places[kind, writer.layer, head] for kind, head in inputs))
+        return tuple(found)
+
+    @cached_property
+    def _owners(self) -> dict[tuple[str, int, int | None], tuple[Writer, ...]]:
+        owners: dict[tuple[str, int, int | None], tuple[Writer, ...]] = {}
+        for writer, inputs in zip(self.writers, self.inputs, strict=True):
+            for reader in inputs:
+                key = _key(self.readers[reader])
+                owners[key] = (*owners.get(key, ()), writer)
+        return owners
 
     def __str__(self) -> str:
         return (
@@ -346,6 +394,5 @@ class Graph:
         )
 
 
-def _canonical(name: str) -> str:
-    """`" 9.6<q> "` and `"L9H6<q>"`, as results of techniques label a head, -> `"a9.h6<q>"`."""
-    return re.sub(r"^(?:(\d+)\.|L(\d+)H)(\d+)", lambda found: f"a{found[1] or found[2]}.h{found[3]}", name.strip())
+def _key(reader: Reader) -> tuple[str, int, int | None]:
+    return reader.kind, reader.layer, reader.head

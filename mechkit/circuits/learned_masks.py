@@ -250,7 +250,7 @@ class MaskSettings:
 
 class _Gates:
     """What is learned: `log_alpha`, `[writer reader]` for edges (those that do not exist do nothing), `[writer 1]` for nodes.
-    In float64 on the CPU: probabilities near 1 must still be told apart, and draws be the same on every device."""
+    In float64 on the CPU: probabilities near 1 must still be distinguished, and draws be the same on every device."""
 
     def __init__(self, graph: Graph, settings: MaskSettings) -> None:
         self.graph, self.temperature, self.target = graph, settings.temperature, settings.target

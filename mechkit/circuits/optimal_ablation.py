@@ -35,7 +35,7 @@ from mechkit._drawn import Drawn
 from mechkit._progress import Progress
 from mechkit.circuits._evaluation import CircuitChunk, Constants, Evaluator
 from mechkit.circuits._objective import Objective, ObjectiveName, divergence, metric_maker, rows_of, turns
-from mechkit.circuits._runs import Written
+from mechkit.circuits._writings import Written
 from mechkit.circuits.circuit import Circuit
 from mechkit.circuits.graph import Graph, Writer
 from mechkit.engine import frozen_parameters
@@ -175,9 +175,9 @@ def _start(task: Objective) -> tuple[Float[Tensor, "writer d_model"], Float[Tens
     squares, count, mean = torch.zeros(0), 0, torch.zeros(0)
     for chunk in task.chunks():
         if not count:
-            mean = torch.cat(chunk.runs.ablated.stacked(), 1)[0, :, 0].to(task.wide)
+            mean = torch.cat(chunk.runs.ablated, 1)[0, :, 0].to(task.wide)
             squares = torch.zeros(len(mean), 1, dtype=task.wide, device=mean.device)
-        for where, block in zip(task.evaluator.graph.writers_at, chunk.runs.clean.stacked(), strict=True):
+        for where, block in zip(task.evaluator.graph.writers_at, chunk.runs.clean, strict=True):
             off = block.to(task.wide) - mean[None, where, None]
             squares[where] += off.square().mean(-1).sum((0, 2))[:, None]
         count += len(chunk.ids) * (chunk.runs.run.length - chunk.runs.start)
@@ -246,7 +246,7 @@ class _Search(ABC):
 
 @dataclass(frozen=True)
 class _Piece:
-    """Writers that write together: the embedding, the heads of a layer, an MLP.
+    """Writers that write together (`Graph.writing`).
 
     Attributes:
         place: Which one it is of `Graph.writers_at`.
@@ -272,10 +272,9 @@ class _Alone(_Search):
         self.unit[index] = torch.arange(len(writers))
         pieces = []
         for place, where in enumerate(self.graph.writers_at):
-            first = self.graph.writers[where.start]
-            own_mlp_reads = first.head is not None and self.graph.mlps and not self.graph.parallel
+            first_layer = next(group.layer for group in self.graph.reading if group.sees > where.start)
             chosen = [i for i in index if where.start <= i < where.stop]
-            pieces.append(_Piece(place, where, chosen, first.layer if own_mlp_reads else first.layer + 1))
+            pieces.append(_Piece(place, where, chosen, first_layer))
         self.pieces = [piece for piece in pieces if piece.chosen]
 
     def add_losses(
@@ -300,13 +299,12 @@ class _Alone(_Search):
 
         def add(some: slice) -> None:
             leaf = values[piece.where].detach().requires_grad_(slope is not None)
-            blocks = chunk.runs.clean.stacked()  # whose ablated value is the clean one is not ablated
+            blocks = list(chunk.runs.clean)  # whose ablated value is the clean one is not ablated
             blocks[piece.place] = leaf[None, :, None].to(self.model.dtype)
             gates = exists.repeat(len(writer[some]), 1, 1)
             gates[torch.arange(len(gates)), writer[some]] = 0
             into = None if slope is None else slope[piece.where]
-            ablated = Written.from_stacked(blocks, self.graph)
-            loss = self.run(chunk, gates, at[some], ablated, leaf, into, piece.first_layer)
+            loss = self.run(chunk, gates, at[some], blocks, leaf, into, piece.first_layer)
             found[self.unit[writer[some]], rows[row[some]]] = loss
 
         self.task.in_batches(chunk, len(writer), add, piece.first_layer)

@@ -24,7 +24,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechkit._check import checked, naming
-from mechkit.circuits._reads import Changes, runs_agree, stream
+from mechkit.circuits import _kinds
+from mechkit.circuits._kinds import Group, Site
+from mechkit.circuits._reads import Changes, runs_agree
 from mechkit.circuits.graph import Graph, Reader, Writer
 from mechkit.engine import Cell, Derived, Edit, sweep
 from mechkit.experiment.edges import chosen_positions, edge_experiment, where_it_counts
@@ -89,7 +91,7 @@ def path_patching(
     reads = _receivers(graph, receivers)
     plan = _Plan.of(experiment, graph, senders, positions)
     reached = _reached(graph, [writer for writer, _ in plan.cells], reads, by_name=not isinstance(senders, str))
-    parts.check(experiment.base.tokens[0][None].to(model.device))
+    parts.check(experiment.base.stack([0]))
     values, cost, how = [], Cost(0, 0), "suffix"
     per_sender = int(experiment.base.lengths.sum()) * model.d_model * 4 * (2 + len(reads))
     at_once = max(1, experiment.budget.bytes // 2 // per_sender)
@@ -101,7 +103,7 @@ def path_patching(
             [_cell(graph, reads, writer, i) for i, (writer, _) in enumerate(some)],
             experiment.metric,
             source=experiment.source,
-            derived={KEY: Derived(_sites(graph, parts), _Values(experiment, graph, parts, some, freeze).make)},
+            derived={KEY: Derived(_sites(graph), _Values(experiment, graph, parts, reads, some, freeze).make)},
             base_is=experiment.base_is,
             source_is=str(experiment.source_is),
             budget=max(1, experiment.budget.bytes * 2),
@@ -164,7 +166,7 @@ def _receivers(graph: Graph, names: Sequence[str]) -> list[Reader]:
         readers = [graph.reader(name) for name in names_of("receivers", names)]
     if not readers or len(set(readers)) != len(readers):
         raise ValueError(f"receivers: expected at least one, each once; got {list(names)}")
-    if len(readers) > 1 and any(reader.kind == "logits" for reader in readers):
+    if len(readers) > 1 and any(reader.layer == graph.n_layers for reader in readers):
         raise ValueError(
             "receivers: expected 'logits' alone: the final stream keeps the value that it is given, so that nothing would be "
             f"left of what the other receivers do; got {list(names)}"
@@ -211,18 +213,20 @@ class _Plan:
         dims = senders.split()
         place = dims[-1] if dims and dims[-1] in ("pos", "position") else None
         components = dims[:-1] if place else dims
-        if components not in (["layer", "head"], ["layer"]):
+        kinds = {kind.dims: kind for kind in _kinds.KINDS if kind.dims}
+        kind = kinds.get(tuple(components))
+        if kind is None:
+            choices = " or ".join(f"{' '.join(dims)!r} (all {kind.many})" for dims, kind in kinds.items())
             raise ValueError(
-                "senders: expected 'layer head' (all heads) or 'layer' (all MLPs), perhaps followed by 'pos' or 'position', or a "
-                f"list of names; got {senders!r}"
+                f"senders: expected {choices}, perhaps followed by 'pos' or 'position', or a list of names; got {senders!r}"
             )
-        heads = len(components) == 2
-        if not heads and not graph.mlps:
-            raise ValueError("senders: 'layer' stands for MLPs, and this model has none; use 'layer head'")
-        writers = [w for w in graph.writers if w.layer >= 0 and (w.head is not None) == heads]
-        coords: dict[str, tuple[Any, ...]] = {"layer": tuple(range(graph.n_layers))}
-        if heads:
-            coords["head"] = tuple(range(graph.n_heads))
+        if kind not in graph.kinds:
+            raise ValueError(
+                f"senders: {' '.join(components)!r} stands for {kind.many}, and this model has none; use 'layer head'"
+            )
+        writers = [writer for writer in graph.writers if writer.kind == kind.name]
+        sizes = (graph.n_layers, kind.n_writers(graph))
+        coords: dict[str, tuple[Any, ...]] = {dim: tuple(range(n)) for dim, n in zip(kind.dims, sizes, strict=False)}
         if place is None:
             everywhere = chosen_positions(experiment, positions)
             return cls([(w, everywhere) for w in writers], coords)
@@ -245,22 +249,23 @@ def names_of(argument: str, names: Sequence[Any]) -> list[str]:
 
 
 def _cell(graph: Graph, receivers: Sequence[Reader], writer: Writer, variant: int) -> Cell:
-    """The edits of one sender: one for each receiver that comes after it."""
-    edits = []
-    for reader in receivers:
-        if graph.writer_index[writer.name] < graph.n_writers(reader):
-            if reader.kind == "logits":
-                edits.append(Edit("resid_post", graph.n_layers - 1, KEY, variant=variant))
-            elif reader.kind == "mlp":
-                edits.append(Edit("mlp_out", reader.layer, KEY, variant=variant))
-            else:
-                edits.append(Edit(reader.kind, reader.layer, KEY, head=reader.head, variant=variant))
-    return tuple(edits)
+    """The edits of one sender: at the place of each receiver that comes after it."""
+    after = [reader for reader in receivers if graph.writer_index[writer.name] < graph.n_writers(reader)]
+    places = dict.fromkeys(graph.group_of(reader).kind.edited(reader) for reader in after)
+    return tuple(Edit(site, layer, KEY, head=head, variant=variant) for site, layer, head in places)
 
 
-def _sites(graph: Graph, parts: Parts) -> tuple[tuple[str, int], ...]:
-    mids = [] if graph.parallel or not graph.mlps else [("resid_mid", layer) for layer in range(graph.n_layers)]
-    return (*parts.writer_sites(), *mids)
+def _sites(graph: Graph) -> tuple[Site, ...]:
+    """What is to be recorded: what all writers wrote, and what those read and add that may react."""
+    reacting = [group for group in graph.reading if group.kind.adds_last]
+    sites = [*graph.recorded, *(_added(graph, group) for group in reacting)]
+    return tuple(dict.fromkeys([*sites, *(group.stream for group in graph.reading if group.within)]))
+
+
+def _added(graph: Graph, group: Group) -> Site:
+    """The site of what a group that adds last adds."""
+    site, layer, _ = group.kind.edited(graph.readers[group.readers.start])
+    return site, layer
 
 
 class _Values:
@@ -271,50 +276,52 @@ class _Values:
         experiment: Experiment,
         graph: Graph,
         parts: Parts,
+        receivers: Sequence[Reader],
         cells: Sequence[tuple[Writer, tuple[Any, ...] | None]],
         freeze: str,
     ) -> None:
         self.experiment, self.graph, self.parts, self.cells, self.freeze = experiment, graph, parts, cells, freeze
+        self.at: dict[Site, list[Reader]] = {}  # the receivers whose values are written there
+        for reader in receivers:
+            site, layer, _ = graph.group_of(reader).kind.edited(reader)
+            together = self.at.setdefault((site, layer), [])
+            together.append(reader)
+            assert graph.group_of(together[0]) is graph.group_of(reader), "two kinds are written at one place"
         self.ids: np.ndarray | None = None
-        self.streams: dict[tuple[int, str], Tensor] = {}
+        self.streams: dict[int, Tensor] = {}
 
     def make(self, base: Run, source: Run, ids: np.ndarray, site: str, layer: int) -> Tensor:
         """`[sender prompt pos …]`."""
         if self.ids is not ids:
             self.ids = ids
             self.streams = self._reaching(base, source, ids)
-        if site == "resid_post":
-            return base.resid[-1] + self.streams[self.graph.n_layers, "pre"]
-        if site == "mlp_out":
-            place = "pre" if self.graph.parallel else "mid"
-            reads = stream(self.graph, base, Reader("mlp", layer)) + self.streams[layer, place]
-            return self.parts.mlp(layer, reads)
-        normed = self.parts.attention_input(layer, base.resid[layer] + self.streams[layer, "pre"])
-        return self.parts.project(layer, site, normed)  # type: ignore[arg-type]
+        readers = self.at[site, layer]
+        return self._values(base, self.graph.group_of(readers[0]), readers, self.streams, site)
 
-    def _reaching(self, base: Run, source: Run, ids: np.ndarray) -> dict[tuple[int, str], Tensor]:
-        """By how much each sender changes the stream in front of each block, and within it; at the end, the final one."""
-        graph, parts = self.graph, self.parts
-        about = base.tokens, source.tokens, ids, runs_agree(base, source)
+    def _values(
+        self, base: Run, group: Group, readers: Sequence[Reader], changes: dict[int, Tensor], site: str
+    ) -> Tensor:
+        """The values of some readers of a group, given how the streams change."""
+        reads = group.read_in(base) + changes[group.sees]
+        return group.kind.values(self.parts, group, base, reads, readers, [site])[site]
+
+    def _reaching(self, base: Run, source: Run, ids: np.ndarray) -> dict[int, Tensor]:
+        """By how much each sender changes the stream after the first so many writers, for all numbers that some reader sees."""
+        graph = self.graph
+        about = base.rows, source.rows, ids, runs_agree(base, source)
         counts = torch.stack([where_it_counts(self.experiment, at, *about) for _, at in self.cells])
-        written = Changes(parts, base, source, counts).of([writer for writer, _ in self.cells])
-        streams: dict[tuple[int, str], Tensor] = {}
-        change = written * self._is(lambda w: w.layer < 0)
-        for layer in range(graph.n_layers):
-            streams[layer, "pre"] = change
-            in_heads = written * self._is(lambda w, at=layer: w.layer == at and w.head is not None)
-            own_mlp = written * self._is(lambda w, at=layer: w.layer == at and w.head is None)
-            if not graph.parallel:
-                streams[layer, "mid"] = change + in_heads
-            reacts = torch.zeros_like(change)
-            if self.freeze == "heads" and graph.mlps:
-                reads = change if graph.parallel else change + in_heads
-                reacts = parts.mlp(layer, stream(graph, base, Reader("mlp", layer)) + reads)
-                reacts = reacts - base.sites["mlp_out", layer]
-            change = change + in_heads + own_mlp + reacts
-        streams[graph.n_layers, "pre"] = change
-        return streams
+        written = Changes(graph, self.parts, base, source, counts).of([writer for writer, _ in self.cells])
+        change = torch.zeros_like(written)
+        streams: dict[int, Tensor] = {}
+        for group in graph.writing:
+            streams.setdefault(group.sees, change)
+            change = change + written * self._is_in(group)
+            if self.freeze == "heads" and group.kind.adds_last:
+                site, layer = _added(graph, group)
+                values = self._values(base, group, graph.readers[group.readers], streams, site)
+                change = change + (values - base.sites[site, layer])
+        return {**streams, len(graph.writers): change}
 
-    def _is(self, which: Any) -> Float[Tensor, "sender 1 1 1"]:
-        chosen = torch.tensor([bool(which(writer)) for writer, _ in self.cells])
+    def _is_in(self, group: Group) -> Float[Tensor, "sender 1 1 1"]:
+        chosen = torch.tensor([self.graph.group_of(writer) is group for writer, _ in self.cells])
         return chosen.to(self.experiment.model.device, self.experiment.model.dtype)[:, None, None, None]

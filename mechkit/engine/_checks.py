@@ -1,4 +1,4 @@
-"""Refusing what would make a sweep wrong: each error says what was expected, what came, and where."""
+"""Checks that refuse what would make a sweep wrong: each error names what was expected, what was given, and where."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from mechkit.engine._edits import SOURCE, EditGroup
 from mechkit.engine._measure import check_metric
 from mechkit.hooks._context import check_length
 from mechkit.hooks._projections import check_in_place
+from mechkit.hooks._record import longest_at
+from mechkit.hooks._sites import TOWER
 from mechkit.prompts import Prompts
 
 if TYPE_CHECKING:
@@ -41,7 +43,7 @@ def check_can_run(model: HookedModel, prompts: Mapping[str, Prompts] | None = No
     """Raises `ValueError` for a model in training mode, and for prompts that it cannot read.
 
     Args:
-        prompts: What is to be run. A key is what the error calls one of these prompts, such as `"base prompt"`.
+        prompts: What will be run. A key is what the error calls one of these prompts, such as `"base prompt"`.
     """
     if model.training:
         raise ValueError("model: expected evaluation mode, got training mode (dropout would be on). Call model.eval()")
@@ -49,6 +51,10 @@ def check_can_run(model: HookedModel, prompts: Mapping[str, Prompts] | None = No
     for name, several in (prompts or {}).items():
         for i, tokens in enumerate(several.tokens):
             check_tokens(model, tokens, f"{name} {i}")
+            if several.inputs is None:
+                model.check_placeholders(tokens, f"{name} {i}")
+            else:
+                model.check_names(several.inputs[i], f"{name} {i}")
 
 
 def check_tokens(model: HookedModel, tokens: Tensor, what: str) -> None:
@@ -60,7 +66,7 @@ def check_tokens(model: HookedModel, tokens: Tensor, what: str) -> None:
 
 def check_group(state: State, group: EditGroup) -> None:
     """Every edit's indices and value fit the model and the prompts."""
-    model, site, n, longest = state.model, group.site, len(state.base), int(state.base.lengths.max())
+    model, site, n = state.model, group.site, len(state.base)
     model.hook_names((site.name, group.layer) if site.in_block else site.name)
     if group.head is not None and group.head.max() >= (heads := model.n_heads_at(site.name)):
         raise ValueError(f"head: site {site.name!r} has {heads} heads, got index {group.head.max()}")
@@ -79,7 +85,10 @@ def check_group(state: State, group: EditGroup) -> None:
     value = state.constants.get(group.value, {}).get((site.name, group.layer))
     if value is None:
         raise ValueError(f"values: there is none under {group.value!r} for {(site.name, group.layer)}")
+    longest = longest_at(model, site.name, state.base)
     full = [n, *(model.site_size(site.name, dim, longest, group.layer) for dim in site.dims)]
+    if site.stack == TOWER:
+        full[site.axis("pos")] = longest
     if group.variant is not None:
         if value.ndim != len(full) + 1 or group.variant.max() >= len(value):
             raise ValueError(

@@ -1,19 +1,20 @@
-"""What a sweep knows while it is under way, and how it runs prompts and reads the metric off them."""
+"""The state of a running sweep, and how it runs prompts and reads the metric off them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechkit._precision import Rounding, wide_dtype, widen
-from mechkit.engine._edits import EditPlan, Rows
+from mechkit.engine._causality import reach_of
+from mechkit.engine._edits import EditPlan, Rows, TowerRun
 from mechkit.engine._measure import call_metric, logits_at_hand, read_metric
 from mechkit.engine._memory import Budget
 from mechkit.engine._plain import Attention
@@ -22,7 +23,7 @@ from mechkit.hooks._cache import ActivationCache
 from mechkit.hooks._devices import to_device
 from mechkit.hooks._readout import head_device, unembedding_only
 from mechkit.hooks._record import Run, watched_streams
-from mechkit.hooks._sites import SITES
+from mechkit.hooks._sites import SITES, TOWER
 from mechkit.metrics import CallableMetric, Metric
 from mechkit.prompts import Prompts
 
@@ -34,7 +35,7 @@ Values = Mapping[str, Mapping[tuple[str, int], Tensor]]
 
 @dataclass(frozen=True, eq=False)
 class Derived:
-    """Values that are made from the two unedited runs when they are at hand, and equal the base run's before the prompts differ.
+    """Values computed from the two unedited runs. They equal the base run's before the position where the prompts differ.
 
     Attributes:
         sites: The activations that `make` needs of both runs.
@@ -66,14 +67,14 @@ class Proof:
 
     Attributes:
         candidates: The kinds of block that have not been refuted, the fastest first.
-        proved: For each length of prompts the starts whose blocks were checked.
+        proved: For each kind of prompts (`Stacked.kind`) the starts whose blocks were checked.
         turn: How many checks there were: another prompt, start and row is taken each time.
         finals: The final streams, `[pos d_model]`, of the rows of this chunk that were run whole, by `(cell, prompt)`.
         block_tokens: (block, token) pairs that the checks computed.
     """
 
     candidates: list[Candidate] = field(default_factory=list)
-    proved: dict[int, set[int]] = field(default_factory=dict)
+    proved: dict[Hashable, set[int]] = field(default_factory=dict)
     turn: int = 0
     finals: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     block_tokens: int = 0
@@ -97,14 +98,20 @@ class State:
     proof: Proof = field(default_factory=Proof)
     block_tokens: int = 0
     fallback: str | None = None
+    tower_tokens: np.ndarray = field(init=False)  # (block, position) pairs of the vision tower in each prompt's run
+    task_checked: bool = False
     values: Tensor = field(init=False)
     base_metric: Tensor = field(init=False)
     source_metric: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         dtype = wide_dtype(self.model.dtype)
-        self.values = torch.full((self.plan.n_cells, len(self.base)), torch.nan, dtype=dtype)
-        self.base_metric, self.source_metric = (torch.full((len(self.base),), torch.nan, dtype=dtype) for _ in "bs")
+        self.tower_tokens = np.zeros(len(self.base), np.int64)
+        several = [len(self.metric.parts)] if isinstance(self.metric, Metric) and self.metric.parts else []
+        self.values = torch.full((self.plan.n_cells, len(self.base), *several), torch.nan, dtype=dtype)
+        self.base_metric, self.source_metric = (
+            torch.full((len(self.base), *several), torch.nan, dtype=dtype) for _ in "bs"
+        )
 
     @property
     def whole_set(self) -> bool:
@@ -121,7 +128,9 @@ class State:
     @cached_property
     def reads_last(self) -> bool:
         """Whether the metric reads nothing but each prompt's last position."""
-        return isinstance(self.metric, Metric) and bool((self.metric.positions == self.base.lengths - 1).all())
+        if not isinstance(self.metric, Metric) or self.metric.positions.ndim > 1:
+            return False
+        return bool((self.metric.positions == self.base.lengths - 1).all())
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,6 +141,7 @@ class Chunk:
     ids: np.ndarray  # indices of its prompts in the whole set
     run: Run
     source: Run | None
+    tower: TowerRun | None = None  # where something is edited in a vision tower
     made: dict[tuple[str, str, int], Tensor] = field(default_factory=dict)  # derived values
     moved: dict[tuple[str, str, int], Tensor] = field(
         default_factory=dict
@@ -140,6 +150,21 @@ class Chunk:
     @property
     def tokens(self) -> Tensor:
         return self.run.tokens
+
+    @property
+    def tower_tokens(self) -> int:
+        """(block, position) pairs of the vision tower in one of these prompts, where they count: where it is edited."""
+        return 0 if self.tower is None else self.tower.length * self.state.model.stacks[TOWER].n_layers
+
+    @property
+    def tokens_of_run(self) -> int:
+        """(block, token) pairs of a whole pass of one prompt."""
+        return self.run.length * self.state.model.n_layers + self.tower_tokens
+
+    @cached_property
+    def reach(self) -> Int[np.ndarray, "pos"]:
+        """For each position the first one that a change there can reach (`reach_of`)."""
+        return reach_of(self.run)
 
     def lookup(self, key: str, site: str, layer: int) -> Tensor:
         """The value of an edit, `[prompt of this chunk, …]`."""
@@ -153,7 +178,7 @@ class Chunk:
         value = self.state.constants[key][site, layer]
         axis = value.ndim - 1 - len(SITES[site].dims)  # behind the variants, if there are several
         mine = value if value.shape[axis] == 1 else value.index_select(axis, to_device(self.ids, value.device))
-        if value.device != self.tokens.device:  # moved once a chunk, not once a batch
+        if value.device != self.tokens.device:  # moved once per chunk, not once per batch
             mine = self.moved[key, site, layer] = mine.to(self.tokens.device)
         return mine
 
@@ -170,7 +195,7 @@ class Chunk:
                 self.made[key] = make(self.run, self.source, self.ids, group.site.name, group.layer)
 
     def read(self, logits: Tensor, prompt: np.ndarray) -> Tensor:
-        """The metric of rows, on the model's device, from their logits `[row token]` where the metric reads."""
+        """The metric of rows, on the model's device, from their logits `[row token]` (or `[row place token]`) where it reads."""
         metric = self.state.metric
         assert isinstance(metric, Metric)
         reference = None
@@ -186,14 +211,14 @@ class Chunk:
 
     @cached_property
     def reference_logits(self) -> Tensor:
-        """The logits of the unedited run that the metric compares with, `[prompt token]`."""
+        """The logits of the unedited run that the metric compares with, `[prompt token]` or `[prompt place token]`."""
         assert isinstance(self.state.metric, Metric)
         run = self.run if self.state.runs[str(self.state.metric.reference)] == "base" else self.source
         assert run is not None
         return widen(self.logits_of(run))
 
     def logits_of(self, run: Run) -> Tensor:
-        """The logits that the metric reads in an unedited run, `[prompt token]`."""
+        """The logits that the metric reads in an unedited run, `[prompt token]` or `[prompt place token]`."""
         metric, everyone = self.state.metric, np.arange(len(self.ids))
         assert isinstance(metric, Metric)
         if self.state.fallback is None:
@@ -212,19 +237,27 @@ class Chunk:
         """The logits of an unedited run at every position; where nothing is replayed, by another whole pass."""
         if self.state.fallback is None:
             return self.state.model.unembed(run.resid[-1])
-        self.state.block_tokens += run.tokens.numel() * self.state.model.n_layers
-        return self.state.model.run(run.tokens)
+        self.state.block_tokens += len(run.tokens) * self.tokens_of_run
+        return self.state.model.run(run.rows)
 
     def at_positions(self, per_position: Tensor, prompt: np.ndarray, start: int) -> Tensor:
-        """`[row pos …]` -> `[row …]` where the metric reads; `start` is the position of the first."""
-        assert isinstance(self.state.metric, Metric)
-        where = self.state.metric.positions.numpy()[self.ids[prompt]] - start
-        row = torch.arange(len(per_position), device=per_position.device)
-        return per_position[row, to_device(where, per_position.device)]
+        """`[row pos …]` -> `[row …]` where the metric reads, or `[row place …]` if it reads several positions; `start` is the
+        position of the first. What stands before it is the unedited run's final stream."""
+        metric, device = self.state.metric, per_position.device
+        assert isinstance(metric, Metric)
+        where, row = metric.positions.numpy()[self.ids[prompt]] - start, torch.arange(len(per_position), device=device)
+        if metric.positions.ndim == 1:
+            return per_position[row, to_device(where, device)]
+        found = per_position[row[:, None], to_device(where.clip(0), device)]
+        if not (where < 0).any():
+            return found
+        before = to_device((where < 0).astype(np.int64), device).bool()
+        unedited = self.run.resid[-1].to(device)[to_device(prompt, device)[:, None], to_device(where + start, device)]
+        return torch.where(before[..., None], unedited, found)
 
     def chosen_tokens(self, logits: Tensor) -> Tensor:
         tokens = self.state.read_tokens
-        return logits if tokens is None else logits[:, tokens.to(logits.device)]
+        return logits if tokens is None else logits[..., tokens.to(logits.device)]
 
 
 def whole_forward(chunk: Chunk, rows: Rows) -> Float[Tensor, "row pos d_vocab"]:
@@ -232,8 +265,8 @@ def whole_forward(chunk: Chunk, rows: Rows) -> Float[Tensor, "row pos d_vocab"]:
     state = chunk.state
     whole = replace(rows, start=0)
     with attached_edits(state.model, tuple(state.plan), whole, chunk.lookup):
-        logits = state.model.run(chunk.tokens[to_device(rows.prompt, chunk.tokens.device)])
-    state.block_tokens += len(rows) * chunk.run.length * state.model.n_layers
+        logits = state.model.run(chunk.run.rows[to_device(rows.prompt, chunk.tokens.device)])
+    state.block_tokens += len(rows) * chunk.tokens_of_run
     return logits
 
 
@@ -248,6 +281,6 @@ def whole_streams(
         watched_streams(model) as streams,
         unembedding_only(model, lambda stream: read(stream)[:, None]) as taken,
     ):
-        logits = taken(model.run(chunk.tokens[to_device(rows.prompt, chunk.tokens.device)]))
-    state.block_tokens += len(rows) * chunk.run.length * model.n_layers
+        logits = taken(model.run(chunk.run.rows[to_device(rows.prompt, chunk.tokens.device)]))
+    state.block_tokens += len(rows) * chunk.tokens_of_run
     return streams, logits[:, 0]

@@ -2,7 +2,7 @@
 
 A *cell* is one question: a tuple of edits made together; where they overlap, the later one wins. Its answer for one prompt is
 one *row* of a replayed batch.
-`EditPlan` turns cells into index arrays, so that a batch of any size is written with one indexed assignment a site.
+`EditPlan` turns cells into index arrays, so that a batch of any size is written with one indexed assignment per site.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from torch import Tensor
 
 from mechkit.engine._operations import SET, Operation
 from mechkit.hooks._devices import to_device
-from mechkit.hooks._sites import SITES, Site, get_site
+from mechkit.hooks._sites import SITES, TOWER, Site, get_site
 
 SOURCE = "source"  # the value key that stands for the same activation in the source run
 NEVER = np.iinfo(np.int64).max  # "start" of a row that changes nothing
+BEFORE = -1  # the entry of what is edited before the first block: in a vision tower, or the embedding
 
 # (value key, site, layer) -> the value, broadcastable to the site's activation [prompt, *dims]
 ValueLookup = Callable[[str, str, int], Tensor]
@@ -72,6 +73,21 @@ class Edit:
 
 
 Cell = tuple[Edit, ...]
+
+
+@dataclass(frozen=True)
+class TowerRun:
+    """What a sweep knows of a vision tower's part in some prompts' runs.
+
+    Attributes:
+        start: The first position of the text that a picture stands for; nothing before it can see what the tower computes.
+        length: How many positions the tower has for each prompt.
+        same: In which prompts base and source run see the same pictures, so that their towers compute the same.
+    """
+
+    start: int
+    length: int
+    same: Bool[np.ndarray, "prompt"]
 
 
 @dataclass(frozen=True)
@@ -132,6 +148,11 @@ class EditPlan:
         return {(g.site.name, g.layer) for g in self if g.value == SOURCE}
 
     @property
+    def in_tower(self) -> bool:
+        """Whether something is edited in a vision tower."""
+        return any(group.site.stack == TOWER for group in self)
+
+    @property
     def site_names(self) -> frozenset[str]:
         """The kinds of site that are edited."""
         return frozenset(group.site.name for group in self)
@@ -142,6 +163,7 @@ class EditPlan:
         length: int,
         first_difference: Int[np.ndarray, "prompt"],
         derived: Collection[str] = (),
+        tower: TowerRun | None = None,
     ) -> tuple[Int[np.ndarray, "cell prompt"], Bool[np.ndarray, "cell prompt"]]:
         """For each cell and prompt: the first position that changes (`NEVER` if none does), and whether the prompt lacks a
         position that the cell names. Before `first_difference` the source run equals the base run, so that an edit there
@@ -151,7 +173,15 @@ class EditPlan:
         for group in self:
             follows = (group.value == SOURCE or group.value in derived) and group.operation.keeps_equal
             begins = first_difference if follows else np.zeros_like(first_difference)
-            if group.pos is None:
+            in_tower = group.site.stack == TOWER
+            if in_tower:
+                assert tower is not None
+                reached = np.where(tower.same, NEVER, tower.start) if follows else np.full(len(prompts), tower.start)
+                where = np.broadcast_to(reached, (len(group.cell), len(prompts)))
+                if group.pos is not None:
+                    pos = group.pos[:, prompts] if group.pos.shape[1] > 1 else np.repeat(group.pos, len(prompts), 1)
+                    np.logical_or.at(absent, group.cell, (pos < 0) | (pos >= tower.length))
+            elif group.pos is None:
                 where = np.broadcast_to(begins, (len(group.cell), len(prompts)))
             else:
                 pos = group.pos[:, prompts] if group.pos.shape[1] > 1 else np.repeat(group.pos, len(prompts), 1)
@@ -191,8 +221,8 @@ def _ranks(number: int, cell: Cell) -> list[int]:
 
 
 def _entry_block(edit: Edit) -> int:
-    if not SITES[edit.site].in_block:
-        return -1  # before the first block
+    if not SITES[edit.site].in_block or SITES[edit.site].stack == TOWER:
+        return BEFORE
     return edit.layer + (edit.site == "resid_post")
 
 
@@ -221,7 +251,7 @@ class Rows:
     Attributes:
         cell: Index into the plan's cells.
         prompt: Index into the prompts of the run.
-        prompt_id: The same prompts' indices in the whole set (edits that name one position a prompt are indexed by it).
+        prompt_id: The same prompts' indices in the whole set (edits that name one position per prompt are indexed by it).
         start: First position that is computed.
     """
 
@@ -266,6 +296,8 @@ def write(group: EditGroup, rows: Rows, activation: Tensor, lookup: ValueLookup)
         choose(group.site.axis("head"), group.head[edit], group.head[edit])
     if group.neuron is not None:
         choose(activation.ndim - 1, group.neuron[edit], group.neuron[edit])
+    if "src" in group.site.dims and sizes[-1] > activation.shape[-1]:
+        source[-1] = slice(0, activation.shape[-1])  # of the longest prompt's sources, those that these prompts have
     if group.variant is not None:
         source.insert(0, to_device(group.variant[edit], value.device))
     operand, where = value[tuple(source)].to(activation), tuple(target)

@@ -1,17 +1,17 @@
-"""Runs with gradients, on nothing but the positions that can matter.
+"""Runs with gradients, only on the positions that can matter.
 
 Attribution methods compare two runs, of base prompts and of source prompts, and want the metric's gradient with respect to
-activations of the base run. Before the first position at which the two prompts differ the runs are the same, so that an
-activation there has nothing to change, and its gradient is not needed. So:
+activations of the base run. Before the first position at which the two prompts differ the runs are the same: an
+activation there does not change, and its gradient is not needed. So:
 
 1. Parameters are frozen: no gradient is computed for them, and their `.grad` stays as it was.
 2. The base prompts' common beginnings are run once without gradients, for each layer's keys and values (skipped where little
    would be saved), equal beginnings once for all of them.
-3. The blocks run again on the positions from `start` on alone, with these keys and values as a prefix that is only read.
+3. The blocks run again only on the positions from `start` on, with these keys and values as a prefix that is only read.
    Gradients flow back through these positions only.
 4. Each call proves itself on its longest prompts: suffixes of one pair must end where the pair's whole runs end. And in each set
    of prompts the pair whose tokens differ first is run whole: its runs must agree until then. Where that fails (models that look
-   ahead, state-space models, other people's hooks) whole forward passes are run, and `GradientRuns.how` says why.
+   ahead, state-space models, hooks of other code) whole forward passes are run, and `GradientRuns.how` says why.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ from mechkit.hooks._hooking import HookFunction, Hooks
 from mechkit.hooks._lock import lock_of
 from mechkit.hooks._readout import check_logits_of_stream, unembedding_only, unembeds_final_stream
 from mechkit.hooks._record import Run, record
+from mechkit.hooks.loading.pictures import PIXELS
 from mechkit.metrics import CallableMetric, Metric
+from mechkit.prompts import Stacked
 
 if TYPE_CHECKING:
     from mechkit.hooks._model import HookedModel
@@ -85,34 +87,41 @@ class GradientRuns:
     def __init__(
         self,
         model: HookedModel,
-        base: Int[Tensor, "prompt pos"],
-        source: Int[Tensor, "prompt pos"] | None,
+        base: Stacked,
+        source: Stacked | None,
         start: int,
         *,
         whole: str | None = None,
-        proofs: dict[tuple[int, int], str | None] | None = None,
+        proofs: dict[tuple[Any, int], str | None] | None = None,
         defer: bool = False,
+        from_pixels: bool = False,
     ) -> None:
         """
         Args:
             model: In evaluation mode.
             base: The prompts whose keys and values serve as prefix.
-            source: Prompts that equal the base prompts before `start`, if any are to be run.
+            source: Prompts that equal the base prompts before `start`, if any will be run.
             start: First position to run; moved to 0 where that is cheaper.
             whole: A reason to run whole forward passes from the outset.
-            proofs: What was found so far in the same call, by the prompts' length and their start: `None`, or why suffixes cannot
-                be run (which then holds for all). What is found here is added.
+            proofs: What was found so far in the same call, by the prompts' kind (`Stacked.kind`) and their start: `None`, or why
+                suffixes cannot be run (which then holds for all). What is found here is added.
             defer: Leave the proof to the caller's own first runs, which saves a pass: see `proved`.
+            from_pixels: Whether the leaf of whole passes is the pictures, so that gradients come to the vision tower.
         """
+        self._from_pixels = from_pixels
         self.model, self.base, self.block_tokens = model, base, 0
         self.how = "suffix"
         self._reads = False  # whether logits of whole runs were found to be those read off their final streams
+        if whole is None and model.reads_pictures_alone:
+            whole = "each patch sees all others: not a causal model"
         if whole is None and model.has_hooks:
             whole = "other hooks are attached to the model"
-        length = base.shape[1]
+        length, self._kind = base.tokens.shape[1], base.kind
         self.start = start if 3 * start >= length and whole is None else 0
         self._replayer: Replayer | None = None
-        self._prefix_of = torch.arange(len(base), device=base.device)  # which recorded prefix each base prompt has
+        self._prefix_of = torch.arange(
+            len(base), device=base.tokens.device
+        )  # which recorded prefix each base prompt has
         self._prefix_final: Tensor | None = None  # the final residual stream of those prefixes
         self._unproved = False
         self._sample_final: Tensor  # the final residual stream of the prompts that are the proof, by whole runs
@@ -120,13 +129,13 @@ class GradientRuns:
         if whole is None:
             whole = next((refuted for refuted in proofs.values() if refuted is not None), None)
             if whole is None:
-                whole = self._prepare(source, prove=(length, self.start) not in proofs, defer=defer)
-            proofs[length, self.start] = whole
+                whole = self._prepare(source, prove=(self._kind, self.start) not in proofs, defer=defer)
+            proofs[self._kind, self.start] = whole
         if whole is not None:
             self.start, self._replayer, self.how = 0, None, f"full: {whole}"
 
     @torch.no_grad()
-    def _prepare(self, source: Tensor | None, prove: bool, defer: bool) -> str | None:
+    def _prepare(self, source: Stacked | None, prove: bool, defer: bool) -> str | None:
         """Records what the suffix needs, and proves it. Returns why that cannot be done, or `None`."""
         model = self.model
         sample, pair = self._sample(source, prove)
@@ -134,6 +143,8 @@ class GradientRuns:
             run = self._record(sample)
             if self.start and self._prefix_differs(sample, pair):
                 return LOOKS_AHEAD
+            if run.between:  # another picture adds something else
+                return "the model adds to the residual stream between its blocks"
             self._replayer = Replayer(model, run, None)
             if not prove:
                 return None
@@ -143,7 +154,7 @@ class GradientRuns:
                 self._unproved = True
                 return None
             sample = sample[: 1 if source is None else 2]
-            found = self.forward(sample, torch.zeros(len(sample), dtype=torch.long, device=sample.device))[1]
+            found = self.forward(sample, torch.zeros(len(sample), dtype=torch.long, device=sample.tokens.device))[1]
             return self._refuted(found)
         except (ValueError, TypeError, AttributeError, AssertionError, IndexError, KeyError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and out_of_memory(error):
@@ -151,26 +162,26 @@ class GradientRuns:
             return f"blocks cannot be run by themselves: {error}"
         return None
 
-    def _sample(self, source: Tensor | None, prove: bool) -> tuple[Int[Tensor, "row pos"], slice]:
+    def _sample(self, source: Stacked | None, prove: bool) -> tuple[Stacked, slice]:
         """The prompts that are run whole: the first pair, which is the proof, and the pair whose tokens differ first, which shows
         whether a model looks ahead; and which rows the latter is."""
         if source is None or (not prove and self.start == 0):
             return self.base[:1], slice(0, 0)
         first = int(same_so_far(self.base, source).sum(1).argmin())
-        rows = torch.cat([self.base[:1], source[:1]])
+        rows = Stacked.cat([self.base[:1], source[:1]])
         if first == 0:
             return rows, slice(0, 2)
-        return torch.cat([rows, self.base[first : first + 1], source[first : first + 1]]), slice(2, 4)
+        return Stacked.cat([rows, self.base[first : first + 1], source[first : first + 1]]), slice(2, 4)
 
-    def _prefix_differs(self, sample: Int[Tensor, "row pos"], pair: slice) -> bool:
+    def _prefix_differs(self, sample: Stacked, pair: slice) -> bool:
         """Whether positions before `start` are something else in whole runs than in the prefix, which may have been run by
         itself, or something else in the source run of a pair than in its base run."""
         assert self._prefix_final is not None
         whole, prefix = self._sample_final[:1, : self.start], self._prefix_final[self._prefix_of[:1]]
         if not float((whole - prefix).abs().max() / whole.abs().max()) <= tolerance("runs", self.model.dtype):
             return True
-        tokens, finals = sample[pair], self._sample_final[pair]
-        return len(tokens) > 0 and not bool(agree_before_difference(tokens[:1], tokens[1:], finals[:1], finals[1:]))
+        rows, finals = sample[pair], self._sample_final[pair]
+        return len(rows) > 0 and not bool(agree_before_difference(rows[:1], rows[1:], finals[:1], finals[1:]))
 
     def _refuted(self, found: Float[Tensor, "row suffix d_model"]) -> str | None:
         """Why these final streams of the sample's suffixes are not those of its whole runs; `None` if they are."""
@@ -191,11 +202,11 @@ class GradientRuns:
         self._unproved = False
         whole = self._refuted(final.detach())
         if whole is not None:
-            self._proofs[self.base.shape[1], self.start] = whole
+            self._proofs[self._kind, self.start] = whole
             self.start, self._replayer, self.how = 0, None, f"full: {whole}"
         return whole is None
 
-    def _record(self, sample: Int[Tensor, "row pos"]) -> Run:
+    def _record(self, sample: Stacked) -> Run:
         """The blocks' arguments for prompts of this length, and the keys and values of all base prompts before `start`.
 
         Masks and position encodings are the same for all prompts of a length: the sample's serve. Equal beginnings are run once.
@@ -204,37 +215,42 @@ class GradientRuns:
             run = self._counted(sample)
             self._sample_final = run.resid[-1]
             return run
-        prefixes, inverse = self.base[:, : self.start].unique(dim=0, return_inverse=True)
-        if len(prefixes) * (self.base.shape[1] - self.start) <= TOGETHER:
+        base = self.base.tokens
+        prefixes, inverse = base[:, : self.start].unique(dim=0, return_inverse=True)
+        if self.base.inputs:  # a beginning may have part of a picture, which cannot be run: whole prompts are
+            run = self._counted(Stacked.cat([sample, self.base]))
+            self._sample_final, before = run.resid[-1][: len(sample)], run
+            self._prefix_of = len(sample) + torch.arange(len(base), device=base.device)
+        elif len(prefixes) * (base.shape[1] - self.start) <= TOGETHER:
             first = torch.stack([(inverse == i).nonzero()[0, 0] for i in range(len(prefixes))])
             others = first[first != 0]  # the first base prompt is in the sample
-            run = self._counted(torch.cat([sample, self.base[others]]))
+            run = self._counted(Stacked.cat([sample, self.base[others]]))
             self._sample_final, before = run.resid[-1][: len(sample)], run
             row = torch.zeros_like(first)
             row[first != 0] = len(sample) + torch.arange(len(others), device=row.device)
             self._prefix_of = row[inverse]
         else:
-            run, before = self._counted(sample), self._counted(prefixes)
+            run, before = self._counted(sample), self._counted(Stacked(prefixes))
             self._sample_final, self._prefix_of = run.resid[-1], inverse
         self._prefix_final = before.resid[-1][:, : self.start]
         calls = [{k: before.cache if v is run.cache else v for k, v in call.items()} for call in run.calls]
         return replace(run, calls=calls, cache=before.cache)
 
-    def _counted(self, tokens: Int[Tensor, "row pos"]) -> Run:
-        self.block_tokens += tokens.numel() * self.model.n_layers
-        return record(self.model, tokens)
+    def _counted(self, rows: Stacked) -> Run:
+        self.block_tokens += rows.tokens.numel() * self.model.n_layers
+        return record(self.model, rows)
 
     @torch.no_grad()
-    def embed(self, tokens: Int[Tensor, "row pos"]) -> Float[Tensor, "row suffix d_model"]:
+    def embed(self, rows: Stacked) -> Float[Tensor, "row suffix d_model"]:
         """What the first block reads, from `start` on. No block is run."""
         read = ("resid_pre", 0)
         with capture(self.model, [read], stop=read) as kept:
-            self.model.run(tokens)
+            self.model.run(rows)
         return kept[read][:, self.start :]
 
     def forward(
         self,
-        tokens: Int[Tensor, "row pos"],
+        rows: Stacked,
         prompt: Int[Tensor, "row"],
         hooks: Sequence[tuple[str, HookFunction]] = (),
         *,
@@ -245,7 +261,7 @@ class GradientRuns:
         """Runs rows to the end.
 
         Args:
-            tokens: Each row's tokens; before `start` they are those of its base prompt.
+            rows: The prompts to run; before `start` they are their base prompts.
             prompt: Which base prompt that is.
             hooks: `(full hook name, function)` pairs; activations begin at position `start`.
             hidden: What block `layer` reads, instead of the embedded tokens.
@@ -256,8 +272,8 @@ class GradientRuns:
             That leaf (`None` without one), and the final residual stream.
         """
         if self._replayer is None:
-            return self._whole(tokens, hooks, hidden, layer, leaf)
-        hidden = self.embed(tokens) if hidden is None else hidden
+            return self._whole(rows, hooks, hidden, layer, leaf)
+        hidden = self.embed(rows) if hidden is None else hidden
         hidden = hidden.detach().requires_grad_() if leaf else hidden
         first = hidden if leaf else None
         with Hooks(self.model.bridge) as attached:
@@ -271,7 +287,7 @@ class GradientRuns:
     @torch.no_grad()
     def capture(
         self,
-        tokens: Int[Tensor, "row pos"],
+        rows: Stacked,
         prompt: Int[Tensor, "row"],
         hooks: Sequence[tuple[str, HookFunction]],
         name: str,
@@ -282,7 +298,7 @@ class GradientRuns:
         """One activation (full hook name) of block `layer`, given what the block reads, and nothing that comes after it."""
         with capture(self.model, [name], stop=name, hooks=hooks) as kept:
             if self._replayer is None:
-                self._whole(tokens, (), hidden, layer, leaf=False)
+                self._whole(rows, (), hidden, layer, leaf=False)
             else:
                 self.block_tokens += hidden.shape[0] * hidden.shape[1]
                 self._replayer.block(layer, hidden, self._prefix_of[prompt], self.start)
@@ -290,7 +306,7 @@ class GradientRuns:
 
     def _whole(
         self,
-        tokens: Tensor,
+        rows: Stacked,
         hooks: Sequence[tuple[str, HookFunction]],
         hidden: Tensor | None,
         layer: int,
@@ -299,7 +315,7 @@ class GradientRuns:
         """The same by a whole forward pass, in which `hidden` takes the place of what block `layer` reads."""
         kept: list[Tensor] = []
         leaves: list[Tensor] = []
-        self.block_tokens += tokens.numel() * self.model.n_layers
+        self.block_tokens += rows.tokens.numel() * self.model.n_layers
 
         def enter(activation: Tensor, hook: object) -> Tensor:
             entering = activation if hidden is None else hidden
@@ -311,6 +327,10 @@ class GradientRuns:
         def keep_final(module: object, args: object, output: Any) -> None:
             kept.append(output[0] if isinstance(output, tuple | list) else output)
 
+        if leaf and self._from_pixels:
+            pixels = rows.inputs[PIXELS].to(self.model.dtype).detach().requires_grad_()
+            rows, leaf = replace(rows, inputs={**rows.inputs, PIXELS: pixels}), False
+            leaves.append(pixels)
         at = "hook_embed" if hidden is None and self.model.has_site("embed") else f"blocks.{layer}.hook_resid_pre"
         handles = []
         with Hooks(self.model.bridge) as attached:
@@ -321,19 +341,21 @@ class GradientRuns:
             handles.append(self.model.stack.blocks[-1].register_forward_hook(keep_final))
             try:
                 with unembedding_only(self.model, lambda stream: stream[:, -1:]):  # these logits are a check, no more
-                    logits = self.model.run(tokens)
+                    logits = self.model.run(rows)
             finally:
                 for handle in handles:
                     handle.remove()
         if not self._reads:
-            final = kept[-1][:2, -logits.shape[1] :].detach()
+            read = slice(0, 1) if self.model.reads_pictures_alone else slice(-logits.shape[1], None)
+            final = kept[-1][:2, read].detach()
             check_logits_of_stream(self.model, final.flatten(0, 1), logits[:2].detach().flatten(0, 1), "a gradient")
             self._reads = True
         return leaves[0] if leaves else None, kept[-1]
 
-    def logits(self, final: Tensor, positions: Int[Tensor, "row"], tokens: Int[Tensor, "token"] | None) -> Tensor:
-        """The logits of chosen tokens where each row is read, `[row token]`, from what `forward` returned."""
-        rows = torch.arange(len(final), device=final.device)
+    def logits(self, final: Tensor, positions: Tensor, tokens: Int[Tensor, "token"] | None) -> Tensor:
+        """The logits of chosen tokens where each row is read, from what `forward` returned: `[row token]` for positions `[row]`,
+        `[row place token]` for `[row place]`. None of them lies before `start`."""
+        rows = torch.arange(len(final), device=final.device).reshape(-1, *[1] * (positions.ndim - 1))
         at = final[rows, positions.to(final.device) - self.start]
         return widen(self.model.unembed(at, tokens))
 
@@ -351,7 +373,7 @@ def metric_values(
     final: Tensor,
     ids: Int[Tensor, "row"],
     prompt: Int[Tensor, "row"],
-    reference: Float[Tensor, "row token"] | None = None,
+    reference: Tensor | None = None,
     *,
     n_prompts: int,
 ) -> Float[Tensor, "row"]:
@@ -367,7 +389,7 @@ def metric_values(
         n_prompts: How many prompts the metric has in all.
 
     Raises:
-        ValueError: the metric does not give one value a row, or none that has a gradient.
+        ValueError: the metric does not return one value per row, or the values have no gradient.
     """
     if isinstance(metric, Metric):
         value = read_metric(metric, runs.logits(final, metric.positions[ids], metric.tokens), ids, reference)

@@ -1,10 +1,10 @@
-"""How every technique reads a metric off logits: here, and nowhere else.
+"""How every technique reads a metric off logits. No other module does.
 
 1. A metric is checked against the prompts that are run (`check_metric`).
-2. A `Metric` reads each row by itself, and is given which prompt the row is (`read_metric`).
-3. Any other function of logits sees all prompts of the set together, each once and in their order (`call_metric`). Techniques
+2. A `Metric` reads each row independently, and is given the row's prompt (`read_metric`).
+3. Any other function of logits gets all prompts of the set together, each once and in order (`call_metric`). Techniques
    sort prompts and run them in chunks and batches, several edits at a time; so rows are first sorted into sets. A set that lacks
-   prompts is filled up with unedited runs: then the function must take each prompt by itself, which is tried
+   prompts is completed with unedited runs: then the function must treat each prompt independently, which is tested
    (`check_takes_prompts_apart`).
 """
 
@@ -36,15 +36,21 @@ def check_metric(model: HookedModel, prompts: Prompts, metric: Metric | Callable
         runs: Which of `"clean"` and `"corrupted"` are run.
     """
     if isinstance(metric, CallableMetric):
-        if len(prompts.by_length()) > 1:
+        if len(found := sorted(prompts.by_length())) > 1:
             raise ValueError(
-                f"metric: a plain callable needs prompts of one length, got lengths {sorted(prompts.by_length())}. Use one of "
-                "mechkit's metrics, which know where each prompt ends, or pass prompts of one length"
+                f"metric: a plain callable needs prompts of one length, got lengths {found}. Use one of mechkit's metrics, "
+                "which know where each prompt ends, or pass prompts of one length"
+            )
+        if len(prompts.groups()) > 1:
+            raise ValueError(
+                "metric: a plain callable needs prompts that run together, got pictures of several sizes or at several "
+                "positions. Use one of mechkit's metrics, or pass prompts with pictures of one size at one place"
             )
         return
     metric.check(prompts)
     lengths = prompts.lengths
-    if not bool(((metric.positions >= 0) & (metric.positions < lengths)).all()):
+    read_at = metric.positions.reshape(len(lengths), -1)
+    if not bool(((read_at >= 0) & (read_at < lengths[:, None])).all()):
         raise ValueError(
             f"metric: expected positions within the prompts (lengths {lengths.tolist()}), got {metric.positions.tolist()}"
         )
@@ -61,11 +67,11 @@ def check_metric(model: HookedModel, prompts: Prompts, metric: Metric | Callable
 
 def read_metric(
     metric: Metric,
-    logits: Float[Tensor, "row token"],
+    logits: Float[Tensor, "row token"] | Float[Tensor, "row place token"],
     ids: Int[Tensor, "row"],
-    reference: Float[Tensor, "row token"] | None = None,
-) -> Float[Tensor, "row"]:
-    """The metric of each row, in the graph.
+    reference: Float[Tensor, "row token"] | Float[Tensor, "row place token"] | None = None,
+) -> Float[Tensor, "row *metric"]:
+    """The metric of each row, in the graph; of several that are read together, each.
 
     Args:
         metric: What to read.
@@ -94,7 +100,7 @@ def call_metric(
         others: The logits of all prompts, in their order, for what a set lacks; without it, no set may lack any.
 
     Raises:
-        ValueError: the function does not give one value a prompt.
+        ValueError: the function does not return one value per prompt.
     """
     order, values = _sets(ids), []
     for rows in order:
@@ -120,7 +126,7 @@ def _sets(ids: Int[np.ndarray, "row"]) -> list[np.ndarray]:
 def logits_at_hand(
     logits: Float[Tensor, "row pos d_vocab"],
 ) -> Callable[[np.ndarray], Float[Tensor, "some pos d_vocab"]]:
-    """Logits that are at hand, for `call_metric`."""
+    """Logits that are already computed, for `call_metric`."""
     return lambda rows: logits[to_device(rows, logits.device)]
 
 
@@ -174,9 +180,32 @@ def check_takes_prompts_apart(metric: CallableMetric, logits: Float[Tensor, "pro
             )
 
 
+@torch.no_grad()
+def metric_of_run(
+    model: HookedModel, prompts: Prompts, metric: Metric | CallableMetric, budget: Budget
+) -> Float[Tensor, "prompt *metric"]:
+    """The metric of an unedited run, by whole forward passes. One that compares with another run is refused."""
+    check_metric(model, prompts, metric, ())
+    if isinstance(metric, CallableMetric):
+        value = call_metric(
+            metric, logits_at_hand(_logits(model, prompts, metric)), np.arange(len(prompts)), len(prompts)
+        )
+        return value.cpu()
+    found: list[Tensor] = [torch.empty(0)] * len(prompts)
+    for batch in prompts.batches(lambda length, _: budget.prompts_at_once(model, length, [])):
+        logits = model.run(batch.stacked)
+        at = metric.positions[batch.ids].to(logits.device)
+        row = torch.arange(len(batch), device=logits.device).reshape(-1, *[1] * (at.ndim - 1))
+        rows = logits[row, at]
+        rows = rows if metric.tokens is None else rows[..., metric.tokens.to(logits.device)]
+        for i, value in zip(batch.ids, read_metric(metric, rows, torch.tensor(batch.ids)).cpu(), strict=True):
+            found[i] = value
+    return torch.stack(found)
+
+
 def _logits(model: HookedModel, prompts: Prompts, metric: CallableMetric) -> Float[Tensor, "prompt pos d_vocab"]:
     """All logits of an unedited run, as many prompts at a time as fit."""
     check_metric(model, prompts, metric, ("clean",))
     at_once = Budget.of(model, None).prompts_at_once(model, len(prompts.tokens[0]), [])
-    tokens = torch.stack(prompts.tokens).to(model.device)
-    return torch.cat([widen(model.run(some)) for some in tokens.split(at_once)])
+    rows = prompts.stack(range(len(prompts)))
+    return torch.cat([widen(model.run(some)) for some in rows.split(at_once)])

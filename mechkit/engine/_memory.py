@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mechkit.engine._edits import EditPlan
-from mechkit.hooks._sites import SITES
+from mechkit.hooks._sites import SITES, TOWER
 
 if TYPE_CHECKING:
     from mechkit.hooks._model import HookedModel
@@ -23,7 +23,7 @@ ROW_BYTES = 64  # indices of one row while it is scheduled
 
 @dataclass
 class Budget:
-    """Bytes that a sweep may use beside the model: half for the recorded runs, half for the batch that is being replayed."""
+    """Bytes that a sweep may use in addition to the model: half for the recorded runs, half for the batch in replay."""
 
     bytes: int
     tokens: int | None
@@ -44,8 +44,11 @@ class Budget:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def rows_at_once(self, model: HookedModel, length: int, suffix: int, plan: EditPlan, logits: int = 0) -> int:
-        """Rows of `suffix` positions, of which `logits` logits each are made, that may run in one batch."""
+    def rows_at_once(
+        self, model: HookedModel, length: int, suffix: int, plan: EditPlan, logits: int = 0, tower_tokens: int = 0
+    ) -> int:
+        """Rows of `suffix` positions, of which `logits` logits each are made, that may run in one batch; with `tower_tokens`
+        (block, position) pairs of a vision tower in each."""
         heads, kv, head, width = model.n_heads, model.n_kv_heads, model.d_head, model.d_model
         neurons = max(getattr(model.cfg, "d_mlp", None) or 0, 4 * width)
         floats = suffix * (10 * width + 4 * neurons + 4 * heads * length)  # residuals, MLP, scores and patterns
@@ -53,9 +56,15 @@ class Budget:
         floats += 4 * logits  # and their softmax
         if any(group.site.name == "result" for group in plan):
             floats += suffix * 3 * heads * width
+        positions = 0
+        if tower_tokens:
+            tower = model.stacks[TOWER]
+            positions = tower_tokens // tower.n_layers
+            seen = model.site_size(f"{TOWER}.resid_pre", "pos", length)  # by each patch: those of its tile
+            floats = max(floats, positions * (10 * tower.d_model + 4 * tower.d_mlp + 4 * tower.n_heads * seen))
         fits = self.bytes // 2 // (floats * _item_size(model))
         if self.tokens is not None:
-            fits = min(fits, self.tokens // suffix)
+            fits = min(fits, self.tokens // max(suffix, positions))
         return max(1, fits)
 
     def prompts_at_once(

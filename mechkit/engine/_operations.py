@@ -1,6 +1,6 @@
 """What an edit does with an activation and a value: frozen values with one method, `apply`.
 
-An operation also states what the engine may conclude from it, so that nothing about it is presumed:
+An operation also states what the engine may conclude from it, so that the engine assumes nothing about it:
 
 - `keeps_equal`: where the value equals the activation, nothing changes. Then an edit that writes the source run's activation
   changes nothing before the two runs' first different token, and rows start there.

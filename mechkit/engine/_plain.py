@@ -1,11 +1,11 @@
-"""The Hugging Face blocks underneath a bridge's, free of hook points: what most of a replay runs through.
+"""The Hugging Face blocks inside a bridge's, without hook points. Most of a replay runs through them.
 
 1. Each block is copied shallowly, and every bridge component in it is replaced by what it wraps. Parameters are shared.
-2. Nobody reads these blocks' attention patterns, so that on a GPU they may be computed by torch's fused
-   `scaled_dot_product_attention`, which never writes a pattern down. The copies get a copy of the config that says so; the
-   bridge's own blocks, in which things are edited, stay as they are.
+2. Nothing reads these blocks' attention patterns, so that on a GPU they may use torch's fused
+   `scaled_dot_product_attention`, which never stores a pattern. The copies get a copy of the config that selects it; the
+   bridge's own blocks, in which edits are made, are not changed.
 
-Neither is presumed to be equal: each sweep proves its blocks on a sample (`mechkit.engine._proof`), the fused ones first.
+Neither is assumed to be equal: each sweep proves its blocks on a sample (`mechkit.engine._proof`), the fused ones first.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Trust, but verify: what a replay rests on is checked against whole forward passes before any of its rows is believed.
+"""Checks what a replay relies on against whole forward passes, before any of its rows is used.
 
-Nothing here compares the replay with itself, and every assumption is looked at where it would show:
+Nothing here compares the replay with itself, and every assumption is checked where a violation would show:
 
 1. *The recording.* A whole pass of an unedited prompt, without a cache, must read in every block what was recorded
    (streams that are shifted by a layer, a cache that changes what is computed).
@@ -9,13 +9,14 @@ Nothing here compares the replay with itself, and every assumption is looked at 
    position encodings, blocks without hook points). Where sites inside blocks are edited, the bridge's blocks are checked too.
 3. *The edits.* Whole passes of a few edited rows of several prompts, which start and join early, in the middle and late. At the
    positions before the start each block must read what it read in the unedited run (causality), and the replay must end where
-   the whole pass ends, at every position that it computes, and in the same logits. A row of each kind that is presumed to
-   change nothing is among them. The same rows are looked at again where the sweep computes them, among many others
+   the whole pass ends, at every position that it computes, and in the same logits. They include a row of each kind that is
+   assumed to change nothing. The same rows are checked again where the sweep computes them, among many others
    (`check_batch`).
 4. *The two runs* must end in the same stream wherever they have read the same tokens.
 
-The first prompts of each length pay for all of this; other prompts of that length for one start of 2, another one each time,
-and for 4. Whole passes come before any replay, so that nothing that a replay leaves behind can be in both.
+All of this is done for the first prompts of each length. For other prompts of that length only point 4 is checked, and point 2
+at one start, a different one each time. Whole passes run before any replay, so that nothing that a replay leaves behind can
+affect both.
 
 Where something differs by more than rounding, other blocks are tried (fused attention, then eager, then the bridge's own), and
 then whole forward passes are run for all rows; the reason is reported.
@@ -32,14 +33,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechkit._precision import ObservedDtypes, Rounding
-from mechkit.engine._causality import agree_before_difference, shows_later_positions
+from mechkit.engine._causality import agree_before_difference, masks_of, sees
 from mechkit.engine._chunk import Candidate, Chunk, whole_streams
 from mechkit.engine._edits import NEVER, Rows
 from mechkit.engine._plain import Attention, PlainBlocks, can_fuse
 from mechkit.engine._replay import Replayer, why_not
 from mechkit.hooks._devices import out_of_memory, to_device
 from mechkit.hooks._readout import unembeds_final_stream
-from mechkit.hooks._record import Run
 from mechkit.metrics import Metric
 
 if TYPE_CHECKING:
@@ -82,18 +82,18 @@ def _refute(chunk: Chunk, start: Int[np.ndarray, "cell prompt"], absent: Mask, u
         return "the logits at a position are not a function of the last block's output there"
     if absent.all():
         return None  # there are no rows
-    first, new_length = not proof.proved, chunk.run.length not in proof.proved
+    first, new_kind = not proof.proved, chunk.run.rows.kind not in proof.proved
     if first:
         proof.candidates = _candidates(chunk)
     prompt, moving = (proof.turn + 1) % len(chunk.ids), (start < NEVER) & ~absent
     computed = moving & (start <= unread)
     still = [(start == NEVER) & ~absent, moving & ~computed]
-    if bool((start[moving] > 0).any()) and (shown := _shows_later_positions(chunk.run)) is not None:
+    if (shown := _sees_over(chunk, np.unique(start[moving]))) is not None:
         return f"the attention mask of block {shown} lets positions read later ones: not a causal model"
     # Whole passes first: what a replay may leave behind must not be in both.
-    whole = [_Whole(chunk, rows) for rows in _sample(chunk, start, moving, still, few=not first)] if new_length else []
+    whole = [_Whole(chunk, rows) for rows in _sample(chunk, start, moving, still, few=not first)] if new_kind else []
     proof.finals = {key: final for one in whole for key, final in one.finals()}
-    if new_length and (refuted := _refute_recording(chunk, whole, prompt)) is not None:
+    if new_kind and (refuted := _refute_recording(chunk, whole, prompt)) is not None:
         return refuted
     starts, refuted = _starts_to_check(chunk, start, computed), None
     while proof.candidates:
@@ -101,24 +101,24 @@ def _refute(chunk: Chunk, start: Int[np.ndarray, "cell prompt"], absent: Mask, u
         if refuted is None:
             break
         proof.candidates.pop(0)
-    proof.proved.setdefault(chunk.run.length, set()).update(starts)
+    proof.proved.setdefault(chunk.run.rows.kind, set()).update(starts)
     proof.turn += 1
     return refuted
 
 
-def _masks(run: Run) -> list[list[Tensor]]:
-    """The attention masks that each block was given, `[prompt or 1, head or 1, pos, source]`."""
-
-    def is_mask(value: Any) -> bool:
-        return isinstance(value, Tensor) and value.ndim == 4 and value.shape[-1] >= value.shape[-2] == run.length
-
-    return [[value for value in call.values() if is_mask(value)] for call in run.calls]
-
-
-def _shows_later_positions(run: Run) -> int | None:
-    """The first block whose mask lets a position read a later one."""
-    by_identity = {id(mask): (layer, mask) for layer, masks in reversed(list(enumerate(_masks(run)))) for mask in masks}
-    return min((layer for layer, mask in by_identity.values() if shows_later_positions(mask)), default=None)
+def _sees_over(chunk: Chunk, starts: Int[np.ndarray, "start"]) -> int | None:
+    """The first block whose mask lets a position before one of these starts read that start or what is behind it; or the first
+    of a model in which nothing is out of reach of any change, so that there are no suffixes."""
+    run = chunk.run
+    starts = starts[starts < run.length]
+    everywhere = run.length > 1 and not chunk.reach.any()
+    found = []
+    masks = {id(mask): (layer, mask) for layer, each in reversed(list(enumerate(masks_of(run)))) for mask in each}
+    for layer, mask in masks.values():
+        ahead = sees(mask).flatten(0, 1).any(0).triu(1).cpu()
+        if ahead.any() and (everywhere or any(bool(ahead[:at, at:].any()) for at in starts.tolist())):
+            found.append(layer)
+    return min(found, default=None)
 
 
 def _candidates(chunk: Chunk) -> list[Candidate]:
@@ -147,7 +147,7 @@ def _coarsest(chunk: Chunk) -> torch.dtype:
 
 def _replayer(chunk: Chunk) -> Replayer:
     model, plain = chunk.state.model, chunk.state.proof.candidates[0].plain
-    return Replayer(model, chunk.run, None if plain is None else PlainBlocks(model.stack, plain))
+    return Replayer(model, chunk.run, None if plain is None else PlainBlocks(model.stack, plain), chunk.tower_tokens)
 
 
 def _equal_before_the_first_difference(chunk: Chunk) -> bool:
@@ -156,7 +156,7 @@ def _equal_before_the_first_difference(chunk: Chunk) -> bool:
         return True
     base, source = chunk.run, chunk.source
     others = source.resid[-1].to(base.resid[-1].device)
-    agree = agree_before_difference(base.tokens, source.tokens.to(base.tokens.device), base.resid[-1], others)
+    agree = agree_before_difference(base.rows, source.rows, base.resid[-1], others, chunk.reach)
     return bool(agree.all())
 
 
@@ -230,7 +230,7 @@ def check_batch(chunk: Chunk, rows: Rows, found: Float[Tensor, "row pos d_model"
 def _starts_to_check(chunk: Chunk, start: Int[np.ndarray, "cell prompt"], computed: Mask) -> list[int]:
     """The starts that were not checked on prompts of this length; if all were, one of them again, on this recording."""
     proof, used = chunk.state.proof, np.unique(start[computed]).tolist()
-    fresh = [at for at in used if at not in proof.proved.get(chunk.run.length, ())]
+    fresh = [at for at in used if at not in proof.proved.get(chunk.run.rows.kind, ())]
     return fresh or used[proof.turn % max(1, len(used)) :][:1]
 
 
@@ -246,7 +246,7 @@ def _refute_blocks(
     plan, n_layers = chunk.state.plan, chunk.state.model.n_layers
     hooked = {layer for layer, groups in plan.groups.items() if any(g.site.name not in STREAM for g in groups)}
     for turn, begin in enumerate(starts):
-        first = int(plan.entry[((start == begin) & computed).any(1)].min())
+        first = max(0, int(plan.entry[((start == begin) & computed).any(1)].min()))
         for layer in range(first, n_layers):
             # Blocks in which something is edited run with their hook points: checked too, with many starts at one of them.
             both = replayer.plain is not None and layer in hooked and layer % len(starts) == turn
@@ -296,7 +296,7 @@ class _Whole:
         self.chunk, self.rows = chunk, rows
         metric = chunk.state.metric
         last = np.full(len(rows), chunk.run.length - 1)
-        self._where = metric.positions.numpy()[rows.prompt_id] if isinstance(metric, Metric) else last
+        self._where = metric.last_read.numpy()[rows.prompt_id] if isinstance(metric, Metric) else last
         self.streams, self.logits = whole_streams(chunk, rows, self.read, edited)
 
     def read(self, per_position: Float[Tensor, "row pos *rest"]) -> Float[Tensor, "row *rest"]:
@@ -361,6 +361,8 @@ def _sample(
        block at an early position would show nowhere).
     2. A row of each kind that is presumed to change nothing: no position changes, or only such as are not read.
     3. Where some block has no mask that could be looked at, what it reads is not known: then a row of every start.
+    4. A row of each site that is edited, and in prompts with pictures one that starts inside each kind of segment and joins
+       early, where it would be seen if positions of a segment see each other.
 
     With `few` two rows of 1 are enough.
     """
@@ -377,8 +379,8 @@ def _sample(
             last, middle = len(entry) - 1, (len(entry) - 1) // 2
             at = {"first": 0, "middle": middle, "behind it": min(middle + 1, last), "last": last}[where]
             of_entry = np.flatnonzero(plan.entry[cell] == entry[at])
-            # Of the prompts that were taken least often (the first one would hide rows that are taken for the first prompt's),
-            # and not always the same head.
+            # Chosen from the prompts that were taken least often (always the first one would hide rows mistaken for the first
+            # prompt's), and not always the same head.
             of_entry = of_entry[taken[prompt[of_entry]] == taken[prompt[of_entry]].min()]
             one = of_entry[(5 * turn + 3 * len(chosen)) % len(of_entry)]
             chosen.append((int(cell[one]), int(prompt[one])))
@@ -390,9 +392,19 @@ def _sample(
         kinds: list[tuple[Mask, _Where]] = [(middle, "middle"), (early, "behind it"), (late, "last")]
         for wanted, where in [(early, "first"), *([kinds[turn % 3]] if few else kinds)]:
             choose(wanted, where)
-    if not all(_masks(chunk.run)):
+    if not all(masks_of(chunk.run)):
         for begin in np.setdiff1d(used, [start[row] for row in chosen]):
             choose(moving & (start == begin), "first")
+    if len(plan.site_names) > 1 and not few:
+        for site in sorted(plan.site_names):
+            of_site = np.zeros(len(moving), bool)
+            of_site[np.concatenate([group.cell for group in plan if group.site.name == site])] = True
+            if not any(of_site[cell] for cell, _ in chosen):
+                choose(moving & of_site[:, None], "middle")
+    for begin, end in _segments(chunk):
+        inside = moving & (start > begin) & (start < end)  # behind its first position, which may see the others
+        if not any(inside[row] and plan.entry[row[0]] <= 0 for row in chosen):
+            choose(inside, "first")
     for wanted in () if few and chosen else still:
         choose(wanted, "first")
     # An order in which rows join: the replay wants them sorted.
@@ -402,3 +414,10 @@ def _sample(
         cell, prompt = (np.array(column) for column in zip(*(row for row in at if at[row] == begin), strict=True))
         found.append(Rows(cell, prompt, chunk.ids[prompt], begin))
     return found
+
+
+def _segments(chunk: Chunk) -> list[tuple[int, int]]:
+    """Where the segments of these prompts' pictures, and of the text around them, begin and end; one of each kind and picture."""
+    segments = chunk.state.base.segments
+    found = {(s.kind, s.image, s.tile): (s.start, s.stop) for s in (segments[int(chunk.ids[0])] if segments else ())}
+    return list(found.values())

@@ -2,13 +2,15 @@
 
 1. `record` runs the base prompts once and keeps each block's input, its keyword arguments, and each layer's keys and values.
 2. A row with an edit in block l at position p joins the batch at block l with the base run's residual stream from p on.
-   Rows whose edits lie in later blocks join when their block comes: one pass over the blocks serves all of them.
-3. Each block runs on positions ≥ p alone. Its attention finds the keys and values of the positions before p in a cache
-   that only reads (`PrefixCache`): they are the base run's, because causal attention cannot carry a change to the left.
-4. In the last block only the position that the metric reads is finished; of the others only keys and values are computed.
+   Rows whose edits are in later blocks join at their block: one pass over the blocks serves all of them.
+3. Each block runs only on positions ≥ p. Its attention finds the keys and values of the positions before p in a cache
+   that only reads (`PrefixCache`): they are the base run's, because causal attention cannot move a change to earlier positions.
+4. In the last block only the position that the metric reads is computed in full; for the others only keys and values.
+5. Rows that are edited in a vision tower run all that comes before the first block (the tower as a whole, where each patch sees all
+   others), and are replayed from the first position that a picture stands for.
 
-Nothing is approximated. What must hold for it (causality, blocks that can be called by themselves) is checked by the sweep
-on a sample of cells, and where it does not hold whole forward passes are run instead.
+Nothing is approximated. Its conditions (causality, blocks that can be called by themselves) are checked by the sweep
+on a sample of cells; where they do not hold, whole forward passes are run instead.
 """
 
 from __future__ import annotations
@@ -23,13 +25,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechkit.engine._edits import EditGroup, EditPlan, Rows, ValueLookup, write
+from mechkit.engine._edits import BEFORE, EditGroup, EditPlan, Rows, ValueLookup, write
 from mechkit.engine._plain import PlainBlocks
 from mechkit.hooks._capture import LeaveError, capture
 from mechkit.hooks._devices import to_device
 from mechkit.hooks._hooking import Hooks
 from mechkit.hooks._record import CannotReplayError, Run, stream_of
-from mechkit.hooks._sites import SITES
+from mechkit.hooks._sites import SITES, as_computed, by_prompt
 
 if TYPE_CHECKING:
     from mechkit.hooks._model import HookedModel
@@ -90,10 +92,11 @@ class Replayer:
         model: The model that was recorded.
         run: The unedited run.
         plain: Blocks to use where nothing is edited; `None` uses the bridge's everywhere.
+        tower_tokens: (block, position) pairs of the vision tower in one row.
     """
 
-    def __init__(self, model: HookedModel, run: Run, plain: PlainBlocks | None) -> None:
-        self.model, self.run, self.plain = model, run, plain
+    def __init__(self, model: HookedModel, run: Run, plain: PlainBlocks | None, tower_tokens: int = 0) -> None:
+        self.model, self.run, self.plain, self.tower_tokens = model, run, plain, tower_tokens
         self.block_tokens = 0
         if run.refused is not None:
             raise CannotReplayError(run.refused)
@@ -117,8 +120,11 @@ class Replayer:
         """
         entry, n_layers = plan.entry[rows.cell], self.model.n_layers
         prompt = to_device(rows.prompt, self.run.tokens.device)
-        hidden = self.run.resid[int(entry[0])][:0, rows.start :]
-        for layer in range(int(entry[0]), n_layers):
+        n_before = int((entry < 0).sum())
+        hidden = self.run.resid[max(0, int(entry[0]))][:0, rows.start :]
+        if n_before:
+            hidden = self._before_the_blocks(plan, rows[:n_before], lookup)
+        for layer in range(max(0, int(entry[0])), n_layers):
             n_edited, n = len(hidden), int((entry <= layer).sum())
             joining = self.run.resid[layer]
             hidden, prompt = (
@@ -129,7 +135,9 @@ class Replayer:
                 hidden = torch.cat([hidden, joining[prompt[n_edited:n], rows.start :]])
             groups = plan.groups.get(layer, [])
             for group in groups:
-                if group.site.name in ("resid_pre", "resid_post"):
+                if group.site.name == "resid_post":
+                    hidden = self._write_before(layer, group, rows[:n], hidden, prompt[:n], lookup)
+                elif group.site.name == "resid_pre":
                     write(group, rows[:n], hidden, lookup)  # what the block is about to read: no hook is needed
             groups = [group for group in groups if group.site.name not in ("resid_pre", "resid_post")]
             # The first rows have their edits behind them, unless a cell edits several layers.
@@ -137,6 +145,7 @@ class Replayer:
             n_plain = n_plain if groups else n
             last = read_last and layer == n_layers - 1
             hidden = self._block(layer, hidden, prompt[:n], rows[:n], groups, lookup, n_plain, last)
+            hidden = self._and_between(layer, hidden, prompt[:n], rows.start)
         if read_last:
             rows = replace(rows, start=self.run.length - 1)
         final = self.run.resid[n_layers]
@@ -146,9 +155,23 @@ class Replayer:
             write(group, rows, hidden, lookup)
         return hidden
 
+    def _before_the_blocks(self, plan: EditPlan, rows: Rows, lookup: ValueLookup) -> Tensor:
+        """What the first block reads, from `rows.start` on, in rows that are edited in a vision tower."""
+        read = ("resid_pre", 0)
+        prompts = self.run.rows[to_device(rows.prompt, self.run.tokens.device)]
+        with (
+            attached_edits(self.model, plan.groups[BEFORE], replace(rows, start=0), lookup),
+            capture(self.model, [read], stop=read) as kept,
+        ):
+            self.model.run(prompts)
+        self.block_tokens += len(rows) * self.tower_tokens
+        return kept[read][:, rows.start :]
+
     def block(self, layer: int, hidden: Tensor, prompt: Int[Tensor, "row"], start: int) -> Tensor:
-        """One whole block, with the bridge's hook points, for rows `[row pos d_model]` that begin at position `start`."""
-        return self._call(layer, hidden, self._prefix(layer, prompt, start), start, hooked=True)
+        """One whole block, with the bridge's hook points, for rows `[row pos d_model]` that begin at position `start`; and what
+        the model adds behind it."""
+        output = self._call(layer, hidden, self._prefix(layer, prompt, start), start, hooked=True)
+        return self._and_between(layer, output, prompt, start)
 
     def unedited(self, layer: int, prompt: Int[Tensor, "row"], start: int, hooked: bool = False) -> Tensor:
         """What a block makes of the recorded run, from position `start` on: where all is well, what the next block read.
@@ -161,7 +184,27 @@ class Replayer:
         """
         at = prompt.to(self.run.resid[layer].device)
         hidden = self.run.resid[layer][at, start:]
-        return self._call(layer, hidden, self._prefix(layer, at, start), start, hooked)
+        output = self._call(layer, hidden, self._prefix(layer, at, start), start, hooked)
+        return self._and_between(layer, output, at, start)
+
+    def _and_between(self, layer: int, hidden: Tensor, prompt: Int[Tensor, "row"], start: int) -> Tensor:
+        """A block's output, and what the model adds to it in the recorded run before the next block reads it."""
+        added = self.run.between.get(layer)
+        return hidden if added is None else hidden + added[prompt.to(added.device), start:].to(hidden.device)
+
+    def _write_before(
+        self, layer: int, group: EditGroup, rows: Rows, hidden: Tensor, prompt: Int[Tensor, "row"], lookup: ValueLookup
+    ) -> Tensor:
+        """Writes what the block before has written: what the model adds between the two comes after it."""
+        added = self.run.between.get(layer - 1)
+        if added is None:
+            write(group, rows, hidden, lookup)
+            return hidden
+        added = added[prompt.to(added.device), rows.start :].to(hidden.device)
+        before = hidden - added
+        written = before.clone()
+        write(group, rows, written, lookup)
+        return torch.where(written == before, hidden, written + added)
 
     def attend(
         self,
@@ -339,7 +382,8 @@ def attach_edit(
     def edit(activation: Tensor, hook: Any) -> Tensor:
         if reached is not None:
             reached((group.site.name, group.layer))
-        write(group, rows, activation, lookup)
-        return activation
+        of_prompts = by_prompt(group.site, activation, len(rows))
+        write(group, rows, of_prompts, lookup)
+        return as_computed(group.site, of_prompts, activation.shape)
 
     hooks.attach(group.site.hook_name(group.layer), edit)

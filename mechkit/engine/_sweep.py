@@ -6,9 +6,9 @@ For each group of prompts of equal length, in chunks that fit the budget:
 2. Find where each (cell, prompt) row starts to differ. Rows that differ nowhere, or only to the right of what the metric
    reads, have the base run's value and are not computed.
 3. Prove the replay (`mechkit.engine._proof`): unedited blocks from every start that is used, and a few edited rows, against whole
-   forward passes. Every sweep proves anew: a proof that is remembered goes stale when somebody patches the model.
+   forward passes. Every sweep makes its own proof: a stored one would be wrong after a change of the model.
 4. Replay the rest in batches of rows that start at the same position, sorted by block. A batch that does not fit the
-   device is halved, and so is the budget. Nothing in between waits for the device: the answers are copied once a chunk.
+   device is halved, and so is the budget. Nothing in between waits for the device: the answers are copied once per chunk.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from torch import Tensor
 
 from mechkit._check import checked
 from mechkit._progress import Progress
+from mechkit._warnings import warn_of_task
 from mechkit.engine._checks import check_sweep
 from mechkit.engine._chunk import Chunk, Derived, State, Values, whole_forward
-from mechkit.engine._edits import NEVER, Cell, EditPlan, Rows, rows_by_start
+from mechkit.engine._edits import BEFORE, NEVER, Cell, EditPlan, Rows, TowerRun, rows_by_start
 from mechkit.engine._measure import logits_at_hand
 from mechkit.engine._memory import Budget
 from mechkit.engine._proof import BatchRefutedError, check_batch, proved_replayer
@@ -35,11 +36,12 @@ from mechkit.hooks._cache import ActivationCache
 from mechkit.hooks._devices import out_of_memory, to_device
 from mechkit.hooks._hooking import Hooks
 from mechkit.hooks._lock import one_at_a_time
-from mechkit.hooks._nonfinite import first_nonfinite, told, where_it_began
+from mechkit.hooks._nonfinite import explanation, first_nonfinite, where_it_began
 from mechkit.hooks._readout import read_logits
-from mechkit.hooks._record import record
+from mechkit.hooks._record import record, tower_length
+from mechkit.hooks._sites import SITES, TOWER, by_prompt
 from mechkit.metrics import AnyMetric, Metric, as_metric
-from mechkit.prompts import Prompts, first_differences
+from mechkit.prompts import Prompts, Stacked, first_differences
 from mechkit.result import Cost
 
 if TYPE_CHECKING:
@@ -51,16 +53,17 @@ class Answers:
     """What a sweep found.
 
     Attributes:
-        values: The metric of every cell and prompt; NaN where a prompt lacks the cell's position.
+        values: The metric of every cell and prompt; NaN where a prompt lacks the cell's position. Where several metrics are read
+            together, they are the last axis, here and below.
         base: The metric of the unedited base run.
         source: The metric of the unedited source run, if there was one.
-        cost: Block-tokens computed, and what one whole forward pass a cell would have taken.
+        cost: Block-tokens computed, and what one whole forward pass per cell would have taken.
         replay: How the rows were computed: `"suffix"`, or `"full: …"` with the reason for falling back.
     """
 
-    values: Float[Tensor, "cell prompt"]
-    base: Float[Tensor, "prompt"]
-    source: Float[Tensor, "prompt"] | None
+    values: Float[Tensor, "cell prompt *metric"]
+    base: Float[Tensor, "prompt *metric"]
+    source: Float[Tensor, "prompt *metric"] | None
     cost: Cost
     replay: str
 
@@ -92,7 +95,7 @@ def sweep(
         cells: The edits of each cell.
         metric: What to read: made for these prompts, or a callable on all of them together.
         source: Prompts whose activations `"source"` edits take; each as long as its base prompt.
-        source_sites: The source run's activations, if they are at hand; they must be of exactly these prompts.
+        source_sites: The source run's activations, if they are already computed; they must be of exactly these prompts.
         values: `{key: {(site, layer): value}}` for edits with other keys; each value broadcastable to the activation
             `[prompt pos …]`, with a first axis of 1 or of all prompts (behind the axis of the variants, if edits name them).
         derived: `{key: Derived}` for edits whose values are made from the two runs; needs `source`.
@@ -122,9 +125,14 @@ def sweep(
         state.values,
         state.base_metric,
         None if source is None else state.source_metric,
-        Cost(state.block_tokens, len(cells) * int(base.lengths.sum()) * model.n_layers, state.proof.block_tokens),
+        Cost(state.block_tokens, len(cells) * _tokens_of_runs(state), state.proof.block_tokens),
         "suffix" if state.fallback is None else f"full: {state.fallback}",
     )
+
+
+def _tokens_of_runs(state: State) -> int:
+    """(block, token) pairs of a whole pass of each prompt."""
+    return int(state.base.lengths.sum()) * state.model.n_layers + int(state.tower_tokens.sum())
 
 
 def _sweep_all(state: State, bar: Progress) -> None:
@@ -155,6 +163,7 @@ def _sweep_chunk(state: State, ids: Sequence[int], bar: Progress) -> None:
     chunk, start, absent, replayer = _recorded(state, np.array(ids))
     length = chunk.run.length
     _read_baselines(chunk)
+    _warn_of_task(state)
     if replayer is None:
         start = np.zeros_like(start)  # whole forward passes: nothing is skipped, no position is presumed unaffected
     if state.whole_set:
@@ -162,13 +171,15 @@ def _sweep_chunk(state: State, ids: Sequence[int], bar: Progress) -> None:
         start = np.broadcast_to(start.min(1, keepdims=True), start.shape)
         absent = absent | absent.any(1, keepdims=True)
     unchanged = (start == NEVER) | (start > _unread(chunk))
-    answer = torch.where(torch.from_numpy(unchanged), state.base_metric[ids], torch.nan)
+    answer = torch.full((*unchanged.shape, *state.values.shape[2:]), torch.nan, dtype=state.values.dtype)
+    cell, prompt = unchanged.nonzero()
+    answer[cell, prompt] = state.base_metric[ids][prompt]
     done, found = [], []
     for rows in rows_by_start(state.plan, chunk.ids, start, ~unchanged & ~absent):
         for part in _batches(state, rows, length, replayer is None, bar):
             done.append(part)
             found.append(_answer(chunk, replayer, part))
-    if done:  # copied once a chunk: each copy would wait for the device
+    if done:  # copied once per chunk: each copy would wait for the device
         cell, prompt = (np.concatenate([getattr(part, of) for part in done]) for of in ("cell", "prompt"))
         answer[cell, prompt] = torch.cat(found).cpu().to(answer.dtype)
     answer[torch.from_numpy(absent)] = torch.nan
@@ -196,13 +207,15 @@ def _recorded(state: State, ids: np.ndarray) -> tuple[Chunk, np.ndarray, np.ndar
     if state.fallback is None:
         state.fallback = _cannot_replay(state)
     chunk = None if state.fallback is not None else _run_chunk(state, ids)
-    if chunk is not None:
+    if chunk is not None and state.plan.in_tower and chunk.run.between:
+        state.fallback = "the model adds features of the picture to the residual stream between its blocks"
+    if chunk is not None and state.fallback is None:
         differs = np.zeros(len(ids), np.int64)
         if state.source is not None:
-            differs = first_differences(
-                *([prompts.tokens[i] for i in ids] for prompts in (state.base, state.source))
-            ).numpy()
-        start, absent = state.plan.starts(chunk.ids, chunk.run.length, differs, state.derived)
+            differs = first_differences(state.base, state.source, ids.tolist()).numpy()
+        reach = np.append(chunk.reach, chunk.run.length)
+        start, absent = state.plan.starts(chunk.ids, chunk.run.length, reach[differs], state.derived, chunk.tower)
+        start = np.where(start < NEVER, reach[np.minimum(start, chunk.run.length)], NEVER)
         attached = state.model._attached()
         replayer = proved_replayer(chunk, start, absent, _unread(chunk))
         _refuse_leaks(state, attached)
@@ -211,7 +224,7 @@ def _recorded(state: State, ids: np.ndarray) -> tuple[Chunk, np.ndarray, np.ndar
     recorded_whole = chunk is not None and chunk.run.refused is not None
     whole = chunk if recorded_whole else _run_chunk(state, ids, blocks=False)
     assert whole is not None  # an error would have been raised
-    start, absent = state.plan.starts(whole.ids, whole.run.length, np.zeros(len(ids), np.int64))
+    start, absent = state.plan.starts(whole.ids, whole.run.length, np.zeros(len(ids), np.int64), tower=whole.tower)
     return whole, start, absent, None
 
 
@@ -219,7 +232,9 @@ def _cannot_replay(state: State) -> str | None:
     """What rules a replay out before anything is run."""
     if not state.replay:
         return "asked for"
-    if (state.plan.entry < 0).any():
+    if state.model.reads_pictures_alone:
+        return "each patch sees all others: not a causal model"
+    if any(group.site.stack != TOWER for group in state.plan.groups.get(BEFORE, ())):
         return "an edit before the first block"
     if state.model.has_hooks:
         return "other hooks are attached to the model"
@@ -229,37 +244,50 @@ def _cannot_replay(state: State) -> str | None:
 def _unread(chunk: Chunk) -> Any:
     """The position behind which nothing is read, of each prompt."""
     metric = chunk.state.metric
-    return metric.positions.numpy()[chunk.ids] if isinstance(metric, Metric) else NEVER
+    return metric.last_read.numpy()[chunk.ids] if isinstance(metric, Metric) else NEVER
 
 
 def _run_chunk(state: State, ids: np.ndarray, blocks: bool = True) -> Chunk | None:
     """Runs prompts and keeps what rows need; `None`, with the reason in `state.fallback`, where `blocks` cannot be recorded."""
     model = state.model
 
-    def tokens(prompts: Prompts) -> Tensor:
+    def rows(prompts: Prompts) -> Stacked:
         return prompts.stack(ids.tolist()).to(model.device)
 
     derived = sorted({site for one in state.derived.values() for site in one.sites})
     try:
         # Derived values are made of streams in any case.
-        run = record(model, tokens(state.base), derived, blocks=blocks or bool(state.derived), cached=blocks)
+        run = record(model, rows(state.base), derived, blocks=blocks or bool(state.derived), cached=blocks)
     except Exception as error:
         if not blocks or (isinstance(error, RuntimeError) and out_of_memory(error)):
             raise
         state.fallback = f"its run cannot be recorded: {why_not(error)}"
         return None
-    state.block_tokens += run.tokens.numel() * model.n_layers
+    tower = _tower_run(state, ids, run.rows)
     source = None
     if state.source is not None:
         at_hand = state.source_sites
         sites = sorted({*(state.plan.sites if at_hand is None else ()), *derived})
-        source = record(model, tokens(state.source), sites, blocks=False)
+        source = record(model, rows(state.source), sites, blocks=False)
         if at_hand is not None:
-            source.sites.update({key: at_hand[key][ids].to(model.device) for key in state.plan.sites})
-        state.block_tokens += run.tokens.numel() * model.n_layers
-    chunk = Chunk(state, ids, run, source)
+            for key in state.plan.sites:
+                found = by_prompt(SITES[key[0]], at_hand[key], len(state.base))
+                source.sites[key] = found[ids].to(model.device)
+    chunk = Chunk(state, ids, run, source, tower)
+    state.block_tokens += (1 + (source is not None)) * len(ids) * chunk.tokens_of_run
     chunk.make_derived()
     return chunk
+
+
+def _tower_run(state: State, ids: np.ndarray, rows: Stacked) -> TowerRun | None:
+    """What is known of the vision tower's part, where something is edited in it."""
+    if not state.plan.in_tower:
+        return None
+    length, same = tower_length(state.model, rows), np.zeros(len(ids), bool)
+    if state.source is not None:
+        same = rows.same_inputs(state.source.stack(ids.tolist()).to(state.model.device)).cpu().numpy()
+    state.tower_tokens[ids] = length * state.model.stacks[TOWER].n_layers
+    return TowerRun(rows.inputs_from, length, same)
 
 
 def _read_baselines(chunk: Chunk) -> None:
@@ -269,23 +297,37 @@ def _read_baselines(chunk: Chunk) -> None:
         if one is None:
             continue
         into[ids] = chunk.baseline(one).to(into.dtype)
-        if len(bad := (~torch.isfinite(into[ids])).nonzero().flatten()):
-            at = int(bad[0])
+        if len(bad := (~torch.isfinite(into[ids])).nonzero()):
+            at = int(bad[0, 0])
+            value = into[ids][tuple(bad[0])].item()
             raise ValueError(
-                f"{name} run: expected a finite metric, got {into[ids[at]].item()} for prompt {ids[at]}; "
-                f"{where_it_began(state.model, one.tokens[at])}"
+                f"{name} run: expected a finite metric, got {value} for prompt {ids[at]}; "
+                f"{where_it_began(state.model, one.rows[[at]])}"
             )
+
+
+def _warn_of_task(state: State) -> None:
+    """Warns where there is nothing to explain, as soon as all prompts were run unedited."""
+    metric = state.metric
+    if state.task_checked or not isinstance(metric, Metric) or bool(state.base_metric.isnan().any()):
+        return
+    state.task_checked = True
+    tensors = {"base": state.base_metric, "source": state.source_metric}
+    values = {run: tensors[which] for run, which in state.runs.items()}
+    for i, part in enumerate(metric.parts or (metric,)):
+        warn_of_task(part.name, {run: value[:, i] if metric.parts else value for run, value in values.items()})
 
 
 def _batches(state: State, rows: Rows, length: int, whole: bool, bar: Progress) -> Iterator[Rows]:
     """Cuts rows into batches that fit the budget as it stands; the consumer may shrink the budget by running out of memory."""
     done = 0
-    some = state.metric.tokens if isinstance(state.metric, Metric) else None
-    logits = len(some) if some is not None else state.model.d_vocab
+    some, places = (state.metric.tokens, state.metric.n_places) if isinstance(state.metric, Metric) else (None, 1)
+    logits = places * (len(some) if some is not None else state.model.d_vocab)
     logits = length * state.model.d_vocab if whole or state.whole_set else logits
     unit = len(state.base) if state.whole_set else 1  # a callable metric's cells stay whole
     while done < len(rows):
-        fits = state.budget.rows_at_once(state.model, length, length - rows.start, state.plan, logits)
+        tower = int(state.tower_tokens[rows.prompt_id].max())
+        fits = state.budget.rows_at_once(state.model, length, length - rows.start, state.plan, logits, tower)
         size = max(unit, fits // unit * unit)
         yield rows[done : done + size]
         bar.update(min(size, len(rows) - done))
@@ -334,11 +376,12 @@ def _answer_batch(chunk: Chunk, replayer: Replayer | None, rows: Rows) -> Tensor
 
 def _refuse_nan(state: State, chunk: Chunk, answer: Tensor, absent: np.ndarray) -> None:
     """Raises for a NaN, and for an infinity that is not the metric's own: what the edit leads to is not finite."""
-    bad = ~np.isfinite(answer.numpy()) & ~absent
+    values = answer.flatten(2).numpy() if answer.ndim > 2 else answer[..., None].numpy()  # [cell prompt metric]
+    bad = ~np.isfinite(values) & ~absent[..., None]
     if not bad.any():
         return
-    nan = answer.isnan().numpy() & bad
-    cell, at = map(int, np.argwhere(nan if nan.any() else bad)[0])
+    nan = np.isnan(values) & bad
+    cell, at, which = map(int, np.argwhere(nan if nan.any() else bad)[0])
     rows = Rows(np.array([cell]), np.array([at]), chunk.ids[[at]], 0)
     groups = [group for group in state.plan if len(group.match(rows.cell)[0])]
 
@@ -347,10 +390,10 @@ def _refuse_nan(state: State, chunk: Chunk, answer: Tensor, absent: np.ndarray) 
             attach_edit(hooks, group, rows, chunk.lookup)
 
     results = tuple(sorted({group.layer for group in groups if group.site.name == "result"}))
-    found = first_nonfinite(state.model, chunk.tokens[at], attach, results)
+    found = first_nonfinite(state.model, chunk.run.rows[[at]], attach, results)
     if found is None and not nan.any():
         return  # a metric may be infinite where all logits are finite
     raise ValueError(
-        f"edited run: the metric is {answer[cell, at].item()} for prompt {chunk.ids[at]} in cell {cell} of {state.plan.n_cells}, "
-        f"though the unedited run was finite; {told(found, state.model.dtype)}"
+        f"edited run: the metric is {values[cell, at, which]} for prompt {chunk.ids[at]} in cell {cell} of {state.plan.n_cells}, "
+        f"though the unedited run was finite; {explanation(found, state.model.dtype)}"
     )

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypedDict, Unpack
 
 import torch
 
 from mechkit.engine import Answers, Cell, Edit
-from mechkit.experiment.positions import choose_positions, position_labels
+from mechkit.experiment.positions import choose_positions, position_labels, refuse_indices_from_end
 from mechkit.experiment.provenance import provenance_of
+from mechkit.experiment.sets import Members, Sets, sets_of
 from mechkit.hooks import HookedModel, Site, get_site, parse_hook_name
+from mechkit.hooks._record import longest_at
+from mechkit.hooks._sites import TOWER
 from mechkit.metrics import CallableMetric, Metric
 from mechkit.prompts import Prompts
 from mechkit.result import Result
@@ -57,9 +60,16 @@ class Axes:
 
 @dataclass(frozen=True)
 class Grid(Axes):
-    """Axes, and the cells of a sweep: one a combination of indices, the last dim fastest."""
+    """Axes, and the cells of a sweep: one a combination of indices, the last dim fastest; or the sets that a user gave.
+
+    Attributes:
+        over: The dims as the user wrote them; for sets, `dims` is `("cell",)`.
+        sets: For sets, what is in each of them: label -> one tuple of labels for each member.
+    """
 
     cells: list[Cell]
+    over: str
+    sets: Mapping[str, Members] | None = None
 
 
 def make_axes(
@@ -73,13 +83,20 @@ def make_axes(
     heads: Sequence[int] | None = None,
     positions: Sequence[int] | Sequence[str] | None = None,
     neurons: Sequence[int] | None = None,
+    towers: bool = False,
 ) -> Axes:
-    """The axes that `over` asks for. `layers`, `heads`, `positions` and `neurons` restrict their dims.
+    """The axes that `over` asks for. `layers`, `heads`, `positions` and `neurons` restrict their dims. Sites of a vision tower are
+    refused unless the technique takes them (`towers`); their positions are the tower's own.
 
     Raises:
         ValueError: an unknown dim or one that the site does not have, an index out of range, a position that has no name.
     """
     found = get_site(site)
+    if found.stack == TOWER and not towers:
+        raise ValueError(
+            f"site: {site!r} is in the vision tower; expected one of the language model. activation_patching, ablation and "
+            "attribution_patching take sites of towers"
+        )
     if not isinstance(over, str):
         raise ValueError(f"over: expected dims in one string, such as 'layer head'; got {over!r}")
     dims = tuple(over.split())
@@ -91,18 +108,15 @@ def make_axes(
                 f"layers: site {site!r} is in layer {named_layer}; leave layers out, or use site={found.name!r}"
             )
         layers = [named_layer]
-    if (
-        "pos" in dims
-        and positions is not None
-        and len(prompts.by_length()) > 1
-        and any(isinstance(i, int) and i < 0 for i in positions)
-    ):
+    if "pos" in dims and positions is not None:
+        refuse_indices_from_end(positions, prompts, "over='layer position' with a named one such as 'END'")
+    if "position" in dims and found.stack == TOWER:
         raise ValueError(
-            f"positions: an index from the end is another position in prompts of lengths "
-            f"{sorted(prompts.by_length())}; expected indices from 0, or over='layer position' with a named one such as 'END'"
+            f"over: {site!r} is in the vision tower, where no position has a name and the language model's patches are not its own; "
+            "use 'pos', which counts the tower's positions"
         )
     model.check_site(found.name)  # raises if this architecture lacks the site
-    longest = int(prompts.lengths.max())
+    longest = longest_at(model, found.name, prompts)
     sizes: dict[str, tuple[Sequence[Any] | None, int]] = {
         "head": (heads, model.n_heads_at(found.name)),
         "pos": (positions, longest),
@@ -126,7 +140,7 @@ def make_axes(
             raise ValueError(f"{name}: given, but {' or '.join(sorted(choices))} is not among the dims {over!r}")
     coords = {dim: tuple(index[dim]) for dim in dims}
     if "pos" in coords:
-        coords["pos"] = position_labels(prompts, index["pos"])
+        coords["pos"] = tuple(index["pos"]) if found.stack == TOWER else position_labels(prompts, index["pos"])
     return Axes(found, dims, index, coords)
 
 
@@ -138,17 +152,27 @@ def make_grid(
     over: str,
     *,
     value: str = "source",
+    cells: Sets | None = None,
     **chosen: Unpack[Chosen],
 ) -> Grid:
-    """The cells of a sweep over the axes that `make_axes` gives, each writing the value called `value`."""
-    axes = make_axes(model, prompts, named, site, over, **chosen)
-    cells: list[Cell] = []
-    for labels in itertools.product(*(axes.index[dim] for dim in axes.dims)):
+    """The cells of a sweep over the axes that `make_axes` gives, each writing the value called `value`; with `cells` one for each
+    set of places."""
+    axes = make_axes(model, prompts, named, site, over, **chosen, towers=True)
+
+    def edit(labels: Sequence[Any]) -> Edit:
         at = dict(zip(axes.dims, labels, strict=True))
         pos = tuple(named[at["position"]].tolist()) if "position" in at else at.get("pos")
-        edit = Edit(axes.site.name, at.get("layer", 0), value, head=at.get("head"), pos=pos, neuron=at.get("neuron"))
-        cells.append((edit,))
-    return Grid(axes.site, axes.dims, axes.index, axes.coords, cells)
+        return Edit(axes.site.name, at.get("layer", 0), value, head=at.get("head"), pos=pos, neuron=at.get("neuron"))
+
+    if cells is None:
+        every = itertools.product(*(axes.index[dim] for dim in axes.dims))
+        return Grid(axes.site, axes.dims, axes.index, axes.coords, [(edit(labels),) for labels in every], over)
+    if given := [name for name, one in chosen.items() if one is not None]:
+        raise ValueError(f"{given[0]}: given beside cells, which name every place themselves; expected one of the two")
+    sets = sets_of(axes.dims, axes.index, axes.coords, cells)
+    index = {**axes.index, "cell": list(sets)}
+    chosen_cells = [tuple(edit(member) for member in members) for members in sets.values()]
+    return Grid(axes.site, ("cell",), index, {"cell": tuple(sets)}, chosen_cells, over, sets)
 
 
 def to_result(
@@ -161,9 +185,23 @@ def to_result(
     base: str,
     source: str | None,
     **provenance: Any,
-) -> Result:
-    """Answers as a labelled `Result`: dims of the grid, then the prompt."""
+) -> Result | list[Result]:
+    """Answers as a labelled `Result`: dims of the grid, then the prompt. Where several metrics were read, one `Result` for each,
+    in their order; the cost of each is that of the whole sweep."""
+    if isinstance(metric, Metric) and metric.parts:
+        several = []
+        for i, part in enumerate(metric.parts):
+            source_metric = None if answers.source is None else answers.source[..., i].clone()
+            mine = replace(
+                answers, values=answers.values[..., i].clone(), base=answers.base[..., i].clone(), source=source_metric
+            )
+            one = to_result(grid, mine, model, prompts, part, base=base, source=source, **provenance)
+            assert isinstance(one, Result)
+            several.append(one)
+        return several
     shape = [len(grid.coords[dim]) for dim in grid.dims]
+    if grid.sets is not None:
+        provenance["cells"] = {label: [list(member) for member in members] for label, members in grid.sets.items()}
     baseline = {base: answers.base}
     if source is not None and answers.source is not None:
         baseline[source] = answers.source
@@ -176,7 +214,7 @@ def to_result(
         metric=metric.name,
         unit=metric.unit,
         provenance=provenance_of(
-            model, prompts, site=grid.site.name, over=" ".join(grid.dims), replay=answers.replay, **provenance
+            model, prompts, site=grid.site.name, over=" ".join(grid.over.split()), replay=answers.replay, **provenance
         ),
         cost=answers.cost,
     )
@@ -216,7 +254,8 @@ def choose_layers(model: HookedModel, site: Site, chosen: Sequence[int] | None, 
     """The layers that a user chose, each of which must have the site; all that have it for `None`."""
     if chosen is None:
         return list(model.layers_with(site.name))
-    layers = choose_indices(name, chosen, model.n_layers)
+    stack = model.stack_of(site.name) or model.stack
+    layers = choose_indices(name, chosen, stack.n_layers)
     model.check_site(site.name, layers)
     return layers
 

@@ -1,4 +1,4 @@
-"""What all that look at edges are asked, checked: both runs, the metric, and where a writer's change counts."""
+"""The checked arguments of techniques on edges: both runs, the metric, and where a writer's change counts."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from mechkit.engine import Budget
 from mechkit.engine._causality import same_so_far
 from mechkit.experiment.axes import choose_indices
 from mechkit.experiment.estimates import AnyMetric, Experiment, check_experiment
-from mechkit.experiment.positions import choose_positions
+from mechkit.experiment.positions import base_and_source, choose_positions, places_of, refuse_indices_from_end
 from mechkit.hooks import HookedModel
 from mechkit.metrics import metric_for
-from mechkit.prompts import PromptPairs, Prompts
+from mechkit.prompts import PromptPairs, Prompts, Stacked
 
 
 @torch.inference_mode(False)
@@ -25,11 +25,7 @@ def edge_experiment(
     model: HookedModel, pairs: PromptPairs, metric: AnyMetric, direction: str, budget: int | None, **provenance: Any
 ) -> Experiment:
     """Checks what the user asked for, for all that look at edges. `ValueError`s name the argument."""
-    if direction not in ("denoise", "noise"):
-        raise ValueError(f"direction: expected 'denoise' or 'noise', got {direction!r}")
-    if not isinstance(pairs, PromptPairs):
-        raise ValueError(f"pairs: expected PromptPairs, whose two runs are compared; got {type(pairs).__name__}")
-    runs = ("corrupted", "clean") if direction == "denoise" else ("clean", "corrupted")
+    runs = base_and_source(pairs, direction)
     base, source = (getattr(pairs, run) for run in runs)
     metric = metric_for(metric, pairs)
     check_experiment(model, metric, {runs[0]: base, runs[1]: source})
@@ -53,19 +49,15 @@ def chosen_positions(experiment: Experiment, positions: Sequence[Any] | None) ->
         return None
     if isinstance(positions, str) or any(isinstance(at, str) for at in positions):
         return tuple(choose_positions(experiment.named, positions))
-    if len(experiment.base.by_length()) > 1 and any(isinstance(at, int) and at < 0 for at in positions):
-        raise ValueError(
-            f"positions: an index from the end is another position in prompts of lengths {sorted(experiment.base.by_length())}; "
-            "expected indices from 0, or names"
-        )
+    refuse_indices_from_end(positions, experiment.base, "names")
     return tuple(choose_indices("positions", positions, int(experiment.base.lengths.max())))
 
 
 def where_it_counts(
     experiment: Experiment,
     positions: Sequence[Any] | None,
-    base: Int[Tensor, "prompt pos"],
-    source: Int[Tensor, "prompt pos"],
+    base: Stacked,
+    source: Stacked,
     ids: Int[Tensor, "prompt"] | np.ndarray,
     agree: Bool[Tensor, "prompt"],
 ) -> Bool[Tensor, "prompt pos"]:
@@ -75,8 +67,6 @@ def where_it_counts(
     moved = moved | (moved.any(1) & ~agree)[:, None]
     if positions is None:
         return moved
-    at, chosen = torch.arange(base.shape[1], device=base.device), torch.zeros_like(moved)
-    for position in positions:
-        place = experiment.named[position][ids] if isinstance(position, str) else torch.tensor([position])
-        chosen |= at == place.reshape(-1, 1).to(at.device)
+    places = places_of(experiment.base.lengths, experiment.named, positions)[:, ids].to(moved.device)
+    chosen = (torch.arange(moved.shape[1], device=moved.device) == places[..., None]).any(0)
     return moved & chosen

@@ -1,4 +1,4 @@
-"""Shared by the gradient methods: which nodes there are, from gradients to one number a node and prompt, and to a `Result`."""
+"""Shared by the gradient methods: which nodes there are, from gradients to one number per node and prompt, and to a `Result`."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from torch import Tensor
 
 from mechkit._precision import wide_dtype
 from mechkit._progress import Progress
+from mechkit._warnings import warn_of_task
 from mechkit.engine import Budget, GradientRuns, check_can_run, check_metric, metric_values
 from mechkit.experiment.axes import Axes, Chosen, make_axes
-from mechkit.experiment.positions import split_prompts
+from mechkit.experiment.positions import base_and_source, split_prompts
 from mechkit.experiment.provenance import provenance_of
 from mechkit.hooks import SITES, HookedModel
 from mechkit.hooks._nonfinite import where_it_began
+from mechkit.hooks._sites import TOWER, by_prompt
 from mechkit.metrics import AnyMetric as AnyMetric
 from mechkit.metrics import CallableMetric, Metric, metric_for
-from mechkit.prompts import PromptPairs, Prompts, first_differences
+from mechkit.prompts import PromptPairs, Prompts, Stacked, first_differences
 from mechkit.result import Cost, Result
 
 Key = tuple[str, int]  # site, layer
@@ -56,10 +58,11 @@ class Experiment:
     block_tokens: int = 0
     how: str = "suffix"
     proofs: dict[tuple[int, int], str | None] = field(default_factory=dict)
-    defer_proof: bool = False  # whether the first unedited runs are to be the proof (`GradientRuns.proved`)
+    defer_proof: bool = False  # whether the first unedited runs serve as the proof (`GradientRuns.proved`)
     progress: bool = False  # whether to show how far it is
     gradients: int = 1  # how many are taken for each prompt, for the progress
     bar: Progress | None = None  # while it runs
+    task_checked: bool = False  # whether it was looked at if the model does the task
 
     def __post_init__(self) -> None:
         wide = wide_dtype(self.model.dtype)
@@ -77,7 +80,7 @@ class Experiment:
         """For each prompt the first position at which base and source differ; 0 where there is no source."""
         if self.source is None:
             return [0] * len(self.base)
-        return first_differences(self.base.tokens, self.source.tokens).tolist()
+        return first_differences(self.base, self.source).tolist()
 
     def chunks(self) -> Iterator[GradientChunk]:
         """Prompts that run together: of one length, as many as fit the budget."""
@@ -133,7 +136,7 @@ class GradientChunk:
 
     Attributes:
         ids: Their indices in the whole set.
-        tokens: Of each run, by its name.
+        inputs: The prompts of each run, by its name.
         runs: What runs them.
         everyone: `arange(len(ids))`, on the model's device.
         rows: How many rows of its prompts' suffixes the budget allows at once.
@@ -142,7 +145,7 @@ class GradientChunk:
 
     experiment: Experiment
     ids: Int[Tensor, "prompt"]
-    tokens: dict[str, Int[Tensor, "prompt pos"]]
+    inputs: dict[str, Stacked]
     runs: GradientRuns
     everyone: Int[Tensor, "prompt"]
     rows: int
@@ -150,25 +153,29 @@ class GradientChunk:
 
     @classmethod
     def of(cls, experiment: Experiment, ids: Sequence[int], start: int, rows: int) -> GradientChunk:
-        model, tokens = experiment.model, {}
+        model, inputs = experiment.model, {}
         for run, prompts in ((experiment.base_is, experiment.base), (experiment.source_is, experiment.source)):
             if run is not None and prompts is not None:
-                tokens[run] = prompts.stack(ids).to(model.device)
-        base = tokens[experiment.base_is]
+                inputs[run] = prompts.stack(ids).to(model.device)
+        base = inputs[experiment.base_is]
         if isinstance(experiment.metric, Metric):
             start = min(start, int(experiment.metric.positions[list(ids)].min()))
-        whole = "an activation before the first block" if "embed" in experiment.axes else None
-        source = tokens.get(experiment.source_is) if experiment.source_is is not None else None
+        towers = [axes.site.stack == TOWER for axes in experiment.axes.values()]
+        if any(towers) and not all(towers):
+            raise ValueError("site: expected sites of the vision tower or of the language model in one call, got both")
+        whole = "an activation before the first block" if "embed" in experiment.axes or any(towers) else None
+        source = inputs.get(experiment.source_is) if experiment.source_is is not None else None
         runs = GradientRuns(
             model,
             base,
             source,
-            min(start, base.shape[1] - 1),
+            min(start, base.tokens.shape[1] - 1),
             whole=whole,
             proofs=experiment.proofs,
             defer=experiment.defer_proof,
+            from_pixels=any(towers),
         )
-        return cls(experiment, torch.tensor(ids), tokens, runs, torch.arange(len(ids), device=model.device), rows)
+        return cls(experiment, torch.tensor(ids), inputs, runs, torch.arange(len(ids), device=model.device), rows)
 
     def metric(self, final: Tensor, row: Int[Tensor, "row"] | None = None) -> Float[Tensor, "row"]:
         """The metric of rows, in the graph. `row` says which of the chunk's prompts each row is; all of them by default."""
@@ -190,12 +197,18 @@ class GradientChunk:
             if len(bad := (~torch.isfinite(value)).nonzero().flatten().tolist()):
                 raise ValueError(
                     f"{run} run: expected a finite metric, got NaN or inf for prompts {self.ids[bad].tolist()[:5]}; of prompt "
-                    f"{int(self.ids[bad[0]])} {where_it_began(self.experiment.model, self.tokens[run][bad[0]])}"
+                    f"{int(self.ids[bad[0]])} {where_it_began(self.experiment.model, self.inputs[run][[bad[0]]])}"
                 )
+        values = self.experiment.values
+        if not self.experiment.task_checked and not any(bool(value.isnan().any()) for value in values.values()):
+            self.experiment.task_checked = True
+            if isinstance(metric, Metric):
+                warn_of_task(metric.name, values)
 
     def add(self, key: Key, per_entry: Float[Tensor, "row *dims"], row: Int[Tensor, "row"] | None = None) -> None:
         """Adds effects of one layer's activations (positions from `runs.start` on) to the experiment's."""
         site, layer = key
+        per_entry = by_prompt(SITES[site], per_entry, len(self.ids) if row is None else len(row))
         per_entry = per_entry.to(torch.promote_types(per_entry.dtype, torch.float32))
         if not bool(torch.isfinite(per_entry).all()):  # NaN would look like a cell that does not exist
             raise ValueError(
@@ -268,20 +281,17 @@ def make_experiment(
     budget: int | None,
     progress: bool,
     provenance: Mapping[str, Any],
+    towers: bool = False,
 ) -> Experiment:
     """Checks what the user asked for. `ValueError`s name the argument. `provenance`: the technique, and its own arguments."""
-    if direction not in ("denoise", "noise"):
-        raise ValueError(f"direction: expected 'denoise' or 'noise', got {direction!r}")
-    if not isinstance(pairs, PromptPairs):
-        raise ValueError(f"pairs: expected PromptPairs, whose two runs are compared; got {type(pairs).__name__}")
-    runs = ("corrupted", "clean") if direction == "denoise" else ("clean", "corrupted")
+    runs = base_and_source(pairs, direction)
     base, source = (getattr(pairs, run) for run in runs)
     wanted = {site: over} if isinstance(site, str) else dict(site)
     if not wanted:
         raise ValueError("site: expected at least one site, got none")
     axes = {}
     for name, dims in wanted.items():
-        one = make_axes(model, pairs.clean, pairs.positions, name, dims, **chosen)
+        one = make_axes(model, pairs.clean, pairs.positions, name, dims, **chosen, towers=towers)
         if one.site.name in axes:
             raise ValueError(
                 f"site: {one.site.name!r} is given twice; expected each site once, with layers=[...] to choose layers"

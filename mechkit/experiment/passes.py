@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mechkit.experiment.estimates import Experiment, GradientChunk, Key, hook_name
 from mechkit.hooks._capture import keepers
+from mechkit.hooks._sites import SITES, TOWER
 
 Rules = Sequence[tuple[str, Callable[..., Tensor | None]]]  # hooks that change how a gradient flows back
 
@@ -30,7 +31,7 @@ def unedited(
     hidden: dict[Key, Tensor] = {}
     inputs = [("resid_pre", layer) for layer in sorted({layer for _, layer in experiment.keys} | {0})]
     hooks = [*keepers(inputs, hidden), *keepers(experiment.keys, kept)]
-    _, final = chunk.runs.forward(chunk.tokens[run], chunk.everyone, hooks)
+    _, final = chunk.runs.forward(chunk.inputs[run], chunk.everyone, hooks)
     _check_kept(experiment, kept)
     return kept, {layer: read for (_, layer), read in hidden.items()}, final
 
@@ -50,7 +51,7 @@ def first_order(experiment: Experiment, chunk: GradientChunk, rules: Rules = ())
         chunk.add(key, difference.pop(key) * gradient)
 
     hooks = [(hook_name(key), partial(keep, key=key)) for key in experiment.keys]
-    base = chunk.tokens[experiment.base_is]
+    base = chunk.inputs[experiment.base_is]
     leaf, final = chunk.runs.forward(base, chunk.everyone, [*rules, *hooks], leaf=True)
     chunk.keep_unedited({experiment.source_is: source_final, experiment.base_is: final})
     assert leaf is not None
@@ -73,7 +74,7 @@ def source_activations(experiment: Experiment, chunk: GradientChunk) -> tuple[di
     """The source run's activations at every node (from `start` on), and what it ended in."""
     kept: dict[Key, Tensor] = {}
     _, final = chunk.runs.forward(
-        chunk.tokens[str(experiment.source_is)], chunk.everyone, keepers(experiment.keys, kept)
+        chunk.inputs[str(experiment.source_is)], chunk.everyone, keepers(experiment.keys, kept)
     )
     _check_kept(experiment, kept)
     return kept, final
@@ -85,7 +86,11 @@ def _check_kept(experiment: Experiment, kept: Mapping[Key, Tensor]) -> None:
 
 
 def check_reached(experiment: Experiment, silent: set[Key]) -> None:
-    """Refuses sites that no gradient came to: a 0 would look like a finding."""
+    """Refuses sites that no gradient came to: a 0 would look like a finding. It is one in the last layers of a vision tower, whose
+    features are taken from an earlier one."""
+    in_tower = {key for key in experiment.keys if SITES[key[0]].stack == TOWER}
+    last_used = max((layer for _, layer in in_tower - silent), default=len(in_tower))
+    silent = {key for key in silent if key not in in_tower or key[1] <= last_used}
     if silent:
         names = ", ".join(hook_name(key) for key in sorted(silent)[:4])
         raise ValueError(

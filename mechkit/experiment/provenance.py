@@ -1,5 +1,5 @@
-"""Where a result comes from: the model, the prompts, the arguments; of circuits also each prompt, so that one can tell whether
-they are judged by the prompts that they were found on."""
+"""Where a result comes from: the model, the prompts, the arguments; for circuits also each prompt, so that it can
+be checked whether they are evaluated on the prompts that they were found on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Integrals of gradients along a straight path between two activations: the ground of integrated gradients.
+"""Integrals of gradients along a straight path between two activations: the basis of integrated gradients.
 
 For a path `x(a) = start + a (end - start)`, a from 0 to 1, each entry's share is `(end - start) * integral of dm/dx at x(a)`. The
 shares sum to `m(end) - m(start)`, exactly for the integral (*completeness*); how far a sum of few steps is from it is measured.
@@ -82,7 +82,7 @@ def along_activation(
         hidden: What each block of the base run reads; `None` runs whole forward passes.
 
     Returns:
-        Each prompt's sum over all entries of the activation, to be held against `m(end) - m(start)`.
+        Each prompt's sum over all entries of the activation, to be compared with `m(end) - m(start)`.
     """
     change, wide = end - start, chunk.experiment.values[chunk.experiment.base_is].dtype
     total = torch.zeros(len(chunk.everyone), dtype=wide, device=chunk.everyone.device)
@@ -110,7 +110,7 @@ def metric_with(
     def replace(activation: Tensor, hook: Any) -> Tensor:
         return at
 
-    tokens = chunk.tokens[chunk.experiment.base_is][row]
+    rows = chunk.inputs[chunk.experiment.base_is][row]
     read = None if hidden is None else hidden[key[1]][row]
-    _, final = chunk.runs.forward(tokens, row, [(hook_name(key), replace)], hidden=read, layer=key[1])
+    _, final = chunk.runs.forward(rows, row, [(hook_name(key), replace)], hidden=read, layer=key[1])
     return chunk.metric(final, row)

@@ -1,4 +1,4 @@
-"""What an architecture has, beside what all of them have: norms behind attention and MLP, learned positions, a final norm."""
+"""What only some architectures have: norms behind attention and MLP, learned positions, a final norm."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from mechkit._check import checked, is_whole
-from mechkit.hooks._sites import SITES, Site, get_site
+from mechkit.hooks._sites import SITES, TOWER, Site, get_site, parse_hook_name
 
 
 @checked
@@ -27,12 +27,14 @@ class ActivationCache(Mapping[str, Tensor]):
         *,
         weights_hash: str = "",
         tokens: Int[Tensor, "batch pos"] | None = None,
+        inputs_hash: str = "",
         whole: bool = False,
     ) -> None:
         self._activations = activations
         self.n_layers = n_layers
         self.weights_hash = weights_hash  # of the model that computed it, so that another's cache can be refused
         self.tokens = tokens
+        self.inputs_hash = inputs_hash  # of what was read beside the tokens
         self.whole = whole  # every position of an unmasked run with nobody's hooks on it
 
     def __getitem__(self, key: str | tuple[str, int]) -> Tensor:
@@ -46,7 +48,7 @@ class ActivationCache(Mapping[str, Tensor]):
             return self._lookup(site.hook)
         if layer is None:
             return self.stack(name)
-        return self._lookup(site.hook_name(self._layer(layer)))
+        return self._lookup(site.hook_name(self._layer(layer, site)))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._activations)
@@ -70,11 +72,12 @@ class ActivationCache(Mapping[str, Tensor]):
         site: Site = get_site(name)
         if not site.in_block:
             raise ValueError(f"name: {name!r} is in no layer; cache[{name!r}] is it")
-        found = [self._activations.get(site.hook_name(layer)) for layer in range(self.n_layers)]
+        n_layers = self._n_layers(site)
+        found = [self._activations.get(site.hook_name(layer)) for layer in range(n_layers)]
         present = [a for a in found if a is not None]
-        if len(present) != self.n_layers:
+        if len(present) != n_layers or not present:
             raise KeyError(
-                f"{name!r} was cached at {len(present)} of {self.n_layers} layers; ask for one with cache[{name!r}, layer]"
+                f"{name!r} was cached at {len(present)} of {n_layers} layers; ask for one with cache[{name!r}, layer]"
             )
         return torch.stack(present)
 
@@ -84,14 +87,26 @@ class ActivationCache(Mapping[str, Tensor]):
         check_dtype(dtype)
         moved = {name: a.to(device=device, dtype=dtype) for name, a in self._activations.items()}
         return ActivationCache(
-            moved, self.n_layers, weights_hash=self.weights_hash, tokens=self.tokens, whole=self.whole
+            moved,
+            self.n_layers,
+            weights_hash=self.weights_hash,
+            tokens=self.tokens,
+            inputs_hash=self.inputs_hash,
+            whole=self.whole,
         )
 
-    def _layer(self, layer: int) -> int:
-        layer = int(layer)
-        if not -self.n_layers <= layer < self.n_layers:
-            raise ValueError(f"layer: expected an index into {self.n_layers} layers, got {layer}")
-        return layer % self.n_layers
+    def _n_layers(self, site: Site) -> int:
+        """Of the model, or of the tower that a site is in: as many as there are in the cache."""
+        if site.stack != TOWER:
+            return self.n_layers
+        layers = [parse_hook_name(name) for name in self._activations]
+        return max((1 + (layer or 0) for found, layer in layers if found is not None and found.stack == TOWER), default=0)
+
+    def _layer(self, layer: int, site: Site) -> int:
+        layer, n_layers = int(layer), self._n_layers(site)
+        if not -n_layers <= layer < n_layers:
+            raise ValueError(f"layer: expected an index into {n_layers} layers, got {layer}")
+        return layer % n_layers
 
     def _lookup(self, name: str) -> Tensor:
         if name not in self._activations:

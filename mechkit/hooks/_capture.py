@@ -4,7 +4,7 @@
         model.run(tokens)
     kept["z", 3]
 
-`keepers` gives the hooks alone, for a run that takes a list of them.
+`keepers` returns only the hooks, for a run that takes a list of them.
 """
 
 from __future__ import annotations

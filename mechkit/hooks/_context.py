@@ -1,7 +1,7 @@
 """How long a prompt may be.
 
 A configuration names the length that a model's positions were made for. Where positions are a table (learned ones, or angles
-computed beforehand), there are none beyond it; rotary models and those without positions run on.
+computed beforehand), a longer prompt has no positions there; rotary models and those without positions accept it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def check_length(model: Any, n: int, what: str) -> None:
 
     Args:
         model: The `HookedModel`.
-        n: How many tokens are to be run.
+        n: How many tokens will be run.
         what: What the error calls them.
     """
     context = model.n_ctx

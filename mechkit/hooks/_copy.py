@@ -1,6 +1,6 @@
 """Copying a wrapped model, so that the copy shares nothing with it.
 
-`copy.deepcopy` alone fails on what the last run left behind (TransformerLens keeps an attention pattern, with its graph), and
+`copy.deepcopy` by itself fails on what the last run left behind (TransformerLens keeps an attention pattern, with its graph), and
 where TransformerLens has replaced a module's `forward` by a function that remembers the module, the copy would run the original.
 Hooks of a `with model.hooks(...)` would stay on the copy, so that there is none meanwhile.
 """

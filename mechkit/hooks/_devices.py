@@ -1,7 +1,7 @@
-"""Where a model's weights are, and moving small things to where they are used without making anybody wait.
+"""Where a model's weights are, and moving small tensors to where they are used without waiting for the device.
 
-A model that was loaded with a `device_map` has layers on several devices, and perhaps weights that are fetched when they are
-needed (they are on torch's device "meta" meanwhile). accelerate's hooks move what a module is given to where it runs.
+A model that was loaded with a `device_map` has layers on several devices, and perhaps weights that are loaded when they are
+needed (until then they are on torch's device "meta"). accelerate's hooks move a module's inputs to where it runs.
 """
 
 from __future__ import annotations

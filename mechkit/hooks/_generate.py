@@ -1,16 +1,16 @@
 """Continuing prompts, each as if it were alone.
 
-1. Padding is taken off, and prompts of equal length run together, so that no prompt sees another's padding.
-2. Each step runs the new tokens alone, on the keys and values of those before them, where the architecture keeps these;
-   elsewhere the whole prompt again.
-3. The likeliest token is taken, or one is drawn. A prompt that has ended takes no further part in the output.
+1. Padding is removed, and prompts of equal length run together, so that no prompt sees another's padding.
+2. Each step runs only the new tokens, on the keys and values of those before them, where the architecture keeps these;
+   otherwise it runs the whole prompt again.
+3. The most probable token is taken, or one is drawn. Nothing is added to a prompt that has ended.
 
 Hooks that are attached to the model act in every step; from the second step on they see one position.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +22,9 @@ from mechkit._check import checked
 from mechkit._progress import Progress
 from mechkit.hooks._context import check_length
 from mechkit.hooks._lock import one_at_a_time
+from mechkit.hooks._pictures import Pictures, inputs_of
 from mechkit.hooks._text import Input, Text
-from mechkit.prompts import Prompts
+from mechkit.prompts import Prompts, Stacked
 
 # Kinds of rotary embedding whose angles depend on the length so far: kept keys would have the angles of a shorter prompt.
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
@@ -56,7 +57,7 @@ class Choice:
     def next_tokens(
         self, logits: Float[Tensor, "row d_vocab"], generators: list[torch.Generator | None]
     ) -> Int[Tensor, "row"]:
-        """One token a row; row i is drawn by the i-th generator (`None`: torch's own)."""
+        """One token per row; row i is drawn by the i-th generator (`None`: torch's own)."""
         if not self.do_sample:
             return logits.argmax(-1)
         logits = logits.double() / (1.0 if self.temperature is None else self.temperature)
@@ -73,7 +74,7 @@ class Choice:
         return order.gather(1, drawn[:, None])[:, 0]
 
 
-class Generate(Text):
+class Generate(Pictures, Text):
     """The part of `HookedModel` that continues text."""
 
     @checked
@@ -93,6 +94,7 @@ class Generate(Text):
         eos_token_id: int | list[int] | None = None,
         prepend_bos: bool | None = None,
         attention_mask: Tensor | None = None,
+        inputs: Mapping[str, Tensor] | None = None,
         verbose: bool = False,
     ) -> Any:
         """Continues each prompt as it would be continued alone, with the likeliest token by default. Run it inside `hooks()` to
@@ -110,6 +112,7 @@ class Generate(Text):
             eos_token_id: What ends a prompt; default the model's and the tokenizer's end-of-sequence tokens.
             prepend_bos: As for `to_tokens`.
             attention_mask: 1 at tokens, 0 at padding; needed where ids are padded.
+            inputs: What the model reads beside the tokens, as for `forward`; for prompts without padding.
             verbose: Whether to show a progress bar.
 
         Returns:
@@ -126,7 +129,11 @@ class Generate(Text):
         if not getattr(self.bridge.adapter, "supports_generation", True):
             raise ValueError(f"model: {self.name} ({self.cfg.architecture}) does not continue text")
         tokens, mask = self._tokens_and_mask(input, prepend_bos, attention_mask)
-        mask = self._padding_of(tokens, mask) if isinstance(input, Tensor) else mask
+        mask = self._padding_of(tokens, mask) if isinstance(input, Tensor | Prompts) else mask
+        inputs = inputs_of(input, inputs)
+        if inputs is not None and mask is not None and not bool(mask.all()):
+            raise ValueError("inputs: expected prompts of one length, got some with padding; continue them one by one")
+        given = self.with_inputs(tokens, inputs)
         prompts = list(tokens) if mask is None else [row[real.bool()] for row, real in zip(tokens, mask, strict=True)]
         longest = max(len(prompt) for prompt in prompts)
         check_length(self, longest + max_new_tokens - 1, "input and max_new_tokens")  # the last one is not run
@@ -137,7 +144,8 @@ class Generate(Text):
         with bar:
             for batch in Prompts(tuple(prompts)).batches():
                 ids = batch.ids
-                steps = self._continued(batch.tokens, choice, [generators[i] for i in ids])
+                rows = batch.stacked if inputs is None else given[ids]
+                steps = self._continued(rows, choice, [generators[i] for i in ids])
                 for _ in range(max_new_tokens):
                     drawn = next(steps).tolist()
                     bar.update(len(ids))
@@ -146,28 +154,28 @@ class Generate(Text):
                             new[i].append(token)
                     if all(new[i][-1] in ends for i in ids):
                         break
-        if isinstance(input, Tensor):
+        if isinstance(input, Tensor | Prompts):
             return _appended(tokens, new, self._pad_id or 0)
         whole = [[*prompt.tolist(), *more] for prompt, more in zip(prompts, new, strict=True)]
         texts = self._decoded(whole, skip_special_tokens=True)
         return texts[0] if isinstance(input, str) else texts
 
     def _continued(
-        self, tokens: Int[Tensor, "row pos"], choice: Choice, generators: list[torch.Generator | None]
+        self, rows: Stacked, choice: Choice, generators: list[torch.Generator | None]
     ) -> Iterator[Int[Tensor, "row"]]:
         """The next token of each of these prompts of equal length, without end."""
-        keeps, unread = self._keeps_keys(), tokens
+        keeps, unread = self._keeps_keys(), rows
         cache: Any = None
         while True:
             if keeps:
                 logits, cache = self.run(unread, return_type="logits_and_cache", use_cache=True, past_key_values=cache)
                 keeps = cache is not None
             else:
-                logits = self.run(tokens)
-            chosen = choice.next_tokens(logits[:, -1].to(tokens.device), generators)
+                logits = self.run(rows)
+            chosen = choice.next_tokens(logits[:, -1].to(rows.tokens.device), generators)
             yield chosen
-            unread = chosen[:, None]
-            tokens = torch.cat([tokens, unread], 1)
+            unread = Stacked(chosen[:, None])
+            rows = rows.and_one(chosen)
 
     def _keeps_keys(self) -> bool:
         """Whether a step may run on the keys and values of the steps before."""

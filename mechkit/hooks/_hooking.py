@@ -1,13 +1,13 @@
 """Attaching functions to sites, so that every listed site works on every architecture and nothing stays attached.
 
-TransformerLens's hook points are used as they are, but for three kinds of site:
+TransformerLens's hook points are used as they are, except for three kinds of site:
 
 - `resid_mid`: Hugging Face blocks keep a second reference to this tensor for the residual connection, and a tensor
   *returned* by a hook replaces only what the MLP reads. Here the new value is written into the tensor itself, so that an
-  edit of the residual stream is one. For the same reason its gradient is the tensor's own, what comes back from the MLP and
-  along the residual connection together, and a new gradient replaces both.
+  edit changes the residual stream as well. For the same reason its gradient is the tensor's own, the sum of what comes
+  back from the MLP and along the residual connection, and a new gradient replaces both.
 - `result` (each head's own contribution to `attn_out`) is behind a flag in TransformerLens. Here it is computed from `z`
-  and the output projection's matrix when somebody asks, times the constant that the block multiplies its attention's output with
+  and the output projection's matrix when requested, times the constant that the block multiplies its attention's output with
   (Granite), and an edit is added to the attention's output as a difference. An adapter on the projection is part of its matrix.
   Where the flag is on, the attention is computed from the results themselves, and TransformerLens's own hook point serves.
 - `pattern` and `attn_scores` where TransformerLens leaves the attention to Hugging Face (GPT-J, GPT-Neo, OPT): there its
@@ -30,7 +30,8 @@ from torch.overrides import TorchFunctionMode
 
 from mechkit.hooks._lock import HOOKED, lock_of
 from mechkit.hooks._projections import output_weight, write_scale
-from mechkit.hooks._sites import parse_hook_name
+from mechkit.hooks._sites import TOWER, parse_hook_name
+from mechkit.hooks._tower import tower_of
 
 HookFunction = Callable[..., Tensor | None]  # fn(activation, hook=hook_point) -> new activation, or None to leave it
 Direction = Literal["fwd", "bwd"]
@@ -39,7 +40,7 @@ NOT_HEADS = "_mechkit_not_heads"
 
 
 def hook_points(bridge: Any) -> dict[str, Any]:
-    """All hook points by full name. TransformerLens makes this dictionary anew at each look, which takes longer than a block."""
+    """All hook points by full name. TransformerLens builds this dictionary at each access, which takes longer than a block."""
     if "_mechkit_hook_points" not in bridge.__dict__:
         bridge.__dict__["_mechkit_hook_points"] = bridge.hook_dict
     points: dict[str, Any] = bridge.__dict__["_mechkit_hook_points"]
@@ -80,6 +81,13 @@ class Hooks:
         A forward function may return a new activation of the same shape. A backward one gets the gradient.
         """
         site, layer = parse_hook_name(name)
+        if site is not None and site.stack == TOWER:
+            tower, at = tower_of(self._bridge), int(layer or 0)
+            if tower is None or at >= len(tower.blocks) or not tower.has(site, at):
+                raise ValueError(f"hook name {name!r}: {self._bridge.cfg.architecture} has no such activation")
+            step = _Step(_checked(name, fn), _NamedPoint(name, at), direction)
+            self._removers.append(tower.attach(site, at, step))
+            return
         point = hook_points(self._bridge).get(name)
         if point is None:
             raise ValueError(f"hook name {name!r}: {self._bridge.cfg.architecture} has no such activation")
@@ -151,6 +159,17 @@ class _Step:
             activation = activation.clone()
             activation.register_hook(lambda gradient: self.fn(gradient, hook=self.point))
         return activation
+
+
+class _NamedPoint:
+    """What a function on a site of a tower gets as its `hook`: what functions ask of TransformerLens's hook points."""
+
+    def __init__(self, name: str, layer: int) -> None:
+        self.name, self._layer = name, layer
+        self.ctx: dict[str, Any] = {}
+
+    def layer(self) -> int:
+        return self._layer
 
 
 class _StreamSeam:

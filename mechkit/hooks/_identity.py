@@ -1,13 +1,13 @@
-"""What makes a model this model and no other: parameters, buffers, numbers that its modules keep, and its configuration.
+"""What identifies a model: parameters, buffers, numbers that its modules keep, and its configuration.
 
 Two models of equal weights compute different things if an epsilon, a rotary base, a window or a scale differs. So a model's
-fingerprint is of
+fingerprint covers
 
 1. every parameter and buffer (also those that are not saved, such as rotary frequencies): shape, dtype, a checksum and a sample;
 2. every plain value (number, text, tuple of these) that a module keeps, such as `variance_epsilon` or `sliding_window`;
 3. the configuration: masks, caps and windows are read from it while the model runs.
 
-What does not change numbers is left out: the implementation of attention, dropout, ids of special tokens, names, and what a
+What does not change numbers is omitted: the implementation of attention, dropout, ids of special tokens, names, and what a
 module keeps between runs (how long the longest prompt was). Checksums are of integers, the same on every device.
 """
 
@@ -49,7 +49,7 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Identity:
-    """A model's fingerprint, computed anew only when something of it has changed."""
+    """A model's fingerprint, computed again only after a change of the model."""
 
     def __init__(self) -> None:
         self._known: tuple[Any, str] | None = None
@@ -63,13 +63,24 @@ class Identity:
         """
         modules = list(_own_modules(bridge.original_model))
         settings, tensors = _settings(bridge, modules), [*_parameters(modules), *_buffers(modules)]
-        state = settings, [(*_version(owner), float(_sampled(x).sum())) for _, owner, x in tensors]
+        state = settings, _state(tensors)
         if self._known is None or self._known[0] != state:
             digest = hashlib.sha256(repr(settings).encode())
             for name, owner, values in tensors:
                 digest.update(_described(name, owner, values) + _sampled(values).numpy().tobytes())
             self._known = state, digest.hexdigest()[:16]
         return self._known[1]
+
+
+@torch.no_grad()
+def state_of_weights(bridge: Any) -> Any:
+    """What differs after a change of parameters or buffers."""
+    modules = list(_own_modules(bridge.original_model))
+    return _state([*_parameters(modules), *_buffers(modules)])
+
+
+def _state(tensors: list[Any]) -> list[Any]:
+    return [(*_version(owner), float(_sampled(x).sum())) for _, owner, x in tensors]
 
 
 def beside_weights(bridge: Any) -> str:
@@ -127,7 +138,7 @@ def _is_setting(key: str, value: Any) -> bool:
 
 
 def _own_modules(module: nn.Module, path: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, nn.Module]]:
-    """All modules once, but for hook points, by their names in the model as it was before it was wrapped."""
+    """All modules once, except hook points, by their names in the model before it was wrapped."""
     seen = set() if seen is None else seen
     seen.add(id(module))
     yield path, module
@@ -190,10 +201,21 @@ def _sampled(values: Tensor) -> Tensor:
 
 
 def _checksum(values: Tensor) -> int:
-    """A number that every bit of a tensor enters, on every device the same."""
+    """A number that every bit of a tensor enters, and where it stands, on every device the same."""
     values = values.detach().contiguous()
     if values.numel() == 0:
         return 0
     bits = (torch.view_as_real(values) if values.is_complex() else values).view(_INTEGERS[values.element_size()])
-    rows = bits.reshape(len(bits) if bits.ndim > 1 else -1, *([-1] if bits.ndim > 1 else [1])).sum(1, dtype=torch.int64)
-    return int((rows * torch.arange(1, 2 * len(rows), 2, device=rows.device)).sum())
+    within = _weights(min(bits.numel(), _AT_ONCE), bits.device)
+    sums = torch.stack([(part * within[: len(part)]).sum() for part in bits.reshape(-1).split(_AT_ONCE)])
+    return int((sums * _weights(len(sums), bits.device)).sum())
+
+
+_AT_ONCE = 2**18  # numbers that are weighed together, each by 8 bytes
+
+
+def _weights(n: int, device: torch.device) -> Tensor:
+    """Odd numbers without a pattern: with 1, 3, 5 … what moves up and what moves down by as much would cancel."""
+    x = torch.arange(1, n + 1, device=device) * 0x1E3779B97F4A7C15
+    x = (x ^ (x >> 29)) * 0x3F58476D1CE4E5B9
+    return (x ^ (x >> 32)) | 1

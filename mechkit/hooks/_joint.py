@@ -3,9 +3,9 @@
 TransformerLens splits a joint projection (GPT-2's `c_attn`, GPT-NeoX's `query_key_value`, Phi-3's `gate_up_proj`) when it wraps a
 model, into layers with parameters of their own. Those would stay behind when the model is trained, loaded into or moved. So
 
-1. what TransformerLens's split does to a matrix whose rows are numbered says which rows each part has;
-2. in place of each part stands a layer without parameters, whose weight is these rows. Where they are next to each other it is a
-   view; where each head's three are (GPT-NeoX, BLOOM), the rows are gathered in each forward pass, so that none is out of date.
+1. TransformerLens's split is applied to a matrix whose rows are numbered, which shows the rows of each part;
+2. each part is replaced by a layer without parameters, whose weight is these rows. Where they are next to each other it is a
+   view; where each head's three are (GPT-NeoX, BLOOM), the rows are gathered in each forward pass, so that they stay current.
 
 Every part is compared with what TransformerLens made. One that differs is left as it was, and so are joint projections that are
 no linear layers, and those whose weights are put away (`device_map`).

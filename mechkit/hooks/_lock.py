@@ -1,14 +1,14 @@
 """One call at a time: hooks that one thread has attached would fire in another thread's forward passes.
 
-1. Each model has one lock. It belongs to the Hugging Face modules underneath, or to the user's model of the same weights, so that
-   whatever wraps the same modules or weights shares it.
-2. Whatever runs the model, attaches hooks to it or changes its state holds the lock meanwhile; the thread that holds it may
+1. Each model has one lock. It belongs to the Hugging Face modules inside, or to the user's model of the same weights, so that
+   all wrappers of the same modules or weights share it.
+2. Code that runs the model, attaches hooks to it or changes its state holds the lock meanwhile; the thread that holds it may
    take it again. Public techniques hold it from beginning to end (`one_at_a_time`), `model.hooks()` until its body is left.
-3. Other threads wait their turn, first come, first served. They wait as long as the holder gets on with its work. If it does
+3. Other threads wait their turn, first come, first served. They wait as long as the holder makes progress. If it does
    nothing with the model for `ModelLock.timeout` seconds while the user's own code runs (the body of `model.hooks()`), or for
    twenty times as long within a call, those that wait raise `TimeoutError`, which names the thread and what it holds.
 
-Locks are found by module and kept nowhere else: a copied or unpickled model has other modules, and with them a lock of its own.
+Locks are stored by module and nowhere else: a copied or unpickled model has other modules, and therefore its own lock.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -11,35 +12,38 @@ import torch
 from torch import Tensor
 
 from mechkit._check import checked, is_whole, naming
+from mechkit.hooks._attached import attachments
 from mechkit.hooks._cache import ActivationCache, check_dtype
 from mechkit.hooks._capture import capture
-from mechkit.hooks._context import context_of
 from mechkit.hooks._copy import deep_copy
-from mechkit.hooks._devices import input_device
 from mechkit.hooks._generate import Generate
 from mechkit.hooks._hooking import NOT_HEADS, HookFunction, Hooks
-from mechkit.hooks._identity import Identity
+from mechkit.hooks._identity import Identity, state_of_weights
 from mechkit.hooks._lock import ModelLock, lock_of, one_at_a_time, share_lock
 from mechkit.hooks._loss import mean_loss, next_token_losses
-from mechkit.hooks._padding import check_float64, measure_masks
+from mechkit.hooks._padding import Masks, check_float64, measure_masks
+from mechkit.hooks._pictures import inputs_of
 from mechkit.hooks._projections import in_place
 from mechkit.hooks._rotary import forget_lengths
 from mechkit.hooks._shared_tree import shared_tree
-from mechkit.hooks._sites import parse_hook_name
+from mechkit.hooks._sites import TOWER, parse_hook_name
 from mechkit.hooks._stack import Stack
-from mechkit.hooks._surface import Names, Surface, measure_blocks
+from mechkit.hooks._surface import Names, Surface, measure_blocks, measure_tower
 from mechkit.hooks._text import Input
 from mechkit.hooks._weights import Weights
 from mechkit.hooks.loading import hf, pretrained
+from mechkit.hooks.loading.garbage import no_collection
 from mechkit.hooks.loading.heads import record_heads, why_not_heads
-from mechkit.hooks.loading.probe import probe_tokens
+from mechkit.hooks.loading.probe import Probe, pictured_probe, placeholder_of, probe_tokens
 from mechkit.hooks.loading.quantized import check_plain_weights
+from mechkit.hooks.loading.untouched import probe_of
 from mechkit.hooks.loading.validate import ValidationReport, check_logits, validate
+from mechkit.prompts import Stacked
 
 ReturnType = Literal["logits", "loss", "both"]
 HookList = Sequence[tuple[str | tuple[str, int] | Callable[[str], bool], HookFunction]]
 
-# What run_with_cache keeps beside the sites when asked for everything.
+# What run_with_cache keeps in addition to the sites when asked for everything.
 _ALSO_CACHED = (".hook_scale", ".hook_normalized", "hook_pos_embed", ".hook_rot_q", ".hook_rot_k")
 
 
@@ -55,33 +59,64 @@ class HookedModel(Surface, Weights, Generate):
         >>> cache["z", 9].shape      # [batch pos head d_head]
     """
 
-    def __init__(self, bridge: Any, *, name: str, revision: str | None = None, probe: Tensor | None = None) -> None:
+    def __init__(self, bridge: Any, *, name: str, revision: str | None = None, probe: Probe | None = None) -> None:
         self.bridge = bridge
         self.name = name
         self.revision = revision
-        self._probe = probe  # the untouched Hugging Face model's logits on `probe_tokens`, if there was one
+        self._probe = probe  # what the untouched Hugging Face model computed, if there was one
         self._identity = Identity()
         self._readout: tuple[Any, Any] | None = None  # see _readout.py
         forget_lengths(bridge.original_model)
         with self.lock.held("loads it"):
             with hf.refusing("its hooked model does not run", bridge.original_model):
                 # The first forward pass, in which TransformerLens attaches some hooks of its own
-                sites, self._block_returns = measure_blocks(bridge, self.device)
+                sites, self._block_returns = measure_blocks(bridge, self._first_run, self._first_length)
                 self.stack = Stack.of(bridge, sites)
-            tokens = probe_tokens(self.d_vocab if probe is None else probe.shape[-1], self.n_ctx).to(self.device)
-            recorded, logits = record_heads(self, tokens)
+                self.stacks = {self.stack.name: self.stack}
+                if (tower := measure_tower(self)) is not None:
+                    self.stacks[tower.name] = tower
+            rows = (self._probe_rows() if probe is None else probe.rows).to(self.device)
+            recorded, logits = record_heads(self, rows)
             bridge.__dict__[NOT_HEADS] = why_not_heads(self, recorded)
             del recorded
             self._in_place = in_place(bridge)
             self._attached_at_rest = self._attached()
-            self._masks = measure_masks(bridge, tokens, logits, self.n_ctx)
+            alone = self.reads_pictures_alone
+            self._masks = Masks() if alone else measure_masks(bridge, rows.tokens, logits, self.n_ctx)
             if probe is not None:
-                check_logits(self, logits, probe)
+                check_logits(self, logits, probe.logits)
+                if probe.pictured is not None:
+                    pictured, expected = probe.pictured
+                    with torch.no_grad(), hf.refusing("it does not run on a picture", bridge.original_model):
+                        logits = self.run(pictured)
+                    check_logits(self, logits, expected)
+            self._probed = None if probe is None else state_of_weights(bridge)
+            self._plain: weakref.ref[Any] | None = (
+                None  # the Hugging Face model that shares its weights, if there is one
+            )
+
+    def _probe_rows(self) -> Stacked:
+        """What a model is tried on that came without a `Probe`."""
+        config = getattr(self.bridge.original_model, "config", None)
+        if self.reads_pictures_alone and (pictures := pictured_probe(self.bridge.original_model)) is not None:
+            return pictures
+        return Stacked(probe_tokens(self.d_vocab, self.n_ctx, placeholder_of(config)))
+
+    @property
+    def _first_length(self) -> int | None:
+        return self._probe_rows().tokens.shape[1] if self.reads_pictures_alone else None
+
+    def _first_run(self, n_tokens: int) -> None:
+        if self.reads_pictures_alone:
+            self.run(self._probe_rows()[:1])
+        else:
+            self.run(torch.zeros(1, n_tokens, dtype=torch.long, device=self.device))
 
     # -- making one ----------------------------------------------------------------------------------------------------
 
     @classmethod
     @checked
+    @no_collection()
     def from_pretrained(
         cls,
         name: str | Path,
@@ -114,11 +149,12 @@ class HookedModel(Surface, Weights, Generate):
         )
         if "device_map" not in kwargs:
             hf_model = hf_model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        probe = _probe(hf_model)
+        probe = probe_of(hf_model)
         return cls(hf.build_bridge(hf_model, tokenizer, str(name)), name=str(name), revision=revision, probe=probe)
 
     @classmethod
     @checked
+    @no_collection()
     def from_hf(
         cls, hf_model: Any, tokenizer: Any | None = None, *, name: str | None = None, revision: str | None = None
     ) -> HookedModel:
@@ -132,7 +168,7 @@ class HookedModel(Surface, Weights, Generate):
 
         Args:
             hf_model: The model, such as a `GPT2LMHeadModel`.
-            tokenizer: Its tokenizer, if texts are to be run.
+            tokenizer: Its tokenizer, needed to run texts.
             name: What results call it; default its `name_or_path`.
             revision: Hub revision, to be noted with results.
 
@@ -144,11 +180,13 @@ class HookedModel(Surface, Weights, Generate):
         hf.check_hf_model(hf_model)
         name = name or getattr(hf_model.config, "name_or_path", "") or type(hf_model).__name__
         hf.check_tokenizer(tokenizer)
-        probe = _probe(hf_model)
+        probe = probe_of(hf_model)
         with shared_tree(hf_model) as copied:
             bridge = hf.build_bridge(copied, tokenizer, name)
         share_lock(bridge, hf_model)
-        return cls(bridge, name=name, revision=revision, probe=probe)
+        model = cls(bridge, name=name, revision=revision, probe=probe)
+        model._plain = weakref.ref(hf_model)
+        return model
 
     @classmethod
     @checked
@@ -169,6 +207,9 @@ class HookedModel(Surface, Weights, Generate):
     def __deepcopy__(self, memo: dict[int, Any]) -> HookedModel:
         copied = memo[id(self)] = object.__new__(type(self))
         copied.__dict__.update(deep_copy(self.bridge, self.__dict__, memo))
+        copied._plain = None  # whose weights are its own
+        if self._probed == state_of_weights(self.bridge):
+            copied._probed = state_of_weights(copied.bridge)
         return copied
 
     @property
@@ -216,23 +257,21 @@ class HookedModel(Surface, Weights, Generate):
         return any(count > at_rest.get(where, 0) for where, count in self._attached().items())
 
     def _attached(self) -> dict[tuple[str, str], int]:
-        """How many hooks there are on each module, without those that the two libraries put on for their own ends."""
-        points = {id(point) for point in self._known_names().values()}
-        found: dict[tuple[str, str], int] = {}
-        for name, module in self.bridge.named_modules():  # by name: a copy of the model has other objects
-            for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"):
-                for fn in module.__dict__[kind].values():
-                    theirs = str(getattr(fn, "__module__", "")).startswith(("transformers.", "transformer_lens."))
-                    if id(module) in points or not theirs:
-                        found[name, kind] = found.get((name, kind), 0) + 1
-            if "forward" in module.__dict__:
-                found[name, f"forward {_code_of(module.__dict__['forward'])}"] = 1
-        return found
+        """How many hooks there are on each module."""
+        return attachments(self.bridge)
 
     # -- running -------------------------------------------------------------------------------------------------------
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The same as `forward`."""
+        """Runs the model: the same as `forward`, with its arguments.
+
+        Returns:
+            Logits `[batch pos d_vocab]`; with `return_type="loss"` the mean next-token loss in nats; with `"both"` the two.
+
+        Example:
+            >>> logits = model("The Eiffel Tower is in")
+            >>> loss = model(tokens, return_type="loss")
+        """
         return self.forward(*args, **kwargs)
 
     @checked
@@ -244,6 +283,7 @@ class HookedModel(Surface, Weights, Generate):
         *,
         prepend_bos: bool | None = None,
         attention_mask: Tensor | None = None,
+        inputs: Mapping[str, Tensor] | None = None,
         loss_per_token: bool = False,
     ) -> Any:
         """Logits `[batch pos d_vocab]`, or the mean next-token loss in nats (`[batch pos-1]` with `loss_per_token`), or both.
@@ -251,11 +291,16 @@ class HookedModel(Surface, Weights, Generate):
         Texts of different lengths are padded on the right and their padding is masked. Token ids that look left-padded
         are refused unless an `attention_mask` (1 = token, 0 = padding) comes with them. Padding counts for no loss: its
         own is NaN with `loss_per_token`.
+
+        `input` may be Prompts of one length, with their pictures. `inputs` are what the model reads beside token ids, such as
+        `{"pixel_values": …}`: the tensors of a processor, those of one prompt after the other, with the placeholder token of the
+        model's pictures in the token ids.
         """
         tokens, mask = self._tokens_and_mask(input, prepend_bos, attention_mask)
-        return self._run(tokens, mask, return_type, loss_per_token)
+        return self._run(self.with_inputs(tokens, inputs_of(input, inputs)), mask, return_type, loss_per_token)
 
-    def _run(self, tokens: Tensor, mask: Tensor | None, return_type: str, loss_per_token: bool) -> Any:
+    def _run(self, rows: Stacked, mask: Tensor | None, return_type: str, loss_per_token: bool) -> Any:
+        tokens = rows.tokens
         if return_type != "logits":
             if not self.stack.causal:
                 raise ValueError(
@@ -263,7 +308,7 @@ class HookedModel(Surface, Weights, Generate):
                     "next-token loss; ask for logits"
                 )
             mask = self._padding_of(tokens, mask)
-        logits = self.run(tokens, attention_mask=None if mask is None else self._masks.needed(mask))
+        logits = self.run(rows, attention_mask=None if mask is None else self._masks.needed(mask))
         if mask is not None and self.dtype == torch.float64:
             check_float64(logits, mask)
         if return_type == "logits":
@@ -326,12 +371,14 @@ class HookedModel(Surface, Weights, Generate):
         return_type: ReturnType = "logits",
         prepend_bos: bool | None = None,
         attention_mask: Tensor | None = None,
+        inputs: Mapping[str, Tensor] | None = None,
         loss_per_token: bool = False,
     ) -> Any:
         """One forward pass with hooks; the other arguments are `forward`'s."""
         tokens, mask = self._tokens_and_mask(input, prepend_bos, attention_mask)
+        rows = self.with_inputs(tokens, inputs_of(input, inputs))
         with self.hooks(fwd_hooks, bwd_hooks):
-            return self._run(tokens, mask, return_type, loss_per_token)
+            return self._run(rows, mask, return_type, loss_per_token)
 
     @checked
     @one_at_a_time
@@ -346,16 +393,17 @@ class HookedModel(Surface, Weights, Generate):
         return_type: ReturnType = "logits",
         prepend_bos: bool | None = None,
         attention_mask: Tensor | None = None,
+        inputs: Mapping[str, Tensor] | None = None,
         loss_per_token: bool = False,
     ) -> tuple[Any, ActivationCache]:
         """A forward pass, and what it computed.
 
         Args:
             input: Text, texts or token ids.
-            names: What to keep (see `hook_names`); default every site but `result`, which is large.
+            names: What to keep (see `hook_names`); default every site but `result`, which is large, and those of a vision tower.
             positions: Positions to keep (destinations for `pattern`): an index drops the axis, a slice or list keeps it.
             device, dtype: Where, and as what, to keep it.
-            return_type, prepend_bos, attention_mask, loss_per_token: As for `forward`.
+            return_type, prepend_bos, attention_mask, inputs, loss_per_token: As for `forward`.
 
         Returns:
             The logits (or what `return_type` asks for) and the cache.
@@ -369,49 +417,45 @@ class HookedModel(Surface, Weights, Generate):
             return _take(activation, positions, axis).to(device=device, dtype=dtype, copy=True)
 
         tokens, mask = self._tokens_and_mask(input, prepend_bos, attention_mask)
+        rows = self.with_inputs(tokens, inputs_of(input, inputs))
+        if positions is not None and any(name.startswith(f"{TOWER}.") for name in wanted):
+            raise ValueError(
+                "positions: expected None with sites of the vision tower, whose positions are its own patches; cut what the cache holds"
+            )
         _check_positions(positions, tokens.shape[1])
         whole = positions is None and (mask is None or bool(mask.all())) and not self.has_hooks
         with capture(self, wanted, chosen, partly=True) as kept:
-            output = self._run(tokens, mask, return_type, loss_per_token)
+            output = self._run(rows, mask, return_type, loss_per_token)
         if names is not None and not callable(names) and (missing := [name for name in wanted if name not in kept]):
             raise ValueError(
                 f"hooks on {', '.join(missing[:4])} never fired: this model does not compute that activation"
             )
         return output, ActivationCache(
-            kept, self.n_layers, weights_hash=self.weights_hash, tokens=tokens.cpu(), whole=whole
+            kept,
+            self.n_layers,
+            weights_hash=self.weights_hash,
+            tokens=tokens.cpu(),
+            inputs_hash=rows.inputs_hash(),
+            whole=whole,
         )
 
     def _default_names(self, name: str) -> bool:
         site, layer = parse_hook_name(name)
         if site is not None:
-            return site.name != "result" and self.has_site(site.name, layer or 0)
+            return site.name != "result" and site.stack == self.stack.name and self.has_site(site.name, layer or 0)
         return name.endswith(_ALSO_CACHED)
 
     @one_at_a_time
     def validate(self) -> ValidationReport:
         """Checks that this model computes what the Hugging Face model computes, that its heads sum to its attention output
-        in every layer, and that padding changes nothing. Raises `ValueError` naming what failed, by how much and where."""
-        return validate(self, self._probe)
+        in every layer, and that padding changes nothing. Raises `ValueError` naming what failed, by how much and where.
 
-
-def _probe(hf_model: Any) -> Tensor | None:
-    """The logits on `probe_tokens` of a model that nothing was done to yet; `None` in training mode.
-
-    Raises:
-        ValueError: quantized weights, or a model that does not run on token ids alone.
-    """
-    check_plain_weights(hf_model)
-    with torch.no_grad():
-        config = hf_model.config.get_text_config()
-        tokens = probe_tokens(config.vocab_size, context_of(config)).to(input_device(hf_model))
-        with hf.refusing(f"{type(hf_model).__name__} does not run on token ids alone", hf_model):
-            return None if hf_model.training else hf_model(tokens).logits
-
-
-def _code_of(fn: Any) -> int:
-    """What tells one replaced method from another, also in a copy of the model."""
-    fn = getattr(fn, "func", fn)  # accelerate's are partial
-    return id(getattr(fn, "__code__", fn))
+        It is compared with the model that `from_hf` was given, as that is now. Where there is none (any more), it is compared
+        with what the model computed when it was loaded, unless the weights have changed since: then with nothing."""
+        plain = None if self._plain is None else self._plain()
+        if plain is not None and (probe := probe_of(plain)) is not None:
+            return validate(self, probe, wrapped=True)
+        return validate(self, self._probe if self._probed == state_of_weights(self.bridge) else None)
 
 
 def _check_positions(positions: int | slice | Sequence[int] | None, length: int) -> None:

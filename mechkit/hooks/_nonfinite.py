@@ -1,10 +1,10 @@
 """Where a NaN or an inf began: the first activation of a forward pass that holds one.
 
-1. The prompt is run once more by itself, whole, with the edits of its cell attached if it was an edited run.
-2. Every site that the model has is looked at when it is computed, and so is what each block reads, the final norm's output
-   and the logits. Whoever edits a site has done so when it is looked at.
+1. The whole prompt is run once more, by itself, with the edits of its cell attached if it was an edited run.
+2. Every site of the model is checked when it is computed, and so is what each block reads, the final norm's output
+   and the logits. Edits of a site take effect before it is checked.
 3. The first that holds a NaN or an inf is named: site, layer, positions, heads. What it was made from was finite, so the
-   weights or the overflow that made it lie between that and the one before.
+   cause (weights or overflow) is between that activation and the one before.
 
 Masked attention scores are -inf, or the dtype's lowest number, by design. A row of scores counts only where its softmax
 would not be finite: if it holds a NaN or +inf, or if nothing in it is left unmasked.
@@ -17,17 +17,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool
 from torch import Tensor
 
 from mechkit.hooks._hooking import Hooks
 from mechkit.hooks._sites import SITES
+from mechkit.prompts import Stacked
 
 if TYPE_CHECKING:
     from mechkit.hooks._model import HookedModel
 
 Attach = Callable[[Hooks], None]  # attaches a cell's edits
-LISTED = 5  # positions and heads that are told one by one
+LISTED = 5  # positions and heads that are listed one by one
 
 BLOCK_INPUT, FINAL_NORM, LOGITS = "block input", "final norm", "logits"
 
@@ -61,13 +62,13 @@ class NonFinite:
 
 
 def first_nonfinite(
-    model: HookedModel, tokens: Int[Tensor, "pos"], attach: Attach | None = None, result_layers: tuple[int, ...] = ()
+    model: HookedModel, prompt: Stacked, attach: Attach | None = None, result_layers: tuple[int, ...] = ()
 ) -> NonFinite | None:
-    """Runs one prompt and tells the first activation that holds a NaN or an inf; `None` if all are finite.
+    """Runs one prompt and returns the first activation that holds a NaN or an inf; `None` if all are finite.
 
     Args:
         model: The model; hooks that others attached to it stay, and take part.
-        tokens: The prompt.
+        prompt: The prompt, as one row.
         attach: Attaches edits. They come first, so that what they write is seen.
         result_layers: Layers whose `result` is looked at too (it is large, so only where it is edited).
     """
@@ -87,8 +88,8 @@ def first_nonfinite(
     with torch.no_grad(), Hooks(bridge) as hooks:
         if attach is not None:
             attach(hooks)
-        for name in model.sites:
-            layers = range(model.n_layers) if SITES[name].in_block else [None]
+        for name in [name for stack in model.stacks.values() for name in stack.site_names]:
+            layers = model.layers_with(name) if SITES[name].in_block else [None]
             for layer in layers if name != "result" else result_layers:
                 hooks.attach(SITES[name].hook_name(layer), look_at_site(name, layer))
         try:
@@ -96,19 +97,19 @@ def first_nonfinite(
                 handles.append(block.register_forward_pre_hook(look_at_input(layer), with_kwargs=True))
             if getattr(bridge, "ln_final", None) is not None:
                 handles.append(bridge.ln_final.register_forward_hook(lambda _, args, out: look(FINAL_NORM, None, out)))
-            look(LOGITS, None, model.run(tokens[None].to(model.device)))
+            look(LOGITS, None, model.run(prompt))
         finally:
             for handle in handles:
                 handle.remove()
     return found[0] if found else None
 
 
-def where_it_began(model: HookedModel, tokens: Int[Tensor, "pos"]) -> str:
-    """The end of an error about an unedited run that is not finite: where that began, and how to mend it."""
-    return told(first_nonfinite(model, tokens), model.dtype)
+def where_it_began(model: HookedModel, prompt: Stacked) -> str:
+    """The end of an error about an unedited run that is not finite: where that began, and how to fix it."""
+    return explanation(first_nonfinite(model, prompt), model.dtype)
 
 
-def told(found: NonFinite | None, dtype: torch.dtype) -> str:
+def explanation(found: NonFinite | None, dtype: torch.dtype) -> str:
     """The same, from what `first_nonfinite` found."""
     if found is None:
         return (
@@ -127,7 +128,7 @@ def _remedy(found: NonFinite, dtype: torch.dtype) -> str:
 def _describe(site: str, layer: int | None, activation: Tensor) -> NonFinite | None:
     """What is not finite in an activation `[1, *dims]`."""
     dims = SITES[site].dims if site in SITES else ("pos", "d_model")
-    bad = _bad_scores(activation) if site == "attn_scores" else ~torch.isfinite(activation)
+    bad = _bad_scores(activation) if site.endswith("attn_scores") else ~torch.isfinite(activation)
     if not bool(bad.any()):
         return None
     blamed = activation[bad]
@@ -155,5 +156,5 @@ def _indices(where: Tensor, axis: int) -> tuple[int, ...]:
 def _listed(what: str, where: tuple[int, ...]) -> str:
     if len(where) == 1:
         return f"{what} {where[0]}"
-    told = ", ".join(map(str, where[:LISTED]))
-    return f"{what}s {told}{f' and {len(where) - LISTED} more' if len(where) > LISTED else ''}"
+    listed = ", ".join(map(str, where[:LISTED]))
+    return f"{what}s {listed}{f' and {len(where) - LISTED} more' if len(where) > LISTED else ''}"

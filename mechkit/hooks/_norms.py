@@ -5,8 +5,8 @@ LayerNorm, RMSNorm and their variants (Gemma's gain of 1 + w, norms without a bi
     y = scale(x) * gain * x + bias,    with x centred first in LayerNorm,
 
 where only `scale` depends on x. What a module's gain and bias are, whether it centres, and whether it scales at all (an
-`Identity` in a norm's place does not), is *measured* from the module itself, so that no list of classes is needed, and whatever
-is not a norm of this form is refused.
+`Identity` in a norm's place does not), is *measured* from the module itself, so that no list of classes is needed; a module
+that is not a norm of this form is refused.
 """
 
 from __future__ import annotations

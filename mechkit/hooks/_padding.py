@@ -1,4 +1,4 @@
-"""What of a batch is padding: said by an attention mask, or read off the token ids where that can be done for certain."""
+"""Which tokens of a batch are padding: from an attention mask, or from the token ids where they are unambiguous."""
 
 from __future__ import annotations
 
@@ -59,23 +59,31 @@ def measure_masks(
         alone = bridge(tokens)
     padding, ones = tokens.new_zeros(len(tokens), room - tokens.shape[1]), torch.ones_like(tokens)
 
-    def works(parts: list[Tensor], masks: list[Tensor], where: slice) -> bool:
+    def works(rows: list[Tensor], masks: list[Tensor], where: list[slice], of: list[Tensor]) -> bool:
         try:
-            found = bridge(torch.cat(parts, 1), attention_mask=torch.cat(masks, 1) if masks else None)[:, where]
+            found = bridge(torch.cat(rows), attention_mask=torch.cat(masks) if masks else None)
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
             return False
-        if alone.dtype == torch.float64 and bool(found.isnan().any()):
+        parts = found.split([len(part) for part in rows])
+        return all(same(part[:, at], expected) for part, at, expected in zip(parts, where, of, strict=True))
+
+    def same(found: Tensor, expected: Tensor) -> bool:
+        if expected.dtype == torch.float64 and bool(found.isnan().any()):
             return True  # Hugging Face's mask overflows there: see `check_float64`
-        off = float((found - alone).abs().max() / alone.abs().max().clamp(min=1e-9))
-        return off <= tolerance("heads", alone.dtype)
+        off = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-9))
+        return off <= tolerance("heads", expected.dtype)
 
     n, empty = tokens.shape[1], torch.zeros_like(padding)
-    right = works([tokens, padding], [ones, empty], slice(0, n))
-    return Masks(
-        left=works([padding, tokens], [empty, ones], slice(-n, None)),
-        right=right,
-        unmasked=right or works([tokens, padding], [], slice(0, n)),
-    )
+    on_left, on_right = torch.cat([padding, tokens], 1), torch.cat([tokens, padding], 1)
+    left_mask, right_mask = torch.cat([empty, ones], 1), torch.cat([ones, empty], 1)
+    last, first = slice(-n, None), slice(0, n)
+    # Nearly always: one run of both, with one prompt on each side.
+    both = [on_left[:1], on_right[-1:]], [left_mask[:1], right_mask[-1:]], [last, first], [alone[:1], alone[-1:]]
+    if works(*both):
+        return Masks()
+    right = works([on_right], [right_mask], [first], [alone])
+    left = works([on_left], [left_mask], [last], [alone])
+    return Masks(left, right, unmasked=right or works([on_right], [], [first], [alone]))
 
 
 def checked_mask(mask: Any, tokens: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"]:

@@ -1,4 +1,4 @@
-"""What a block is made of, as functions of the residual stream: who reads what, and who writes what.
+"""The parts of a block as functions of the residual stream: what each reads and writes.
 
 1. Queries, keys and values are linear in what the block's norm makes of the stream: `W_Q`, `W_K`, `W_V` by head.
 2. Heads write `z W_O`, one by one, times the constant that a block may multiply its attention's output with (Granite). Where a
@@ -6,13 +6,13 @@
    then sum to what its attention wrote, exactly.
 3. The MLP is a function of the stream behind its norm. In parallel blocks it reads what the attention reads.
 
-Nothing is presumed: `check` holds every piece against a recorded run, and refuses a model of another form.
+Nothing is assumed: `check` compares every part with a recorded run, and refuses a model of another form.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -24,12 +24,13 @@ from mechkit.hooks._anatomy import post_norm
 from mechkit.hooks._norms import FrozenNorm
 from mechkit.hooks._projections import Which, head_bias, head_weight, is_plain, write_scale
 from mechkit.hooks._record import record
+from mechkit.prompts import Stacked
 
 if TYPE_CHECKING:
     from mechkit.hooks._model import HookedModel
 
 Projection = Literal["q", "k", "v"]
-# The activations that tell whether attention is what it is taken for
+# The activations that show whether attention is what it is taken for
 CHECKED = ("resid_pre", "q", "k", "v", "z", "attn_out")
 
 
@@ -96,12 +97,6 @@ class Parts:
             return self.heads(layer, here - there)
         return self.heads(layer, here) - self.heads(layer, there)  # each run has its own scale
 
-    def writer_sites(self, layers: Iterable[int] | None = None) -> list[tuple[str, int]]:
-        """The activations that say what every writer of some layers (all by default), and the embedding, wrote."""
-        kinds = ("z", "mlp_out") if self.has_mlp else ("z",)
-        layers = range(self.model.n_layers) if layers is None else layers
-        return [("resid_pre", 0), *((kind, layer) for layer in layers for kind in kinds)]
-
     def mlp(self, layer: int, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
         """What the MLP adds to the stream when it reads `x` in the stream."""
         block, flat = self.model.stack.blocks[layer], x.reshape(-1, *x.shape[-2:])
@@ -113,7 +108,7 @@ class Parts:
         return written.reshape(x.shape)
 
     @torch.no_grad()
-    def check(self, tokens: Int[Tensor, "prompt pos"]) -> None:
+    def check(self, prompts: Stacked | Int[Tensor, "prompt pos"]) -> None:
         """Runs prompts and holds every piece against what the model computed.
 
         Raises:
@@ -122,7 +117,7 @@ class Parts:
         stream = ["resid_pre", "resid_post", *([] if self.parallel else ["resid_mid"])]
         kinds = ["q", "k", "v", "z", "attn_out", *(["mlp_out"] if self.has_mlp else []), *stream]
         layers = range(self.model.n_layers)
-        run = record(self.model, tokens, [(kind, layer) for layer in layers for kind in kinds], blocks=False)
+        run = record(self.model, prompts, [(kind, layer) for layer in layers for kind in kinds], blocks=False)
         for layer in layers:
             self.check_attention(layer, run.sites)
             self._check_rest(layer, run.sites)
@@ -185,7 +180,7 @@ class Parts:
             return torch.autograd.grad(normed, copies, u)[0]
 
     def written_by_bias(self, layer: int, z: Tensor) -> Tensor:
-        """What attention adds beside its heads: its bias, and that of a norm behind it."""
+        """What attention adds in addition to its heads: its bias, and that of a norm behind it."""
         added = self._output_bias(layer, z)
         written = torch.einsum("...hd,hdm->...m", z, self._output(layer)) + added
         norm = self._frozen("ln1_post", layer, written)

@@ -1,4 +1,4 @@
-"""The matrices that a model's projections really multiply with, whatever module stands in their place.
+"""The matrices that a model's projections really multiply with, for any module in their place.
 
 A projection is nearly always a `Linear` (or GPT-2's `Conv1D`), whose `weight` is its matrix. Where an adapter was put around it
 (LoRA: its output is the base layer's plus a low-rank term), or a scale, or weights are stored in few bits, the module's `weight`

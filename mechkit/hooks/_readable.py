@@ -1,4 +1,4 @@
-"""Properties that another library answers: its own errors become a sentence, and a stack that lacks layers is no stack."""
+"""Properties read from another library: its errors become a sentence, and a stack that lacks layers is refused."""
 
 from __future__ import annotations
 

@@ -1,15 +1,15 @@
 """From the last block's output to the model's logits: the one reader of "logits from the last stream".
 
-1. Nearly always a norm, a matrix and an entrywise map (a soft cap, a scale) stand between the two. Then only the tokens that
-   are asked for are unembedded.
+1. Nearly always a norm, a matrix and an entrywise map (a soft cap, a scale) connect the two. Then only the requested tokens
+   are unembedded.
 2. Some models have more there: a transform in front of the unembedding (BERT, ModernBERT), a head that is more than a matrix, a
-   scale of the stream. Then the model's own code runs (`own_logits`): all of the model but its blocks, each of which hands on
-   what it is given, and the last of which gives the stream.
-3. Which of the two it is, is found by comparing them on random streams (`is_norm_and_head`), anew when a module is exchanged;
-   and so is whether the logits at a position are read from the stream there and from nothing else (`is_positionwise`). Where they
-   are, runs unembed only the positions that are wanted (`unembedding_only`).
+   scale of the stream. Then the model's own code runs (`own_logits`): all of the model but its blocks, each of which returns
+   its input, except the last, which returns the stream.
+3. Which of the two applies is found by comparing them on random streams (`is_norm_and_head`), again after a module is replaced;
+   so is whether the logits at a position are read from the stream there and from nothing else (`is_positionwise`). Where they
+   are, runs unembed only the requested positions (`unembedding_only`).
 
-Neither is trusted by itself: every technique compares what it reads with the logits of the model's own forward pass
+Neither is trusted without a check: every technique compares what it reads with the logits of the model's own forward pass
 (`unembeds_final_stream`, `check_readout`).
 """
 
@@ -291,7 +291,7 @@ def why_not_linear(model: HookedModel) -> str | None:
 
 
 def is_linear_readout(model: HookedModel) -> bool:
-    """Whether the logits are linear in the final stream, but for the scale of the final norm and an entrywise map of logits."""
+    """Whether the logits are linear in the final stream, up to the scale of the final norm and an entrywise map of logits."""
     return why_not_linear(model) is None
 
 
@@ -316,9 +316,9 @@ def readout_error(model: HookedModel, run: Run, n: int = 4) -> float:
     known = is_positionwise(model)
     if known is False:
         return torch.inf
-    off = _difference(model.unembed(run.resid[-1][:n, -1]), run.last_logits[:n])
-    if known is None and off < torch.inf:
-        off = max(off, _difference(model.unembed(run.resid[-1][:1]), model.run(run.tokens[:1])))
+    off = _difference(model.unembed(run.resid[-1][:n, _read_at(model)]), run.last_logits[:n])
+    if known is None and off < torch.inf and not model.reads_pictures_alone:
+        off = max(off, _difference(model.unembed(run.resid[-1][:1]), model.run(run.rows[:1])))
     return off
 
 
@@ -335,7 +335,12 @@ def unembeds_final_stream(model: HookedModel, run: Run, allowed: float | None = 
 def check_readout(model: HookedModel, run: Run, what: str) -> None:
     """Raises `ValueError` unless the model's logits are a function of its last block's output that can be computed by itself."""
     unembeds_final_stream(model, run, tolerance("readout", model.dtype))
-    check_logits_of_stream(model, run.resid[-1][:4, -1], run.last_logits[:4], what)
+    check_logits_of_stream(model, run.resid[-1][:4, _read_at(model)], run.last_logits[:4], what)
+
+
+def _read_at(model: HookedModel) -> int:
+    """The position of the stream that a run's last logits are read from."""
+    return 0 if model.reads_pictures_alone else -1
 
 
 @torch.no_grad()

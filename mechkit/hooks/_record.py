@@ -1,7 +1,7 @@
 """Recording a run: what a replay, or a technique that looks at activations, keeps of an unedited forward pass.
 
-Each block's input and its other arguments, the stream behind the last block, each layer's keys and values, and what sites were
-asked for. Keys and values are kept only where that is all that a layer keeps from token to token.
+These are each block's input and its other arguments, the stream after the last block, each layer's keys and values, and the
+requested sites. Keys and values are kept only where that is all that a layer keeps from token to token.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -19,6 +20,8 @@ from mechkit.hooks._capture import capture
 from mechkit.hooks._devices import out_of_memory
 from mechkit.hooks._lock import one_at_a_time
 from mechkit.hooks._readout import unembedding_only
+from mechkit.hooks._sites import SITES, TOWER, by_prompt, get_site
+from mechkit.prompts import Prompts, Stacked
 
 if TYPE_CHECKING:
     from mechkit.hooks._model import HookedModel
@@ -33,23 +36,30 @@ class Run:
     """One unedited run of prompts of equal length.
 
     Attributes:
-        tokens: `[prompt pos]`.
+        rows: The prompts, on the model's device.
         resid: The input of each block, and the last one's output, each `[prompt pos d_model]`. A run recorded for its sites
             alone has only the last.
         last_logits: The model's own logits at the last position, `[prompt d_vocab]`.
-        sites: The activations that were asked for, by `(site, layer)`.
+        sites: The activations that were asked for, `[prompt, *dims]`, by `(site, layer)`.
         calls: The other arguments of each block's call.
         cache: Keys and values.
+        between: What the model itself adds to the stream between a block and the next one, by the block's number, where that is
+            not zero: Qwen3-VL's DeepStack adds features of the picture. Looked for in prompts with other inputs than tokens.
         refused: Why none were kept, if they could not be.
     """
 
-    tokens: Int[Tensor, "prompt pos"]
+    rows: Stacked
     resid: list[Float[Tensor, "prompt pos d_model"]]
     last_logits: Float[Tensor, "prompt d_vocab"]
     sites: dict[tuple[str, int], Tensor]
     calls: list[dict[str, Any]]
     cache: Any
     refused: str | None = None
+    between: dict[int, Float[Tensor, "prompt pos d_model"]] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> Int[Tensor, "prompt pos"]:
+        return self.rows.tokens
 
     @property
     def length(self) -> int:
@@ -59,7 +69,7 @@ class Run:
 @one_at_a_time
 def record(
     model: HookedModel,
-    tokens: Int[Tensor, "prompt pos"],
+    prompts: Stacked | Int[Tensor, "prompt pos"],
     sites: Sequence[tuple[str, int]] = (),
     blocks: bool = True,
     cached: bool = True,
@@ -69,19 +79,20 @@ def record(
 
     Where keys and values cannot be kept (layers of another kind, a cache of their own) the model is run without keeping any.
     """
+    rows = (prompts if isinstance(prompts, Stacked) else Stacked(prompts)).to(model.device)
     if not blocks or not cached:
-        return _record(model, tokens, sites, blocks=blocks)
+        return _record(model, rows, sites, blocks=blocks)
     refused = _keeps_other_state(model)
     if refused is None:
         from transformers import DynamicCache
 
         try:  # the cache is made without the config: else sliding layers keep only their window
-            return _record(model, tokens, sites, cache=DynamicCache())
+            return _record(model, rows, sites, cache=DynamicCache())
         except Exception as error:
             if isinstance(error, RuntimeError) and out_of_memory(error):
                 raise
             refused = f"its layers do not run with a plain cache of keys and values ({_first_line(error)})"
-    return replace(_record(model, tokens, sites), refused=refused)
+    return replace(_record(model, rows, sites), refused=refused)
 
 
 def _keeps_other_state(model: HookedModel) -> str | None:
@@ -97,7 +108,7 @@ def _keeps_other_state(model: HookedModel) -> str | None:
 
 def _record(
     model: HookedModel,
-    tokens: Int[Tensor, "prompt pos"],
+    rows: Stacked,
     sites: Sequence[tuple[str, int]],
     cache: Any = None,
     blocks: bool = True,
@@ -109,17 +120,50 @@ def _record(
         _, named = _named_arguments(module, args, kwargs)
         calls.append(named)
 
-    with capture(model, sites, partly=True) as kept:
+    written: list[Tensor] = []  # by each block, before anything is added to it
+    with capture(model, sites, partly=True) as captured:
         try:
             if blocks:
+                for block in model.stack.blocks[:-1] if rows.inputs else ():
+                    handles.append(
+                        block.register_forward_hook(lambda _, args, output: written.append(stream_of(output).clone()))
+                    )
                 for block in model.stack.blocks:
                     handles.append(block.register_forward_pre_hook(keep_call, with_kwargs=True))
             with watched_streams(model, blocks) as resid, unembedding_only(model, lambda stream: stream[:, -1:]):
-                logits = model.run(tokens, **({} if cache is None else {"past_key_values": cache}))
+                logits = model.run(rows, **({} if cache is None else {"past_key_values": cache}))
         finally:
             for handle in handles:
                 handle.remove()
-    return Run(tokens, resid, logits[:, -1], kept, calls, cache)
+    kept = {(site, layer): by_prompt(SITES[site], one, len(rows)) for (site, layer), one in captured.items()}
+    between = {}
+    if len(written) == len(resid) - 2:  # each block ran once
+        added = (after - before for before, after in zip(written, resid[1:], strict=False))
+        between = {layer: more for layer, more in enumerate(added) if bool(more.any())}
+    return Run(rows, resid, logits[:, -1], kept, calls, cache, between=between)
+
+
+def tower_length(model: HookedModel, rows: Stacked) -> int:
+    """How many positions the vision tower has for each of these prompts, all of their pictures' tiles together; what comes behind
+    the tower's first block is not run."""
+    read = (f"{TOWER}.resid_pre", 0)
+    with torch.no_grad(), capture(model, [read], stop=read) as kept:
+        model.run(rows[:1])
+    return by_prompt(SITES[read[0]], kept[read], 1).shape[1]
+
+
+def longest_at(model: HookedModel, site: str, prompts: Prompts) -> int:
+    """The most positions that a site has in any of the prompts.
+
+    Raises:
+        ValueError: a site of the vision tower, and a prompt without a picture.
+    """
+    if get_site(site).stack != TOWER:
+        return int(prompts.lengths.max())
+    if prompts.inputs is None or (without := [i for i, one in enumerate(prompts.inputs) if not one]):
+        which = "they have none" if prompts.inputs is None else f"prompt {without[0]} has none"
+        raise ValueError(f"site: {site!r} is in the tower that reads pictures, so that each prompt needs one; {which}")
+    return max(tower_length(model, batch.stacked) for batch in prompts.batches(lambda *_: 1))
 
 
 @contextmanager

@@ -1,9 +1,9 @@
-"""Rotary embeddings that remember: what one prompt leaves behind must not reach the next one's values.
+"""Rotary embeddings with state: what one prompt leaves behind must not change the next one's values.
 
 With `rope_type="dynamic"` transformers' module computes its frequencies for the longest prompt that it has seen beyond the
 trained length, and keeps them, so that a prompt's value depends on which prompts were run before; with `"longrope"` it keeps
 those of the last prompt. Here the module is put back to its original frequencies before and after each forward pass: every
-prompt comes out as in a model that was just loaded.
+prompt gets the values of a model that was just loaded.
 """
 
 from __future__ import annotations

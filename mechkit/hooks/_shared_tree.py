@@ -1,10 +1,10 @@
 """A copy of a model's modules on the very same tensors: the copy is hooked, and the user's own model stays as it is.
 
-1. Every module is copied, and with it what it keeps: configurations, lists, other objects. Where these refer to a module of the
+1. Every module is copied, with the objects that it keeps: configurations, lists, others. Where these refer to a module of the
    model, their copies refer to its copy.
 2. No tensor is copied. Parameters are the same objects. Buffers are in the same dictionaries: `model.to(...)` changes a parameter
    in place, but puts another tensor where a buffer was. Only modules whose buffers follow the prompt have their own.
-3. Hooks that the user has put on the modules are on the copy too, and are the user's objects: what they collect, the user finds.
+3. Hooks that the user has put on the modules are on the copy too, and are the user's objects: the user gets what they collect.
    A function that remembers a module of the model (a `forward` that was replaced, say) remembers the copy.
 """
 
@@ -111,7 +111,7 @@ def _copied(model: nn.Module, memo: dict[int, Any], found: list[Any]) -> tuple[d
 
 
 def _copies(one: Any, memo: dict[int, Any]) -> bool:
-    """Whether an object can be copied, but for what `memo` has already."""
+    """Whether an object can be copied, except for what `memo` has already."""
     try:
         copy.deepcopy(one, dict(memo))
     except Exception:

@@ -2,12 +2,16 @@
 
 A site has a short name (`"z"`), as in TransformerLens, and one full hook name per layer (`"blocks.9.attn.hook_z"`).
 Both are understood everywhere. This module knows the names and the axes; it touches no model.
+
+Sites of a vision-language model's tower have `vision.` before their names (`"vision.z"`, `"vision.blocks.9.attn.hook_z"`).
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -19,15 +23,17 @@ class Site:
         hook: Full hook name with `{layer}` in it; sites outside the blocks have no `{layer}`.
         dims: The activation's axes after the batch. `"pos"` is the position that the activation belongs to (for
             `pattern` and `attn_scores` the destination), `"head"` a query or key-value head.
+        stack: The tower of blocks that it is in: `"text"` (the model's own) or `"vision"`.
     """
 
     name: str
     hook: str
     dims: tuple[str, ...]
+    stack: str = "text"
 
     @property
     def in_block(self) -> bool:
-        """Whether there is one such activation a layer."""
+        """Whether there is one such activation per layer."""
         return "{layer}" in self.hook
 
     def axis(self, dim: str) -> int:
@@ -67,15 +73,22 @@ SITES: dict[str, Site] = {
     )
 }
 
+TOWER = "vision"  # the stack that reads pictures, and what the names of its sites begin with
+_IN_TOWERS = ("resid_pre", "q", "k", "v", "attn_scores", "pattern", "z", "attn_out", "mlp_pre", "mlp_post", "mlp_out", "resid_post")
+SITES |= {
+    f"{TOWER}.{name}": replace(SITES[name], name=f"{TOWER}.{name}", hook=f"{TOWER}.{SITES[name].hook}", stack=TOWER)
+    for name in _IN_TOWERS
+}
+
 _BY_HOOK = {site.hook: site for site in SITES.values()}
-_BLOCK = re.compile(r"^blocks\.(\d+)\.")
+_BLOCK = re.compile(rf"^((?:{TOWER}\.)?)blocks\.(\d+)\.")
 
 
 def parse_hook_name(name: str) -> tuple[Site | None, int | None]:
     """The site and the layer that a full hook name stands for; `(None, layer)` for a hook that is not a listed site."""
     found = _BLOCK.match(name)
-    layer = int(found.group(1)) if found else None
-    template = _BLOCK.sub("blocks.{layer}.", name)
+    layer = int(found.group(2)) if found else None
+    template = _BLOCK.sub(r"\1blocks.{layer}.", name)
     return _BY_HOOK.get(template), layer
 
 
@@ -85,3 +98,23 @@ def get_site(name: str) -> Site:
     if site is None:
         raise ValueError(f"site: expected one of {', '.join(SITES)}, or a full hook name of one; got {name!r}")
     return site
+
+
+def by_prompt(site: Site, activation: Tensor, n_prompts: int) -> Tensor:
+    """An activation as `[prompt, *dims]`. In a tower a picture's tiles are rows of the batch, or the patches of all pictures are one
+    row: here the positions of a prompt's tiles follow one another."""
+    if site.stack != TOWER:
+        return activation
+    axis = site.axis("pos")
+    positions_first = activation.movedim(axis, 1)
+    rows = positions_first.reshape(n_prompts, -1, *positions_first.shape[2:])
+    return rows.movedim(1, axis)
+
+
+def as_computed(site: Site, of_prompts: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """`by_prompt` undone: the activation in the `shape` in which the model computes it."""
+    if site.stack != TOWER:
+        return of_prompts
+    axis = site.axis("pos")
+    rest = [size for i, size in enumerate(shape) if i not in (0, axis)]
+    return of_prompts.movedim(axis, 1).reshape(shape[0], shape[axis], *rest).movedim(1, axis)

@@ -1,8 +1,8 @@
-"""What of a model can be read and edited: which sites it computes, in which layers and of what size, and their full names.
+"""What can be read and edited in a model: which sites it computes, in which layers and of what size, and their full names.
 
-No table of architectures says so. One forward pass of a few tokens, when the model is wrapped, shows it: a site is there in a
-layer if that layer computes it once, with the axes that the site has. In hybrids, whose layers differ, most sites are in some
-layers alone.
+There is no table of architectures. One forward pass of a few tokens, when the model is wrapped, shows it: a site is there in a
+layer if that layer computes it once, with the axes that the site has. In hybrids, whose layers differ, most sites are only in
+some layers.
 """
 
 from __future__ import annotations
@@ -16,11 +16,14 @@ import torch
 from torch import Tensor
 
 from mechkit._check import checked, is_whole
+from mechkit.hooks._capture import capture
 from mechkit.hooks._facts import Facts
 from mechkit.hooks._hooking import Hooks, hook_points
 from mechkit.hooks._projections import is_plain
-from mechkit.hooks._sites import SITES, Site, get_site
-from mechkit.hooks._stack import Sizes
+from mechkit.hooks._sites import SITES, TOWER, Site, get_site
+from mechkit.hooks._stack import Sizes, Stack
+from mechkit.hooks._tower import sites_of, tower_of
+from mechkit.hooks.loading.probe import pictured_probe
 
 Names = str | tuple[str, int] | Sequence[str | tuple[str, int]] | Callable[[str], bool]
 
@@ -47,12 +50,14 @@ class Surface(Facts):
         short, layer = name if isinstance(name, tuple) else (name, None)
         if not isinstance(short, str) or not (layer is None or is_whole(layer)):
             raise ValueError(f"names: expected a site and a layer, such as ('z', 3); got {name!r}")
-        if layer is not None and not -self.n_layers <= layer < self.n_layers:
-            raise ValueError(f"names: layer: expected an index into {self.n_layers} layers, got {layer}")
+        stack = self.stack_of(short) if short in SITES else self.stack
+        n_layers = self.n_layers if stack is None else stack.n_layers
+        if layer is not None and not -n_layers <= layer < n_layers:
+            raise ValueError(f"names: layer: expected an index into {n_layers} layers, got {layer}")
         if short in SITES:
             site = SITES[short]
-            self.check_site(short, None if layer is None else [layer % self.n_layers])
-            layers = self.layers_with(short) if layer is None else [layer % self.n_layers]
+            self.check_site(short, None if layer is None else [layer % n_layers])
+            layers = self.layers_with(short) if layer is None else [layer % n_layers]
             return [site.hook_name(i) for i in layers] if site.in_block else [site.hook]
         known = self._known_names()
         if short not in known:
@@ -63,17 +68,20 @@ class Surface(Facts):
         return [short]
 
     def _known_names(self) -> Mapping[str, Any]:
-        return hook_points(self.bridge)
+        in_tower = self.stacks[TOWER].sites if TOWER in self.stacks else ()
+        return {**hook_points(self.bridge), **{SITES[name].hook_name(layer): None for name, layer in in_tower}}
 
     def layers_with(self, site: str) -> tuple[int, ...]:
         """The layers that compute a site: all of them nearly always, some in hybrids; `(0,)` for a site outside the layers."""
-        return self.stack.layers_with(site)
+        stack = self.stack_of(site)
+        return () if stack is None else stack.layers_with(get_site(site).name)
 
     @checked
     def has_site(self, site: str, layer: int | None = None) -> bool:
         """Whether some layer (or this one) computes the site. Parallel blocks have no `resid_mid`, attention-only models no
         MLP, state-space models no heads."""
-        return self.stack.has_site(site, layer)
+        stack = self.stack_of(site)
+        return stack is not None and stack.has_site(site, layer)
 
     def check_site(self, site: str, layers: Sequence[int] | None = None) -> None:
         """Raises `ValueError` unless this model has the site, in each of the `layers` if any are given."""
@@ -113,27 +121,40 @@ class Surface(Facts):
     @checked
     def n_heads_at(self, site: str) -> int:
         """Heads of a site: key-value heads for `k` and `v`."""
-        return self.n_kv_heads if get_site(site).name in ("k", "v") else self.n_heads
+        stack = self.stack_of(site) or self.stack
+        return stack.n_kv_heads if get_site(site).name in ("k", "v") else stack.n_heads
 
     @checked
     def width_of(self, site: str, layer: int | None = None) -> int:
         """Entries of a site's last axis: `d_model`, `d_head`, or the MLP's neurons; the most of any layer if none is given."""
-        return self.stack.width_of(site, layer)
+        stack = self.stack_of(site)
+        return 0 if stack is None else stack.width_of(site, layer)
 
     def site_size(self, site: str, dim: str, length: int, layer: int | None = None) -> int:
-        """How long the axis `dim` of a site's activation is, for prompts of `length` tokens."""
+        """How long the axis `dim` of a site's activation is, for prompts of `length` tokens; of a tower, for one picture of the
+        smallest kind."""
         if dim in ("pos", "src"):
-            return length
+            stack, found = self.stack_of(site), get_site(site)
+            if stack is None or found.stack == self.stack.name:
+                return length
+            sizes = next(sizes for (name, _), sizes in stack.sites.items() if name == found.name)
+            return sizes[found.dims.index(dim)]
         return self.n_heads_at(site) if dim == "head" else self.width_of(site, layer)
 
     @property
     def sites(self) -> list[str]:
-        """Short names of all sites that this model has, be it in some layers alone (see `layers_with`)."""
-        return [name for name in SITES if self.has_site(name)]
+        """Short names of all sites that this model has, be it in some layers alone (see `layers_with`); those of a vision tower
+        are `model.stacks["vision"].site_names`."""
+        return self.stack.site_names
 
 
-def measure_blocks(bridge: Any, device: torch.device) -> tuple[Sizes, int | None]:
+def measure_blocks(bridge: Any, run: Callable[[int], Any], length: int | None = None) -> tuple[Sizes, int | None]:
     """Runs a model once on a few tokens, and looks which sites it computes.
+
+    Args:
+        bridge: The model.
+        run: Runs it on a prompt of so many tokens.
+        length: How many positions its stream has, if that is not for us to choose.
 
     Returns:
         For every `(site, layer)` that is there (layer 0 for sites outside the blocks) the sizes of its axes after the batch.
@@ -149,7 +170,7 @@ def measure_blocks(bridge: Any, device: torch.device) -> tuple[Sizes, int | None
         )
     n_heads, n_layers = int(bridge.cfg.n_heads), len(bridge.blocks)
     # Not as many tokens as heads, so that the two axes cannot be taken for each other.
-    n_tokens = min(3 if n_heads == 2 else 2, int(getattr(bridge.cfg, "n_ctx", None) or 2))
+    n_tokens = length or min(3 if n_heads == 2 else 2, int(getattr(bridge.cfg, "n_ctx", None) or 2))
     seen: dict[tuple[str, int], list[tuple[int, ...]]] = {}
 
     def note(activation: Any, hook: Any, key: tuple[str, int]) -> None:
@@ -160,10 +181,10 @@ def measure_blocks(bridge: Any, device: torch.device) -> tuple[Sizes, int | None
     with Hooks(bridge) as hooks, torch.no_grad():
         for name, site in SITES.items():
             for layer in range(n_layers) if site.in_block else (0,):
-                if name != "result" and site.hook_name(layer) in known:
+                if name != "result" and site.stack != TOWER and site.hook_name(layer) in known:
                     hooks.attach(site.hook_name(layer), partial(note, key=(name, layer)))
         try:
-            bridge(torch.zeros(1, n_tokens, dtype=torch.long, device=device))
+            run(n_tokens)
         finally:
             handle.remove()
     sizes = {"batch": 1, "pos": n_tokens, "src": n_tokens, "d_model": int(bridge.cfg.d_model), "head": n_heads}
@@ -177,6 +198,29 @@ def measure_blocks(bridge: Any, device: torch.device) -> tuple[Sizes, int | None
             found["result", layer] = (n_tokens, n_heads, sizes["d_model"])
     several = len(returned[-1]) if returned and isinstance(returned[-1], tuple | list) else None
     return {key: found[key] for site in SITES for layer in range(n_layers) if (key := (site, layer)) in found}, several
+
+
+def measure_tower(model: Any) -> Stack | None:
+    """The stack of a vision-language model's tower, whose sites are those that a prompt with one small picture shows; `None` of a
+    model without a tower, or whose patches are not known. What lies behind the tower is not run."""
+    tower, rows = tower_of(model.bridge), pictured_probe(model.bridge.original_model)
+    if tower is None or rows is None or model.reads_pictures_alone:
+        return None
+    seen: dict[tuple[str, int], list[tuple[int, ...]]] = {}
+
+    def note(activation: Tensor, hook: Any, key: tuple[str, int]) -> None:
+        seen.setdefault(key, []).append(tuple(activation.shape))
+
+    hooks = [(site.hook_name(layer), partial(note, key=(site.name, layer))) for site, layer in sites_of(tower)]
+    read = ("resid_pre", 0)
+    with torch.no_grad(), capture(model, [read], stop=read, hooks=hooks, partly=True):
+        model.run(rows)
+    found = {
+        (site.name, layer): seen[site.name, layer][0][1:]
+        for site, layer in sites_of(tower)
+        if len(seen.get((site.name, layer), ())) == 1 and len(seen[site.name, layer][0]) == 1 + len(site.dims)
+    }
+    return Stack.of_tower(tower.blocks, tower.n_heads, found) if (f"{TOWER}.resid_pre", 0) in found else None
 
 
 def _fits(site: Site, shape: tuple[int, ...], sizes: Mapping[str, int]) -> bool:

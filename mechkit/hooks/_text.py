@@ -1,12 +1,11 @@
 """Between text and token ids. The user's tokenizer is used as it is: never changed, and never read again from its folder.
 
-TransformerLens's habits are kept: a beginning-of-sequence token is put first unless the tokenizer puts one there itself or the
-model is better without, and an end-of-sequence token that the tokenizer appends is left out.
+As in TransformerLens, a beginning-of-sequence token is put first unless the tokenizer puts one there itself or the model is
+better without it, and an end-of-sequence token that the tokenizer appends is removed.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,12 +14,14 @@ from jaxtyping import Int
 from torch import Tensor
 
 from mechkit._check import checked, is_whole_dtype
+from mechkit._warnings import warn_user
 from mechkit.hooks._context import check_length
 from mechkit.hooks._facts import Facts
 from mechkit.hooks._lock import one_at_a_time
 from mechkit.hooks._padding import checked_mask, left_padded_rows, padding_on_the_right
+from mechkit.prompts import Prompts
 
-Input = str | Sequence[str] | Tensor
+Input = str | Sequence[str] | Tensor | Prompts
 
 
 class Text(Facts):
@@ -42,9 +43,8 @@ class Text(Facts):
         rows = self._rows([text] if isinstance(text, str) else list(text), prepend_bos)
         longest = max((len(row) for row in rows), default=0)
         if truncate and self.n_ctx is not None and longest > self.n_ctx:
-            warnings.warn(
-                f"text: cut from {longest} tokens to {self.n_ctx}, the model's context (n_ctx); truncate=False leaves it whole",
-                stacklevel=3,
+            warn_user(
+                f"text: cut from {longest} tokens to {self.n_ctx}, the model's context (n_ctx); truncate=False leaves it whole"
             )
             rows = [row[: self.n_ctx] for row in rows]
         return self._padded(rows)
@@ -130,11 +130,10 @@ class Text(Facts):
             before = before[1:]
         bare = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
         if before[:1] == [self._bos_id] and any(map(self._brings_bos, texts, bare)):
-            warnings.warn(
+            warn_user(
                 f"text: begins with {self.tokenizer.decode([before[0]])!r}, the beginning-of-sequence token, which is also put "
                 "in front of it: the model reads it twice. For texts that bring their own (a rendered chat template), pass "
-                "prepend_bos=False",
-                stacklevel=4,
+                "prepend_bos=False"
             )
         return [torch.tensor([*before, *ids, *after], dtype=torch.long) for ids in bare]
 
@@ -152,6 +151,8 @@ class Text(Facts):
         self, input: Input, prepend_bos: bool | None, mask: Any
     ) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"] | None]:
         """Token ids, and where they are padding if some are."""
+        if isinstance(input, Prompts):
+            input = input.stack(range(len(input))).tokens
         if isinstance(input, Tensor):
             if prepend_bos:
                 raise ValueError(

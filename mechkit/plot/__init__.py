@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mechkit.plot._lens import lens as lens
     from mechkit.plot._notebook import html_of as html_of
     from mechkit.plot._notebook import notebook as notebook
+    from mechkit.plot._patches import patches as patches
     from mechkit.plot._report import report as report
     from mechkit.plot._tokens import tokens as tokens
 
@@ -36,6 +37,7 @@ _WHERE = {
     "lens": "_lens",
     "html_of": "_notebook",
     "notebook": "_notebook",
+    "patches": "_patches",
     "read_table": "_export",
     "report": "_report",
     "tokens": "_tokens",

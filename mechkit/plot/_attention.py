@@ -21,9 +21,20 @@ import numpy as np
 import plotly.graph_objects as go
 
 from mechkit._check import checked
-from mechkit.plot._attention_data import Drawing, Patterns, PatternScale, block_labels, patterns_of, pooled
+from mechkit.plot._attention_data import (
+    Drawing,
+    Patterns,
+    block_labels,
+    lay_colours,
+    patterns_of,
+    pooled,
+    steps_note,
+    value_template,
+)
 from mechkit.plot._attention_lines import draw_lines
-from mechkit.plot._figure import Facts, Figure, Frame, dress, label_axis
+from mechkit.plot._figure import Facts, Figure, Frame, Notes, Place, dress, label_axis, labels_across, room_left
+from mechkit.plot._scale import Scale
+from mechkit.plot._size import Length, Paper, paper_in, redrawn
 from mechkit.plot._text import plain, shortened
 from mechkit.plot._theme import Theme, theme_of
 from mechkit.result import Label, Result
@@ -33,13 +44,14 @@ _CELL = 34  # pixels of a cell, at most
 _LEAST = (140, 80)  # pixels of a pattern, across and down, at least
 _EXACT = 400_000  # cells that are drawn as they are; more are drawn as bytes
 _PAGE = 40_000_000  # cells that a page can hold as bytes (53 MB)
-_GRID = (960, 1500)  # pixels of a grid, across and down, about
-_TILE = (20, 190)  # pixels of one of its patterns, at least and at most
+_GRID = (960, 750)  # pixels of a grid, across and down, about
+_TILE = (4, 190)  # pixels of one of its patterns, at least and at most
 
 Style = Literal["pattern", "grid", "lines"]
 
 
 @checked
+@redrawn
 def attention(
     result: Result,
     *,
@@ -48,8 +60,14 @@ def attention(
     prompt: Label | None = None,
     style: Style = "pattern",
     min_weight: float | None = None,
+    bos: bool | None = None,
     title: str | None = None,
-    height: int | None = None,
+    size: Literal["column", "page", "slide"] | None = None,
+    width: Length | None = None,
+    height: Length | None = None,
+    font_size: float | None = None,
+    caption: bool = True,
+    annotations: Notes | None = None,
     theme: str = "light",
 ) -> Figure:
     """Draw attention patterns of one prompt: who attends (destination) downwards, to whom (source) across.
@@ -59,13 +77,16 @@ def attention(
             `"prompt"`. Of several prompts one is drawn; for their mean pass `result.mean("prompt")`, which is for prompts of one
             length and structure. If there are baselines, the change from the base run is drawn.
         layer, head: Labels. `"pattern"` shows this head first, and has a menu with all others; the other styles draw these alone.
-            For a picture of one head without a menu, pass `result.sel(layer=[9], head=[6])`.
+            For a page of one head without a menu, pass `result.sel(layer=[9], head=[6])`.
         prompt: Label of the prompt; the first by default.
         style: `"pattern"`: one head large. `"grid"`: all heads small, layers × heads, or wrapped if there is one layer or head.
             `"lines"`: tokens on both sides and lines between them, at most 100 tokens and 7 heads.
         min_weight: Of `"lines"`: weaker ones are left out, in the values' unit; default 0.01.
+        bos: Whether attention to the first token (BOS, or what else stands there) is drawn. By default it is, but for `"lines"`
+            where it is more than a quarter of all, and than twice its share of evenly spread attention. Without it the colours
+            and widths are of the rest, which is not rescaled, and the caption says how much was left out.
         title: As plain text; made from the metric and the head by default.
-        height: Of the figure in pixels.
+        size, width, height, font_size, caption, annotations: See `Figure.resized`.
         theme: `"light"` or `"dark"`.
 
     Returns:
@@ -83,26 +104,35 @@ def attention(
         >>> figure.data[0].z[1].tolist()
         [0.25, 0.75]
     """
-    colours = theme_of(theme)
+    colours, paper = theme_of(theme), paper_in(size)
     if style not in ("pattern", "grid", "lines"):
         raise ValueError(f"style: expected 'pattern', 'grid' or 'lines', got {style!r}")
     if min_weight is not None and style != "lines":
         raise ValueError(f"min_weight: given together with style={style!r}, which draws every cell; leave it out")
-    patterns, first = patterns_of(result, layer=layer, head=head, prompt=prompt, only=style != "pattern")
+    drawn = bos if bos is not None or style == "lines" else True
+    patterns, first = patterns_of(result, layer=layer, head=head, prompt=prompt, only=style != "pattern", bos=drawn)
     if style == "lines":
-        drawing = draw_lines(patterns, 0.01 if min_weight is None else min_weight, colours)
+        drawing = draw_lines(patterns, 0.01 if min_weight is None else min_weight, colours, paper)
     elif style == "grid":
-        drawing = _draw_grid(patterns, colours)
+        drawing = _draw_grid(patterns, colours, paper)
     else:
-        drawing = _draw_pattern(patterns, first, title is None, colours)
+        drawing = _draw_pattern(patterns, first, title is None, colours, paper)
     heading = _heading(patterns, first if style == "pattern" else None) if title is None else title
     facts = Facts("attention", heading, (*patterns.notes, *filter(None, drawing.notes)))
-    figure = dress(drawing.figure, colours, drawing.frame, facts, drawing.table, height=height)
-    if style == "pattern":
-        figure.update_layout(
-            plot_bgcolor=colours.absent
-        )  # shows through where a cell does not exist, and between cells
+    places = _places(patterns, style)
+    figure = dress(drawing.figure, colours, drawing.frame, facts, drawing.table, paper, places=lambda: places)
+    if style == "pattern":  # shows through where a cell does not exist, and between cells
+        figure.update_layout(plot_bgcolor=colours.masked)
     return figure
+
+
+def _places(patterns: Patterns, style: str) -> dict[str, Place]:
+    """Where the cell of each destination and source is, of a single pattern: `'" to" 13 → " Mary" 1'`."""
+    if style != "pattern":
+        return {}
+    factor = max(1, math.ceil(max(patterns.values.shape[1:]) / _SIDE))
+    sides = [list(enumerate(labels)) for labels in (patterns.dests, patterns.srcs)]
+    return {f"{d} → {s}": (j // factor, i // factor, "") for i, d in sides[0] for j, s in sides[1]}
 
 
 def _heading(patterns: Patterns, panel: int | None) -> str:
@@ -120,29 +150,37 @@ def _heading(patterns: Patterns, panel: int | None) -> str:
 # -- one head, large -------------------------------------------------------------------------------------------------------
 
 
-def _draw_pattern(patterns: Patterns, first: int, retitle: bool, theme: Theme) -> Drawing:
-    n_panels = len(patterns.names)
-    factor = _factor(patterns.values.shape, _SIDE, _PAGE)
-    shown = pooled(patterns.values, factor)
+def _draw_pattern(patterns: Patterns, first: int, retitle: bool, theme: Theme, paper: Paper) -> Drawing:
+    left_of = room_left([shortened(label, paper.letters) for label in patterns.dests], labels_across([], 1), paper)
+    most = paper.across(left_of, paper.bar(), _SIDE), paper.down(640.0)
+    factor = _factor(patterns.values.shape, int(min(most)), _PAGE)
+    values, names = patterns.values, patterns.names
+    if paper.still:  # a picture shows one
+        values, names, first = values[first : first + 1], names[first : first + 1], 0
+    n_panels = len(names)
+    shown = pooled(values, factor)
     dests, srcs = block_labels(patterns.dests, factor), block_labels(patterns.srcs, factor)
-    cell = min(_CELL, max(1.0, _SIDE / max(shown.shape[1:])))
+    cell = min(_CELL, max(0.5, min(most[0] / len(srcs), most[1] / len(dests))))
     width, height = max(_LEAST[0], round(cell * len(srcs))), max(_LEAST[1], round(cell * len(dests)))
-    scale = _scale(patterns, shown.size)
+    scale = patterns.scale(theme, coded=shown.size > _EXACT)
     gap = 1 if cell >= 8 else 0
     figure = Figure()
-    for i, (name, pattern) in enumerate(zip(patterns.names, shown, strict=True)):
-        figure.add_trace(_cells(pattern, name, scale, visible=i == first, xgap=gap, ygap=gap))
+    for i, (name, pattern) in enumerate(zip(names, shown, strict=True)):
+        cells = _cells(pattern, name, patterns.what, scale, visible=i == first, xgap=gap, ygap=gap)
+        figure.add_trace(cells)
     down = _Axis("y", dests, patterns.dests[::factor], height / len(dests))
     across = _Axis("x", srcs, patterns.srcs[::factor], width / len(srcs))
-    bottom, left = _label_axes(figure, down, across)
+    bottom, left = _label_axes(figure, down, across, paper)
     figure.update_layout(xaxis2_title_text="source (attended to)")
     figure.update_layout(yaxis2_title_text="destination (attends)" if height >= 140 else "destination")
-    bar = min(max(height, 170), 360)
-    figure.update_layout(coloraxis=scale.coloraxis(theme, bar))
+    line = {"showline": True, "mirror": True, "linecolor": theme.line, "linewidth": 1}
+    figure.update_layout(xaxis2=line, yaxis2=line)
+    frame = Frame(width, height, left, paper.bar(), bottom, above=40 if n_panels > 1 else 0)
+    frame = lay_colours(figure, scale, patterns.has_absent, paper, frame, theme)
     if n_panels > 1:
         figure.update_layout(updatemenus=[_menu(patterns, first, retitle, theme)])
-    frame = Frame(width, height, left, 210, max(bottom, bar - height + 10), above=40 if n_panels > 1 else 0)
-    return Drawing(figure, frame, (_pooling(factor, patterns), scale.note), patterns.table)
+    notes = (_pooling(factor, scale), steps_note(scale, patterns.has_absent))
+    return Drawing(figure, frame, notes, patterns.table)
 
 
 def _menu(patterns: Patterns, first: int, retitle: bool, theme: Theme) -> dict[str, Any]:
@@ -180,6 +218,7 @@ class _Tiles:
         cell: Pixels of a cell.
         named: Whether every pattern has its name above it, rather than the grid's edges theirs.
         labelled: Whether the tokens are written at the edges.
+        space: Pixels between two patterns.
     """
 
     n_rows: int
@@ -188,11 +227,12 @@ class _Tiles:
     cell: float
     named: bool
     labelled: bool
+    space: int
 
     @property
     def above(self) -> float:
         """Room above each pattern."""
-        return (22 if self.named else 5) / self.cell
+        return (22 if self.named else self.space) / self.cell
 
     @property
     def rows(self) -> list[float]:
@@ -202,7 +242,7 @@ class _Tiles:
     @property
     def columns(self) -> list[float]:
         """Where the first cell of each column of patterns is."""
-        return [column * (self.size[1] + 5 / self.cell) for column in range(self.n_columns)]
+        return [column * (self.size[1] + self.space / self.cell) for column in range(self.n_columns)]
 
     @property
     def corners(self) -> list[tuple[float, float]]:
@@ -210,7 +250,7 @@ class _Tiles:
         return [(y, x) for y in self.rows for x in self.columns]
 
 
-def _tiles(patterns: Patterns) -> tuple[_Tiles, int]:
+def _tiles(patterns: Patterns, paper: Paper) -> tuple[_Tiles, int]:
     """Rows are layers and columns heads; a grid with one of these alone is wrapped. And how many tokens become one cell."""
     n_rows, n_columns = len(patterns.layers), len(patterns.heads)
     wrapped = min(n_rows, n_columns) == 1
@@ -218,46 +258,53 @@ def _tiles(patterns: Patterns) -> tuple[_Tiles, int]:
         n_panels = n_rows * n_columns
         n_rows = math.ceil(n_panels / max(4, math.ceil(math.sqrt(1.4 * n_panels))))
         n_columns = math.ceil(n_panels / n_rows)
-    tile = min(_TILE[1], max(_TILE[0], min(_GRID[0] // n_columns, _GRID[1] // n_rows) - 5))
-    factor = _factor(patterns.values.shape, tile, _EXACT)
-    n_dests, n_srcs = (math.ceil(side / factor) for side in patterns.values.shape[1:])
-    cell = min(_CELL, tile / max(n_dests, n_srcs))
-    labelled = cell >= 12
+    for words in (7 * max(len(shortened(label, paper.letters)) for label in patterns.dests), 20):
+        room = paper.across(50 + words, paper.bar(), _GRID[0]), paper.down(_GRID[1])
+        space = 5 if min(room[0] / n_columns, room[1] / n_rows) >= 25 else 2
+        above = 22 if wrapped and n_rows * n_columns > 1 else space
+        tile = int(min(_TILE[1], max(_TILE[0], min(room[0] / n_columns - space, room[1] / n_rows - above))))
+        factor = _factor(patterns.values.shape, tile, _EXACT)
+        n_dests, n_srcs = (math.ceil(side / factor) for side in patterns.values.shape[1:])
+        cell = min(_CELL, tile / max(n_dests, n_srcs))
+        labelled = cell >= 12
+        if labelled:
+            break
     named = (wrapped or labelled) and len(patterns.names) > 1
-    return _Tiles(n_rows, n_columns, (n_dests, n_srcs), cell, named, labelled), factor
+    return _Tiles(n_rows, n_columns, (n_dests, n_srcs), cell, named, labelled, space), factor
 
 
-def _draw_grid(patterns: Patterns, theme: Theme) -> Drawing:
-    tiles, factor = _tiles(patterns)
+def _draw_grid(patterns: Patterns, theme: Theme, paper: Paper) -> Drawing:
+    tiles, factor = _tiles(patterns, paper)
     shown = pooled(patterns.values, factor)
-    scale = _scale(patterns, shown.size)
+    scale = patterns.scale(theme, coded=shown.size > _EXACT)
     gap = 1 if tiles.cell >= 8 else 0
     figure = Figure()
     for name, pattern, (y, x) in zip(patterns.names, shown, tiles.corners, strict=False):
-        figure.add_trace(_cells(pattern, name, scale, x0=x, y0=y, dx=1, dy=1, xgap=gap, ygap=gap))
+        cells = _cells(pattern, name, patterns.what, scale, x0=x, y0=y, dx=1, dy=1, xgap=gap, ygap=gap)
+        figure.add_trace(cells)
     down = _Axis("y", block_labels(patterns.dests, factor), patterns.dests[::factor], tiles.cell, tuple(tiles.rows))
     across = _Axis("x", block_labels(patterns.srcs, factor), patterns.srcs[::factor], tiles.cell, tuple(tiles.columns))
-    bottom, left = _label_axes(figure, down, across)
+    bottom, left = _label_axes(figure, down, across, paper)
     figure.add_shape(
         type="path",
         path=" ".join(_rectangle(corner, tiles.size) for corner in tiles.corners[: len(shown)]),
         layer="below",
-        line={"color": theme.absent, "width": 1},
-        fillcolor=theme.absent,
+        line={"color": theme.grey, "width": 1 if tiles.cell * max(tiles.size) >= 16 else 0},
+        fillcolor=theme.masked,
         name="panels",
     )
     if not tiles.labelled:
-        bottom, left = _name_edges(figure, patterns, tiles)
+        bottom, left = _name_edges(figure, patterns, tiles, paper)
     if tiles.named:
         figure.add_trace(_names(patterns, tiles, theme))
     height = (tiles.rows[-1] + tiles.size[0]) * tiles.cell
     width = (tiles.columns[-1] + tiles.size[1]) * tiles.cell
-    bar = min(max(height, 170), 360)
-    figure.update_layout(coloraxis=scale.coloraxis(theme, bar))
-    frame = Frame(max(width, 90), height, left, 210, max(bottom, bar - height + 10), 0 if tiles.named else 36)
+    frame = Frame(max(width, 90), height, left, paper.bar(), bottom, 0 if tiles.named else 36)
+    frame = lay_colours(figure, scale, patterns.has_absent, paper, frame, theme)
     where = "destinations down, sources across"
     say = where if tiles.labelled else f"{where}; too small for tokens, which hover tells"
-    return Drawing(figure, frame, (say, _pooling(factor, patterns), scale.note), patterns.table)
+    notes = (say, _pooling(factor, scale), steps_note(scale, patterns.has_absent))
+    return Drawing(figure, frame, notes, patterns.table)
 
 
 def _names(patterns: Patterns, tiles: _Tiles, theme: Theme) -> go.Scatter:
@@ -286,7 +333,7 @@ def _edge(labels: Sequence[Label | None], letter: str) -> list[str]:
     return [f"{letter}{label}" if isinstance(label, int) else shortened(label or "") for label in labels]
 
 
-def _name_edges(figure: Figure, patterns: Patterns, tiles: _Tiles) -> tuple[float, float]:
+def _name_edges(figure: Figure, patterns: Patterns, tiles: _Tiles, paper: Paper) -> tuple[float, float]:
     """Heads above the grid and layers to its left; nothing if each pattern has its own name.
 
     Returns:
@@ -303,7 +350,8 @@ def _name_edges(figure: Figure, patterns: Patterns, tiles: _Tiles) -> tuple[floa
         ticks["tickvals"] = [starts[i] + (size - 1) / 2 for i in ticks["tickvals"]]
         figure.update_layout({axis: {**ticks, "ticks": "", "title": {"text": dim if any(names) else ""}}})
     figure.update_layout(xaxis2_side="top", xaxis2_tickangle=0)
-    return 20, 30 if tiles.named else 58 + 7 * longest
+    bare = 44 if paper.width is not None else 58
+    return 20, 30 if tiles.named else bare + 7 * longest
 
 
 # -- both ------------------------------------------------------------------------------------------------------------------
@@ -318,23 +366,18 @@ def _factor(shape: tuple[int, ...], side: int, cells: int) -> int:
     return factor
 
 
-def _scale(patterns: Patterns, n_cells: int) -> PatternScale:
-    absent = bool(np.isnan(patterns.values).any())
-    return PatternScale(patterns.what, patterns.largest, patterns.signed, n_cells > _EXACT, absent)
-
-
-def _pooling(factor: int, patterns: Patterns) -> str:
-    largest = "value farthest from 0" if patterns.signed else "largest value"
+def _pooling(factor: int, scale: Scale) -> str:
+    largest = "value farthest from 0" if scale.low < 0 else "largest value"
     return f"each cell shows the {largest} of a block of {factor} × {factor} tokens" if factor > 1 else ""
 
 
-def _cells(pattern: np.ndarray, name: str, scale: PatternScale, **options: Any) -> go.Heatmap:
+def _cells(pattern: np.ndarray, name: str, what: str, scale: Scale, **options: Any) -> go.Heatmap:
     """One head. The template takes its texts from elsewhere, so that nothing in them is read as a part of it."""
     first = "%{meta[0]}<br>" if name else ""
     return go.Heatmap(
         z=scale.drawn(pattern),
-        meta=[plain(name), plain(scale.what)],
-        hovertemplate=f"{first}destination %{{y}}<br>source %{{x}}<br>%{{meta[1]}} {scale.hover}<extra></extra>",
+        meta=[plain(name), plain(what)],
+        hovertemplate=f"{first}destination %{{y}}<br>source %{{x}}<br>%{{meta[1]}} {value_template(scale)}<extra></extra>",
         hoverongaps=False,
         coloraxis="coloraxis",
         **options,
@@ -360,15 +403,15 @@ class _Axis:
     starts: tuple[float, ...] = (0.0,)
 
 
-def _label_axes(figure: Figure, down: _Axis, across: _Axis) -> tuple[float, float]:
+def _label_axes(figure: Figure, down: _Axis, across: _Axis, paper: Paper) -> tuple[float, float]:
     """Hidden axes with every label, and axes over them with as many as fit.
 
     Returns:
         Pixels that the labels need below and to the left.
     """
-    longest = max(len(shortened(label)) for label in across.short)
-    slanted = longest * 7 + 6 > across.cell
-    for axis, needed in ((across, 13 if slanted else 7 * longest + 6), (down, 12)):
+    ticks = labels_across([shortened(label, paper.letters) for label in across.short], across.cell)
+    rows = [shortened(label, paper.letters) for label in down.short]
+    for axis, seen in ((across, ticks.axis), (down, label_axis(rows, down.cell, 12))):
         ends = [-0.5, axis.starts[-1] + len(axis.labels) - 0.5]
         hidden = {
             "tickmode": "array",
@@ -376,9 +419,8 @@ def _label_axes(figure: Figure, down: _Axis, across: _Axis) -> tuple[float, floa
             "ticktext": [plain(label) for label in axis.labels] * len(axis.starts),
             "range": ends if axis.letter == "x" else ends[::-1],
         }
-        seen = label_axis([shortened(label) for label in axis.short], axis.cell, needed)
-        seen["tickvals"] = [start + i for start in axis.starts for i in seen["tickvals"]]
-        seen["ticktext"] = seen["ticktext"] * len(axis.starts)
+        places = [start + i for start in axis.starts for i in seen["tickvals"]]
+        seen = {**seen, "tickvals": places, "ticktext": seen["ticktext"] * len(axis.starts)}
         bare = {"showticklabels": False, "ticks": "", "showgrid": False, "zeroline": False}
         figure.update_layout({f"{axis.letter}axis": {**hidden, **bare}})
         over = {
@@ -387,8 +429,5 @@ def _label_axes(figure: Figure, down: _Axis, across: _Axis) -> tuple[float, floa
             "ticklabeloverflow": "allow",
         }  # not measured at every switch
         figure.update_layout({f"{axis.letter}axis2": {**seen, **over}})
-    figure.update_layout(xaxis2_tickangle=-50 if slanted else 0)
     figure.add_trace(go.Scatter(x=[None], y=[None], xaxis="x2", yaxis="y2", hoverinfo="skip", showlegend=False))
-    overhang = max(4.5 * len(shortened(label)) - i * across.cell for i, label in enumerate(across.short))
-    left = max(56 + 7 * max(len(shortened(label)) for label in down.short), round(overhang) + 20 if slanted else 0)
-    return 52 + (5 * longest if slanted else 12), left
+    return ticks.below, room_left(rows, ticks, paper)

@@ -12,19 +12,18 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
-from mechkit.plot._figure import Figure, Frame, Table
-from mechkit.plot._labels import prompt_note
-from mechkit.plot._scale import is_unsigned
-from mechkit.plot._tables import table_of
-from mechkit.plot._text import caption_of, number, plain
-from mechkit.plot._theme import Theme, colourscale
+from mechkit.plot._figure import Figure, Frame, Table, lay_bar
+from mechkit.plot._labels import check_label, choose_prompt, place_label, prompt_note
+from mechkit.plot._scale import Scale, choose_scale
+from mechkit.plot._size import Paper
+from mechkit.plot._text import caption_of, number
+from mechkit.plot._theme import Theme
 from mechkit.result import Label, Result
-
-_LETTERS = {"layer": "L", "head": "H"}
+from mechkit.result._columns import columns_of
+from mechkit.result._labels import cell_label
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,6 @@ class Patterns:
         layers, heads: The labels of each of those dims, `(None,)` without it; the panels are their combinations, heads fastest.
         dests, srcs: Labels of positions, any text.
         what: Name and unit of the values, for axes and hover texts.
-        signed: Whether values have a sign, so that 0 is the middle of the colours.
         notes: What was chosen or done, for the caption.
         result: The same cells, as they were.
     """
@@ -47,7 +45,6 @@ class Patterns:
     dests: tuple[str, ...]
     srcs: tuple[str, ...]
     what: str
-    signed: bool
     notes: tuple[str, ...]
     result: Result
 
@@ -57,16 +54,18 @@ class Patterns:
         return [_name(layer, head) for layer in self.layers for head in self.heads]
 
     @cached_property
-    def largest(self) -> float:
-        """The farthest value from 0; 1 if all are 0, for which any scale will do."""
-        low, high = np.fmin.reduce(self.values, axis=None), np.fmax.reduce(self.values, axis=None)
-        return float(max(abs(low), abs(high))) or 1.0
+    def has_absent(self) -> bool:
+        """Whether some cell does not exist."""
+        return bool(np.isnan(self.values).any())
+
+    def scale(self, theme: Theme, *, coded: bool = False) -> Scale:
+        """The one scale of all heads; `coded`: for values that are drawn as bytes."""
+        scale = choose_scale(self.values, self.result, theme, self.what, linear=True, whole=coded)
+        return replace(scale, coded=coded, absent=theme.masked)
 
     def table(self) -> Table:
         """A row for each cell that exists: a column a dim, `"value"`, and the baselines if there are any."""
-        table = table_of(self.result)
-        present = ~np.isnan(table["value"])
-        return {name: column[present] for name, column in table.items()}
+        return columns_of(self.result).present().table()
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,13 @@ class Drawing:
 
 
 def patterns_of(
-    result: Result, *, layer: Label | None, head: Label | None, prompt: Label | None, only: bool
+    result: Result,
+    *,
+    layer: Label | None,
+    head: Label | None,
+    prompt: Label | None,
+    only: bool,
+    bos: bool | None = True,
 ) -> tuple[Patterns, int]:
     """The patterns to draw, and which of them is to be seen first.
 
@@ -89,21 +94,21 @@ def patterns_of(
         layer, head: A label of that dim; None is any.
         prompt: A label of the prompt dim; None is the first.
         only: Whether the other layers and heads are left out.
+        bos: Whether attention to the first token is drawn; `None`: unless it is more than a quarter of all, and
+            more than twice what it would be if all attention were spread evenly.
 
     Raises:
         ValueError: other dims, an unknown label, an infinite value, or nothing to draw.
     """
     _check(result)
     for dim, label in (("layer", layer), ("head", head), ("prompt", prompt)):
-        if label is not None and label not in result.coords.get(dim, ()):
-            known = ", ".join(map(repr, result.coords.get(dim, ()))) or f"none, for there is no dim {dim!r}"
-            raise ValueError(f"{dim}: expected one of {known}; got {label!r}")
+        check_label(dim, label, result.coords.get(dim, ()))
     notes: list[str] = []
     origin, n_prompts = result.provenance, result.provenance.get("n_prompts")
     averaged = isinstance(n_prompts, int) and n_prompts > 1 and result.unit != "p"
     if "prompt" in result.dims:
         labels = result.coords["prompt"]
-        chosen = labels[0] if prompt is None else prompt
+        chosen = choose_prompt(labels, prompt)
         notes, averaged, origin = [prompt_note(chosen, labels)], False, {**origin, "n_prompts": None}
         result = replace(result, coords={**result.coords, **_own_labels(result, chosen)}).sel(prompt=chosen)
     wanted = {dim: label for dim, label in (("layer", layer), ("head", head)) if label is not None}
@@ -118,6 +123,9 @@ def patterns_of(
         raise ValueError("result: expected finite values, got an infinite one; leave its layer and head out with sel()")
     if absent.all():
         raise ValueError(f"result: expected at least one cell that exists, got NaN alone {notes or ''}".rstrip())
+    values, dests, srcs, sink = _without_sink(values, result, bos)
+    notes += [sink] if sink else []
+    absent = np.isnan(values)
     n_dests, n_srcs = (_last(~absent.all(axis=axes)) for axes in ((0, 2), (0, 1)))
     change = f"change from the {result.base} run in " if result.baseline else ""
     metric = result.metric if result.unit in (result.metric, "") else f"{result.metric} ({result.unit})"
@@ -125,10 +133,9 @@ def patterns_of(
         values=values[:, :n_dests, :n_srcs],
         layers=result.coords.get("layer", (None,)),
         heads=result.coords.get("head", (None,)),
-        dests=tuple(map(str, result.coords["dest"][:n_dests])),
-        srcs=tuple(map(str, result.coords["src"][:n_srcs])),
+        dests=tuple(map(str, dests[:n_dests])),
+        srcs=tuple(map(str, srcs[:n_srcs])),
         what=f"{change}{metric}",
-        signed=not is_unsigned(result) or bool((values < 0).any()),
         notes=(*caption_of(origin, averaged=averaged), *notes),
         result=result,
     )
@@ -137,6 +144,27 @@ def patterns_of(
         for dim, labels in (("layer", patterns.layers), ("head", patterns.heads))
     ]
     return patterns, place[0] * len(patterns.heads) + place[1]
+
+
+def _without_sink(
+    values: np.ndarray, result: Result, bos: bool | None
+) -> tuple[np.ndarray, Sequence[Label], Sequence[Label], str]:
+    """`[panel dest src]`, the labels of destinations and sources, and a note: without the first source, if it is to go, and
+    without the destinations that see nothing else. Most heads send most of their attention there, and drown the rest."""
+    dests, srcs = result.coords["dest"], result.coords["src"]
+    if bos or values.shape[-1] < 2 or np.isnan(values[..., 1:]).all():
+        return values, dests, srcs, ""
+    to_first, total = (float(np.nansum(np.abs(part), dtype=np.float64)) for part in (values[..., 0], values))
+    share = to_first / total if total > 0 else 0.0
+    seen = (~np.isnan(values[0])).sum(-1)
+    evenly = float((1 / seen[seen > 0]).mean())  # of all, if every destination looked at all that it sees alike
+    if bos is None and not share > max(0.25, 2 * evenly):
+        return values, dests, srcs, ""
+    there = ~np.isnan(values[..., 1:]).all(axis=(0, 2))
+    kept = [dest for dest, some in zip(dests, there, strict=True) if some]
+    what = "attention" if not result.baseline else "change"
+    note = f"the first token, {srcs[0]}, is left out as a source: {100 * share:.0f} % of all {what}"
+    return values[:, there, 1:], kept, srcs[1:], note
 
 
 def _check(result: Result) -> None:
@@ -161,7 +189,7 @@ def _own_labels(result: Result, prompt: Label) -> dict[str, tuple[Label, ...]]:
 
     def own(label: Label) -> Label:
         bare = re.fullmatch(r"\d+", str(label))
-        return f'"{tokens[int(label)]}" {label}' if bare and int(label) in tokens else label
+        return place_label(tokens[int(label)], label) if bare and int(label) in tokens else label
 
     return {dim: tuple(map(own, result.coords[dim])) for dim in ("dest", "src")}
 
@@ -173,9 +201,7 @@ def _last(present: np.ndarray) -> int:
 
 def _name(layer: Label | None, head: Label | None) -> str:
     """`'L9H6'`; labels that are text are themselves."""
-    parts = [(dim, label) for dim, label in (("layer", layer), ("head", head)) if label is not None]
-    texts = [f"{_LETTERS[dim]}{label}" if isinstance(label, int) else label for dim, label in parts]
-    return ("" if all(isinstance(label, int) for _, label in parts) else " ").join(texts)
+    return cell_label({dim: label for dim, label in (("layer", layer), ("head", head)) if label is not None})
 
 
 # -- what is shown of it -----------------------------------------------------------------------------------------------
@@ -203,84 +229,21 @@ def block_labels(labels: Sequence[str], factor: int) -> list[str]:
     return [block[0] if len(block) == 1 else f"{block[0]} to {block[-1]}" for block in blocks]
 
 
-@dataclass(frozen=True)
-class PatternScale:
-    """What colours mean, and how numbers become what is drawn.
+def value_template(scale: Scale) -> str:
+    """The value's line of a hover template."""
+    return f"≈ %{{z}}/{scale.steps} of {number(scale.high, 5)}" if scale.coded else "%{z:.5~g}"
 
-    Attributes:
-        what: Name and unit of the values.
-        largest: The farthest value from 0, at which the colours end.
-        signed: From `-largest` rather than from 0.
-        coded: Values are drawn as bytes: `1..255` for `0..largest` (`-127..127` if signed), and the lowest byte for a cell that
-            does not exist. So a value is within half a step of what is drawn; one below half a step above 0 within one.
-        has_absent: Whether some cell does not exist.
-    """
 
-    what: str
-    largest: float
-    signed: bool
-    coded: bool
-    has_absent: bool
+def steps_note(scale: Scale, has_absent: bool) -> str:
+    """For the caption: what bytes mean, if cells are drawn as these."""
+    if not scale.coded:
+        return ""
+    hidden = f", {'−128' if scale.low < 0 else '0'} where there is no cell" if has_absent else ""
+    of = f"1/{scale.steps} of {number(scale.high)}"
+    return f"colours and hover in steps of {of}{hidden}; exact values in table()"
 
-    @property
-    def steps(self) -> int:
-        return 127 if self.signed else 255
 
-    def drawn(self, values: np.ndarray) -> np.ndarray:
-        """As a trace takes it."""
-        if not self.coded:
-            return values
-        levels = np.rint(values / self.largest * self.steps)
-        if self.signed:
-            return np.where(np.isnan(values), -128, levels).astype(np.int8)
-        return np.where(np.isnan(values), 0, np.maximum(levels, 1)).astype(np.uint8)
-
-    @property
-    def hover(self) -> str:
-        """The value's line of a hover template."""
-        return f"≈ %{{z}}/{self.steps} of {number(self.largest, 5)}" if self.coded else "%{z:.5~g}"
-
-    @property
-    def note(self) -> str:
-        """For the caption."""
-        if not self.coded:
-            return ""
-        hidden = f", {'−128' if self.signed else '0'} where there is no cell" if self.has_absent else ""
-        of = f"1/{self.steps} of {number(self.largest)}"
-        return f"colours and hover in steps of {of}{hidden}; exact values in table()"
-
-    def coloraxis(self, theme: Theme, length: float) -> dict[str, Any]:
-        """The colours, with a bar of `length` pixels that says what they mean."""
-        colours = colourscale(theme.diverging if self.signed else theme.sequential)
-        low, high = (-self.largest if self.signed else 0.0), self.largest
-        if self.coded:
-            low, high = (-128.0, 127.0) if self.signed else (0.0, 255.0)
-            edge = 0.5 / 255  # below it is the lowest byte alone
-            first = 1 / 255 if self.signed else 0.0
-            places = [max(edge, first + (1 - first) * float(place)) for place, _ in colours]
-            kept = [[place, colour] for place, (_, colour) in zip(places, colours, strict=True)]
-            colours = [[0.0, theme.absent], [edge, theme.absent], [edge, colours[0][1]], *kept]
-        ends = np.linspace(-1 if self.signed else 0, 1, 5 if self.signed else 6)
-        stronger = "darker" if theme.name == "light" else "brighter"
-        meaning = "blue is higher, red is lower" if self.signed else f"{stronger} is more"
-        grey = "<br>grey: no such cell" if self.has_absent else ""
-        return {
-            "colorscale": colours,
-            "cmin": low,
-            "cmax": high,
-            "colorbar": {
-                "thickness": 14,
-                "outlinewidth": 0,
-                "lenmode": "pixels",
-                "len": length,
-                "y": 1,
-                "yanchor": "top",
-                "tickvals": ends * (self.steps if self.coded else self.largest),
-                "ticktext": [number(end * self.largest, 2 if abs(end) < 1 else 3) for end in ends],
-                "title": {
-                    "text": f"{plain(self.what)}<br>{theme.neutral} = 0, {meaning}{grey}<br>&nbsp;",
-                    "side": "top",
-                    "font": {"size": 12},
-                },
-            },
-        }
+def lay_colours(figure: Figure, scale: Scale, has_absent: bool, paper: Paper, frame: Frame, theme: Theme) -> Frame:
+    """The colours, with a bar that says what they mean; the frame with room for it."""
+    lined = replace(scale, title=(scale.title[0], ", ".join(scale.title[1:])))
+    return lay_bar(figure, lined, paper, frame, theme, *["grey: no such cell"] * has_absent, even=True)

@@ -15,6 +15,8 @@ import plotly.graph_objects as go
 
 from mechkit.plot._attention_data import Drawing, Patterns
 from mechkit.plot._figure import Figure, Frame, Table
+from mechkit.plot._points import legend_entry
+from mechkit.plot._size import Paper
 from mechkit.plot._text import lines, number, plain, shortened
 from mechkit.plot._theme import Theme, rgba
 
@@ -35,19 +37,21 @@ class _Lines:
     drawn: np.ndarray
 
 
-def draw_lines(patterns: Patterns, min_weight: float, theme: Theme) -> Drawing:
+def draw_lines(patterns: Patterns, min_weight: float, theme: Theme, paper: Paper) -> Drawing:
     """Lines of all given heads.
 
     Args:
         patterns: At most 100 tokens, and as many heads as there are colours; no value below 0.
         min_weight: Lines below it are left out.
         theme: Its colours.
+        paper: What it is laid out on.
 
     Raises:
         ValueError: too many tokens or heads, a value or `min_weight` below 0, or no line that strong.
     """
-    found = _lines(patterns, min_weight, len(theme.series))
-    largest, names = patterns.largest, patterns.names
+    scale = patterns.scale(theme)
+    found = _lines(patterns, min_weight, len(theme.series), signed=scale.signed)
+    largest, names = scale.high, patterns.names
     colours = theme.series if len(names) > 1 else (theme.positive,)
     figure = Figure()
     strength = np.ceil(found.weight / largest * _STRENGTHS).clip(1, _STRENGTHS).astype(int)
@@ -62,11 +66,13 @@ def draw_lines(patterns: Patterns, min_weight: float, theme: Theme) -> Drawing:
     else:
         for panel, name in enumerate(names):
             figure.add_trace(_key(name, colours[panel], 1.0, name))
-    frame = _axes(figure, patterns)
-    return Drawing(figure, frame, _notes(found, min_weight, patterns), lambda: _table(patterns, min_weight))
+    frame = _axes(figure, patterns, paper)
+    notes = _notes(found, min_weight, patterns, largest)
+    notes = ("from destinations (left) to sources (right)", *notes) if paper.narrow else notes
+    return Drawing(figure, frame, notes, lambda: _table(patterns, min_weight))
 
 
-def _lines(patterns: Patterns, min_weight: float, most_heads: int) -> _Lines:
+def _lines(patterns: Patterns, min_weight: float, most_heads: int, *, signed: bool) -> _Lines:
     n_panels, n_dests, n_srcs = patterns.values.shape
     if not 0 <= min_weight < np.inf:
         raise ValueError(f"min_weight: expected a number from 0 up, got {min_weight!r}")
@@ -82,7 +88,7 @@ def _lines(patterns: Patterns, min_weight: float, most_heads: int) -> _Lines:
         )
     panel, dest, src = np.nonzero(~np.isnan(patterns.values))
     weight = patterns.values[panel, dest, src]
-    if patterns.signed:
+    if signed:
         raise ValueError(
             f"style: expected attention, which is never below 0, for lines; got {patterns.what} from {number(weight.min())} to "
             f"{number(weight.max())}; draw style='pattern'"
@@ -106,9 +112,9 @@ def _trace(
     y = (dest + (src - dest) * along).ravel()
     texts = []
     for i in chosen:
-        told = [f"destination {patterns.dests[found.dest[i]]}", f"source {patterns.srcs[found.src[i]]}"]
-        told = [name, *told] if name else told
-        texts += [lines(*told, f"{patterns.what} {number(found.weight[i], 5)}")] * len(along)
+        notes = [f"destination {patterns.dests[found.dest[i]]}", f"source {patterns.srcs[found.src[i]]}"]
+        notes = [name, *notes] if name else notes
+        texts += [lines(*notes, f"{patterns.what} {number(found.weight[i], 5)}")] * len(along)
     return go.Scatter(
         x=x,
         y=y,
@@ -129,31 +135,32 @@ def _pixels(strength: float) -> float:
 def _key(text: str, colour: str, strength: float, group: str | None) -> go.Scatter:
     """An entry of the legend, which hides the lines of its group."""
     line = {"color": rgba(colour, round(0.12 + 0.88 * strength, 3)), "width": _pixels(strength)}
-    return go.Scatter(
-        x=[None],
-        y=[None],
-        mode="lines",
-        line=line,
-        name=plain(shortened(text)),
-        legendgroup=None if group is None else plain(group),
-        showlegend=True,
-        hoverinfo="skip",
-    )
+    grouped = None if group is None else plain(group)
+    how = {"mode": "lines", "showlegend": True, "hoverinfo": "skip"}
+    return legend_entry(plain(shortened(text)), line=line, legendgroup=grouped, **how)
 
 
-def _axes(figure: Figure, patterns: Patterns) -> Frame:
+def _axes(figure: Figure, patterns: Patterns, paper: Paper) -> Frame:
     """Destinations as ticks on the left, sources on the right."""
     several = len(patterns.names) > 1
     n_rows = max(len(patterns.dests), len(patterns.srcs))
-    row = min(22.0, max(13.0, 660 / n_rows))
-    sides = [[shortened(label) for label in labels] for labels in (patterns.dests, patterns.srcs)]
+    row = min(22.0, paper.down(700.0) / n_rows)
+    sides = [
+        [shortened(label, min(paper.letters, 12 if paper.narrow else 24)) for label in labels]
+        for labels in (patterns.dests, patterns.srcs)
+    ]
+    every = 1 if row >= 12.5 else 2 if row >= 6.5 else 5
     common = {"tickmode": "array", "showgrid": False, "zeroline": False, "ticks": "", "range": [n_rows - 0.5, -0.5]}
     for axis, labels, title in (
         ("yaxis", sides[0], "destination (attends)"),
         ("yaxis2", sides[1], "source (attended to)"),
     ):
-        shown = {"tickvals": list(range(len(labels))), "ticktext": [plain(label) for label in labels]}
-        small = {"tickfont": {"size": 12 if row >= 15 else 11}, "title": {"text": title, "standoff": 10}}
+        shown = {
+            "tickvals": list(range(0, len(labels), every)),
+            "ticktext": [plain(label) for label in labels[::every]],
+        }
+        titled = {} if paper.narrow else {"title": {"text": title, "standoff": 10}}
+        small = {"tickfont": {"size": 12 if row >= 15 else 11}, **titled}
         figure.update_layout({axis: {**common, **shown, **small}})
     figure.update_layout(
         yaxis2={"overlaying": "y", "matches": "y", "side": "right"},
@@ -172,14 +179,22 @@ def _axes(figure: Figure, patterns: Patterns) -> Frame:
         showlegend=True,
     )
     figure.add_trace(go.Scatter(x=[None], y=[None], yaxis="y2", hoverinfo="skip", showlegend=False))
-    left, right = (60 + 7 * max(map(len, labels)) for labels in sides)
-    return Frame(_WIDTH, max(row * n_rows, 40), left, right, below=18, above=34)
+    left, right = ((14 if paper.narrow else 66) + 7 * max(map(len, labels)) for labels in sides)
+    wide = min(paper.across(left, right, _WIDTH), 1.6 * _WIDTH)
+    tall = max(row * n_rows, 40)
+    if not paper.narrow:
+        return Frame(wide, tall, left, right, below=18, above=34)
+    n_entries = len(patterns.names) if several else 3
+    figure.update_layout(
+        legend={"orientation": "v", "y": -10 / tall, "yanchor": "top", "tracegroupgap": 0}, legend_title_side="top"
+    )
+    return Frame(wide, tall, left, right, below=28 + 20 * n_entries + 18 * (not several))
 
 
-def _notes(found: _Lines, min_weight: float, patterns: Patterns) -> tuple[str, ...]:
+def _notes(found: _Lines, min_weight: float, patterns: Patterns, largest: float) -> tuple[str, ...]:
     weights = found.weight.astype(np.float64)
     left_out = ~found.drawn
-    parts = [f"lines as strong and wide as the {patterns.what}, up to {number(patterns.largest)}"]
+    parts = [f"lines as strong and wide as the {patterns.what}, up to {number(largest)}"]
     if left_out.any():
         share = weights[left_out].sum() / weights.sum()
         under = f"under {number(min_weight)}" if min_weight > 0 else "of 0"

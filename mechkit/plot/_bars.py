@@ -10,20 +10,25 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import plotly.graph_objects as go
 from torch import Tensor
 
 from mechkit._check import checked
-from mechkit.plot._figure import Facts, Figure, Frame, Table, axis_lines, dress, label_axis
-from mechkit.plot._heads import Cells, cells_of, floats, interval_of
-from mechkit.plot._text import caption_of, lines, number, plain, shortened, technique_of, title_of
+from mechkit.plot._cells import Cells, cells_of, floats, interval_of
+from mechkit.plot._figure import Facts, Figure, Frame, Notes, Table, axis_lines, dress, label_axis, labels_across
+from mechkit.plot._points import ends_of, mark_run, points
+from mechkit.plot._scale import sign_colour
+from mechkit.plot._size import Length, Paper, paper_in, redrawn
+from mechkit.plot._text import caption_of, from_base, lines, number, plain, shortened, technique_of, title_of
 from mechkit.plot._theme import Theme, rgba, theme_of
 from mechkit.result import Result
 
-_MOST = 200  # bars that can be told apart
+_MOST = 200  # bars that can be distinguished
 _DIRECT = "direct logit attribution"  # its parts add up
 _ATTRIBUTIONS = (
     _DIRECT,
@@ -53,6 +58,7 @@ class _Shown:
 
 
 @checked
+@redrawn
 def bars(
     result: Result,
     *,
@@ -61,8 +67,13 @@ def bars(
     normalized: bool = False,
     level: float = 0.95,
     title: str | None = None,
+    size: Literal["column", "page", "slide"] | None = None,
+    width: Length | None = None,
+    height: Length | None = None,
+    font_size: float | None = None,
+    caption: bool = True,
+    annotations: Notes | None = None,
     theme: str = "light",
-    height: int | None = None,
 ) -> Figure:
     """Draw a result as horizontal bars, one for each component, layer, head, token or run; or as a running sum.
 
@@ -78,8 +89,8 @@ def bars(
             base run.
         level: Of the intervals.
         title: Of the figure, as plain text; made from the provenance by default.
+        size, width, height, font_size, caption, annotations: See `Figure.resized`.
         theme: `"light"` or `"dark"`.
-        height: Of the figure in pixels.
 
     Returns:
         A figure; `table()` has a row for each bar: `label`, `value` (the mean metric; where there are baselines `effect` is
@@ -95,7 +106,7 @@ def bars(
         >>> bars(scores).table()["value"].tolist()
         [0.5, -2.0]
     """
-    colours = theme_of(theme)
+    colours, paper = theme_of(theme), paper_in(size)
     if k is not None and (isinstance(k, bool) or not hasattr(k, "__index__") or k < 1):
         raise ValueError(f"k: expected a whole number of at least 1, got {k!r}")
     if not 0 < level < 1:
@@ -109,14 +120,18 @@ def bars(
         )
     cells = cells_of(result, normalized=normalized)
     shown = _running(result, cells, level, runs_up) if line else _chosen(result, cells, k, level, normalized)
-    caption = caption_of(result.provenance, averaged=result.unit != "p")
-    facts = Facts("bars", _default_title(result, line) if title is None else title, (*caption, *shown.notes))
+    told = caption_of(result.provenance, averaged=result.unit != "p")
+    facts = Facts("bars", _default_title(result, line) if title is None else title, (*told, *shown.notes))
     hover = _hover(shown, result, cells.unit)
     axis = (cells.axis, "" if line else _meaning(result, cells, shown))
     draw = _draw_line if line else _draw_bars
     figure = Figure()
-    frame = draw(figure, shown, hover, cells.others, colours, axis)
-    return dress(figure, colours, frame, facts, shown.table, height=height)
+    frame = draw(figure, shown, hover, cells.others, colours, axis, paper)
+    places = {
+        label: (i, y, "") if line else (y, i, "")
+        for i, (label, y) in enumerate(zip(shown.labels, shown.lengths, strict=True))
+    }
+    return dress(figure, colours, frame, facts, shown.table, paper, places=lambda: places)
 
 
 def _interval_note(what: str, level: float, result: Result) -> str:
@@ -244,7 +259,7 @@ def _default_title(result: Result, line: bool) -> str:
 
 
 def _hover(shown: _Shown, result: Result, unit: str) -> list[str]:
-    told = []
+    notes = []
     for i, label in enumerate(shown.labels):
         parts = [label]
         if shown.metric is None:
@@ -252,19 +267,25 @@ def _hover(shown: _Shown, result: Result, unit: str) -> list[str]:
             parts += [f"{'sum of ' if is_sum else ''}{result.metric} {number(shown.lengths[i], 5)}{unit}"]
         else:
             parts += [f"{result.metric} {number(shown.metric[i], 5)}{unit}"]
-            parts += [f"{number(shown.lengths[i], 5, sign='+')}{unit} from the {result.base} run"]
+            parts += [from_base(shown.lengths[i], unit, result.base)]
         if not math.isnan(shown.low[i]):
             parts += [f"interval {number(shown.low[i], 4)} to {number(shown.high[i], 4)}"]
-        told.append(lines(*parts))
-    return told
+        notes.append(lines(*parts))
+    return notes
 
 
 def _draw_bars(
-    figure: Figure, shown: _Shown, hover: list[str], others: dict[str, float], theme: Theme, axis: tuple[str, str]
+    figure: Figure,
+    shown: _Shown,
+    hover: list[str],
+    others: dict[str, float],
+    theme: Theme,
+    axis: tuple[str, str],
+    paper: Paper,
 ) -> Frame:
     n = len(shown.lengths)
-    pitch = min(24.0, max(900 / n, 6.6))
-    colours = [theme.negative if length < 0 else theme.positive for length in shown.lengths]
+    pitch = min(24.0, max(paper.down(720.0) / n, 2.0))
+    colours = [sign_colour(length, theme, zero=theme.positive) for length in shown.lengths]  # the rest is grey
     if shown.rest:
         colours[-1] = theme.grey
     whiskers = {
@@ -293,33 +314,39 @@ def _draw_bars(
     low, high = _range(shown)
     for name, at in others.items():
         if 2 * low <= at <= 2 * high:  # near enough not to squeeze the bars
-            figure.add_vline(at, line={"color": theme.muted, "width": 1, "dash": "dot"}, layer="below")
-            figure.add_annotation(
-                x=at, y=1, yref="paper", text=plain(f"{name} run"), showarrow=False, yshift=9, font_color=theme.muted
-            )
+            mark_run(figure, "x", at, name, theme, shift=9)
             low, high = min(low, at), max(high, at)
-    names = [shortened(label) for label in shown.labels]
+    names = [shortened(label, 15 if paper.narrow else 24) for label in shown.labels]
+    if shown.rest and paper.narrow:
+        names[-1] = f"others ({shown.rest:,})"
     room = 0.04 * (high - low)
-    figure.update_xaxes(**axis_lines(theme), title_text="<br>".join(plain(part) for part in axis if part))
+    longest = max(map(len, names))
+    left, right = (28 + 7 * longest, 40) if paper.width is None else (30 + round(7.4 * longest), 20)
+    wide = paper.across(left, right, 460)
+    letters = max(round((wide + 2 * min(left, right)) / 7.2), 20)  # the title is centred below the bars
+    title = [part for text in axis if text for part in textwrap.wrap(text, letters)]
+    figure.update_xaxes(**axis_lines(theme), title_text="<br>".join(map(plain, title)))
     figure.update_xaxes(title_font_size=12, title_standoff=8)
     figure.update_xaxes(range=[low - room * (low < 0), high + room * (high > 0)])
-    figure.update_yaxes(**label_axis(names, pitch, 13), range=[n - 0.4, -0.6], title_text="")
+    small = {} if pitch >= 13 else {"tickfont": {"size": max(8.0, 0.95 * pitch)}}  # rather than no name
+    figure.update_yaxes(**label_axis(names, pitch, 13 if pitch >= 13 else 8.2), **small)
+    figure.update_yaxes(range=[n - 0.4, -0.6], title_text="")
     figure.update_layout(bargap=0.25 if pitch > 10 else 0.15)
-    return Frame(
-        460,
-        pitch * n,
-        left=28 + 7 * max(map(len, names)),
-        right=40,
-        below=54 + 16 * bool(axis[1]),
-        above=14 * bool(others),
-    )
+    return Frame(wide, pitch * n, left, right, below=38 + 16 * len(title), above=14 * bool(others))
 
 
 def _draw_line(
-    figure: Figure, shown: _Shown, hover: list[str], others: dict[str, float], theme: Theme, axis: tuple[str, str]
+    figure: Figure,
+    shown: _Shown,
+    hover: list[str],
+    others: dict[str, float],
+    theme: Theme,
+    axis: tuple[str, str],
+    paper: Paper,
 ) -> Frame:
     n = len(shown.lengths)
-    pitch = min(48.0, max(760 / n, 6.0))
+    left, right = 84, 20 if paper.width is not None else 40
+    pitch = min(48.0, max(760 / n, 6.0)) if paper.width is None else paper.across(left, right, 760) / n
     x = np.arange(n)
     if not np.isnan(shown.low).all():
         figure.add_trace(
@@ -333,33 +360,21 @@ def _draw_line(
                 showlegend=False,
             )
         )
-    figure.add_trace(
-        go.Scatter(
-            x=x,
-            y=shown.lengths,
-            mode="lines+markers",
-            line={"color": theme.positive, "width": 2},
-            marker_size=6 if pitch > 10 else 4,
-            hovertext=hover,
-            hoverinfo="text",
-            showlegend=False,
-        )
-    )
+    line = {"mode": "lines+markers", "line": {"color": theme.positive, "width": 2}}
+    figure.add_trace(points(x, shown.lengths, hover, {"size": 6 if pitch > 10 else 4}, **line))
     names = [shortened(label) for label in shown.labels]
-    longest = max(map(len, names))
-    slanted = 7 * longest + 6 > pitch
+    ticks = labels_across(names, pitch)
     low, high = _range(shown)
     room = 0.05 * (high - low)
-    figure.update_xaxes(**label_axis(names, pitch, 13 if slanted else 7 * longest + 6))
-    figure.update_xaxes(range=[-0.5, n - 0.5], tickangle=-50 if slanted else 0)
+    figure.update_xaxes(**ticks.axis, range=[-0.5, n - 0.5])
     figure.update_yaxes(
         **axis_lines(theme), title_text=plain(axis[0]), title_font_size=12, range=[low - room, high + room]
     )
-    return Frame(max(pitch * n, 300), 300, left=84, right=40, below=24 + (6 * longest if slanted else 14))
+    below = 24 + (6 * ticks.longest if ticks.slanted else 14)
+    return Frame(max(pitch * n, 300 if paper.width is None else 60), paper.down(300.0), left, right, below)
 
 
 def _range(shown: _Shown) -> tuple[float, float]:
     """From the lowest to the highest end of a bar or an interval, 0 included."""
-    ends = np.concatenate([shown.lengths, shown.low, shown.high, [0.0]])
-    low, high = float(np.nanmin(ends)), float(np.nanmax(ends))
+    low, high = ends_of(shown.lengths, shown.low, shown.high, zero=True)
     return (low, high) if low < high else (-1.0, 1.0)  # all bars are 0

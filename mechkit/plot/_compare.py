@@ -3,17 +3,16 @@
 1. Take the effects, averaged over prompts, of the cells (or edges) that both have: approximate across, exact up.
 2. Draw both axes on one scale with the identity line, on which a perfect approximation lies; and, dotted, the line through 0 that
    comes closest to the exact effects: its slope is what to multiply the approximation by.
-3. Write the names of the worst cells next to them, where no other name or point is (`place_labels`): eight places around the
-   point are tried, then places farther off, with a line to the point. Say in the caption how well the two agree.
+3. Write the names of the worst cells next to them (`_points.py`). Say in the caption how well the two agree.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-import unicodedata
-from collections.abc import Sequence
+import textwrap
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import plotly.graph_objects as go
@@ -24,18 +23,17 @@ from mechkit.attribution import Comparison
 from mechkit.attribution import compare as compare_results
 from mechkit.attribution.comparison import signs_agree, slope_of
 from mechkit.circuits import EdgeScores
-from mechkit.plot._figure import Facts, Figure, Frame, Table, axis_lines, dress
+from mechkit.plot._figure import Facts, Figure, Frame, Notes, Table, axis_lines, dress
+from mechkit.plot._points import MOST, ends_of, padded, points, thinned, write_labels
+from mechkit.plot._size import Length, paper_in, redrawn
 from mechkit.plot._tables import to_numpy
-from mechkit.plot._text import caption_of, lines, number, plain, shortened, technique_of
-from mechkit.plot._theme import Theme, rgba, theme_of
+from mechkit.plot._text import caption_of, lines, number, plain, spaced, technique_of
+from mechkit.plot._theme import Theme, theme_of
 from mechkit.result import Result
+from mechkit.result._columns import columns_of
 
-MOST = 4000  # points that a browser draws at once
 _SIDE = 460  # pixels of the area
 _NAMED = 10  # of the worst cells
-_LINE = 14  # pixels: the height of a point's name
-_AROUND = [(1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1)]
-_FARTHER = (0, 12, 26, 42)  # pixels beyond the point's edge
 
 
 @dataclass(frozen=True)
@@ -59,11 +57,18 @@ class _Agreement:
 
 
 @checked
+@redrawn
 def compare(
     approx: Comparison | Result | EdgeScores,
     exact: Result | EdgeScores | None = None,
     *,
     title: str | None = None,
+    size: Literal["column", "page", "slide"] | None = None,
+    width: Length | None = None,
+    height: Length | None = None,
+    font_size: float | None = None,
+    caption: bool = True,
+    annotations: Notes | None = None,
     theme: str = "light",
 ) -> Figure:
     """Draw approximate against exact effects, one point a cell.
@@ -73,6 +78,7 @@ def compare(
         exact: The exact result of the same cells, prompts and metric (`activation_patching`), or exact `EdgeScores`
             (`edge_patching`), of which the edges that both have are compared.
         title: Of the figure, as plain text; made from the techniques by default.
+        size, width, height, font_size, caption, annotations: See `Figure.resized`.
         theme: `"light"` or `"dark"`.
 
     Returns:
@@ -86,45 +92,43 @@ def compare(
     Example:
         >>> compare(mk.compare(approx, exact))  # the same as compare(approx, exact)
     """
-    colours = theme_of(theme)
+    colours, paper = theme_of(theme), paper_in(size)
     agreement = _agreement(approx, exact)
     x, y = agreement.approx, agreement.exact
     error = np.abs(x - y)
     worst = [int(i) for i in np.argsort(-error, kind="stable")[:_NAMED] if error[i] > 0]
     drawn = np.union1d(thinned(np.maximum(np.maximum(np.abs(x), np.abs(y)), error), MOST), worst).astype(int)
-    span = padded(float(min(x.min(), y.min(), 0)), float(max(x.max(), y.max(), 0)))
+    span = padded(*ends_of(x, y, zero=True))
 
+    right = 60 if paper.width is None else 20
+    side = min(paper.across(84, right, _SIDE), paper.down(_SIDE if paper.width is None else 1.15 * _SIDE))
     figure = Figure()
     _draw_lines(figure, agreement, span, colours)
-    figure.add_trace(
-        go.Scatter(
-            x=x[drawn],
-            y=y[drawn],
-            mode="markers",
-            marker={
-                "size": 7,
-                "color": colours.positive,
-                "opacity": 0.75,
-                "line": {"width": 0.5, "color": colours.paper},
-            },
-            hovertext=[_hover(agreement, i) for i in drawn.tolist()],
-            hoverinfo="text",
-            showlegend=False,
-        )
-    )
-    left_out = write_labels(figure, x, y, agreement.labels, worst, drawn, (_SIDE, _SIDE), (span, span), colours)
+    outline = {"width": 0.5, "color": colours.paper}
+    marker = {"size": 7, "color": colours.positive, "opacity": 0.75, "line": outline}
+    figure.add_trace(points(x[drawn], y[drawn], [_hover(agreement, i) for i in drawn.tolist()], marker))
+    left_out = write_labels(figure, x, y, agreement.labels, worst, drawn, (side, side), (span, span), colours)
     for update, of in ((figure.update_xaxes, "approximate"), (figure.update_yaxes, "exact")):
-        text = plain(f"{of} {agreement.what}")
+        text = "<br>".join(map(plain, textwrap.wrap(f"{of} {agreement.what}", max(round((side + 40) / 7), 20))))
         update(**axis_lines(colours), range=span, title={"text": text, "font_size": 12, "standoff": 10})
         update(zerolinecolor=colours.grid, zerolinewidth=2)
     figure.update_yaxes(scaleanchor="x", constrain="domain")
     figure.update_layout(
-        legend={"x": 0, "y": 1.01, "xanchor": "left", "yanchor": "bottom", "orientation": "h", "itemclick": False},
+        legend={
+            "x": -0.18 if paper.narrow else 0,
+            "y": 1.01,
+            "xanchor": "left",
+            "yanchor": "bottom",
+            "orientation": "h",
+            "itemclick": False,
+        },
     )
-    caption = _caption(agreement, len(drawn), left_out)
-    facts = Facts("compare", title if title is not None else _default_title(agreement), caption)
-    frame = Frame(_SIDE, _SIDE, left=84, right=60, below=56, above=28)
-    return dress(figure, colours, frame, facts, agreement.table)
+    told = _caption(agreement, len(drawn), left_out)
+    facts = Facts("compare", title if title is not None else _default_title(agreement), told)
+    below = 56 + 15 * ("<br>" in text)
+    frame = Frame(side, side, left=84, right=right, below=below, above=28 + 20 * paper.narrow)
+    places = {name: (x_, y_, "") for name, x_, y_ in zip(agreement.labels, x, y, strict=True)}
+    return dress(figure, colours, frame, facts, agreement.table, paper, places=lambda: places)
 
 
 def _agreement(approx: Comparison | Result | EdgeScores, exact: Result | EdgeScores | None) -> _Agreement:
@@ -143,19 +147,14 @@ def _agreement(approx: Comparison | Result | EdgeScores, exact: Result | EdgeSco
 
 
 def _of_cells(found: Comparison) -> _Agreement:
-    cells = found.approx.top(max(1, found.approx.values.numel()))  # with the labels that results have everywhere
-    order = {
-        coords: i for i, coords in enumerate(itertools.product(*(found.approx.coords[d] for d in found.approx.dims)))
-    }
-    at = sorted((order[tuple(cell.coords.values())], cell.label) for cell in cells)
-    if not at:
+    compared = columns_of(found.approx).present()
+    if not len(compared):
         raise ValueError("approx: expected a comparison of at least one cell, got none")
-    index = [i for i, _ in at]
-    x, y = (to_numpy(one.values).ravel()[index] for one in (found.approx, found.exact))
+    x, y = (to_numpy(one.values).ravel()[compared.cells()] for one in (found.approx, found.exact))
     what = "size of the effect" if found.magnitude else "effect"
     unit = found.approx.unit
     return _Agreement(
-        labels=tuple(label for _, label in at),
+        labels=tuple(compared.names()),
         approx=x,
         exact=y,
         pearson=found.pearson,
@@ -164,7 +163,7 @@ def _of_cells(found: Comparison) -> _Agreement:
         sign_agreement=found.sign_agreement,
         magnitude=found.magnitude,
         what=f"{what} on {found.approx.metric} ({unit})",
-        unit="" if unit == "normalized" else f" {unit}",
+        unit=spaced(unit),
         origins=(found.approx, found.exact),
     )
 
@@ -196,17 +195,17 @@ def _of_edges(approx: EdgeScores, exact: EdgeScores) -> _Agreement:
         sign_agreement=signs_agree(*tensors),
         magnitude=False,
         what=f"score of an edge, {approx.metric} ({approx.unit})",
-        unit="" if approx.unit == "normalized" else f" {approx.unit}",
+        unit=spaced(approx.unit),
         origins=(approx.result, exact.result),
     )
 
 
 def _draw_lines(figure: Figure, agreement: _Agreement, span: tuple[float, float], theme: Theme) -> None:
     ends = np.array(span)
-    told = [("exact = approximate", 1.0, "solid")]
+    notes = [("exact = approximate", 1.0, "solid")]
     if not math.isnan(agreement.slope):
-        told.append((f"exact = {number(agreement.slope)} × approximate, the best fit", agreement.slope, "dot"))
-    for name, slope, dash in told:
+        notes.append((f"exact = {number(agreement.slope)} × approximate, the best fit", agreement.slope, "dot"))
+    for name, slope, dash in notes:
         figure.add_trace(
             go.Scatter(
                 x=ends,
@@ -239,10 +238,10 @@ def _default_title(agreement: _Agreement) -> str:
 
 def _caption(agreement: _Agreement, n_drawn: int, left_out: int) -> tuple[str, ...]:
     parts = [caption_of(result.provenance) for result in agreement.origins]
-    told = list(dict.fromkeys(itertools.chain(*parts)))
+    notes = list(dict.fromkeys(itertools.chain(*parts)))
     n = len(agreement.labels)
     error = np.abs(agreement.approx - agreement.exact)
-    told += [
+    notes += [
         f"{n:,} {'edge' if '->' in agreement.labels[0] else 'cell'}{'s' if n != 1 else ''}",
         f"Pearson {_of(agreement.pearson)}",
         f"Spearman {_of(agreement.spearman)}",
@@ -252,128 +251,11 @@ def _caption(agreement: _Agreement, n_drawn: int, left_out: int) -> tuple[str, .
         f"largest error {number(error.max())}{agreement.unit} ({agreement.labels[int(error.argmax())]})",
     ]
     if n_drawn < n:
-        told.append(f"{n_drawn:,} points are drawn: the largest, and an even sample of the others")
+        notes.append(f"{n_drawn:,} points are drawn: the largest, and an even sample of the others")
     if left_out:
-        told.append(f"{left_out} of the worst cells are not named for want of room")
-    return tuple(told)
+        notes.append(f"{left_out} of the worst cells are not named for want of room")
+    return tuple(notes)
 
 
 def _of(correlation: float) -> str:
     return "undefined" if math.isnan(correlation) else f"{correlation:.3f}".replace("-", "−")
-
-
-# -- names beside points: shared with heads -----------------------------------------------------------------------------
-
-
-def write_labels(
-    figure: Figure,
-    x: np.ndarray,
-    y: np.ndarray,
-    labels: Sequence[str],
-    wanted: Sequence[int],
-    drawn: np.ndarray,
-    area: tuple[float, float],
-    ranges: Sequence[tuple[float, float]],
-    theme: Theme,
-) -> int:
-    """Write names next to points, where there is room.
-
-    Args:
-        x, y, labels: Of all points.
-        wanted: Which names to write, the most important first.
-        drawn: Which points are in the figure; names keep off these.
-        area: Pixels of the area, across and down.
-        ranges: What the two axes show.
-
-    Returns:
-        For how many there was no room.
-    """
-    pixels = [(v - low) / (high - low) * size for v, (low, high), size in zip((x, y), ranges, area, strict=True)]
-    names = [shortened(labels[i]) for i in wanted]
-    places = place_labels(np.stack(pixels, 1), drawn, wanted, [_pixels(name) for name in names], area)
-    for i, name, place in zip(wanted, names, places, strict=True):
-        if place is None:
-            continue
-        right, up, near = place
-        figure.add_annotation(
-            x=x[i],
-            y=y[i],
-            text=plain(name),
-            showarrow=not near,
-            arrowhead=0,
-            arrowwidth=0.8,
-            arrowcolor=theme.muted,
-            standoff=4,
-            xanchor="left" if right > 0 else "right" if right < 0 else "center",
-            yanchor="bottom" if up > 0 else "top" if up < 0 else "middle",
-            font={"size": 11, "color": theme.ink},
-            bgcolor=rgba(theme.paper, 0.7),
-            borderpad=0,
-            name="label",
-            **({"xshift": right, "yshift": up} if near else {"ax": right, "ay": -up}),
-        )
-    return sum(place is None for place in places)
-
-
-def place_labels(
-    points: np.ndarray, drawn: np.ndarray, wanted: Sequence[int], widths: Sequence[float], area: tuple[float, float]
-) -> list[tuple[float, float, bool] | None]:
-    """Where names go so that no two overlap, and they hide no point if that can be.
-
-    Args:
-        points: `[point 2]` in pixels from the lower left.
-        drawn: Which points there are to be hidden.
-        wanted: The points to be named, in order: an earlier one has the choice.
-        widths: Pixels that each of these names takes.
-        area: What names may not leave, in pixels.
-
-    Returns:
-        For each name how far it is to the right of its point and above it, and whether it is next to it (else a line leads
-        there). What is that far away is its nearest edge, or its middle where the number is 0. `None` where there is no room.
-    """
-    taken: list[tuple[float, float, float, float]] = []  # left, right, bottom, top
-    found: list[tuple[float, float, bool] | None] = []
-    for i, width in zip(wanted, widths, strict=True):
-        others = points[drawn[drawn != i]]
-        best, fewest = None, math.inf
-        for farther, (right, up) in itertools.product(_FARTHER, _AROUND):
-            off = (4 if right and up else 6) + farther
-            middle = points[i] + (right * (width / 2 + off), up * (_LINE / 2 + off))
-            box = (middle[0] - width / 2, middle[0] + width / 2, middle[1] - _LINE / 2, middle[1] + _LINE / 2)
-            inside = box[0] >= 0 and box[1] <= area[0] and box[2] >= 0 and box[3] <= area[1]
-            free = all(box[1] <= t[0] or box[0] >= t[1] or box[3] <= t[2] or box[2] >= t[3] for t in taken)
-            if not inside or not free:
-                continue
-            across = (others[:, 0] > box[0] - 4) & (others[:, 0] < box[1] + 4)
-            hidden = int((across & (others[:, 1] > box[2] - 4) & (others[:, 1] < box[3] + 4)).sum())
-            if hidden < fewest:
-                best, fewest = ((right * off, up * off, farther == 0), box), hidden
-            if hidden == 0:
-                break
-        found.append(best[0] if best else None)
-        taken += [best[1]] if best else []
-    return found
-
-
-def _pixels(text: str) -> float:
-    """About how wide a point's name is."""
-    wide = sum(unicodedata.east_asian_width(letter) in "WF" for letter in text)
-    broad = sum(letter in "mwMW@%…" or letter.isupper() for letter in text)
-    return 6 * len(text) + 6 * wide + 3 * broad + 4
-
-
-def thinned(importance: np.ndarray, most: int) -> np.ndarray:
-    """Which of many points to draw: all, or the most important half of `most` and an even sample of the others; in order."""
-    n = len(importance)
-    if n <= most:
-        return np.arange(n)
-    order = np.argsort(-importance, kind="stable")
-    rest = np.sort(order[most // 2 :])
-    sample = rest[np.linspace(0, len(rest) - 1, most - most // 2).round().astype(int)]
-    return np.sort(np.concatenate([order[: most // 2], sample]))
-
-
-def padded(low: float, high: float, share: float = 0.08) -> tuple[float, float]:
-    """An axis's range with room at both ends."""
-    room = share * (high - low) or 0.1 * abs(high) or 1.0
-    return low - room, high + room

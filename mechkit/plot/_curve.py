@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,14 +19,16 @@ from torch import Tensor
 
 from mechkit._check import checked
 from mechkit.circuits import FaithfulnessCurve
-from mechkit.plot._figure import Facts, Figure, Frame, axis_lines, dress
+from mechkit.plot._figure import Facts, Figure, Frame, Notes, axis_lines, dress
+from mechkit.plot._points import points
+from mechkit.plot._size import Length, Paper, paper_in, redrawn
 from mechkit.plot._text import caption_of, number, plain
 from mechkit.plot._theme import Theme, rgba, theme_of
 
 Numbers = Sequence[float] | Tensor
 
 
-def _drawn(found: FaithfulnessCurve, title: str | None, theme: str) -> Figure:
+def _drawn(found: FaithfulnessCurve, title: str | None, theme: str, paper: Paper) -> Figure:
     """A curve as it came from `faithfulness_curve`."""
     n = len(found.runs.coords["prompt"])
     seen = {None: [], 0: ["all held out"], n: ["the ones that were scored"]}.get(
@@ -47,19 +50,12 @@ def _drawn(found: FaithfulnessCurve, title: str | None, theme: str) -> Figure:
         ends |= {"random_low": random.amin(0).tolist(), "random_high": random.amax(0).tolist()}
         caption.append(f"random circuits of the same sizes: mean and range of {len(random)}")
     title = found.title if title is None else title
-    return curve(
-        found.n_edges,
-        found.faithfulness,
-        kept=found.kept,
-        title=title,
-        size="edges chosen",
-        caption=caption,
-        theme=theme,
-        **ends,
-    )
+    given = {"faithfulness": found.faithfulness, "kept": found.kept, **ends}
+    return _draw(found.n_edges, given, title, "", "edges chosen", caption, theme_of(theme), paper)
 
 
 @checked
+@redrawn
 def curve(
     n_edges: Numbers | FaithfulnessCurve,
     faithfulness: Numbers | None = None,
@@ -72,15 +68,20 @@ def curve(
     kept: Numbers | None = None,
     title: str | None = None,
     unit: str = "",
-    size: str = "edges kept",
-    caption: Sequence[str] = (),
+    axis: str = "edges kept",
+    size: str | None = None,
+    width: Length | None = None,
+    height: Length | None = None,
+    font_size: float | None = None,
+    caption: Sequence[str] | bool = (),
+    annotations: Notes | None = None,
     theme: str = "light",
 ) -> Figure:
     """Draw a faithfulness curve.
 
     Args:
         n_edges: How many edges each circuit has, ascending, at least 1 (the axis is logarithmic). Or a `FaithfulnessCurve`, with
-            nothing else but a title and a theme.
+            nothing else but a title, a size and a theme.
         faithfulness: Of each circuit: 0 is the corrupted run, 1 the whole model. NaN is left out.
         low, high: Ends of its interval, both or neither.
         random: Faithfulness of random circuits of the same sizes.
@@ -89,8 +90,9 @@ def curve(
         title: Of the figure, as plain text.
         unit: What faithfulness is measured in, for the axis; empty if it is normalized. The lines at 0 and 1 are drawn in that
             case alone.
-        size: What the sizes are of: the axis's title.
-        caption: Parts of the small print: model, task, number of prompts, what was ablated.
+        axis: What the sizes are of: the axis's title.
+        size, width, height, font_size, annotations: See `Figure.resized`. A `size` that is no preset is taken for `axis`.
+        caption: Parts of the small print: model, task, number of prompts, what was ablated. `False`: none is written.
         theme: `"light"` or `"dark"`.
 
     Returns:
@@ -102,14 +104,18 @@ def curve(
     """
     if isinstance(n_edges, FaithfulnessCurve):
         others = (faithfulness, low, high, random, random_low, random_high, kept)
-        if any(other is not None for other in others) or unit or caption:
-            raise ValueError("n_edges: a FaithfulnessCurve has its own numbers; expected title and theme alone with it")
-        return _drawn(n_edges, title, theme)
+        if (
+            any(other is not None for other in others)
+            or unit
+            or not isinstance(caption, bool | tuple)
+            or caption not in (*((), True, False),)
+        ):
+            raise ValueError(
+                "n_edges: a FaithfulnessCurve has its own numbers; expected a title, a size and a theme alone with it"
+            )
+        return _drawn(n_edges, title, theme, paper_in(size))
     if faithfulness is None:
         raise ValueError("faithfulness: expected one number for each size, or a FaithfulnessCurve alone")
-    x = _floats("n_edges", n_edges)
-    if not x or not all(1 <= size < math.inf for size in x) or any(b <= a for a, b in itertools.pairwise(x)):
-        raise ValueError(f"n_edges: expected ascending numbers of at least 1, got {x}")
     given = {
         "faithfulness": faithfulness,
         "low": low,
@@ -119,6 +125,23 @@ def curve(
         "random_high": random_high,
         "kept": kept,
     }
+    small_print = () if isinstance(caption, bool) else caption
+    return _draw(n_edges, given, title, unit, axis, small_print, theme_of(theme), paper_in(size))
+
+
+def _draw(
+    n_edges: Numbers,
+    given: Mapping[str, Numbers | None],
+    title: str | None,
+    unit: str,
+    axis: str,
+    caption: Sequence[str],
+    colours: Theme,
+    paper: Paper,
+) -> Figure:
+    x = _floats("n_edges", n_edges)
+    if not x or not all(1 <= size < math.inf for size in x) or any(b <= a for a, b in itertools.pairwise(x)):
+        raise ValueError(f"n_edges: expected ascending numbers of at least 1, got {x}")
     y = {name: _checked(name, values, len(x)) for name, values in given.items() if values is not None}
     if all(map(math.isnan, y["faithfulness"])):
         raise ValueError("faithfulness: expected at least one number, got NaN alone")
@@ -126,18 +149,23 @@ def curve(
         raise ValueError(
             "random: expected the faithfulness of random circuits with its interval, got the interval alone"
         )
-    figure, colours = Figure(), theme_of(theme)
+    figure = Figure()
     if "random" in y:
         figure.add_traces(_band(x, y, "random_low", "random_high", rgba(colours.grey, 0.22)))
         figure.add_trace(_points(x, y["random"], "random circuits", colours.grey, "dash", "square", y, "random_"))
     figure.add_traces(_band(x, y, "low", "high", rgba(colours.positive, 0.20)))
     figure.add_trace(_points(x, y["faithfulness"], "circuit", colours.positive, "solid", "circle", y, ""))
     if not unit:
-        _mark_ends(figure, colours)
-    _set_axes(figure, x, unit, size, colours)
+        _mark_ends(figure, colours, paper.narrow)
+    left, right = 70, 20 if paper.narrow else 110
+    wide = paper.across(left, right, 540)
+    tall = paper.down(334.0 if paper.width is None else min(380.0, 0.75 * wide))
+    _set_axes(figure, x, unit, axis, colours, tall)
     columns = {"n_edges": np.array(x), **{name: np.array(values) for name, values in y.items()}}
     facts = Facts("curve", title or "Faithfulness by circuit size", tuple(caption))
-    dress(figure, colours, Frame(540, 334, left=70, right=110, above=6), facts, lambda: columns)
+    places = {f"{size:g}": (math.log10(size), value, "") for size, value in zip(x, y["faithfulness"], strict=True)}
+    frame = Frame(wide, tall, left=left, right=right, above=6 + 20 * paper.narrow)
+    dress(figure, colours, frame, facts, lambda: columns, paper, places=lambda: places)
     legend = {"x": 1.0, "y": 1.02, "xanchor": "right", "yanchor": "bottom", "orientation": "h"}
     figure.update_layout(showlegend="random" in y, legend=legend)
     return figure
@@ -192,36 +220,28 @@ def _points(
     hover = [f"{name}, {size}<br>{number(value, 4)}" for size, value in zip(sizes, values, strict=True)]
     if low and high:
         hover = [f"{text} ({number(a)} to {number(b)})" for text, a, b in zip(hover, low, high, strict=True)]
-    return go.Scatter(
-        x=x,
-        y=values,
-        mode="lines+markers",
-        name=name,
-        line={"color": colour, "width": 2, "dash": dash},
-        marker={"size": 7, "symbol": symbol},
-        hoverinfo="text",
-        hovertext=hover,
-    )
+    line = {"mode": "lines+markers", "line": {"color": colour, "width": 2, "dash": dash}}
+    return points(x, values, hover, {"size": 7, "symbol": symbol}, name=name, showlegend=None, **line)
 
 
-def _mark_ends(figure: Figure, theme: Theme) -> None:
+def _mark_ends(figure: Figure, theme: Theme, inside: bool) -> None:
     """A line at 0 and one at 1, with their names."""
     for height, name in ((0, "corrupted run"), (1, "whole model")):
         figure.add_hline(height, line={"color": theme.line, "width": 1, "dash": "dot"}, layer="below")
         figure.add_annotation(
             text=name,
             xref="paper",
-            x=1,
+            x=0.01 if inside and height else 1,
             y=height,
-            xanchor="left",
-            yanchor="middle",
-            xshift=6,
+            xanchor="right" if inside and not height else "left",
+            yanchor="bottom" if inside else "middle",
+            xshift=0 if inside else 6,
             showarrow=False,
             font={"size": 11, "color": theme.ink},
         )
 
 
-def _set_axes(figure: Figure, x: list[float], unit: str, size: str, theme: Theme) -> None:
+def _set_axes(figure: Figure, x: list[float], unit: str, size: str, theme: Theme, tall: float) -> None:
     figure.update_xaxes(
         **axis_lines(theme),
         type="log",
@@ -231,4 +251,5 @@ def _set_axes(figure: Figure, x: list[float], unit: str, size: str, theme: Theme
         exponentformat="none",
     )
     name = f"faithfulness ({plain(unit)})" if unit else "faithfulness (0 = corrupted run, 1 = whole model)"
-    figure.update_yaxes(**axis_lines(theme) | {"zeroline": False}, title_text=name)
+    parts = textwrap.wrap(name, max(round((tall + 60) / 8), 14))
+    figure.update_yaxes(**axis_lines(theme) | {"zeroline": False}, title_text="<br>".join(parts), title_font_size=12)

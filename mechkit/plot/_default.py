@@ -2,7 +2,7 @@
 
 1. Objects of a technique's own (a circuit, a comparison, the top tokens of a lens) have a row in `_OBJECTS`.
 2. A `Result` is judged by its dims: a pattern is drawn as a pattern, hidden states as points, values of a text's tokens as that
-   text, one dim as bars, two or three as a heat map.
+   text, those of a picture's patches as a picture, one dim as bars, two or three as a heat map.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from mechkit.plot._hidden import hidden
 from mechkit.plot._labels import token_of
 from mechkit.plot._lens import lens
 from mechkit.plot._notebook import html_of
+from mechkit.plot._patch_layout import places_of
+from mechkit.plot._patches import patches
 from mechkit.plot._scale import is_lens
 from mechkit.plot._tokens import tokens
 from mechkit.result import Result
@@ -43,7 +45,7 @@ def default(thing: Any, **options: Any) -> Figure:
     Args:
         thing: A `Result`, `TopTokens`, `Comparison`, `Erasure`, `OVSVD`, `TunedLens`, `EdgeScores`, `Circuit`, `CircuitReport`,
             `FoundCircuit`, `FaithfulnessCurve`, `LearnedMask` or `OptimalConstants`.
-        **options: Of the function that draws it.
+        **options: Of the function that draws it; for patches `picture=`, what they are laid over.
 
     Returns:
         A plotly figure; nothing is shown or written.
@@ -81,12 +83,29 @@ def _of_result(result: Result, options: dict[str, Any]) -> Figure:
         return lens(result, **options)
     if dims == ["pos"] and any(token_of(label) != str(label) for label in result.coords["pos"]):
         return tokens(result, **options)
+    if "patch" in dims and set(dims) <= {"layer", "patch"} and 0 not in result.shape and places_of(result):
+        return patches(result, **options)
+    if {"row", "column"} <= set(dims) <= {"picture", "row", "column"}:
+        return _pixels(result, options)
     if len(dims) == 1:
         n = len(result.coords[dims[0]])
         return bars(result, **_with(options, **({"k": _FEW} if n > _FEW else {})))
     if set(dims) == {"layer", "head", "to_layer", "to_head"}:
         result = _head_by_head(result.mean("prompt") if "prompt" in result.dims else result)
     return heatmap(result, **options)
+
+
+def _pixels(result: Result, options: dict[str, Any]) -> Figure:
+    """Pixels as they lie in the picture, in units of pixels; a panel for each picture, tile or view."""
+    result = result.mean("prompt") if "prompt" in result.dims else result
+    if "picture" in result.dims and len(result.coords["picture"]) == 1:
+        result = result.sel(picture=result.coords["picture"][0])
+    dims = [dim for dim in ("row", "column", "picture") if dim in result.dims]
+    order = [result.dims.index(dim) for dim in dims]
+    figure = heatmap(replace(result, values=result.values.permute(order), dims=tuple(dims)), **options)
+    figure.update_xaxes(constrain="domain")
+    figure.update_yaxes(scaleanchor="x", constrain="domain")
+    return figure
 
 
 def _head_by_head(result: Result) -> Result:

@@ -10,6 +10,7 @@ import io
 import json
 import os
 import shutil
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,20 +35,22 @@ _PICTURES = (".png", ".svg", ".pdf")
 _BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")
 
 
-def save(figure: Figure, path: Path, scale: float) -> Path:
+def save(figure: Figure, path: Path, scale: float | None) -> Path:
     """See `Figure.save`."""
     suffix = path.suffix.lower()
     if suffix not in (".html", ".json", ".csv", *_PICTURES):
         raise ValueError(
             f"path: expected a name that ends in .html, .png, .svg, .pdf, .json or .csv; got {str(path)!r}"
         )
+    dpi = figure._paper.dpi if figure._paper is not None else 192.0
+    scale = dpi / 96 if scale is None else scale
     if not 0 < scale < float("inf"):
         raise ValueError(f"scale: expected a positive number, got {scale!r}")
     if suffix == ".html":
         return write_html(figure, path)
     path = destination(path, make_folders=True)
     if suffix in _PICTURES:
-        _write_picture(figure, path, scale)
+        _write_picture(figure.still(), path, scale)
     elif suffix == ".json":
         facts = {"kind": figure.facts.kind, "title": figure.facts.title, "caption": list(figure.facts.caption)}
         columns = {name: _jsonable(column) for name, column in figure.table().items()}
@@ -161,13 +164,26 @@ def _write_picture(figure: go.Figure, path: Path, scale: float) -> None:
             "(Debian: apt install chromium), or say where it is in the environment's BROWSER_PATH, or save as .html"
         )
     try:
-        from kaleido import calc_fig_sync
+        from kaleido import PageGenerator, calc_fig_sync
     except ImportError as error:
         raise RuntimeError(
             f"{path.name}: pictures need the package kaleido; `pip install 'mechkit[export]'`, or save as .html"
         ) from error
-    options = {"format": path.suffix[1:].lower(), "scale": scale}
-    path.write_bytes(calc_fig_sync(figure.to_dict(), options, kopts={"path": browser, "mathjax": False}))
+    kind = path.suffix[1:].lower()
+    options = {"format": kind, "scale": scale if kind == "png" else 1}  # the others are as large as the figure
+    page = PageGenerator(mathjax=False)
+    page.header += "<style>@page { margin: 0 } img { display: block }</style>"  # else a PDF has a margin of 0.1 inch
+    picture = calc_fig_sync(figure.to_dict(), options, kopts={"path": browser, "page_generator": page})
+    path.write_bytes(_with_density(picture, 96 * scale) if kind == "png" else picture)
+
+
+def _with_density(png: bytes, dpi: float) -> bytes:
+    """A PNG that says how many pixels there are to the metre, so that it is as wide on paper as the figure was meant to be."""
+    head = 8 + 4 + 4 + 13 + 4  # the signature, and the chunk that has to be first
+    per_metre = round(dpi / 0.0254)
+    body = b"pHYs" + per_metre.to_bytes(4, "big") * 2 + b"\x01"
+    chunk = (len(body) - 4).to_bytes(4, "big") + body + zlib.crc32(body).to_bytes(4, "big")
+    return png[:head] + chunk + png[head:]
 
 
 def _wide(column: np.ndarray) -> np.ndarray:

@@ -2,10 +2,10 @@
 
 1. Average over prompts, if that is still to do.
 2. Lay the dims out: layer downwards, layer 0 at the top; another dim to the right; a third one, or several results, as panels.
-3. Colour the distance from the base run: a cell that does nothing is white, blue is higher and red is lower, as is usual in the
-   field (and told apart by colour-blind readers). What has no sign (probabilities, scores) runs from white to dark blue.
-   All panels share the scale.
-4. Say in the colour bar what white is, and in the caption where the numbers come from.
+3. Colour the effect, the distance from the base run: a cell that does nothing is white, blue is higher and red is lower, as is
+   usual in the field (and distinguished by colour-blind readers). What has no sign (probabilities, scores) runs from white to
+   dark blue. All panels share the scale.
+4. Say in the colour bar what white is and where the other run is, and in the caption where the numbers come from.
 
 The module is named with an underscore because a submodule `heatmap` would take the place of the function
 `mechkit.plot.heatmap` as soon as it is imported.
@@ -16,20 +16,39 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 from torch import Tensor
 
 from mechkit._check import checked
-from mechkit.plot._figure import Facts, Figure, Frame, Table, dress, label_axis
-from mechkit.plot._labels import RAGGED, check_result, is_ragged
-from mechkit.plot._scale import check_scale, is_unsigned
+from mechkit.plot._figure import (
+    Facts,
+    Figure,
+    Frame,
+    Notes,
+    Place,
+    Table,
+    dress,
+    frame_cells,
+    label_axis,
+    labels_across,
+    lay_bar,
+    panels,
+    room_left,
+    title_axes,
+)
+from mechkit.plot._labels import RAGGED, axis_title, check_result, is_ragged
+from mechkit.plot._patch_layout import Patch, places_of
+from mechkit.plot._scale import Scale, check_scale, scale_around_base
+from mechkit.plot._size import Length, Paper, paper_in, redrawn
 from mechkit.plot._tables import table_of, to_numpy
-from mechkit.plot._text import caption_of, lines, number, plain, shortened, title_of
-from mechkit.plot._theme import Theme, colourscale, theme_of
+from mechkit.plot._text import caption_of, from_base, lines, number, shortened, spaced, technique_of, title_of
+from mechkit.plot._theme import Theme, theme_of
 from mechkit.result import Label, Result
+from mechkit.result._columns import are_whole
+from mechkit.result._labels import cell_label
 
 _GAP = 46  # pixels between panels
 
@@ -46,59 +65,79 @@ class _Layout:
     n_panels: int
     n_rows: int
     n_columns: int
+    paper: Paper
+    left: float
 
     @property
     def cell(self) -> tuple[float, float]:
-        width, height = (940, 660) if self.n_panels == 1 else (200, 270)
-        return min(34.0, max(width / self.n_columns, 1.0)), min(26.0, max(height / self.n_rows, 1.0))
+        one = self.n_panels == 1
+        most = self.paper.across(self.left, self.paper.bar(), 940)
+        width = most if one else min(130.0 if self.paper.narrow else 200.0, most)
+        tall = self.paper.down(480.0) if one else 216.0
+        if self.paper.width is not None:  # panels fill the rows that they take
+            columns = self._columns(width)
+            width = (most - (columns - 1) * self.gap) / columns if not one else most
+        if not one:
+            rows = math.ceil(self.n_panels / self._columns(width))
+            tall = min(tall, (self.paper.down(750.0) - (rows - 1) * _GAP) / rows)
+        least = 1.0 if self.paper.width is None else 0.1
+        wide = min(self.paper.up_to(34.0), max(width / self.n_columns, least))
+        return wide, min(26.0, max(tall / self.n_rows, 1.0))
+
+    def _columns(self, panel: float) -> int:
+        room = self.paper.across(self.left, self.paper.bar(), 1040 - self.gap)
+        return min(self.n_panels, max(1, int((room + self.gap + 1) // (panel + self.gap))))
+
+    @property
+    def gap(self) -> int:
+        """Pixels between panels beside each other."""
+        return 16 if self.paper.narrow else _GAP
 
     @property
     def panel(self) -> tuple[int, int]:
-        return max(120, round(self.cell[0] * self.n_columns)), max(26, round(self.cell[1] * self.n_rows))
+        least = 40 if self.paper.narrow else 120
+        return max(least, int(self.cell[0] * self.n_columns)), max(26, round(self.cell[1] * self.n_rows))
 
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of panels."""
-        columns = min(self.n_panels, max(1, 1040 // (self.panel[0] + _GAP)))
+        columns = self._columns(self.panel[0])
         return math.ceil(self.n_panels / columns), columns
 
 
-@dataclass(frozen=True)
-class _Scale:
-    """What colours mean: the value of white, the farthest one, and the title of the colour bar."""
-
-    effects: bool  # whether distances from the base run are coloured, rather than values
-    center: float
-    zmax: float
-    signed: bool
-    title: str
-    note: tuple[str, ...] = ()
-
-
 @checked
+@redrawn
 def heatmap(
     result: Results,
     *,
+    show: Literal["effect", "normalized", "value"] = "effect",
     title: str | None = None,
     center: float | None = None,
     zmax: float | None = None,
-    height: int | None = None,
+    size: Literal["column", "page", "slide"] | None = None,
+    width: Length | None = None,
+    height: Length | None = None,
+    font_size: float | None = None,
+    caption: bool = True,
+    annotations: Notes | None = None,
     theme: str = "light",
 ) -> Figure:
     """Draw a result of one, two or three dims, such as layer × head, layer × pos or layer × pos × head; or several results.
 
     A `'prompt'` dim is averaged first. Of three dims one is drawn as panels: the position if there is one, otherwise
-    the last that is not the layer. Cells that do not exist are grey.
+    the last that is not the layer. Cells that do not exist are grey. A line parts the patches of different pictures or tiles.
 
     Args:
         result: What to draw. Several results (a list, or a mapping from a panel's title), of one or two dims and with the same
             labels and unit, become panels that share one scale.
+        show: What is coloured where there are baselines. `"effect"`: how far each cell is from the base run, in the metric's
+            unit. `"normalized"`: `result.mean("prompt").normalized()`, 0 the corrupted and 1 the clean run. `"value"`: the metric
+            itself, white where the base run is. Hover has the metric and the effect in any case.
         title: Of the figure, as plain text; made from the provenance by default.
-        center: The value that is white; by default that of the base run, so that a cell which does nothing is white
-            (0 for an effect and for a result without baselines). If the base run's value differs from cell to cell
-            (prompts of different length) or from panel to panel, the effect is drawn.
-        zmax: Distance from the centre at which the colour saturates; by default the largest one.
-        height: Of the figure in pixels.
+        center: The value that is white; the metric itself is drawn then. By default a cell that does nothing is white.
+        zmax: Distance from the centre at which the colour saturates on both sides; by default the largest one, and the bar ends
+            where the values do.
+        size, width, height, font_size, caption, annotations: See `Figure.resized`.
         theme: `"light"` or `"dark"` (in which the centre is black).
 
     Returns:
@@ -115,31 +154,30 @@ def heatmap(
         >>> heatmap(scores, title="Scores").layout.title.text
         'Scores'
     """
-    colours = theme_of(theme)
+    colours, paper = theme_of(theme), paper_in(size)
     check_scale(center, zmax)
+    if show not in ("effect", "normalized", "value"):
+        raise ValueError(f"show: expected 'effect', 'normalized' or 'value', got {show!r}")
     given = _named(result)
     results = {name: one.mean("prompt") if "prompt" in one.dims else one for name, one in given.items()}
-    layout = _lay_out(results)
+    if show == "normalized":
+        results = {name: one if one.unit == "normalized" else one.normalized() for name, one in results.items()}
+    layout = _lay_out(results, paper)
     if all(bool(one.values.isnan().all()) for one in results.values()):
         raise ValueError("heatmap: expected at least one cell that exists, got NaN alone; choose others with sel()")
     first = next(iter(results.values()))
     values = _panels(results, layout, effects=False)
     changes = _panels(results, layout, effects=True)
-    scale = _choose_scale(results, values, changes, center, zmax, colours)
-    shown = changes if scale.effects else values
-
-    n_rows, n_columns = layout.grid
-    titles = [f"{layout.panels} {label}" for label in _labels(first, layout.panels)] if layout.panels else list(results)
-    figure = make_subplots(
-        n_rows,
-        n_columns,
-        figure=Figure(),
-        shared_xaxes="all",
-        shared_yaxes="all",
-        subplot_titles=[plain(name) for name in titles] if layout.n_panels > 1 else None,
-        horizontal_spacing=_GAP / (n_columns * (layout.panel[0] + _GAP)),
-        vertical_spacing=_GAP / (n_rows * (layout.panel[1] + _GAP)),
+    if np.isinf(values).any() or np.isinf(changes).any():
+        raise ValueError("heatmap: expected finite values, got an infinite one; choose others with sel()")
+    around = scale_around_base(
+        list(results.values()), values, changes, colours, center=center, zmax=zmax, as_values=show == "value"
     )
+    shown = changes if around.changes else values
+
+    n_columns = layout.grid[1]
+    titles = [f"{layout.panels} {label}" for label in _labels(first, layout.panels)] if layout.panels else list(results)
+    figure = panels(layout.grid, layout.panel, (layout.gap, _GAP), titles)
     gap = 1 if min(layout.cell) >= 8 else 0
     for i in range(layout.n_panels):
         one = first if layout.panels else list(results.values())[i]
@@ -147,13 +185,22 @@ def heatmap(
         cells = go.Heatmap(z=shown[i], hovertext=hover, hoverinfo="text", coloraxis="coloraxis", xgap=gap, ygap=gap)
         figure.add_trace(cells, row=i // n_columns + 1, col=i % n_columns + 1)
 
-    told = [part for one in results.values() for part in caption_of(one.provenance, averaged=one.unit != "p")]
-    told += [*scale.note, *[RAGGED] * (any(map(is_ragged, given.values())) and not scale.note)]
+    notes = [part for one in results.values() for part in caption_of(one.provenance, averaged=one.unit != "p")]
+    notes += around.notes
+    notes += [RAGGED] * (around.alike and any(map(is_ragged, given.values())))
+    notes += [_absent(first)] * bool(np.isnan(shown).any())
     facts = Facts(
-        "heatmap", title if title is not None else _default_title(results, layout), tuple(dict.fromkeys(told))
+        "heatmap", title if title is not None else _default_title(results, layout), tuple(dict.fromkeys(notes))
     )
-    _style(figure, first, layout, scale, colours, facts, lambda: table_of(given), height)
+    _style(figure, first, layout, around.scale, colours, facts, lambda: table_of(given))
     return figure
+
+
+def _absent(result: Result) -> str:
+    """What grey is."""
+    if technique_of(result.provenance) == "path patching":
+        return "grey: no path leads from there to the receivers"
+    return "grey: no such cell"
 
 
 def _named(result: Results) -> dict[str, Result]:
@@ -193,7 +240,7 @@ def _sizes(result: Result) -> str:
     return " × ".join(f"{dim} {size}" for dim, size in zip(result.dims, result.shape, strict=True))
 
 
-def _lay_out(results: Mapping[str, Result]) -> _Layout:
+def _lay_out(results: Mapping[str, Result], paper: Paper) -> _Layout:
     result, several = next(iter(results.values())), len(results) > 1
     if not 1 <= len(result.dims) <= 3 - several:
         raise ValueError(
@@ -210,7 +257,12 @@ def _lay_out(results: Mapping[str, Result]) -> _Layout:
         down, right = None, down
     n_panels = len(results) if several else len(_labels(result, panels)) or 1
     n_rows, n_columns = (len(_labels(result, dim)) or 1 for dim in (down, right))
-    return _Layout(panels, down, right, n_panels, n_rows, n_columns)
+    rows = [shortened(label, paper.letters) for label in _labels(result, down)]
+    left = room_left(rows, labels_across([], 1), paper)
+    if right is not None and not are_whole(_labels(result, right)):  # labels aslant stick out on the left
+        columns = [shortened(label, paper.letters) for label in _labels(result, right)]
+        left = max(left, room_left(rows, labels_across(columns, 13), paper))
+    return _Layout(panels, down, right, n_panels, n_rows, n_columns, paper, left)
 
 
 def _panels(results: Mapping[str, Result], layout: _Layout, *, effects: bool) -> np.ndarray:
@@ -223,119 +275,86 @@ def _panels(results: Mapping[str, Result], layout: _Layout, *, effects: bool) ->
     return np.stack(arrays).reshape(layout.n_panels, layout.n_rows, layout.n_columns)
 
 
-def _choose_scale(
-    results: Mapping[str, Result],
-    values: np.ndarray,
-    changes: np.ndarray,
-    center: float | None,
-    zmax: float | None,
-    theme: Theme,
-) -> _Scale:
-    result = next(iter(results.values()))
-    metrics = " / ".join(dict.fromkeys(one.metric for one in results.values()))
-    name, run = plain(f"{metrics} ({result.unit})"), plain(f"{result.base} run")
-    if result.unit == "normalized":
-        name = f"{plain(metrics)}, normalized<br>0 = corrupted run, 1 = clean run"
-
-    def scale(coloured: np.ndarray, middle: float, head: str, *, signed: bool = True, note: str = "") -> _Scale:
-        distance = np.abs(coloured[~np.isnan(coloured)] - middle).max(initial=0)
-        if not np.isfinite(distance):
-            raise ValueError("heatmap: expected finite values, got an infinite one; choose others with sel()")
-        ends = (
-            "blue is higher, red is lower"
-            if signed
-            else "darker is higher"
-            if theme.name == "light"
-            else "brighter is higher"
-        )
-        farthest = zmax or distance or 1.0  # any scale will do when all is white
-        return _Scale(
-            coloured is changes, middle, farthest, signed, f"{head}<br>{ends}<br>&nbsp;", (note,) if note else ()
-        )
-
-    white = theme.neutral
-    if center is not None:
-        return scale(values, center, f"{name}<br>{white} = {number(center)}")
-    if not result.baseline:
-        signed = bool((values < 0).any()) or not all(map(is_unsigned, results.values()))
-        return scale(values, 0.0, f"{name}<br>{white} = 0", signed=signed)
-    bases = np.concatenate([to_numpy(one.baseline[one.base]).ravel() for one in results.values()])
-    bases = bases[~np.isnan(bases)]
-    if len(bases) and bases.min() != bases.max():
-        panels = len(results) > 1 and all(one.baseline[one.base].numel() == 1 for one in results.values())
-        note = "the panels' base runs differ; colour is the change from each"
-        if not panels:
-            note = f"each cell is averaged over the prompts that have it; colour is its change from the {run} on those"
-        return scale(changes, 0.0, f"change in {name}<br>{white} = {run}", note=note)
-    base = float(bases[0]) if len(bases) else 0.0
-    if base == 0 and result.unit != "normalized":
-        return scale(values, 0.0, f"change in {name}<br>{white} = {run}")
-    return scale(values, base, f"{name}<br>{white} = {run} {number(base)}")
-
-
 def _hover(result: Result, layout: _Layout, panel: int, values: np.ndarray, effects: np.ndarray) -> list[list[str]]:
-    unit = "" if result.unit == "normalized" else f" {result.unit}"
+    unit = spaced(result.unit)
+    patches = _patches(result)
+    missing = "no path to the receivers" if technique_of(result.provenance) == "path patching" else "not present"
 
     def text(row: int, column: int) -> str:
         places = ((layout.down, row), (layout.right, column), (layout.panels, panel))
-        told = [f"{dim} {result.coords[dim][i]}" for dim, i in places if dim]
+        notes = [f"{dim} {result.coords[dim][i]}" for dim, i in places if dim]
+        pixels = [patches[i].pixels for dim, i in places if dim == "patch" and patches and patches[i].box]
         if np.isnan(values[row, column]):
-            return lines(*told, "not present")
-        told += [f"{result.metric} {number(values[row, column], 5)}{unit}"]
+            return lines(*notes, missing, *pixels)
+        notes += [f"{result.metric} {number(values[row, column], 5)}{unit}"]
         if result.baseline:
-            told += [f"{number(effects[row, column], 5, sign='+')}{unit} from the {result.base} run"]
-        return lines(*told)
+            notes += [from_base(effects[row, column], unit, result.base)]
+        return lines(*notes, *pixels)
 
     return [[text(row, column) for column in range(layout.n_columns)] for row in range(layout.n_rows)]
+
+
+def _patches(result: Result) -> tuple[Patch, ...] | None:
+    """Where the patches of a picture are, if the result is of such."""
+    return places_of(result) if "patch" in result.dims else None
+
+
+def _part_views(figure: Figure, result: Result, layout: _Layout, theme: Theme) -> None:
+    """A line between the patches of two pictures, of a picture and its tiles, and of two tiles."""
+    patches = _patches(result) if "patch" in (layout.down, layout.right) else None
+    for i, (one, other) in enumerate(zip(patches or (), (patches or ())[1:], strict=False)):
+        if (one.image, one.tile) != (other.image, other.tile):
+            line = {"line_width": 1.5, "line_color": theme.line, "row": "all", "col": "all"}
+            figure.add_hline(i + 0.5, **line) if layout.down == "patch" else figure.add_vline(i + 0.5, **line)
 
 
 def _style(
     figure: Figure,
     result: Result,
     layout: _Layout,
-    scale: _Scale,
+    scale: Scale,
     theme: Theme,
     facts: Facts,
     table: Callable[[], Table],
-    height: int | None,
 ) -> None:
     n_rows, n_columns = layout.grid
-    columns, rows = ([shortened(label) for label in _labels(result, dim)] for dim in (layout.right, layout.down))
-    longest = max(map(len, columns), default=0)
-    cell_width, cell_height = layout.cell
-    slanted = longest * 7 + 6 > cell_width and any(isinstance(x, str) for x in _labels(result, layout.right))
-    overhang = max((4.5 * len(tick) - i * cell_width for i, tick in enumerate(columns)), default=0) if slanted else 0
-    left = max(56 + 7 * max(map(len, rows), default=0), round(overhang) + 20)
-    inner = [n * size + (n - 1) * _GAP for n, size in zip((n_columns, n_rows), layout.panel, strict=True)]
-    bar = min(max(inner[1], 170), 360)  # length of the colour bar with its title
-    below = max((52 + (5 * longest if slanted else 12)) if columns else 20, bar - inner[1] + 10)
-
-    figure.update_xaxes(**label_axis(columns, cell_width, 13 if slanted else 7 * longest + 6))
+    letters = layout.paper.letters
+    columns, rows = ([shortened(name, letters) for name in _labels(result, dim)] for dim in (layout.right, layout.down))
+    cell_width, cell_height = layout.panel[0] / layout.n_columns, layout.cell[1]
+    across = labels_across(columns, cell_width, may_slant=not are_whole(_labels(result, layout.right)))
+    left = max(room_left(rows, across, layout.paper), 0)
+    inner = [
+        n * size + (n - 1) * gap
+        for n, size, gap in zip((n_columns, n_rows), layout.panel, (layout.gap, _GAP), strict=True)
+    ]
+    figure.update_xaxes(**across.axis)
     figure.update_yaxes(**label_axis(rows, cell_height, 14), autorange="reversed", title_text="")
-    figure.update_xaxes(tickangle=-50 if slanted else 0)
-    figure.update_yaxes(title_text=_axis_title(layout.down), col=1)
-    for i in range(max(0, layout.n_panels - n_columns), layout.n_panels):  # those with no panel below
-        place = {"row": i // n_columns + 1, "col": i % n_columns + 1}
-        figure.update_xaxes(title_text=_axis_title(layout.right), showticklabels=True, **place)
+    frame_cells(figure, theme)
+    _part_views(figure, result, layout, theme)
+    title_axes(figure, layout.n_panels, n_columns, axis_title(layout.right), axis_title(layout.down))
     figure.update_annotations(font_size=12)  # the titles of the panels
-    figure.update_coloraxes(
-        colorscale=colourscale(theme.diverging if scale.signed else theme.sequential),
-        cmin=scale.center - scale.zmax if scale.signed else scale.center,
-        cmax=scale.center + scale.zmax,
-        colorbar={"thickness": 14, "outlinewidth": 0, "lenmode": "pixels", "len": bar, "y": 1, "yanchor": "top"},
-        colorbar_title={"text": scale.title, "side": "top", "font_size": 12},
-    )
-    frame = Frame(inner[0], inner[1], left, 210, below, above=18 if layout.n_panels > 1 else 0)
-    dress(figure, theme, frame, facts, table, height=height)
+    above = 18 if layout.n_panels > 1 else 0
+    frame = Frame(inner[0], inner[1], left, layout.paper.bar(), across.below, above=above)
+    frame = lay_bar(figure, scale, layout.paper, frame, theme)
+    dress(figure, theme, frame, facts, table, layout.paper, places=lambda: _places(result, layout))
     figure.update_layout(plot_bgcolor=theme.absent)  # shows through where a cell does not exist, and between cells
+
+
+def _places(result: Result, layout: _Layout) -> dict[str, Place]:
+    """Where each cell is, by its label; in panels of several results in the first."""
+    found: dict[str, Place] = {}
+    for panel in range(layout.n_panels if layout.panels else 1):
+        pair = str(panel + 1) if panel else ""
+        for row in range(layout.n_rows):
+            for column in range(layout.n_columns):
+                at = {layout.panels: panel, layout.down: row, layout.right: column}
+                coords = {dim: result.coords[dim][at[dim]] for dim in result.dims}
+                found[cell_label(coords)] = (column, row, pair)
+    return found
 
 
 def _labels(result: Result, dim: str | None) -> tuple[Label, ...]:
     return result.coords[dim] if dim else ()
-
-
-def _axis_title(dim: str | None) -> str:
-    return {None: "", "pos": "token and position", "position": "named position"}.get(dim, plain(dim or ""))
 
 
 def _default_title(results: Mapping[str, Result], layout: _Layout) -> str:

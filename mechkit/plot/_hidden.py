@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import plotly.graph_objects as go
@@ -24,12 +24,16 @@ import torch
 from plotly.subplots import make_subplots
 
 from mechkit._check import checked
-from mechkit.plot._figure import Facts, Figure, Frame, Table, dress
+from mechkit.plot._figure import Facts, Figure, Frame, Notes, Table, dress, write_below
 from mechkit.plot._labels import check_result
+from mechkit.plot._points import evenly, legend_entry, points
+from mechkit.plot._scale import number_ramp
+from mechkit.plot._size import Length, paper_in, redrawn
 from mechkit.plot._tables import to_numpy
 from mechkit.plot._text import caption_of, lines, number, plain, shortened
-from mechkit.plot._theme import Theme, colourscale, theme_of
+from mechkit.plot._theme import Theme, theme_of
 from mechkit.result import Label, Result
+from mechkit.result._columns import Columns
 
 _PANELS = 12  # shown by default
 _MOST = 12_000  # points of all panels together that a browser draws at once
@@ -83,6 +87,7 @@ class _Group:
 
 
 @checked
+@redrawn
 def hidden(
     states: Result,
     *,
@@ -92,6 +97,12 @@ def hidden(
     layers: Sequence[Label] | None = None,
     symbols: Sequence[str] | Sequence[bool] | None = None,
     title: str | None = None,
+    size: Literal["column", "page", "slide"] | None = None,
+    width: Length | None = None,
+    height: Length | None = None,
+    font_size: float | None = None,
+    caption: bool = True,
+    annotations: Notes | None = None,
     theme: str = "light",
 ) -> Figure:
     """Draw hidden states of many prompts in two dimensions, a panel a layer.
@@ -102,9 +113,10 @@ def hidden(
         method: `"pca"`, the first two principal axes of each layer; or `"random"`, two Gaussian directions, the same for all
             layers, which keep squared distances on average.
         seed: Of the random directions.
-        layers: Which layers to draw; by default all, or 12 that are evenly spaced.
+        layers: Which layers to draw; by default all, or 12 that are evenly spaced (6 in a column).
         symbols: One string (or true or false) a prompt: points get a mark for each.
         title: Of the figure, as plain text.
+        size, width, height, font_size, caption, annotations: See `Figure.resized`.
         theme: `"light"` or `"dark"`.
 
     Returns:
@@ -118,32 +130,40 @@ def hidden(
     Example:
         >>> hidden(mk.hidden_states(model, pairs), labels=["ABBA", "BABA"] * 16)
     """
-    colours = theme_of(theme)
+    colours, paper = theme_of(theme), paper_in(size)
     if method not in ("pca", "random"):
         raise ValueError(f"method: expected 'pca' or 'random', got {method!r}")
     by_layer, names = _states(states)
-    chosen = _layers(names, layers)
+    chosen = _layers(names, layers, _PANELS if not paper.narrow else 6)
     n = len(states.coords["prompt"])
     prompts = _Prompts(states.coords["prompt"], _per_prompt("labels", labels, n), _per_prompt("symbols", symbols, n))
     tolerance = _ROUNDING * torch.finfo(states.values.dtype).eps
     projections = [_project(by_layer[i], names[i], method, seed, tolerance) for i in chosen]
     groups = _groups(prompts, colours)
     most = max(3, _MOST // len(chosen))
-    drawn = np.arange(n) if n <= most else np.linspace(0, n - 1, most).round().astype(int)
+    drawn = evenly(n, most)
 
-    columns = min(len(chosen), 4 if len(chosen) > 4 else 3)
+    columns = min(len(chosen), 2 if paper.narrow else 4 if len(chosen) > 4 else 3)
     rows = math.ceil(len(chosen) / columns)
     numbers = prompts.labels if prompts.labels is not None and prompts.labels.dtype.kind == "f" else None
     bar = 0 if numbers is None else 130
     beside = bar + 24 + _ENTRY * len(groups)  # what stands to the right of the panels
-    side = max({1: 420, 2: 300, 3: 250}.get(columns, 200), math.ceil(beside / rows))
-    width, tall = columns * (side + _GAP) - _GAP, rows * (side + _GAP) - _GAP
+    longest = max([len(group.name) for group in groups] + [8 if bar else 0])
+    right = 14 if paper.narrow else 60 + 7 * longest if longest else 30
+    if paper.width is None:
+        side: float = max({1: 420, 2: 300, 3: 250}.get(columns, 200), math.ceil(beside / rows))
+    else:
+        side = min((paper.across(60, right, 0) + _GAP) / columns - _GAP, 500)
+    below_legend = (22 * len(groups) + 8 if any(group.name for group in groups) else 0) + (56 if bar else 0)
+    below_legend *= paper.narrow
+    side = max(min(side, (paper.down(1000.0 if paper.width else 720.0, below_legend) + _GAP) / rows - _GAP), 60)
+    across, tall = columns * (side + _GAP) - _GAP, rows * (side + _GAP) - _GAP
     figure = make_subplots(
         rows,
         columns,
         figure=Figure(),
         subplot_titles=[_panel_title(projection) for projection in projections],
-        horizontal_spacing=_GAP / width,
+        horizontal_spacing=_GAP / across,
         vertical_spacing=_GAP / tall,
     )
     for i, projection in enumerate(projections):
@@ -155,23 +175,31 @@ def hidden(
     figure.update_annotations(font_size=12)  # the titles of the panels
     figure.add_traces(_legend(groups, colours))
     if numbers is not None:
-        figure.update_coloraxes(_colour_bar(numbers, bar, colours))
-    longest = max([len(group.name) for group in groups] + [8 if bar else 0])
+        ramp = number_ramp(numbers, bar, "label", colours)
+        if paper.narrow:
+            lying = {"orientation": "h", "x": 0, "xanchor": "left", "yanchor": "top", "thickness": 10, "xpad": 0}
+            ramp["colorbar"] |= {**lying, "len": across, "ypad": 0}
+            del ramp["colorbar"]["title"]
+            write_below(figure, ["label"], 0, 46)
+            figure._bars += (("coloraxis", 68),)
+        figure.update_layout(coloraxis=ramp)
     below_bar = 1 - (bar + 24) / tall if bar else 1.0
+    beneath = {"x": 0, "xanchor": "left", "y": -(44 + (56 if bar else 0)) / tall, "yanchor": "top"}
     figure.update_layout(
-        legend={"x": 1 + 16 / width, "xanchor": "left", "y": below_bar, "yanchor": "top"},
+        legend=beneath if paper.narrow else {"x": 1 + 16 / across, "xanchor": "left", "y": below_bar, "yanchor": "top"},
         legend_itemsizing="constant",
         legend_tracegroupgap=0,
     )
     how = "principal axes" if method == "pca" else "a random projection"
     name = f"Hidden states of {states.metric}: {how}{' by layer' if len(chosen) > 1 else ''}"
     where = [f"position {at}"] if (at := states.provenance.get("position")) is not None else []
-    caption = (
+    told = (
         caption_of(states.provenance, averaged=False) + where + _notes(projections, names, method, seed, len(drawn), n)
     )
-    facts = Facts("hidden", name if title is None else title, tuple(caption))
-    frame = Frame(width, tall, left=60, right=60 + 7 * longest if longest else 30, below=48, above=18)
-    return dress(figure, colours, frame, facts, lambda: _table(projections, prompts))
+    facts = Facts("hidden", name if title is None else title, tuple(told))
+    hanging = below_legend if paper.narrow or paper.width is None else max(0, beside - tall)
+    frame = Frame(across, tall, left=60, right=right, below=48 + hanging, above=18)
+    return dress(figure, colours, frame, facts, lambda: _table(projections, prompts), paper)
 
 
 def _states(states: Result) -> tuple[np.ndarray, tuple[Label | None, ...]]:
@@ -182,9 +210,7 @@ def _states(states: Result) -> tuple[np.ndarray, tuple[Label | None, ...]]:
             f"states: expected dims ('layer', 'd_model', 'prompt'), as hidden_states gives them, got {states.dims}"
         )
     if len(states.coords["prompt"]) < 3 or 0 in states.shape:
-        raise ValueError(
-            f"states: expected at least 3 prompts, of which two dimensions can be told apart, got shape {states.shape}"
-        )
+        raise ValueError(f"states: expected at least 3 prompts, which span two dimensions, got shape {states.shape}")
     if not bool(states.values.isfinite().all()):
         raise ValueError(
             "states: expected a finite state of every prompt, got NaN or inf; sel() the prompts that have one"
@@ -195,11 +221,10 @@ def _states(states: Result) -> tuple[np.ndarray, tuple[Label | None, ...]]:
     return to_numpy(tensor.permute(order)), states.coords.get("layer", (None,))
 
 
-def _layers(names: tuple[Label | None, ...], asked: Sequence[Label] | None) -> list[int]:
+def _layers(names: tuple[Label | None, ...], asked: Sequence[Label] | None, most: int) -> list[int]:
     """Indices of the layers to draw."""
     if asked is None:
-        n = min(len(names), _PANELS)
-        return sorted({int(i) for i in np.linspace(0, len(names) - 1, n).round()})
+        return evenly(len(names), most).tolist()
     if isinstance(asked, str | int) or not len(asked) or len(set(asked)) != len(asked):
         raise ValueError(f"layers: expected at least one layer, each once; got {asked!r}")
     for layer in asked:
@@ -274,48 +299,32 @@ def _groups(prompts: _Prompts, theme: Theme) -> list[_Group]:
 
 
 def _table(projections: list[_Projection], prompts: _Prompts) -> Table:
-    n, m = len(prompts.names), len(projections)
-    columns: dict[str, np.ndarray] = {}
-    if projections[0].layer is not None:
-        columns["layer"] = np.repeat(np.array([projection.layer for projection in projections]), n)
-    columns["prompt"] = np.tile(np.array(prompts.names), m)
-    for axis, name in enumerate("xy"):
-        columns[name] = np.concatenate([projection.points[:, axis] for projection in projections])
-    return columns | {name: np.tile(values, m) for name, values in prompts.given.items()}
+    layers = [projection.layer for projection in projections if projection.layer is not None]
+    labels: dict[str, Sequence[Label]] = {**({"layer": layers} if layers else {}), "prompt": prompts.names}
+    points = np.stack([projection.points for projection in projections])
+    cells = Columns(tuple(labels), labels, points[..., 0] if layers else points[0, :, 0])
+    drawn = {dim: cells.label(dim) for dim in labels} | {"x": points[..., 0].ravel(), "y": points[..., 1].ravel()}
+    return drawn | {name: values[cells.index("prompt")] for name, values in prompts.given.items()}
 
 
 def _points(projection: _Projection, group: _Group, kept: np.ndarray, prompts: _Prompts, theme: Theme) -> go.Scatter:
     colour: dict[str, Any] = {"color": group.colour}
     if group.colour is None and prompts.labels is not None:
         colour = {"color": prompts.labels[kept], "coloraxis": "coloraxis"}
-    return go.Scatter(
-        x=projection.points[kept, 0],
-        y=projection.points[kept, 1],
-        mode="markers",
-        marker={
-            "size": 7 if len(projection.points) <= 100 else 5,
-            "symbol": group.mark,
-            "opacity": 0.85,
-            "line": {"width": 0.4, "color": theme.line},
-            **colour,
-        },
-        name=plain(group.name),
-        legendgroup=group.key,
-        hovertext=[_hover(projection, prompt, prompts) for prompt in kept.tolist()],
-        hoverinfo="text",
-        showlegend=False,
-    )
+    size, outline = 7 if len(projection.points) <= 100 else 5, {"width": 0.4, "color": theme.line}
+    marker = {"size": size, "symbol": group.mark, "opacity": 0.85, "line": outline, **colour}
+    hover = [_hover(projection, prompt, prompts) for prompt in kept.tolist()]
+    x, y = projection.points[kept].T
+    return points(x, y, hover, marker, name=plain(group.name), legendgroup=group.key)
 
 
 def _legend(groups: list[_Group], theme: Theme) -> list[go.Scatter]:
     """An entry a group; pointing at it hides or shows that group in all panels."""
     return [
-        go.Scatter(
-            x=[None],
-            y=[None],
+        legend_entry(
+            plain(group.name),
             mode="markers",
             marker={"size": 9, "symbol": group.mark, "color": group.colour or theme.grey},
-            name=plain(group.name),
             legendgroup=group.key,
         )
         for group in groups
@@ -360,32 +369,13 @@ def _panel_title(projection: _Projection) -> str:
     return plain(": ".join(parts))
 
 
-def _colour_bar(values: np.ndarray, pixels: float, theme: Theme) -> dict[str, Any]:
-    return {
-        "colorscale": colourscale(theme.sequential[2:]),
-        "cmin": float(values.min()),
-        "cmax": float(values.max()) if values.max() > values.min() else float(values.min()) + 1,
-        "colorbar": {
-            "title": {"text": "label", "side": "top", "font_size": 12},
-            "x": 1.0,
-            "xpad": 16,
-            "thickness": 14,
-            "outlinewidth": 0,
-            "lenmode": "pixels",
-            "len": pixels,
-            "y": 1,
-            "yanchor": "top",
-        },
-    }
-
-
 def _hover(projection: _Projection, prompt: int, prompts: _Prompts) -> str:
-    told = [f"prompt {prompts.names[prompt]}"]
+    notes = [f"prompt {prompts.names[prompt]}"]
     for name, values in prompts.given.items():
-        told.append(f"{name} {values[prompt] if values.dtype.kind == 'O' else number(values[prompt], 5)}")
+        notes.append(f"{name} {values[prompt] if values.dtype.kind == 'O' else number(values[prompt], 5)}")
     if projection.layer is not None:
-        told.append(f"layer {projection.layer}")
-    return lines(*told, "at " + ", ".join(number(value, 5) for value in projection.points[prompt]))
+        notes.append(f"layer {projection.layer}")
+    return lines(*notes, "at " + ", ".join(number(value, 5) for value in projection.points[prompt]))
 
 
 def _notes(
@@ -393,16 +383,16 @@ def _notes(
 ) -> list[str]:
     several = len(projections) > 1
     if method == "pca":
-        told = ["the first two principal axes of the states in each panel, with their shares of the variance"]
-        told += ["signs and rotations between panels are arbitrary"] if several else []
+        notes = ["the first two principal axes of the states in each panel, with their shares of the variance"]
+        notes += ["signs and rotations between panels are arbitrary"] if several else []
     else:
-        told = [f"two random Gaussian directions (seed {seed}), which keep squared distances on average"]
-        told += ["the same directions in all panels"] if several else []
-    told.append(f"{'each panel has its own scale, ' if several else ''}equal across and up")
+        notes = [f"two random Gaussian directions (seed {seed}), which keep squared distances on average"]
+        notes += ["the same directions in all panels"] if several else []
+    notes.append(f"{'each panel has its own scale, ' if several else ''}equal across and up")
     if len(projections) < len(names):
-        told.append(f"{len(projections)} of {len(names)} layers shown")
+        notes.append(f"{len(projections)} of {len(names)} layers shown")
     if n_drawn < n:
-        told.append(f"{n_drawn:,} of {n:,} prompts drawn, evenly spaced; the axes are those of all")
+        notes.append(f"{n_drawn:,} of {n:,} prompts drawn, evenly spaced; the axes are those of all")
     if any(projection.same for projection in projections):
-        told.append("where all prompts have the same state but for rounding, they are in one place")
-    return told
+        notes.append("where all prompts have the same state but for rounding, they are in one place")
+    return notes

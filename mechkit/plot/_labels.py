@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from mechkit.plot._text import plain
 from mechkit.prompts import PromptPairs, Prompts
 from mechkit.result import Label, Result
 
@@ -15,6 +16,11 @@ def token_of(label: Label) -> str:
     """The token of a position's label: `' Mary'` of `'" Mary" 3'`; a label of another form is itself."""
     match = _TOKEN.fullmatch(label) if isinstance(label, str) else None
     return match[1] if match else str(label)
+
+
+def place_label(token: str, position: Label) -> str:
+    """The inverse: `'" Mary" 3'`."""
+    return f'"{token}" {position}'
 
 
 def text_of(prompts: Prompts | PromptPairs | None, result: Result, prompt: Label | None) -> tuple[str, ...] | None:
@@ -51,6 +57,13 @@ def position_of(label: Label) -> int | None:
     return int(match[1]) if match else None
 
 
+def check_label(dim: str, asked: Label | None, labels: Sequence[Label]) -> None:
+    """Raises `ValueError` for a label that is not among a dim's; `None` asks for none."""
+    if asked is not None and asked not in labels:
+        shown = ", ".join(map(repr, labels[:10])) + (", …" if len(labels) > 10 else "")
+        raise ValueError(f"{dim}: expected one of {shown or f'none, for there is no dim {dim!r}'}; got {asked!r}")
+
+
 def choose_prompt(labels: Sequence[Label], prompt: Label | None) -> Label:
     """The first prompt, or the one asked for.
 
@@ -59,15 +72,18 @@ def choose_prompt(labels: Sequence[Label], prompt: Label | None) -> Label:
     """
     if not labels:
         raise ValueError("prompt: expected a result with at least one prompt, got none")
-    if prompt is not None and prompt not in labels:
-        shown = ", ".join(map(repr, labels[:10])) + (", …" if len(labels) > 10 else "")
-        raise ValueError(f"prompt: expected one of {shown}; got {prompt!r}")
+    check_label("prompt", prompt, labels)
     return labels[0] if prompt is None else prompt
 
 
 def prompt_note(prompt: Label, labels: Sequence[Label]) -> str:
     """For the caption: which prompt is shown, and of how many."""
     return f"prompt {prompt}, one of {len(labels)}" if len(labels) > 1 else f"prompt {prompt}"
+
+
+def axis_title(dim: str | None) -> str:
+    """What an axis of a dim's labels is called."""
+    return {None: "", "pos": "token and position", "position": "named position"}.get(dim, plain(dim or ""))
 
 
 def check_result(result: object, name: str = "result") -> None:

@@ -15,21 +15,47 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import Literal
 
 import numpy as np
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 from mechkit._check import checked
 from mechkit.attribution import TopTokens
-from mechkit.plot._figure import Facts, Figure, Frame, Table, dress, label_axis
-from mechkit.plot._labels import RAGGED, choose_prompt, is_ragged, position_of, prompt_note, text_of
+from mechkit.plot._figure import (
+    Facts,
+    Figure,
+    Frame,
+    Notes,
+    Place,
+    Table,
+    dress,
+    frame_cells,
+    label_axis,
+    labels_across,
+    lay_bar,
+    panels,
+    room_left,
+    title_axes,
+)
+from mechkit.plot._labels import (
+    RAGGED,
+    axis_title,
+    choose_prompt,
+    is_ragged,
+    place_label,
+    position_of,
+    prompt_note,
+    text_of,
+)
 from mechkit.plot._scale import Scale, choose_scale
+from mechkit.plot._size import Length, Paper, paper_in, redrawn
 from mechkit.plot._tables import table_of, to_numpy
 from mechkit.plot._text import caption_of, display_width, fitted, number, plain, shortened, title_of, visible
 from mechkit.plot._theme import MONOSPACE, Theme, theme_of
 from mechkit.prompts import PromptPairs, Prompts
 from mechkit.result import Label, Result
+from mechkit.result._labels import cell_label
 
 VALUES = ("logit", "log_prob", "prob", "rank", "entropy", "kl")
 _PLACES = ("pos", "position")
@@ -84,6 +110,7 @@ class _Cells:
 
 
 @checked
+@redrawn
 def lens(
     found: TopTokens | Result,
     *,
@@ -91,7 +118,12 @@ def lens(
     prompts: Prompts | PromptPairs | None = None,
     prompt: Label | None = None,
     title: str | None = None,
-    height: int | None = None,
+    size: Literal["column", "page", "slide"] | None = None,
+    width: Length | None = None,
+    height: Length | None = None,
+    font_size: float | None = None,
+    caption: bool = True,
+    annotations: Notes | None = None,
     theme: str = "light",
 ) -> Figure:
     """Draw what a logit lens, a tuned lens or a patchscope reads, layer by position.
@@ -106,7 +138,7 @@ def lens(
             prompts differ.
         prompt: The label of the prompt that is shown. By default `TopTokens` show the first one, and a `Result` is averaged.
         title: Of the figure, as plain text; made from the provenance by default.
-        height: Of the figure in pixels.
+        size, width, height, font_size, caption, annotations: See `Figure.resized`.
         theme: `"light"` or `"dark"`.
 
     Returns:
@@ -126,7 +158,7 @@ def lens(
         >>> lens(entropy, title="Entropy").layout.title.text
         'Entropy'
     """
-    colours = theme_of(theme)
+    colours, paper = theme_of(theme), paper_in(size)
     if isinstance(found, TopTokens):
         cells = _of_tokens(found, color, prompts, prompt, title)
     elif color is not None:
@@ -137,7 +169,7 @@ def lens(
         cells = _of_result(found, prompts, prompt, title)
     unit = "" if cells.shown.unit in cells.name else f" ({cells.shown.unit})"
     scale = choose_scale(cells.values, cells.shown, colours, f"{cells.name}{unit}")
-    return _draw(cells, scale, colours, height)
+    return _draw(cells, scale, colours, paper)
 
 
 def _of_result(
@@ -161,7 +193,7 @@ def _of_result(
     values = layout.arrange(to_numpy(shown.values), shown.dims)[..., 0]
     hover = layout.heads()
     for at in np.ndindex(layout.shape):
-        hover[at] += plain(_told(name, float(values[at]), shown.unit))
+        hover[at] += plain(_described(name, float(values[at]), shown.unit))
     origin = {**result.provenance, **({"n_prompts": None} if "prompt" in result.dims and not averaged else {})}
     dims = [dim for dim in (*layout.down, layout.right, layout.panels) if dim]
     heading = title_of(origin, name, dims) if title is None else title
@@ -186,10 +218,10 @@ def _of_tokens(
     probs, ids, strings = probs.sel(prompt=prompt), ids.take(i, axis), strings.take(i, axis)
     text = None if text is None else text.take(i, -1)
     top = probs.sel(k=probs.coords["k"][0])
-    shown, name, caption = top, "top token's probability", caption_of({**probs.provenance, "n_prompts": None})
+    shown, name, told = top, "top token's probability", caption_of({**probs.provenance, "n_prompts": None})
     if color is not None:
         shown, name = _colour(color, top, found.probs, prompt)
-        caption = list(dict.fromkeys([*caption, *caption_of({**color.provenance, "n_prompts": None})]))
+        told = list(dict.fromkeys([*told, *caption_of({**color.provenance, "n_prompts": None})]))
     if top.values.isnan().all():
         raise ValueError(f"found: expected a cell that exists in prompt {prompt!r}, got none; choose another prompt=")
     layout = _lay_out(top, text_of(prompts, found.probs, prompt))
@@ -200,12 +232,12 @@ def _of_tokens(
     hover = layout.heads()
     for at in np.ndindex(layout.shape):
         pairs = zip(words[at][:_TOLD], likely[at][:_TOLD], strict=True)
-        told = [f"{k}. {quoted[word]} {number(prob, 5)}" for k, (word, prob) in enumerate(pairs, 1)]
-        told += [plain(_told(name, float(values[at]), shown.unit))] if color is not None else []
-        told += [plain(f'continues "{fitted(str(said[at]), 100)}"')] if said[at] else []
-        hover[at] += "not present" if np.isnan(likely[at][0]) else "<br>".join(told)
+        notes = [f"{k}. {quoted[word]} {number(prob, 5)}" for k, (word, prob) in enumerate(pairs, 1)]
+        notes += [plain(_described(name, float(values[at]), shown.unit))] if color is not None else []
+        notes += [plain(f'continues "{fitted(str(said[at]), 100)}"')] if said[at] else []
+        hover[at] += "not present" if np.isnan(likely[at][0]) else "<br>".join(notes)
     default = title_of(probs.provenance, "most probable token", top.dims)
-    facts = Facts("lens", default if title is None else title, (*caption, prompt_note(prompt, labels)))
+    facts = Facts("lens", default if title is None else title, (*told, prompt_note(prompt, labels)))
 
     def table() -> Table:
         columns = dict(table_of(replace(shown, baseline={}, base="")))
@@ -270,16 +302,13 @@ def _lay_out(result: Result, text: Sequence[str] | None) -> _Layout:
     if right == "pos" and text is not None:
         places = [position_of(label) for label in columns]
         columns = [
-            f'"{text[place]}" {place}' if place is not None and place < len(text) else label
+            place_label(text[place], place) if place is not None and place < len(text) else label
             for place, label in zip(places, columns, strict=True)
         ]
     tokens = [_quoted(label) for label in result.coords.get("token", ())]
     columns = tokens if right == "token" else columns
-    short = {"layer": "L", "head": "H"}
     labels = product(*(result.coords[dim] for dim in down))
-    rows = [
-        "".join(f"{short[dim] if len(down) > 1 else ''}{x}" for dim, x in zip(down, at, strict=True)) for at in labels
-    ]
+    rows = [cell_label(dict(zip(down, at, strict=True))) if len(down) > 1 else "".join(map(str, at)) for at in labels]
     return _Layout(
         panels, down, right, tuple(rows) if down else (), tuple(columns), tuple(f"token {x}" for x in tokens if panels)
     )
@@ -293,40 +322,29 @@ def _of_token(tokens: Sequence[Label]) -> str:
     return f" of {_quoted(tokens[0])}" if len(tokens) == 1 else ""
 
 
-def _told(name: str, value: float, unit: str) -> str:
+def _described(name: str, value: float, unit: str) -> str:
     if np.isnan(value):
         return f"{name}: no value"
     return f"{name} {number(value, 5)}{'' if unit in name else f' {unit}'}"
 
 
-def _draw(cells: _Cells, scale: Scale, theme: Theme, height: int | None) -> Figure:
+def _draw(cells: _Cells, scale: Scale, theme: Theme, paper: Paper) -> Figure:
     layout, (n_panels, n_rows, n_columns) = cells.layout, cells.layout.shape
-    columns, rows = ([shortened(label) for label in labels] for labels in (layout.columns, layout.rows))
-    width = _cell_width(cells)
-    longest = max(map(len, columns), default=0)
-    slanted = longest * 7 + 6 > width and not all(label.isdigit() for label in columns)
-    below = 52 + (5 * longest if slanted else 12) if columns else 20
-    overhang = max((4.5 * len(tick) - i * width for i, tick in enumerate(columns)), default=0) if slanted else 0
-    left = max(56 + 7 * max(map(len, rows), default=0), round(overhang) + 20)
+    columns, rows = ([shortened(name, paper.letters) for name in names] for names in (layout.columns, layout.rows))
+    slant = {"may_slant": not all(label.isdigit() for label in columns)}
+    left = room_left(rows, labels_across(columns, 13 if slant["may_slant"] else 60, **slant), paper)
+    width = _cell_width(cells, paper, left)
+    ticks = labels_across(columns, width, **slant)
 
-    panel_width = max(130, round(width * n_columns))
-    across = min(n_panels, max(1, 1040 // (panel_width + _GAP)))
+    panel_width = max(60 if paper.narrow else 130, int(width * n_columns))
+    room = paper.across(left, paper.bar(), 1040 - _GAP)
+    across = min(n_panels, max(1, int((room + _GAP + 1) // (panel_width + _GAP))))
     down = -(-n_panels // across)
-    tall = _cell_height(cells, down, None if height is None else height - below - 160)
+    tall = _cell_height(cells, down, None if paper.height is None else paper.height - ticks.below - 160, paper)
     panel_height = max(26, round(tall * n_rows))
     inner = (across * panel_width + (across - 1) * _GAP, down * panel_height + (down - 1) * _GAP)
-    bar = min(max(inner[1], 190), 360)
 
-    figure = make_subplots(
-        down,
-        across,
-        figure=Figure(),
-        shared_xaxes="all",
-        shared_yaxes="all",
-        subplot_titles=[plain(name) for name in layout.names] if n_panels > 1 else None,
-        horizontal_spacing=_GAP / (across * (panel_width + _GAP)),
-        vertical_spacing=_GAP / (down * (panel_height + _GAP)),
-    )
+    figure = panels((down, across), (panel_width, panel_height), (_GAP, _GAP), layout.names)
     figure.update_annotations(font_size=12)
     gap = 1 if min(width, tall) >= 8 else 0
     for i in range(n_panels):
@@ -337,38 +355,44 @@ def _draw(cells: _Cells, scale: Scale, theme: Theme, height: int | None) -> Figu
     notes += ["grey: no value"] * bool(np.isnan(cells.values).any())
     facts = replace(cells.facts, caption=(*cells.facts.caption, *notes))
 
-    figure.update_xaxes(**label_axis(columns, width, 13 if slanted else 7 * longest + 6))
-    figure.update_xaxes(range=[-0.5, n_columns - 0.5], tickangle=-50 if slanted else 0)
+    figure.update_xaxes(**ticks.axis, range=[-0.5, n_columns - 0.5])
     figure.update_yaxes(**label_axis(rows, tall, 14), range=[n_rows - 0.5, -0.5], title_text="")
-    figure.update_yaxes(title_text=" and ".join(layout.down), col=1)
-    axis_title = {"pos": "token and position", "position": "named position"}.get(layout.right or "", layout.right or "")
-    for i in range(max(0, n_panels - across), n_panels):  # those with no panel below
-        figure.update_xaxes(title_text=axis_title, showticklabels=True, row=i // across + 1, col=i % across + 1)
-    axis = scale.axis()
-    axis["colorbar"] |= {"thickness": 14, "len": bar, "y": 1, "yanchor": "top"}
-    axis["colorbar"] |= {"title_side": "top", "title_font_size": 12}
-    axis["colorbar"] |= {"title_text": "<br>".join([*map(plain, scale.title), " "])}
-    figure.update_layout(coloraxis=axis)
-    frame = Frame(*inner, left, 210, max(below, bar - inner[1] + 10), above=18 if n_panels > 1 else 0)
-    dress(figure, theme, frame, facts, cells.table, height=height)
+    title_axes(figure, n_panels, across, axis_title(layout.right), " and ".join(layout.down))
+    frame_cells(figure, theme)
+    frame = Frame(*inner, room_left(rows, ticks, paper), paper.bar(), ticks.below, above=18 if n_panels > 1 else 0)
+    frame = lay_bar(figure, scale, paper, frame, theme)
+    dress(figure, theme, frame, facts, cells.table, paper, places=lambda: _places(layout))
     figure.update_layout(plot_bgcolor=theme.absent)  # shows through where a cell does not exist, and between cells
     return figure
 
 
-def _cell_width(cells: _Cells) -> float:
+def _places(layout: _Layout) -> dict[str, Place]:
+    """Where each cell is: by its row and column, as hover calls them, in the first panel."""
+    rows, columns = layout.rows or ("",), layout.columns or ("",)
+    names = {(i, j): f"{row} {column}".strip() for i, row in enumerate(rows) for j, column in enumerate(columns)}
+    led = "L" if layout.down == ("layer",) else ""
+    return {f"{led}{name}": (j, i, "") for (i, j), name in names.items()}
+
+
+def _cell_width(cells: _Cells, paper: Paper, left: float) -> float:
     n_panels, _, n_columns = cells.layout.shape
-    if cells.words is not None and 1150 / n_columns >= _SMALLEST[0]:
+    most = paper.across(left, paper.bar(), 1150)
+    if cells.words is not None and most / n_columns >= _SMALLEST[0]:
         needed = 10 + 7 * max(display_width(word) for word in cells.words.flat)
-        return min(max(needed, 44), 84, 1150 / n_columns)
-    return min(34.0, max((940 if n_panels == 1 else 300) / n_columns, 1.0))
+        return min(max(needed, 44), 84 if paper.width is None else 130, most / n_columns)
+    beside = 940.0 if n_panels == 1 else 300.0
+    if paper.width is not None:
+        beside = most if n_panels == 1 or paper.narrow else min(300.0, most)
+    return min(paper.up_to(34.0), max(min(beside, most) / n_columns, 1.0))
 
 
-def _cell_height(cells: _Cells, down: int, inner: float | None) -> float:
+def _cell_height(cells: _Cells, down: int, inner: float | None, paper: Paper) -> float:
     """`inner`: pixels for all panels, one below the other, if the caller chose."""
     n_panels, n_rows, _ = cells.layout.shape
     if inner is not None:
         return max((inner - _GAP * (down - 1)) / (down * n_rows), 1.0)
-    most, room = (22.0, 900) if cells.words is not None else (26.0, 660 if n_panels == 1 else 330)
+    most, room = (22.0, 660.0) if cells.words is not None else (26.0, 480.0 if n_panels == 1 else 300.0)
+    room = min(room, (paper.down(750.0) - _GAP * (down - 1)) / down)
     return min(most, max(room / n_rows, 1.0))
 
 

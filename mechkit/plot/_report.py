@@ -1,11 +1,15 @@
 """A report: figures, tables, prompts, provenance and code on one page that can be sent to a colleague.
 
 1. Every item becomes a section: its picture (`mechkit.plot._default`), its strongest cells as a table, and where it comes from.
+   The picture's title is the section's heading, and is not written in the picture again.
 2. A figure is stored as compressed JSON, which the page's script inflates and draws: the one nearest to the window first, then
    the others. Until then, and without scripts, its title and caption stand in its place; tables need no script.
 3. The template escapes everything. The page forbids itself to load anything and to run a script but its own two, which it knows
    by their hashes: a token that is a tag stays a token even if an escape were forgotten.
-4. The same input gives the same bytes: there is no date, no path and no random name.
+4. On wide screens sections stand in two columns; one that needs the whole width has its picture on the left, the rest on the
+   right (`_arranged`).
+5. Items of several models or tasks are named in a warning at the top.
+6. The same input gives the same bytes: there is no date, no path and no random name.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ import sys
 import sysconfig
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +41,7 @@ from mechkit._files import destination, expanded
 from mechkit._version import __version__
 from mechkit.plot._export import CONFIG
 from mechkit.plot._figure import Figure
-from mechkit.plot._text import number, visible
+from mechkit.plot._text import number, plain, visible
 from mechkit.plot._theme import Theme, theme_of
 from mechkit.prompts import PromptPairs, Prompts
 from mechkit.result import Result
@@ -46,6 +50,9 @@ _TOP = 10  # rows of a result's table
 _ROWS = 200  # of any other table
 _TOKENS = 20_000  # of prompts that are shown
 _VALUE = 2_000  # characters of one value of the provenance
+_HALF = 680  # pixels of a column, on a screen of 1440
+_FITS = 1100  # pixels of a figure that is drawn anew for a column; a wider one needs both
+_NO_TASKS = ("custom", "random tokens")  # names of prompts that are no task of their own
 _UNRANKED = ({"dest", "src"}, {"d_model"})  # dims of results whose largest cells say nothing
 
 
@@ -102,7 +109,7 @@ class _PromptTable:
 
 @dataclass(frozen=True)
 class _Section:
-    """One item of the report; only the title is always there."""
+    """One item of the report; only the title is always there. `wide`: over both columns."""
 
     title: str
     paragraphs: list[str] = field(default_factory=list)
@@ -110,6 +117,14 @@ class _Section:
     table: _Table | None = None
     prompts: _PromptTable | None = None
     provenance: list[tuple[str, str]] = field(default_factory=list)
+    wide: bool = False
+
+    @property
+    def needs_width(self) -> bool:
+        """Whether one of two columns is too narrow for it."""
+        columns = 0 if self.table is None or self.table.folded else len(self.table.columns)
+        is_text = self.drawing is None and self.table is None
+        return is_text or columns > 8 or (self.drawing is not None and self.drawing.width > _HALF)
 
 
 @checked
@@ -156,13 +171,18 @@ def report(
     if prompts is not None:
         sections.append(_Section("Prompts", prompts=_prompts(prompts)))
     path = destination(path, make_folders=True)
-    page = _page(title, _about(items), sections, source, colours)
+    page = _page(title, _about(items), _mixed(items, prompts), _arranged(sections), source, colours)
     path.write_bytes(page.encode("utf-8", "backslashreplace"))
     return path
 
 
 def _page(
-    title: str, about: list[tuple[str, str]], sections: list[_Section], source: tuple[str, str] | None, theme: Theme
+    title: str,
+    about: list[tuple[str, str]],
+    warnings: list[str],
+    sections: list[_Section],
+    source: tuple[str, str] | None,
+    theme: Theme,
 ) -> str:
     loader = jinja2.PackageLoader("mechkit.plot", "templates")
     environment = jinja2.Environment(
@@ -178,6 +198,7 @@ def _page(
     return environment.get_template("report.html.jinja").render(
         title=visible(title),
         about=about,
+        warnings=warnings,
         sections=sections,
         source=source,
         theme=theme,
@@ -200,22 +221,51 @@ def _section(i: int, item: Any, theme: str) -> _Section:
         figure = thing if isinstance(thing, go.Figure) else _picture(thing, theme)
     except ValueError as error:
         raise ValueError(f"items: number {i}, of {type(thing).__name__}, cannot be drawn: {error}") from error
-    drawing = _draw(figure)
+    drawing = _draw(figure, untitled=not name)
     table = _strongest(thing) if isinstance(thing, Result) else _figure_table(figure)
     return _Section(visible(name) or drawing.title or "Figure", [], drawing, table, None, _provenance(thing))
+
+
+def _arranged(sections: Sequence[_Section]) -> list[_Section]:
+    """Sections two by two, in order; one that needs the width, or has no neighbour, has both columns."""
+    arranged: list[_Section] = []
+    waiting: _Section | None = None
+    for section in sections:
+        if section.needs_width:
+            arranged += [replace(waiting, wide=True)] if waiting is not None else []
+            arranged.append(replace(section, wide=True))
+            waiting = None
+        elif waiting is None:
+            waiting = section
+        else:
+            arranged += [waiting, section]
+            waiting = None
+    return arranged + ([replace(waiting, wide=True)] if waiting is not None else [])
 
 
 def _picture(thing: Any, theme: str) -> go.Figure:
     from mechkit.plot._default import default
 
-    return default(thing, theme=theme)
+    figure = default(thing, theme=theme)
+    if _HALF < figure.layout.width <= _FITS:
+        return figure.resized(width=_HALF)
+    return figure
 
 
-def _draw(figure: go.Figure) -> _Drawing:
-    """The figure with a size, compressed."""
+def _draw(figure: go.Figure, untitled: bool = False) -> _Drawing:
+    """The figure with a size, compressed; without its title, if that is to be the section's heading."""
     picture = figure.to_dict()
     layout = picture["layout"]
     layout["width"], layout["height"] = layout.get("width") or 900, layout.get("height") or 450
+    choices = [button for menu in layout.get("updatemenus") or () for button in menu.get("buttons") or ()]
+    changing = any("title.text" in part for button in choices for part in button.get("args") or ())
+    written = re.sub("<[^>]*>", " ", (layout.get("title") or {}).get("text") or "")
+    if untitled and written and not changing:
+        lines = layout["title"]["text"].count("<br>") + 1
+        spare = min(22 * (lines + 1), max((layout.get("margin") or {}).get("t", 100) - 24, 0))
+        layout["title"] = {"text": ""}
+        layout["margin"] = {**(layout.get("margin") or {}), "t": (layout.get("margin") or {}).get("t", 100) - spare}
+        layout["height"] -= spare
     config = {**CONFIG, "toImageButtonOptions": {"filename": "figure", "scale": 2}}
     text = to_json_plotly({**picture, "config": config}, engine="json")
     data = base64.b64encode(zlib.compress(text.encode(), 9)).decode()
@@ -223,8 +273,11 @@ def _draw(figure: go.Figure) -> _Drawing:
         facts = figure.facts if isinstance(figure, Figure) else None
     except ValueError:  # a copy that plotly made
         facts = None
-    written = re.sub("<[^>]*>", " ", (layout.get("title") or {}).get("text") or "")
-    name = facts.title if facts else html.unescape(written)
+    name = html.unescape(written)
+    if facts and "".join(written.split()) == "".join(plain(facts.title).split()):
+        name = facts.title  # as it was before it was wrapped
+    if changing and untitled:  # the picture's own title says what is chosen
+        name = "Attention patterns" if facts and facts.kind == "attention" else "Figure"
     return _Drawing(
         data, layout["width"], layout["height"], visible(name), visible(" · ".join(facts.caption)) if facts else ""
     )
@@ -320,6 +373,7 @@ def _prompts(prompts: Prompts | PromptPairs) -> _PromptTable:
         for ids, texts in zip(some.tokens, some.str_tokens, strict=True)
         for token, text in zip(ids.tolist(), texts, strict=True)
     }
+    known |= prompts.answer_text if isinstance(prompts, PromptPairs) else {}
     rows = []
     for i in range(n):
         if not isinstance(prompts, PromptPairs):
@@ -356,17 +410,45 @@ def _token(known: Mapping[int, str], token: int) -> str:
 # Provenance and code
 
 
+_FACTS = {"model": "model", "task": "task", "prompts": "n_prompts"}
+
+
 def _about(items: Sequence[Any]) -> list[tuple[str, str]]:
     """What all of the page is about: models, tasks and numbers of prompts, each named once."""
+    facts = {name: visible(", ".join(_named(items, key))) for name, key in _FACTS.items()}
+    return [(name, value) for name, value in {**facts, "mechkit": __version__}.items() if value]
+
+
+def _named(items: Sequence[Any], key: str) -> list[str]:
+    """The different values of a fact of the items' provenance, in order."""
     things = [item[1] if isinstance(item, tuple) and len(item) == 2 else item for item in items]
-    origins = [origin for thing in things if isinstance(origin := getattr(thing, "provenance", None), Mapping)]
+    origins: list[Mapping[str, Any]] = []
+    for thing in things:
+        if isinstance(origin := getattr(thing, "provenance", None), Mapping):
+            origins.append(origin)
+        origins += thing._origins if isinstance(thing, Figure) else ()
+    return list(dict.fromkeys(str(origin[key]) for origin in origins if origin.get(key) not in (None, "")))
 
-    def named(key: str) -> str:
-        values = dict.fromkeys(str(origin[key]) for origin in origins if origin.get(key) not in (None, ""))
-        return visible(", ".join(values))
 
-    facts = {"model": named("model"), "task": named("task"), "prompts": named("n_prompts"), "mechkit": __version__}
-    return [(name, value) for name, value in facts.items() if value]
+def _mixed(items: Sequence[Any], prompts: Prompts | PromptPairs | None) -> list[str]:
+    """Warnings of a page on which numbers stand together that do not belong together."""
+    pairs = [item[1] if isinstance(item, tuple) and len(item) == 2 else item for item in (*items, prompts)]
+    tasks = [*_named(items, "task"), *(one.task for one in pairs if isinstance(one, PromptPairs))]
+    tasks = [task for task in dict.fromkeys(tasks) if task not in _NO_TASKS]
+    models, weights = _named(items, "model"), _named(items, "weights_hash")
+    warnings = []
+    if len(models) > 1:
+        warnings.append(f"This report mixes {len(models)} models: {', '.join(models)}.")
+    elif len(weights) > 1:
+        warnings.append(
+            f"This report mixes {len(weights)} versions of the weights of {', '.join(models) or 'a model'}."
+        )
+    if len(tasks) > 1:
+        warnings.append(f"This report mixes {len(tasks)} tasks: {', '.join(tasks)}.")
+    return [
+        visible(f"{warning} Its numbers can be compared only where model and task are the same.")
+        for warning in warnings
+    ]
 
 
 def _provenance(thing: Any) -> list[tuple[str, str]]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mechkit.plot._figure import Table
 from mechkit.result import Result
+from mechkit.result._columns import columns_of
 
 
 def to_numpy(values: Tensor) -> np.ndarray:
@@ -20,10 +21,10 @@ def table_of(results: Result | Mapping[str, Result]) -> Table:
     """A row for each cell (and prompt): a column a dim, `"value"`, and the baselines `"baseline clean"`, ….
 
     Args:
-        results: One, or several with the same dims and baselines, told apart by a first column `"result"`.
+        results: One, or several with the same dims and baselines, distinguished by a first column `"result"`.
     """
     several = {"": results} if isinstance(results, Result) else dict(results)
-    tables = [_one(result) for result in several.values()]
+    tables = [columns_of(result).table() for result in several.values()]
     joined = {column: np.concatenate([table[column] for table in tables]) for column in tables[0]}
     if len(several) == 1:
         return joined
@@ -31,22 +32,3 @@ def table_of(results: Result | Mapping[str, Result]) -> Table:
         [np.full(len(table["value"]), name, object) for name, table in zip(several, tables, strict=True)]
     )
     return {"result": names, **joined}
-
-
-def _one(result: Result) -> dict[str, np.ndarray]:
-    shape = result.values.shape
-    columns: dict[str, np.ndarray] = {}
-    for axis, dim in enumerate(result.dims):
-        labels = result.coords[dim]
-        labels_array = np.array(labels, dtype=np.int64 if all(isinstance(x, int) for x in labels) else object)
-        columns[dim] = np.broadcast_to(
-            labels_array.reshape([-1 if i == axis else 1 for i in range(len(shape))]), shape
-        ).ravel()
-    columns["value"] = result.values.numpy(force=True).ravel()
-    for name, baseline in result.baseline.items():
-        cells = baseline.numpy(force=True)
-        if baseline.ndim == 1 and "prompt" in result.dims and shape != tuple(baseline.shape):
-            axis = result.dims.index("prompt")
-            cells = cells.reshape([-1 if i == axis else 1 for i in range(len(shape))])
-        columns[f"baseline {name}"] = np.broadcast_to(cells, shape).ravel()
-    return columns

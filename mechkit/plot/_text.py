@@ -47,10 +47,20 @@ def number(value: float, digits: int = 3, *, sign: str = "") -> str:
     return f"{value + 0.0:{sign}.{digits}g}".replace("-", "−")
 
 
-def shortened(label: object) -> str:
+def spaced(unit: str) -> str:
+    """A unit behind its number, `' logits'`; nothing of normalized values, which have none."""
+    return "" if unit == "normalized" else f" {unit}"
+
+
+def from_base(change: float, unit: str, base: str) -> str:
+    """`'+0.25 logits from the corrupted run'`; `unit` as `spaced` gives it."""
+    return f"{number(change, 5, sign='+')}{unit} from the {base} run"
+
+
+def shortened(label: object, most: int = _MAX_LABEL) -> str:
     """A label that fits on an axis: its middle is left out if it is long, its end (a position) is kept."""
     text = str(label)
-    return text if len(text) <= _MAX_LABEL else f"{text[: _MAX_LABEL - 9]}…{text[-8:]}"
+    return text if len(text) <= most else f"{text[: most - 9]}…{text[-8:]}"
 
 
 def display_width(text: str) -> int:
@@ -93,6 +103,10 @@ def caption_of(provenance: Mapping[str, Any], *, averaged: bool = True) -> list[
         prompts = f"mean over {prompts}"
     names = {"site": "site", "direction": "direction", "mode": "mode", "ablation": "ablation", "lens": ""}
     details = [f"{name} {known[key]}".strip() for key, name in names.items() if key in known]
+    if isinstance(receivers := provenance.get("receivers"), list):
+        details += [f"receivers {', '.join(map(str, receivers))}"]
+    if "freeze" in known:
+        details += ["all else frozen" if known["freeze"] == "all" else f"{known['freeze']} frozen"]
     parts = [known.get("model"), known.get("task"), prompts if n_prompts else None, technique_of(provenance)]
     return list(dict.fromkeys(part for part in [*parts, *details, known.get("caution")] if part))
 
@@ -102,5 +116,8 @@ def title_of(provenance: Mapping[str, Any], metric: str, dims: Sequence[str] = (
     technique = technique_of(provenance)
     technique = technique[:1].upper() + technique[1:]
     site = f" of {provenance['site']}" if technique and provenance.get("site") else ""
+    if isinstance(receivers := provenance.get("receivers"), list) and technique:
+        named = ", ".join(map(str, receivers[:3])) if len(receivers) <= 3 else f"{len(receivers)} receivers"
+        site = f" to {named}"
     what = f"{metric} by {' and '.join(', '.join(dims).rsplit(', ', 1))}" if dims else metric
     return f"{technique}{site}: {what}" if technique else what

@@ -1,6 +1,6 @@
 """Colours: two themes, each with a diverging map for what has a sign, a sequential one for what has none, and plain colours.
 
-Both maps are told apart by colour-blind readers: blue against red (ColorBrewer's RdBu), and one hue whose lightness alone says
+Colour-blind readers can distinguish both maps: blue against red (ColorBrewer's RdBu), and one hue whose lightness alone says
 how much. The middle of the diverging map and the low end of the sequential one are the paper's colour, so that nothing looks like
 nothing.
 """
@@ -20,7 +20,7 @@ class Theme:
 
     Attributes:
         paper, ink, muted, line, grid: Background, text, small print, axes, grid lines.
-        absent: Where a cell does not exist.
+        absent, masked: Where a cell does not exist; where a mask hides it, in patterns half of which it hides.
         neutral: What the middle of the diverging map is called, in the colour bar's title.
         positive, negative, grey: Lines and marks above 0, below 0, and of neither.
         box, box_end: The boxes of a circuit, and those of its two ends and MLPs.
@@ -36,6 +36,7 @@ class Theme:
     line: str
     grid: str
     absent: str
+    masked: str
     neutral: str
     positive: str
     negative: str
@@ -56,6 +57,7 @@ LIGHT = Theme(
     line="#444444",
     grid="#ececec",
     absent="#d4d4d4",
+    masked="#f1f1f1",
     neutral="white",
     positive="#2166ac",
     negative="#b2182b",
@@ -77,6 +79,7 @@ DARK = Theme(
     line="#9aa0a6",
     grid="#2a2f36",
     absent="#4a4f57",
+    masked="#23272d",
     neutral="black",
     positive="#6baed6",
     negative="#f4775f",

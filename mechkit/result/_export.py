@@ -10,8 +10,8 @@ import numpy as np
 from torch import Tensor
 
 from mechkit._files import decoding, read_tensors, write_tensors
+from mechkit.result._columns import columns_of, label_array
 from mechkit.result._cost import Cost
-from mechkit.result._labels import label_array
 
 if TYPE_CHECKING:
     import pandas
@@ -59,11 +59,8 @@ def dataframe(result: "Result") -> "pandas.DataFrame":
     """A row for each cell and prompt, a column for each dim, and `'value'`."""
     import pandas as pd
 
-    columns = {
-        dim: label_array(result.coords[dim])[index.ravel()]
-        for dim, index in zip(result.dims, np.indices(result.shape), strict=True)
-    }
-    return pd.DataFrame({**columns, "value": as_numpy(result.values).ravel()})
+    columns = columns_of(result)
+    return pd.DataFrame({**{dim: columns.label(dim) for dim in result.dims}, "value": columns.value()})
 
 
 def dataarray(result: "Result") -> "xarray.DataArray":

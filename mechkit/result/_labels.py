@@ -1,10 +1,8 @@
-"""Labels of a result: how `sel` finds them, dims in another order, and how labels are written for readers and for tables."""
+"""Labels of a result: how `sel` finds them, dims in another order, and how labels are written for readers."""
 
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
-
-import numpy as np
 
 Label = int | str
 _PREFIXES = {"layer": "L", "head": "H", "neuron": "N"}
@@ -56,8 +54,3 @@ def cell_label(coords: Mapping[str, Label]) -> str:
     short = [dim for dim in _PREFIXES if isinstance(coords.get(dim), int)]
     rest = [label if isinstance(label, str) else f"{dim} {label}" for dim, label in coords.items() if dim not in short]
     return " ".join(["".join(f"{_PREFIXES[dim]}{coords[dim]}" for dim in short)] * bool(short) + rest)
-
-
-def label_array(labels: tuple[Label, ...]) -> np.ndarray:
-    """A numpy string array would turn ints into strings and drop trailing NULs."""
-    return np.array(labels, dtype=np.int64 if all(isinstance(label, int) for label in labels) else object)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from mechkit._check import checked, plain
 from mechkit._drawn import Drawn
-from mechkit._gap import warn_of_gap
+from mechkit._warnings import warn_of_gap
 from mechkit.result._checks import as_float, as_json, as_labels, check_axes, check_finite
 from mechkit.result._cost import Cost
 from mechkit.result._export import as_numpy, dataarray, dataframe, read, write
@@ -233,7 +233,7 @@ class Result(Drawn):
                 f"normalized: expected clean and corrupted baselines that differ, got equal ones{self._where(tiny)}; "
                 "leave these out with sel(), or average over prompts first"
             )
-        warn_of_gap(clean, corrupted, self.values, self.metric, stacklevel=2)
+        warn_of_gap(clean, corrupted, self.values, self.metric)
         scaled = {name: self._compact((self._cells(name) - corrupted) / gap) for name in self.baseline}
         return replace(self, values=(self.values - corrupted) / gap, baseline=scaled, unit="normalized")
 
@@ -308,7 +308,7 @@ class Result(Drawn):
             method: `'percentile'`; `'basic'` (the percentile interval reflected about the mean); or `'studentized'` (each
                 resample in units of its own standard error), which is wider and covers more often where prompts are few
                 or a few of them carry the mean. None covers as often as `level` below some 30 prompts, or where the mean
-                hangs on rare prompts (`benchmarks/coverage.py`).
+                hangs on rare prompts (`benchmarks/truth/intervals.py`).
             normalized: give the interval of `mean("prompt").normalized()` instead: a ratio of means.
 
         Returns:
@@ -333,7 +333,7 @@ class Result(Drawn):
         """Two-sided sign-flip permutation test, for each cell, that prompts' effects are symmetric about 0.
 
         The null hypothesis is that each prompt's effect is as likely as its opposite. That is "the mean effect is 0" for
-        symmetric effects alone: of skewed effects whose mean is 0, 6 to 14 % have p < .05 (`benchmarks/coverage.py`).
+        symmetric effects alone: of skewed effects whose mean is 0, 6 to 14 % have p < .05 (`benchmarks/truth/intervals.py`).
         Exact (all sign flips) when there are no more than `n_resamples + 1` of them, at random otherwise. With n
         prompts no p-value is below 2 / 2^n. Without baselines the values themselves are tested against 0. A small
         effect that is the same in every prompt is significant: look at `ci` for its size.

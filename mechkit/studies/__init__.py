@@ -1,4 +1,12 @@
-"""Studies over models, tasks and techniques: on one machine or on Ray, resumed after anything, read back as one table."""
+"""Studies over models, tasks and techniques: on one machine or on Ray, resumed after anything, read back as one table.
+
+- `study.py`: what a user has. `_spec.py`, `_registry.py`, `_problems.py`: a statement, what it may name, what is wrong with it.
+- `_job.py`, `_shards.py`: a job, and how it is cut into shards. `_planner.py`: which of them are left. `_keys.py`: what decides
+  the numbers.
+- `_run.py`: the loop. `_executors.py`: where units of work (`_work.py`) are computed. `_worker.py`: computes one, with its model
+  and prompts (`_materials.py`).
+- `_store.py`, `_files.py`, `_records.py`: what is kept, and its checksums. `_status.py`, `_table.py`: what is read back.
+"""
 
 # ruff: noqa: E402 - what the imports need is looked for first, so that what is missing is named in one sentence
 

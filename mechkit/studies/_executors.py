@@ -1,7 +1,7 @@
 """Where shards are computed: in this process, in a process a device, or on Ray.
 
-An executor owns workers, numbered from 0, each of which does one task at a time. It does not choose tasks (`_run.py` hands
-them out) and it does not schedule: processes are concurrent.futures', actors are Ray's.
+An executor owns workers, numbered from 0, each of which does one unit of work at a time. It does not choose which (`_run.py`
+hands them out) and it does not schedule: processes are concurrent.futures', actors are Ray's.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ import torch
 
 from mechkit.hooks import HookedModel
 from mechkit.studies._files import StoreError
-from mechkit.studies._worker import Failed, Finished, Planned, Work, Worker, WorkerSettings
+from mechkit.studies._work import Failed, Finished, Planned, Work, WorkerSettings
+from mechkit.studies._worker import Worker
 
 Outcome = Planned | Finished | Failed
 
 
 class WorkerLostError(Exception):
-    """A worker died over a task; there is a new one in its place."""
+    """A worker died over its work; there is a new one in its place."""
 
 
 @runtime_checkable
@@ -37,7 +38,7 @@ class Executor(Protocol):
 
     def open(self, settings: WorkerSettings) -> None: ...
     def close(self) -> None: ...
-    def submit(self, worker: int, task: Work) -> Any: ...
+    def submit(self, worker: int, work: Work) -> Any: ...
     def wait(self, handles: Sequence[Any], seconds: float) -> list[Any]: ...
     def result(self, handle: Any) -> Outcome: ...
 
@@ -80,8 +81,8 @@ class InProcess(_Opens):
     def close(self) -> None:
         self._worker = None
 
-    def submit(self, worker: int, task: Work) -> Any:
-        return task
+    def submit(self, worker: int, work: Work) -> Any:
+        return work
 
     def wait(self, handles: Sequence[Any], seconds: float) -> list[Any]:
         return list(handles)
@@ -152,12 +153,12 @@ class Processes(_Opens):
             pool.shutdown(wait=True, cancel_futures=True)
         self._pools, self._of = [], {}
 
-    def submit(self, worker: int, task: Work) -> Any:
+    def submit(self, worker: int, work: Work) -> Any:
         try:
-            handle = self._pools[worker].submit(_compute, task)
+            handle = self._pools[worker].submit(_compute, work)
         except BrokenProcessPool:  # it died while it had nothing to do
             self._pools[worker] = self._pool(self.devices[worker])
-            handle = self._pools[worker].submit(_compute, task)
+            handle = self._pools[worker].submit(_compute, work)
         self._of[handle] = worker
         return handle
 
@@ -195,9 +196,9 @@ def _end_with_the_runner() -> None:
         os._exit(1)
 
 
-def _compute(task: Work) -> Outcome:
+def _compute(work: Work) -> Outcome:
     assert _worker is not None
-    return _worker.run(task)
+    return _worker.run(work)
 
 
 class Ray(_Opens):
@@ -264,8 +265,8 @@ class Ray(_Opens):
             ray.shutdown()
             self._ours = False
 
-    def submit(self, worker: int, task: Work) -> Any:
-        handle = self._actors[worker].run.remote(task)
+    def submit(self, worker: int, work: Work) -> Any:
+        handle = self._actors[worker].run.remote(work)
         self._of[handle] = worker
         return handle
 

@@ -60,6 +60,7 @@ class Job:
     Attributes:
         model, task, technique, metric: What is run; no task where the model alone is looked at.
         labels: How model, task and technique are called in tables.
+        current: Whether the study as it was stated last has it. A store keeps the jobs of earlier statements.
     """
 
     model: ModelSpec
@@ -68,6 +69,7 @@ class Job:
     metric: Call | None
     labels: tuple[str, str, str]
     mechkit: str = __version__
+    current: bool = True
 
     def stated(self) -> dict[str, Any]:
         """All that decides the numbers, as far as it is known before the model is loaded."""

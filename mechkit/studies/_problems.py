@@ -1,4 +1,4 @@
-"""What is wrong with a study, told all together, each with its key and its line."""
+"""What is wrong with a study, reported all together, each with its key and its line."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ Key = tuple[str | int, ...]
 
 
 class Problems:
-    """What is wrong with a study, told together."""
+    """What is wrong with a study, reported together."""
 
     def __init__(self, where: str, text: str | None = None, *, allow_code: bool = True) -> None:
         self.where, self.text, self.allow_code = where, text, allow_code

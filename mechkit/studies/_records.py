@@ -14,7 +14,7 @@ import torch
 from mechkit.circuits import EdgeScores, Graph
 from mechkit.result import Cost, Label, Result
 from mechkit.studies._job import Job
-from mechkit.studies._plan import Plan, Shard
+from mechkit.studies._shards import Plan, Shard
 from mechkit.studies._store import DamagedError, Layout, Store, chunk_name, sha256
 
 # Of one shard's prompts alone: the job's are the record's.

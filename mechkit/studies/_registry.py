@@ -102,6 +102,9 @@ METRICS: dict[str, Callable[..., Any]] = {
     "prob_diff": metrics.prob_diff,
     "kl_divergence": metrics.kl_divergence,
     "accuracy": metrics.accuracy,
+    "loss": metrics.loss,
+    "in_context_score": metrics.in_context_score,
+    "answer_log_prob": metrics.answer_log_prob,
 }
 DEFAULT_METRIC = "logit_diff"
 

@@ -1,7 +1,7 @@
-"""The loop: tasks are handed to workers until there are none, and whatever goes wrong with one does not stop the rest.
+"""The loop: work is handed to workers until there is none, and whatever goes wrong with one unit does not stop the rest.
 
-1. Under the store's lock, the manifest is written and every model gets a plan task. What it answers is the list of shards to do.
-2. A free worker gets the first task of the model that it has loaded, or else the first of all.
+1. Under the store's lock, the manifest is written and every model's jobs are to be planned. What that gives is the shards to do.
+2. A free worker gets the first work of the model that it has loaded, or else the first of all.
 3. A shard that raises is tried again, `retries` times, and then recorded as failed. A shard whose worker was lost is tried
    again with half the budget. The next run tries what failed again.
 4. A store that cannot be written ends the run; so does an interrupt. Both leave everything finished in its place.
@@ -23,13 +23,13 @@ from mechkit.studies._executors import Executor, WorkerLostError
 from mechkit.studies._files import StoreError
 from mechkit.studies._job import Job, ModelSpec
 from mechkit.studies._store import DamagedError, Store
-from mechkit.studies._worker import Failed, Finished, Planned, PlanWork, ShardWork, Work, WorkerSettings
+from mechkit.studies._work import Failed, Finished, Planned, PlanWork, ShardWork, Work, WorkerSettings
 
 BEAT_EVERY, BEAT_LEAST = 5.0, 0.5  # seconds between two signs of life, at most and at least
 WAIT = 1.0
 
 
-def told(failed: Iterable[tuple[str, str]]) -> list[str]:
+def described(failed: Iterable[tuple[str, str]]) -> list[str]:
     """A line an error, with the first of the jobs that it stopped."""
     jobs: dict[str, list[str]] = {}
     for job, error in failed:
@@ -64,7 +64,7 @@ class RunReport:
         parts += [f"{self.retried} attempts repeated"] * bool(self.retried)
         lines = [", ".join(parts)]
         lines += [f"damaged: {what}" for what in self.damage]
-        return "\n".join([*lines, *told(self.failed.items())])
+        return "\n".join([*lines, *described(self.failed.items())])
 
 
 @dataclass(frozen=True)
@@ -77,22 +77,22 @@ class Event:
 
 
 class _Queue:
-    """Tasks that wait, a model's together."""
+    """Work that waits, a model's together."""
 
     def __init__(self) -> None:
-        self.tasks: deque[Work] = deque()
+        self.waiting: deque[Work] = deque()
 
     def take(self, loaded: ModelSpec | None) -> Work | None:
-        """The first task of the loaded model, else the first."""
-        if not self.tasks:
+        """The first unit of the loaded model, else the first."""
+        if not self.waiting:
             return None
-        for i, task in enumerate(self.tasks):
-            if task.model == loaded:
-                del self.tasks[i]
-                return task
+        for i, work in enumerate(self.waiting):
+            if work.model == loaded:
+                del self.waiting[i]
+                return work
             if i == 0 and loaded is None:
                 break
-        return self.tasks.popleft()
+        return self.waiting.popleft()
 
 
 def run(
@@ -105,8 +105,10 @@ def run(
     retries: int,
     watch: Callable[[Event], None] | None = None,
     known: Sequence[Job] | None = None,
+    stated: bool = True,
 ) -> RunReport:
-    """Computes what is left of the jobs. `known` are all jobs of the study, for its manifest.
+    """Computes what is left of the jobs. `known` are all jobs of the study, for its manifest, and `stated` whether somebody
+    states them, rather than that they were read from the store.
 
     Raises:
         StoreError: the store cannot be written, or another run is at work on it.
@@ -115,7 +117,7 @@ def run(
     begin = time.perf_counter()
     report = RunReport()
     with store.locked():
-        write_manifest(store, known or jobs, name)
+        write_manifest(store, known or jobs, name, stated=stated)
         store.remove_half_written()
         executor.open(settings)
         try:
@@ -145,7 +147,7 @@ class _Loop:
         by_model: dict[ModelSpec, list[Job]] = {}
         for job in jobs:
             by_model.setdefault(job.model, []).append(job)
-        self.queue.tasks.extend(PlanWork(model, tuple(mine)) for model, mine in by_model.items())
+        self.queue.waiting.extend(PlanWork(model, tuple(mine)) for model, mine in by_model.items())
         self.total, self.done = 0, 0
         self.flying: dict[Any, tuple[int, Work]] = {}
         self.loaded: dict[int, ModelSpec | None] = dict.fromkeys(range(executor.n_workers))
@@ -162,42 +164,42 @@ class _Loop:
             heart.join()
 
     def _work(self) -> None:
-        while self.queue.tasks or self.flying:
+        while self.queue.waiting or self.flying:
             busy = {worker for worker, _ in self.flying.values()}
             for worker in self.loaded:
-                if worker not in busy and (task := self.queue.take(self.loaded[worker])) is not None:
-                    self.loaded[worker] = task.model
-                    self.flying[self.executor.submit(worker, task)] = (worker, task)
+                if worker not in busy and (work := self.queue.take(self.loaded[worker])) is not None:
+                    self.loaded[worker] = work.model
+                    self.flying[self.executor.submit(worker, work)] = (worker, work)
                     self.news.set()
             self._show()
             for handle in self.executor.wait(list(self.flying), WAIT):
                 self._settle(handle)
 
     def _settle(self, handle: Any) -> None:
-        worker, task = self.flying[handle]
+        worker, work = self.flying[handle]
         try:
             outcome = self.executor.result(handle)
         except WorkerLostError as error:
             self.loaded[worker] = None
             outcome = Failed(f"its worker was lost: {error}")
-            if isinstance(task, ShardWork):
-                task = replace(task, lost=task.lost + 1)
-            elif task.attempt < self.retries:
+            if isinstance(work, ShardWork):
+                work = replace(work, lost=work.lost + 1)
+            elif work.attempt < self.retries:
                 del self.flying[handle]
                 self.report.retried += 1
-                self.queue.tasks.append(replace(task, attempt=task.attempt + 1))
+                self.queue.waiting.append(replace(work, attempt=work.attempt + 1))
                 return
         del self.flying[handle]
         if isinstance(outcome, Failed):
-            self._failed(task, outcome.error)
-        elif isinstance(outcome, Planned) and isinstance(task, PlanWork):
-            self._planned(task, outcome)
+            self._failed(work, outcome.error)
+        elif isinstance(outcome, Planned) and isinstance(work, PlanWork):
+            self._planned(work, outcome)
         elif isinstance(outcome, Finished):
             self.done += 1
             self.report.computed += 1
             self.report.shard_seconds += outcome.seconds
 
-    def _planned(self, task: PlanWork, planned: Planned) -> None:
+    def _planned(self, work: PlanWork, planned: Planned) -> None:
         self.report.damage += planned.damage
         for job, error in planned.failed.items():
             self._record(job, None, error, 1)
@@ -206,17 +208,17 @@ class _Loop:
         self.total += total
         self.done += total - len(shards)
         self.report.kept += total - len(shards)
-        self.queue.tasks.extendleft(reversed(shards))
+        self.queue.waiting.extendleft(reversed(shards))
 
-    def _failed(self, task: Work, error: str) -> None:
-        if isinstance(task, PlanWork):  # the model itself: none of its jobs can be run
-            for job in task.jobs:
+    def _failed(self, work: Work, error: str) -> None:
+        if isinstance(work, PlanWork):  # the model itself: none of its jobs can be run
+            for job in work.jobs:
                 self._record(job.id, None, error, 1)
-        elif task.attempt < self.retries:
+        elif work.attempt < self.retries:
             self.report.retried += 1
-            self.queue.tasks.append(replace(task, attempt=task.attempt + 1))
+            self.queue.waiting.append(replace(work, attempt=work.attempt + 1))
         else:
-            self._record(task.job.id, task.shard, error, task.attempt + 1)
+            self._record(work.job.id, work.shard, error, work.attempt + 1)
 
     def _record(self, job: str, shard: int | None, error: str, attempts: int) -> None:
         self.report.failed[str(self.jobs[job])] = error
@@ -227,7 +229,7 @@ class _Loop:
         if self.watch is None:
             return
         doing = [
-            str(task.job) if isinstance(task, ShardWork) else f"planning {task.model.name}" for _, task in self._at()
+            str(work.job) if isinstance(work, ShardWork) else f"planning {work.model.name}" for _, work in self._at()
         ]
         self.watch(Event(self.done, self.total, doing[0] if doing else ""))
 
@@ -236,7 +238,7 @@ class _Loop:
 
     def _beat(self) -> None:
         while True:
-            shards = [task for _, task in self._at() if isinstance(task, ShardWork)]
+            shards = [work for _, work in self._at() if isinstance(work, ShardWork)]
             with contextlib.suppress(StoreError):  # whoever computes will meet it too
                 self.store.beat([[str(one.job), one.job.id, one.shard] for one in shards], self.executor.n_workers)
             if self.ended.wait(BEAT_LEAST):
@@ -248,8 +250,14 @@ class _Loop:
 # -- the manifest ------------------------------------------------------------------------------------------------------
 
 
-def write_manifest(store: Store, jobs: Sequence[Job], name: str) -> None:
-    """Says what the study is. Jobs of an earlier statement of it stay listed, and stay in the store.
+def write_manifest(store: Store, jobs: Sequence[Job], name: str, *, stated: bool = True) -> None:
+    """Says what the study is. Jobs of an earlier statement of it stay listed and stored, but are not current any more.
+
+    Args:
+        store: Where it is.
+        jobs: All of the study.
+        name: Its name. Studies of several names may share a store; each has its own current jobs.
+        stated: Whether this is the study as somebody states it, rather than one that was read from the store.
 
     Raises:
         StoreError: the store was written by another schema.
@@ -258,9 +266,24 @@ def write_manifest(store: Store, jobs: Sequence[Job], name: str) -> None:
     wanted = {job.id: (job.stated(), list(job.labels)) for job in jobs}
     merged = {**{job: entry for job, entry in listed.items() if job not in wanted}, **wanted}
     there = store.good("manifest.json")
-    if there is None or there["name"] != name or list(merged.items()) != [(j, (s, la)) for j, s, la in _entries(there)]:
-        jobs_json = [{"job": job, "stated": stated, "labels": labels} for job, (stated, labels) in merged.items()]
-        store.put("manifest.json", {"format": "mechkit study", "name": name, "jobs": jobs_json})
+    before = [] if there is None else [job for job, _, _ in _entries(there)]
+    current = {} if there is None else dict(there.get("current", {there["name"]: before}))
+    if stated:
+        current[name] = [job.id for job in jobs]
+    new = {
+        "format": "mechkit study",
+        "name": name,
+        "jobs": [{"job": job, "stated": stated, "labels": labels} for job, (stated, labels) in merged.items()],
+        "current": current,
+    }
+    if there is None or any(there.get(key) != value for key, value in new.items()):
+        store.put("manifest.json", new)
+
+
+def current_jobs(store: Store) -> set[str] | None:
+    """The ids of the jobs that the studies in a store had when each was stated last; `None` where that is not recorded."""
+    recorded = (store.good("manifest.json") or {}).get("current")
+    return None if not recorded else {job for jobs in recorded.values() for job in jobs}
 
 
 def read_manifest(store: Store, *, mend: bool = False) -> list[tuple[str, dict[str, Any], list[str]]]:

@@ -4,7 +4,7 @@
 2. `grid.KEY = [...]` in an entry makes one entry for each value of KEY.
 3. Each technique meets each task (that it is for) on each model: a job. Every job has an id: a hash of all that is stated, and of
    mechkit's version.
-4. All problems are collected and told together, each with its key, and its line in the file.
+4. All problems are collected and reported together, each with its key, and its line in the file.
 """
 
 from __future__ import annotations
@@ -128,7 +128,9 @@ def check(
     _count(parts, problems)
     checked = _validated(_Settings, given, (), problems)
     budget = _bytes(given.get("budget"), problems)
-    models = [_model(entry, key, problems, folder) for key, entry in _entries(_ModelEntry, "model", parts, problems)]
+    models = _short(
+        [_model(entry, key, problems, folder) for key, entry in _entries(_ModelEntry, "model", parts, problems)]
+    )
     tasks = [_task(entry, key, problems) for key, entry in _entries(_TaskEntry, "task", parts, problems)]
     techniques = [
         (key, entry, *_technique(entry, key, problems))
@@ -261,6 +263,20 @@ def _model(entry: _ModelEntry, key: Key, problems: Problems, folder: Path | None
         arguments = _checked(registry.from_code, name, entry.more, key, problems)
     spec = ModelSpec(name, entry.revision, entry.dtype, arguments, entry.device_map, entry.trust_remote_code)
     return key, entry.label or entry.name, spec
+
+
+def _short(models: list[tuple[Key, str, ModelSpec]]) -> list[tuple[Key, str, ModelSpec]]:
+    """Labels of models that are called by a path or a hub's name: its last part, unless another model ends in the same."""
+    counts = Counter(_last(label, spec) for _, label, spec in models)
+    return [
+        (key, _last(label, spec) if counts[_last(label, spec)] == 1 else label, spec) for key, label, spec in models
+    ]
+
+
+def _last(label: str, spec: ModelSpec) -> str:
+    if registry.is_code(spec.name) or not label.startswith(spec.name):
+        return label
+    return re.split(r"[/\\]", spec.name.rstrip("/\\"))[-1] + label.removeprefix(spec.name)
 
 
 def _task(entry: _TaskEntry, key: Key, problems: Problems) -> tuple[Key, str, Call]:

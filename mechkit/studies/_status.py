@@ -9,9 +9,9 @@ from typing import Any
 
 from mechkit._check import checked
 from mechkit.studies._job import Job
-from mechkit.studies._plan import Plan
 from mechkit.studies._records import errors, finished, shard_names
-from mechkit.studies._run import told
+from mechkit.studies._run import described
+from mechkit.studies._shards import Plan
 from mechkit.studies._store import Store
 
 
@@ -45,12 +45,14 @@ class Status:
         running: What is being computed now, `(job, shard)`, if a run is at work.
         at_work: Whether one is.
         seconds_left: An estimate from the shards that are finished; `None` before any is, 0 when all are.
+        stale: Jobs of earlier statements that the store keeps, and that are not among these.
     """
 
     jobs: tuple[JobStatus, ...]
     running: tuple[tuple[str, int], ...]
     at_work: bool
     seconds_left: float | None
+    stale: int = 0
 
     @checked
     def count(self, state: str) -> int:
@@ -77,8 +79,13 @@ class Status:
             lines.append(
                 f"about {duration(self.seconds_left)} left{'' if self.at_work else ', once it is started again'}"
             )
+        if self.stale:
+            lines.append(
+                f"{self.stale} more jobs of earlier statements are in the store, left out here and in results "
+                "(Study.open(store, stale=True) has them)"
+            )
         lines += [f"running: {job}, shard {shard}" for job, shard in self.running]
-        return "\n".join([*lines, *told((str(one.job), str(one.error)) for one in self.failed)])
+        return "\n".join([*lines, *described((str(one.job), str(one.error)) for one in self.failed)])
 
 
 def duration(seconds: float) -> str:
@@ -118,19 +125,19 @@ def _job(store: Store, job: Job, planned: bool, busy: bool, troubled: bool, veri
             if shard is not None and (good is None or shard["shard"] in good):
                 done.add(shard["shard"])
                 seconds += float(shard["seconds"])
-    told = errors(store, job.id, done) if troubled else []
+    reported = errors(store, job.id, done) if troubled else []
     n = None if plan is None else plan.n_shards
     state = "waiting"
-    stale = any(one["shard"] is None for one in told)  # planned once, and not any more
+    stale = any(one["shard"] is None for one in reported)  # planned once, and not any more
     if n is not None and len(done) == n and not stale:
-        state, told = "done", []
+        state, reported = "done", []
     elif busy:
         state = "running"
-    elif told:
+    elif reported:
         state = "failed"
     elif done:
         state = "partial"
-    return JobStatus(job, state, n, len(done), told[-1]["error"] if told else None, seconds)
+    return JobStatus(job, state, n, len(done), reported[-1]["error"] if reported else None, seconds)
 
 
 def _seconds_left(jobs: Sequence[JobStatus], workers: int) -> float | None:

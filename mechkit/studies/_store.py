@@ -42,6 +42,7 @@ import numpy as np
 
 from mechkit._version import __version__
 from mechkit.result import Label
+from mechkit.result._columns import are_whole
 from mechkit.studies._files import HALF_WRITTEN, Files, StoreError
 from mechkit.studies._job import canonical
 
@@ -289,7 +290,7 @@ class Store:
                         layout.array_dims(array),
                     )
             for dim, labels in layout.labels.items():
-                whole = all(isinstance(label, int) for label in labels)
+                whole = are_whole(labels)
                 if not self.files.exists(f"data/{job}/{dim}/zarr.json"):
                     kind = "int64" if whole else "str"
                     self._create(f"{job}/{dim}", (len(labels),), (max(1, len(labels)),), kind, (dim,))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +17,8 @@ from mechkit._check import checked
 from mechkit._files import GUARDED, destination, replacing
 from mechkit.circuits import EdgeScores
 from mechkit.result import Result
-from mechkit.studies._job import Job
+from mechkit.result._columns import Columns, are_whole, label_array
+from mechkit.studies._job import Job, canonical
 from mechkit.studies._records import Stored
 from mechkit.studies._registry import plain
 from mechkit.studies._store import DamagedError, Store
@@ -31,6 +34,16 @@ ABOUT = ("model", "revision", "dtype", "task", "technique", "metric", "unit", "b
 
 class Table:
     """The finished jobs of a study: labels at once, numbers when they are asked for, each checked as it is read.
+
+    As a table (pandas, Parquet, CSV) it has a row for each cell and prompt, and these columns:
+
+    - what the job is: `job`, `model`, `revision`, `dtype`, `task`, `technique`, `metric`, `unit`, `base`;
+    - its arguments: those of the task that are numbers, texts or flags (`n`, `seed`), and those of technique and metric in which
+      jobs of the same name differ (`mode`), so that `df.groupby("seed")` works. A name that is taken already has `task_`,
+      `technique_` or `metric_` before it; an argument that is `None` is missing;
+    - a column a dim, as in `Result`;
+    - `value`; `effect`, which is the value less that of the unedited run (`base`) on the same prompt (an edge's score is an
+      effect; what has no such run has none); a column a baseline.
 
     Args:
         store: Where they are.
@@ -124,8 +137,8 @@ class Table:
     # -- as other libraries have it ------------------------------------------------------------------------------------
 
     def to_dataframe(self) -> pandas.DataFrame:
-        """Tidy long form, one row a cell and prompt: what the job is (`model`, `task`, `technique`, `metric`, `unit`, …), a
-        column a dim, the `value`, and a column a baseline. A dim that a job does not have is missing there."""
+        """Tidy long form, one row per cell and prompt, with the columns that the class lists. A dim or an argument that a job
+        does not have is missing there."""
         return self._arrow().to_pandas(types_mapper=_nullable)
 
     @checked
@@ -168,12 +181,28 @@ class Table:
         dims: dict[str, bool] = {}
         for stored in self._stored.values():
             for dim in stored.layout.dims:
-                whole = all(isinstance(label, int) for label in stored.layout.labels[dim])
-                dims[dim] = dims.get(dim, True) and whole
+                dims[dim] = dims.get(dim, True) and are_whole(stored.layout.labels[dim])
         return {
             **{dim: whole for dim, whole in dims.items() if dim != "prompt"},
             **{d: w for d, w in dims.items() if d == "prompt"},
         }
+
+    @cached_property
+    def _arguments(self) -> dict[str, dict[str, Any]]:
+        """The columns of arguments: each job's value, by its id."""
+        taken = {"job", *ABOUT, *self._dims, "value", "effect", *(f"baseline_{name}" for name in self._baselines)}
+        found: dict[tuple[str, str], dict[str, Any]] = {}
+        for kind in ("task", "technique", "metric"):
+            for name, values in _differing(self.jobs, kind).items():
+                found[kind, name] = values
+        counts, columns = Counter(name for _, name in found), {}
+        for (kind, name), values in found.items():
+            column = name if counts[name] == 1 and name not in taken else f"{kind}_{name}"
+            while column in taken:
+                column += "_"
+            taken.add(column)
+            columns[column] = values
+        return columns
 
     @property
     def _baselines(self) -> list[str]:
@@ -187,10 +216,11 @@ class Table:
         wide = any(stored.layout.dtype == "float64" for stored in self._stored.values())
         number = pa.float64() if wide else pa.float32()
         columns = [("job", names), *((name, names) for name in ABOUT)]
+        columns += [(name, _type_of(values.values())) for name, values in self._arguments.items()]
         columns += [
             (f"dim_{dim}" if dim in ABOUT else dim, pa.int64() if whole else names) for dim, whole in self._dims.items()
         ]
-        columns += [("value", number), *((f"baseline_{name}", number) for name in self._baselines)]
+        columns += [("value", number), ("effect", number), *((f"baseline_{name}", number) for name in self._baselines)]
         return pa.schema(columns)
 
     @property
@@ -216,9 +246,12 @@ class Table:
             yield _joined(batch)
 
     def _parts(self) -> Iterator[pyarrow.Table]:
-        schema, dims, baselines = self._schema, self._dims, self._baselines
+        schema, dims, baselines, arguments = self._schema, self._dims, self._baselines, self._arguments
         for job in self.jobs:
-            yield self._read(self._stored[job.id], lambda stored: _rows(stored, schema, dims, baselines))
+            given = {name: values.get(job.id) for name, values in arguments.items()}
+            yield self._read(
+                self._stored[job.id], partial(_rows, schema=schema, arguments=given, dims=dims, baselines=baselines)
+            )
 
 
 def _guarded(table: pyarrow.Table) -> pyarrow.Table:
@@ -278,13 +311,61 @@ def fits(job: Job, key: str, value: Any) -> bool:
     return value in there or (isinstance(value, list) and any(option in there for option in value))
 
 
-def _rows(stored: Stored, schema: pyarrow.Schema, dims: Mapping[str, bool], baselines: Sequence[str]) -> pyarrow.Table:
+def _differing(jobs: Sequence[Job], kind: str) -> dict[str, dict[str, Any]]:
+    """The arguments of a kind of call (`"task"`, …), by job: a task's that are numbers, texts or flags, and those of others in
+    which calls of the same function differ."""
+    calls = {job.id: call for job in jobs if (call := getattr(job, kind)) is not None}
+    values: dict[str, dict[str, Any]] = {}
+    for job, call in calls.items():
+        for name, value in call.arguments.items():
+            values.setdefault(name, {})[job] = value
+    kept = {}
+    for name, of in values.items():
+        by_function: dict[str, set[bytes]] = {}
+        for job, value in of.items():
+            by_function.setdefault(calls[job].name, set()).add(canonical(value))
+        plain_value = any(isinstance(value, str | int | float) for value in of.values())
+        if any(len(several) > 1 for several in by_function.values()) or (kind == "task" and plain_value):
+            kept[name] = of
+    return kept
+
+
+def _type_of(values: Iterable[Any]) -> pyarrow.DataType:
+    """The type of a column of arguments: whole numbers, numbers, flags, or text where they are mixed."""
+    import pyarrow as pa
+
+    kinds = {type(value) for value in values if value is not None}
+    if kinds == {bool}:
+        return pa.bool_()
+    if kinds == {int}:
+        return pa.int64()
+    return pa.float64() if kinds <= {int, float} else pa.dictionary(pa.int32(), pa.string())
+
+
+def _argument(value: Any, n: int, kind: pyarrow.DataType) -> Any:
+    import pyarrow as pa
+
+    if value is None:
+        return pa.nulls(n, kind)
+    text = value if isinstance(value, str) else json.dumps(value)
+    return _constant(text, n) if pa.types.is_dictionary(kind) else pa.repeat(pa.scalar(value, kind), n)
+
+
+def _rows(
+    stored: Stored,
+    schema: pyarrow.Schema,
+    arguments: Mapping[str, Any],
+    dims: Mapping[str, bool],
+    baselines: Sequence[str],
+) -> pyarrow.Table:
     """One job's rows."""
     import pyarrow as pa
 
-    job, layout, labels = stored.job, stored.layout, stored.labels
+    job, layout = stored.job, stored.layout
     values = stored.array("values")
-    n, shape = values.size, values.shape
+    runs = {name: (of, stored.array(f"baseline_{name}")) for name, of in layout.baselines.items()}
+    cells = Columns(layout.dims, stored.labels, values, runs)
+    n = len(cells)
     about = [
         job.labels[0],
         job.model.revision,
@@ -295,32 +376,22 @@ def _rows(stored: Stored, schema: pyarrow.Schema, dims: Mapping[str, bool], base
         layout.unit,
     ]
     columns = [_constant(text, n) for text in (job.id, *about, layout.base or None)]
+    columns += [_argument(value, n, schema.field(name).type) for name, value in arguments.items()]
     for dim, whole in dims.items():
-        if dim not in labels:
-            kind = pa.int64() if whole else pa.dictionary(pa.int32(), pa.string())
-            columns.append(pa.nulls(n, kind))
-            continue
-        axis = layout.dims.index(dim)
-        index = np.arange(shape[axis], dtype=np.int32).reshape([-1 if i == axis else 1 for i in range(len(shape))])
-        index = np.broadcast_to(index, shape).ravel()
-        if whole:
-            columns.append(pa.array(np.array(labels[dim], dtype=np.int64)[index]))
+        if dim not in cells.dims:
+            columns.append(pa.nulls(n, pa.int64() if whole else pa.dictionary(pa.int32(), pa.string())))
+        elif whole:
+            columns.append(pa.array(cells.label(dim)))
         else:
-            names = pa.array([str(label) for label in labels[dim]], pa.string())
-            columns.append(pa.DictionaryArray.from_arrays(pa.array(index), names))
-    columns.append(pa.array(values.ravel()).cast(schema.field("value").type))
+            names = pa.array([str(label) for label in cells.labels[dim]], pa.string())
+            columns.append(pa.DictionaryArray.from_arrays(pa.array(cells.index(dim)), names))
+    columns.append(pa.array(cells.value()).cast(schema.field("value").type))
+    effect = cells.value() if layout.kind == "edge_scores" else np.full(n, np.nan)
+    effect = cells.value() - cells.baseline(layout.base) if layout.base in runs else effect
+    columns.append(pa.array(effect).cast(schema.field("effect").type))
     for name in baselines:
         kind = schema.field(f"baseline_{name}").type
-        if name not in layout.baselines:
-            columns.append(pa.nulls(n, kind))
-            continue
-        mine = layout.baselines[name]
-        numbers = stored.array(f"baseline_{name}")
-        if not set(mine) <= set(layout.dims):  # means over prompts, with a baseline for each of them
-            numbers = np.broadcast_to(numbers.mean(), shape)
-        else:
-            numbers = numbers.reshape([shape[i] if dim in mine else 1 for i, dim in enumerate(layout.dims)])
-        columns.append(pa.array(np.broadcast_to(numbers, shape).ravel()).cast(kind))
+        columns.append(pa.array(cells.baseline(name)).cast(kind) if name in runs else pa.nulls(n, kind))
     return pa.Table.from_arrays(columns, schema=schema)
 
 
@@ -354,15 +425,10 @@ def _nodes(jobs: Sequence[Job]) -> dict[str, Job]:
 
 
 def _dataset(stored: Stored) -> xarray.Dataset:
-    import json
-
     import xarray as xr
 
     layout, labels = stored.layout, stored.labels
-    coords: dict[str, Any] = {}
-    for dim in layout.dims:
-        whole = all(isinstance(label, int) for label in labels[dim])
-        coords[dim] = np.array(labels[dim], dtype=np.int64 if whole else object)
+    coords: dict[str, Any] = {dim: label_array(labels[dim]) for dim in layout.dims}
     arrays = {array: (layout.array_dims(array), _lazy(stored, array)) for array in layout.arrays}
     attributes = {"job": stored.job.id, "metric": layout.metric, "unit": layout.unit, "base": layout.base}
     return xr.Dataset(arrays, coords=coords, attrs={**attributes, "key": json.dumps(stored.job.stated())})

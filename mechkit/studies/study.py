@@ -1,9 +1,9 @@
 """A study: models × tasks × techniques, stated once, run anywhere, and resumed after anything.
 
 1. State it, in Python or in a TOML file. It is checked whole before anything runs (`_spec.py`).
-2. `run` computes what its store does not hold yet (`_run.py`): each job is cut into shards (`_plan.py`), workers compute them
-   (`_worker.py`) in this process, in several, or on Ray (`_executors.py`), and write each into a zarr store with checksums
-   (`_store.py`).
+2. `run` computes what its store does not hold yet (`_run.py`): a planner says what that is (`_planner.py`) and cuts each job into
+   shards (`_shards.py`), workers compute them (`_worker.py`) in this process, in several, or on Ray (`_executors.py`), and write
+   each into a zarr store with checksums (`_store.py`).
 3. Kill it, and run it again: finished shards are kept, as long as their model, prompts, arguments and mechkit are the same.
 4. `results` reads it all back as one labelled table (`_table.py`).
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,12 @@ from mechkit.studies._executors import Executor, InProcess
 from mechkit.studies._files import StoreError
 from mechkit.studies._job import Job
 from mechkit.studies._problems import Problems
-from mechkit.studies._run import RunReport, check_schema, read_manifest, run, watching
+from mechkit.studies._run import RunReport, check_schema, current_jobs, read_manifest, run, watching
 from mechkit.studies._spec import Statement, check, read_toml
 from mechkit.studies._status import Status, status
 from mechkit.studies._store import Store
 from mechkit.studies._table import Table, counted, fits
-from mechkit.studies._worker import WorkerSettings
+from mechkit.studies._work import WorkerSettings
 
 Entry = str | Mapping[str, Any]
 
@@ -45,7 +46,7 @@ class Study:
             arguments; default `"logit_diff"`): `{"name": "ablation", "site": "z", "over": "layer head", "mode": "mean"}`.
             `tasks` and `models` in it restrict what it is run on.
         store: A folder, or an object store's URL (`"s3://bucket/prefix"`, with the fsspec package for it).
-        name: For the manifest.
+        name: Studies of several names may share a store. What is stated under one name replaces what was stated under it before.
         budget: Bytes of working memory (`2**30`, or `"1 GiB"`); default half of what a GPU has free, 1 GiB on a CPU.
         shard: About how many (cell, prompt) pairs to compute between two writes; default 4,096 on a CPU, 262,144 on a GPU.
         retries: How often a shard is tried again that raised an error.
@@ -87,6 +88,7 @@ class Study:
         self.budget, self.shard, self.retries = statement.budget, statement.shard, statement.retries
         self.store = _store(statement.store)
         self._may_run_code = True  # whoever stated it was asked
+        self._stated = True
 
     @classmethod
     @checked
@@ -111,12 +113,14 @@ class Study:
 
     @classmethod
     @checked
-    def open(cls, store: str | os.PathLike[str], *, allow_code: bool = False) -> Study:
-        """Every job that a store knows, whichever statements they come from: to look at, or to go on with. How a model is put on
-        devices, and whether its own code may run, are not in a store: say so in a statement.
+    def open(cls, store: str | os.PathLike[str], *, stale: bool = False, allow_code: bool = False) -> Study:
+        """The studies in a store, as each was stated last: to look at, or to go on with. How a model is put on devices, and
+        whether its own code may run, are not in a store: say so in a statement.
 
         Args:
             store: Where it is.
+            stale: Whether jobs of earlier statements are taken in too, which nobody states any more (an argument was changed, a
+                technique was taken out, mechkit is another). Their technique is marked `(stale)`, and they are not run.
             allow_code: Whether `run` may run code that its jobs name.
 
         Raises:
@@ -130,11 +134,14 @@ class Study:
         if not entries:
             raise ValueError(f"store: expected a study in {opened.url}, there is none")
         with decoding(opened.url, "a study"):
-            jobs = tuple(Job.of(stated, labels) for _, stated, labels in entries)
+            every = [Job.of(stated, labels) for _, stated, labels in entries]
+        current = current_jobs(opened)
+        marked = [_marked(job) if current is not None and job.id not in current else job for job in every]
+        jobs = tuple(job for job in marked if stale or job.current)
         study = object.__new__(cls)
         name = (opened.good("manifest.json") or {}).get("name", "study")
         study._take(Statement(name, opened.url, None, None, 2, jobs))
-        study._may_run_code = allow_code
+        study._may_run_code, study._stated = allow_code, False
         return study
 
     def __len__(self) -> int:
@@ -191,7 +198,8 @@ class Study:
         executor = executor or InProcess()
         if getattr(executor, "address", None) is None:  # else the cluster's nodes look for themselves
             self.check(loaded=list(getattr(executor, "loaded", {})))
-        jobs = self.jobs if only is None else _only(self.jobs, only)
+        known = [job for job in self.jobs if job.current]
+        jobs = known if only is None else _only(known, only)
         code = [name for job in jobs for name in _names(job) if registry.is_code(name)]
         if code and not self._may_run_code:
             raise ValueError(
@@ -206,7 +214,15 @@ class Study:
         settings = WorkerSettings(self.store.url, self.budget, self.shard)
         with watching(progress) as watch:
             return run(
-                jobs, self.store, executor, settings, name=self.name, retries=self.retries, watch=watch, known=self.jobs
+                jobs,
+                self.store,
+                executor,
+                settings,
+                name=self.name,
+                retries=self.retries,
+                watch=watch,
+                known=known,
+                stated=self._stated,
             )
 
     @checked
@@ -217,7 +233,7 @@ class Study:
             verify: Read every chunk, and count as finished only what is as it was written.
         """
         check_schema(self.store)
-        return status(self.store, self.jobs, verify=verify)
+        return replace(status(self.store, self.jobs, verify=verify), stale=self._stale())
 
     @checked
     def results(self, *, partial: bool = False) -> Table:
@@ -228,6 +244,20 @@ class Study:
         """
         check_schema(self.store)
         return Table(self.store, self.jobs, partial=partial)
+
+    def _stale(self) -> int:
+        """How many jobs of earlier statements the store keeps, which this study does not have."""
+        current = current_jobs(self.store)
+        if current is None:
+            return 0
+        known = {job for job, _, _ in read_manifest(self.store)}
+        return len(known - current - {job.id for job in self.jobs})
+
+
+def _marked(job: Job) -> Job:
+    """A job that nobody states any more."""
+    model, task, technique = job.labels
+    return replace(job, labels=(model, task, f"{technique} (stale)"), current=False)
 
 
 def _store(store: str | os.PathLike[str]) -> Store:

@@ -1,4 +1,4 @@
-"""Tasks: prompts with known answers, of the same type as one's own."""
+"""Tasks: prompts with known answers, of the same type as a user's own."""
 
 from mechkit.tasks._docstring import docstring as docstring
 from mechkit.tasks._greater_than import greater_than as greater_than

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from mechkit._check import checked
 from mechkit.prompts import PromptPairs, Prompts, Tokenizes
-from mechkit.tasks._words import check_arguments, check_differences, said, single_token_words
+from mechkit.tasks._words import check_arguments, check_differences, places_of, single_token_words
 
 Corruption = Literal["random_doc", "random_def", "both"]
 _CHANGED = {
@@ -53,8 +53,8 @@ def docstring(
         n: How many pairs.
         seed: The same arguments and seed give the same pairs. The clean prompts do not depend on the corruption.
         corruption: Which names become other names, which are nowhere else in the prompt. `"random_doc"`: A and B in the
-            docstring, so that nothing tells which argument comes next. `"random_def"`: A, B and C in the definition, so
-            that the docstring tells of arguments that there are not, and the right answer is not in the prompt.
+            docstring, so that nothing shows which argument comes next. `"random_def"`: A, B and C in the definition, so
+            that the docstring names arguments that do not exist, and the right answer is not in the prompt.
             `"both"`: all of them.
         prepend_bos: Whether to begin with the beginning-of-sequence token; `None` is the model's default.
 
@@ -132,8 +132,8 @@ def _draw(names: list[str], n: int, seed: int) -> list[_Drawn]:
 
 
 def _find_names(tokens: Tensor, arguments: list[int], text: str) -> dict[str, int]:
-    """Where A, B and C are, from the tokens: A and B are said twice, the other arguments once."""
-    places = [said(tokens, argument) for argument in arguments]
+    """Where A, B and C are, from the tokens: A and B occur twice, the other arguments once."""
+    places = [places_of(tokens, argument) for argument in arguments]
     if [len(place) for place in places] != [1, 1, 2, 2, 1, 1]:
         raise ValueError(
             f"expected each argument once and the third and fourth twice among the tokens of {text!r}; got tokens {arguments} "

@@ -19,7 +19,7 @@ from mechkit.prompts import PromptPairs, Prompts, Tokenizes
 from mechkit.tasks._words import check_arguments
 
 CORRUPTED = "01"
-STEM = "The war lasted from the year 17"  # what tells how a tokenizer writes years; any noun would do
+STEM = "The war lasted from the year 17"  # shows how a tokenizer splits years; any noun would do
 
 
 @checked

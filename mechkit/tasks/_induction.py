@@ -2,7 +2,7 @@
 
     x_0 … x_k x_{k+1} x_0 … x_k
 
-continues with x_{k+1}: it followed x_k the first time, and nothing but the context says so.
+continues with x_{k+1}: it followed x_k the first time, and only the context shows it.
 
 1. Draw `length` different ordinary tokens x_0 … x_{length-1} for each prompt, and one more, y.
 2. Write them once, and then again up to x_k, the last but one (k = length - 2). The beginning-of-sequence token comes first if
@@ -12,8 +12,8 @@ continues with x_{k+1}: it followed x_k the first time, and nothing but the cont
 The two prompts mirror each other: the right answer of one is the wrong answer of the other. k is the same for all prompts, so
 that all have one length, and named positions are the same in all of them.
 
-What differs is the token that is copied, and not where it stands. Patching shows who reads and copies it. It does not show who
-finds the place (the previous-token heads, whose output at that place is the same in both prompts): ablate for that.
+What differs is the token that is copied, and not where it stands. Patching shows which heads read and copy it. It does not show
+which find the place (the previous-token heads, whose output at that place is the same in both prompts): ablate for that.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from mechkit.prompts import PromptPairs, Prompts
 def induction(model: HookedModel, n: int = 32, length: int = 20, *, seed: int = 0) -> PromptPairs:
     """Induction prompts, their corrupted partners, and the answers: what followed the last token the first time is right.
 
-    Tokens are drawn uniformly from the vocabulary without special tokens, anew for each prompt. Those of a prompt's first half
-    are all different, and the wrong answer is none of them.
+    Tokens are drawn uniformly from the vocabulary without special tokens, independently for each prompt. Those of a prompt's
+    first half are all different, and the wrong answer is none of them.
 
     The pair differs in the token that is copied, so that patching shows the heads that copy it. Previous-token heads write the
     same at that place in both prompts: ablation shows them, patching does not.

@@ -1,12 +1,12 @@
 """Indirect object identification (Wang et al. 2022, https://arxiv.org/abs/2211.00593).
 
 "After Mary and John met at the park, John handed a book to" continues with " Mary": the indirect object (IO), the name
-that was said once, and not the subject (S), which was said twice.
+that occurs once, and not the subject (S), which occurs twice.
 
 1. Keep the names that are one token each for this model.
 2. Draw IO, S, a third name C, a place and an object for each prompt. Templates take turns, and so do the two orders
    of the first two names: ABBA (IO first) and BABA (S first).
-3. Corrupt by writing another name where S is said the second time (S2).
+3. Corrupt by writing another name where S occurs the second time (S2).
 4. Find the names among the tokens, so that positions hold for any tokenizer and prompts of any length.
 """
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mechkit._check import checked
 from mechkit.prompts import PromptPairs, Prompts, Tokenizes
-from mechkit.tasks._words import check_arguments, check_differences, said, single_token_words
+from mechkit.tasks._words import check_arguments, check_differences, places_of, single_token_words
 
 
 @checked
@@ -43,8 +43,8 @@ def ioi(
         model: Tokenizes; a `HookedModel`.
         n: How many pairs.
         seed: The same arguments and seed give the same pairs.
-        corruption: What stands in place of S2. `"name"`: a third name, so that no name is said twice and nothing tells
-            the answers apart. `"swap"`: the IO's name, so that the wrong answer becomes the right one.
+        corruption: What stands in place of S2. `"name"`: a third name, so that no name occurs twice and nothing
+            distinguishes the answers. `"swap"`: the IO's name, so that the wrong answer becomes the right one.
         prepend_bos: Whether to begin with the beginning-of-sequence token; `None` is the model's default.
         templates: Your own instead of the built-in ones. Each has `{A}` and `{B}` (the two names in either order) and
             then `{S}`, once each and with a space before; perhaps `{place}` and `{object}`; and it ends just before
@@ -148,14 +148,14 @@ def _problem(template: str) -> str:
 
 def _find_names(tokens: Tensor, io: int, s: int, text: str) -> dict[str, int]:
     """Where the names are, from the tokens."""
-    said_io, said_s = said(tokens, io), said(tokens, s)
-    if len(said_io) != 1 or len(said_s) != 2:
+    places_io, places_s = places_of(tokens, io), places_of(tokens, s)
+    if len(places_io) != 1 or len(places_s) != 2:
         raise ValueError(
             f"expected one name once and one twice among the tokens of {text!r}; got tokens {io} and {s} "
-            f"{len(said_io)} and {len(said_s)} times in {tokens.tolist()}. Either the tokenizer joins names to the "
-            "words around them, or the template says a name itself"
+            f"{len(places_io)} and {len(places_s)} times in {tokens.tolist()}. Either the tokenizer joins names to the "
+            "words around them, or the template contains a name itself"
         )
-    return {"IO": said_io[0], "S1": said_s[0], "S1+1": said_s[0] + 1, "S2": said_s[1]}
+    return {"IO": places_io[0], "S1": places_s[0], "S1+1": places_s[0] + 1, "S2": places_s[1]}
 
 
 # Names stand after a space, never at the start, where many tokenizers write a word differently.

@@ -18,7 +18,7 @@ def repeated_tokens(model: HookedModel, n: int = 8, length: int = 50, *, times: 
     Args:
         model: Its vocabulary is drawn from, without special tokens.
         n: How many prompts.
-        length: Different tokens in each, drawn anew for each prompt.
+        length: Different tokens in each, drawn independently for each prompt.
         times: How often they come, one sequence after the other.
         seed: Of the draw.
 

@@ -1,4 +1,4 @@
-"""What the tasks made of text share: which words are single tokens, and where they stand."""
+"""What the tasks made of text share: which words are single tokens, and their positions."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def single_token_words(model: Tokenizes, words: Sequence[str], *, at_least: int,
     return ids
 
 
-def said(tokens: Tensor, token: int) -> list[int]:
-    """Where a token stands."""
+def places_of(tokens: Tensor, token: int) -> list[int]:
+    """The positions of a token."""
     found: list[int] = (tokens == token).nonzero().flatten().tolist()
     return found
 

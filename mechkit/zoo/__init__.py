@@ -5,6 +5,7 @@ circuit.
 """
 
 from mechkit.zoo._build import Known as Known
+from mechkit.zoo._copied_patch import copied_patch as copied_patch
 from mechkit.zoo._cue import cancellation as cancellation
 from mechkit.zoo._cue import writer_and_eraser as writer_and_eraser
 from mechkit.zoo._greater_than import greater_than as greater_than

@@ -34,7 +34,7 @@ BALLAST = 1e7
 SHARP = 40.0  # a score that lets exp(-40) = 4e-18 of the attention go elsewhere: nothing, next to 1 in float64
 
 Role = tuple[tuple[int, int | None], ...]
-Weights = Mapping[str, Tensor]  # feature -> matrix with one row a unit of that feature
+Weights = Mapping[str, Tensor]  # feature -> matrix with one row per unit of that feature
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,7 +212,7 @@ class HandWritten:
 
 
 def _blank(**config: Any) -> Any:
-    """A GPT-2 of zeros, but for the norms' gains, which undo the ballast."""
+    """A GPT-2 of zeros, except for the norms' gains, which undo the ballast."""
     from transformers import AutoModelForCausalLM, GPT2Config
 
     arguments = GPT2Config(**config, tie_word_embeddings=False, bos_token_id=0, eos_token_id=0)
@@ -240,7 +240,7 @@ def all_edges(n_layers: int, n_heads: int) -> frozenset[str]:
 
 
 def one(size: int, index: int, value: float = 1.0) -> Float[Tensor, "size"]:
-    """Zero but for `value` at `index`."""
+    """Zero except for `value` at `index`."""
     vector = torch.zeros(size, dtype=torch.float64)
     vector[index] = value
     return vector

@@ -110,7 +110,7 @@ def writer_and_eraser(n: int = 6, *, size: float = 4.0, bystander: float = 1.0, 
     Not in it: attention is by position, and nothing else reads `cue`, `answer` or `other`. The effect of `input->a0.h0<v>`
     is 0 by itself, and 0 with the whole circuit: what it sends is erased. It is in the circuit because it changes the
     metric as soon as one of the three edges that write and erase is taken away. A method that looks at one edge at a
-    time cannot tell it from an edge that is not in the circuit.
+    time cannot distinguish it from an edge that is not in the circuit.
 
     Args:
         n: How many pairs.

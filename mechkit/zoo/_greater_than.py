@@ -1,6 +1,6 @@
 """Greater-than by an MLP of thresholds (after Hanna, Liu and Variengien 2023, https://arxiv.org/abs/2305.00586).
 
-On "BOS war 32 … END", the model says a year after 32:
+On "BOS war 32 … END", the model predicts a year after 32:
 
 1. Head (0, 0) attends to the start year YY, from everywhere after it, and writes it as a number.
 2. MLP 1 has one neuron for each of the hundred years y: a steep sigmoid, which is on if y > YY and off otherwise. It writes to
@@ -73,7 +73,7 @@ def greater_than(n: int = 8, *, steepness: float = 8.0, seed: int = 0) -> Known:
     if n < 1:
         raise ValueError(f"n: expected at least 1 pair, got {n}")
     if not 2 <= steepness < float("inf"):
-        raise ValueError(f"steepness: expected 2 or more, so that thresholds tell years apart; got {steepness}")
+        raise ValueError(f"steepness: expected 2 or more, so that thresholds distinguish years; got {steepness}")
     pairs = _pairs(n, seed)
     roles = {"mover": ((0, 0),), "thresholds": ((1, None),), "control": ((0, 1), (1, 0), (1, 1), (0, None))}
     circuit = frozenset({"input->a0.h0<v>", "a0.h0->m1", "m1->logits"})

@@ -1,7 +1,7 @@
 """A two-layer induction circuit (Elhage et al. 2021, https://transformer-circuits.pub/2021/framework/index.html;
 Olsson et al. 2022, https://arxiv.org/abs/2209.11895).
 
-On "… A B … A", the model says "B":
+On "… A B … A", the model predicts "B":
 
 1. Head (0, 0) attends to the position before, and writes that token into the feature `previous`.
 2. Head (1, 0) looks for the position whose `previous` is its own token: the position after A, where B stands

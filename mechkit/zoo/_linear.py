@@ -23,7 +23,7 @@ def linear(seed: int = 0, *, n: int = 4) -> Known:
     """A random model whose logits are linear in `resid_*`, `z`, `v`, `result`, `attn_out`, `mlp_pre`, `mlp_post`, `mlp_out`.
 
     So gradient times change is the exact effect of patching, to about 1e-11 logits (the norms: see `mechkit.zoo._build`).
-    Patching several heads of one layer has the sum of their effects. So have heads of different layers, but for what
+    Patching several heads of one layer has the sum of their effects. So have heads of different layers, except for what
     the earlier one sends through the later one: patching the later one overwrites that.
 
     Three layers of four heads, MLPs of 12 neurons, 40 tokens, 16 positions.

@@ -1,6 +1,6 @@
-"""A head whose softmax is saturated at the wrong place: its gradient says that nothing can be done.
+"""A head whose softmax is saturated at the wrong place: its gradient is nearly zero although its effect is large.
 
-1. Head (0, 0) copies what the token before says: a *mark* (+1 or -1) to each payload, an *ask* (+1 or -1) to the end.
+1. Head (0, 0) copies what the previous token holds: a *mark* (+1 or -1) to each payload, an *ask* (+1 or -1) to the end.
 2. Head (1, 0) scores each position with 20 ask . mark, attends to the payload whose mark is what is asked for, and
    copies it to the logits. Other positions have no mark, and score 0.
 3. In the corrupted run all of its attention is on the other payload. A small change of query or keys moves next to none
@@ -64,7 +64,7 @@ def saturated_attention(node: Literal["query", "key"] = "query", *, n: int = 4, 
     nothing but head (0, 0) reads marks and asks.
 
     Args:
-        node: What tells the two prompts apart. `"query"`: the ask, so that the head's query at END differs and its keys
+        node: What differs between the two prompts. `"query"`: the ask, so that the head's query at END differs and its keys
             do not. `"key"`: the marks change places, so that its keys at X and Y differ and its query at END does not.
         n: How many pairs.
         seed: Of the prompts; the model is always the same.

@@ -1,10 +1,10 @@
-"""A serial circuit for indirect object identification, one head a layer (after Wang et al. 2022,
+"""A serial circuit for indirect object identification, one head per layer (after Wang et al. 2022,
 https://arxiv.org/abs/2211.00593).
 
-On "BOS Mary . John … John . END" the model says "Mary", the name that was said once:
+On "BOS Mary . John … John . END" the model predicts "Mary", the name that occurs once:
 
 1. Duplicate-token head (0, 0), at the second subject S2: its query is the name there. It finds the same name earlier
-   (S1), and writes which name is said twice.
+   (S1), and writes which name occurs twice.
 2. S-inhibition head (1, 0), at END: looks back at S2, and writes that name as the one to be inhibited.
 3. Name mover (2, 0), at END: attends to the two names of the first clause, but not to the inhibited one (Q-composition),
    and copies what it attends to, the indirect object IO, to the logits.
@@ -39,7 +39,7 @@ def serial_ioi(n: int = 8, *, seed: int = 0) -> Known:
     | --- | --- | --- | --- |
     | `position` | 16 | position embedding | the position, one-hot |
     | `name` | 10 | embedding of tokens 7 to 16 | one-hot |
-    | `duplicated` | 10 | head (0, 0) | at S2, the name there if it was said before, one-hot; else nothing |
+    | `duplicated` | 10 | head (0, 0) | at S2, the name there if it occurred before, one-hot; else nothing |
     | `inhibit` | 10 | head (1, 0) | `duplicated` of two positions before |
     | `output` | 10 | head (2, 0) | `name` of where it attends |
     | `unread` | 10 | heads (1, 1), (2, 1) | names; no one reads it |
@@ -54,7 +54,7 @@ def serial_ioi(n: int = 8, *, seed: int = 0) -> Known:
     | (2, 1) | as (2, 0) | as (2, 0) | what it attends to, to `unread` |
 
     Logits of names are 4 x `output`. In the corrupted prompt a third name stands at S2 (of the IOI paper's corruptions, the one
-    like ABC). Nothing is said twice then, the name mover attends to IO and S1 alike, and the logit difference is 0; in the
+    like ABC). No name occurs twice then, the name mover attends to IO and S1 alike, and the logit difference is 0; in the
     clean prompt it is 4. (With the IO's name at S2 the circuit would be the same, but the corrupted run's attention would be
     saturated at the wrong name, which `saturated_attention` is about.)
 

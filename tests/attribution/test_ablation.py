@@ -124,5 +124,5 @@ def test_refuses_what_has_no_meaning(model):
         mk.ablation(model, pairs, metric, site="attn_scores", mode="zero")
     with pytest.raises(ValueError, match="source: expected 3 prompts, one for each base prompt; got 1"):
         mk.ablation(model, pairs, metric, mode="resample", reference=pairs.clean[[0]])
-    with pytest.raises(ValueError, match="prompts: expected PromptPairs or Prompts"):
+    with pytest.raises(ValueError, match=r"prompts\[0\]: expected a string, got int 1"):
         mk.ablation(model, [1, 2], metric)

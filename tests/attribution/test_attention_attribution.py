@@ -16,7 +16,7 @@ from scipy.optimize import linprog
 import mechkit as mk
 from helpers.families import D_VOCAB, FAMILIES
 from helpers.reference import activations
-from helpers.tiny import make_model, make_pairs, whole_vocabulary
+from helpers.tiny import make_model, make_pairs, model_of, whole_vocabulary
 from mechkit.attribution import attention_attribution as module
 from mechkit.attribution.attention_attribution import attention_flow, attention_relevance, attention_rollout
 
@@ -133,7 +133,7 @@ def ragged(result: mk.Result, prompts: mk.Prompts) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rollout_is_the_random_walk_at_every_depth_and_conserves(family):
-    model, pairs = make_model(family), make_pairs()
+    model, pairs = model_of(family), make_pairs()
     tolerance = 1e-6 if family == "mixtral" else 1e-12
     result = attention_rollout(model, pairs, over="layer pos")
     assert result.dims == ("layer", "pos", "prompt")
@@ -153,7 +153,7 @@ def test_rollout_is_the_random_walk_at_every_depth_and_conserves(family):
 @pytest.mark.parametrize("heads", ["mean", "max"])
 @pytest.mark.parametrize("residual", [0, 0.3, 1.0])
 def test_options(heads, residual):
-    model, pairs = make_model("llama"), make_pairs()
+    model, pairs = model_of("llama"), make_pairs()
     rollout = attention_rollout(model, pairs, residual=residual, head_fusion=heads, position=-2)
     flow = attention_flow(model, pairs, residual=residual, head_fusion=heads, position=-2)
     for j, tokens in enumerate(pairs.clean.tokens):
@@ -168,7 +168,7 @@ def test_options(heads, residual):
 
 
 def test_one_layer_without_residual_is_its_attention_and_max_is_not_mean():
-    model, pairs = make_model("gpt2"), make_pairs()
+    model, pairs = model_of("gpt2"), make_pairs()
     tokens = pairs.clean.tokens[0]
     for technique in SHARES:
         first = technique(model, pairs, residual=0, over="layer pos").values[0, :, 0].numpy()
@@ -179,7 +179,7 @@ def test_one_layer_without_residual_is_its_attention_and_max_is_not_mean():
 
 @pytest.mark.parametrize("technique", SHARES)
 def test_named_positions_indices_and_labels(technique):
-    model, pairs = make_model("gpt2"), make_pairs()
+    model, pairs = model_of("gpt2"), make_pairs()
     positions = dict(pairs.positions) | {"MIDDLE": torch.tensor([3, 3, 3])}
     pairs = mk.PromptPairs(pairs.clean, pairs.corrupted, pairs.right, pairs.wrong, positions)
     middle, third, end = (technique(model, pairs, position=where) for where in ("MIDDLE", 3, "END"))
@@ -197,7 +197,7 @@ def test_named_positions_indices_and_labels(technique):
 
 @pytest.mark.parametrize("technique", SHARES)
 def test_rows_that_are_no_shares_are_refused(technique):
-    model, pairs = make_model("llama"), make_pairs()
+    model, pairs = model_of("llama"), make_pairs()
     technique(model, pairs)  # control
 
     def half(pattern, hook):
@@ -219,7 +219,7 @@ def test_rows_that_are_no_shares_are_refused(technique):
 
 
 def test_half_precision_rows_are_shares_too():
-    model, pairs = make_model("llama", torch.bfloat16), make_pairs()
+    model, pairs = model_of("llama", torch.bfloat16), make_pairs()
     result = attention_rollout(model, pairs)
     assert result.values.dtype == torch.float32
     assert torch.allclose(result.values.nansum(0), torch.ones(3), atol=1e-6, rtol=0)
@@ -230,7 +230,7 @@ def test_half_precision_rows_are_shares_too():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_flow_is_networkx_flow_and_keeps_its_bounds(family):
-    model, pairs = make_model(family), make_pairs()
+    model, pairs = model_of(family), make_pairs()
     result, rollout = attention_flow(model, pairs), attention_rollout(model, pairs)
     ragged(result, pairs.clean)
     for j, tokens in enumerate(pairs.clean.tokens):
@@ -245,7 +245,7 @@ def test_flow_is_networkx_flow_and_keeps_its_bounds(family):
 
 
 def test_flow_at_every_depth():
-    model, pairs = make_model("gpt2"), make_pairs()
+    model, pairs = model_of("gpt2"), make_pairs()
     result, tokens = attention_flow(model, pairs, over="layer pos"), pairs.clean.tokens[0]
     mixing = naive_mixing(patterns(model, tokens))
     for layer in range(model.n_layers):
@@ -299,7 +299,7 @@ def test_edges_too_narrow_for_a_step_still_count():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_relevance_is_the_rule_at_every_depth(family):
-    model, pairs = make_model(family), make_pairs()
+    model, pairs = model_of(family), make_pairs()
     metric = whole_vocabulary(pairs)
     result = attention_relevance(model, pairs, metric, over="layer pos")
     ragged(result, pairs.clean)
@@ -330,7 +330,7 @@ def test_relevance_is_the_rule_at_every_depth(family):
 )
 def test_gradients_are_those_of_a_small_change(family, step, tolerance):
     """The weighted patterns of one layer by central differences, editing one entry of one pattern at a time."""
-    model, pairs = make_model(family), make_pairs(((4, 2),))
+    model, pairs = model_of(family), make_pairs(((4, 2),))
     metric, tokens, layer = whole_vocabulary(pairs), pairs.clean.tokens[0], 1
     pattern = patterns(model, tokens)[layer]
 
@@ -354,7 +354,7 @@ def test_gradients_are_those_of_a_small_change(family, step, tolerance):
 
 @pytest.mark.parametrize("make", [mk.logit_diff, mk.log_prob, mk.prob_diff], ids=lambda f: f.__name__)
 def test_relevance_of_mechkits_metrics(make):
-    model, pairs = make_model("llama"), make_pairs()
+    model, pairs = model_of("llama"), make_pairs()
     positions = dict(pairs.positions) | {"MIDDLE": torch.tensor([4, 5, 3])}
     right, wrong = ((5, 8), (6,), (9,)), ((7,), (10, 11), (12,))  # each pair's own
     pairs = mk.PromptPairs(pairs.clean, pairs.corrupted, right, wrong, positions)
@@ -370,7 +370,7 @@ def test_relevance_of_mechkits_metrics(make):
 
 
 def test_relevance_of_a_callable_is_that_of_the_same_metric():
-    model, pairs = make_model("qwen3"), make_pairs(((7, 2), (7, 4)))
+    model, pairs = model_of("qwen3"), make_pairs(((7, 2), (7, 4)))
     weights = torch.randn(D_VOCAB, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
     found = attention_relevance(model, pairs, lambda logits: logits[:, -1] @ weights)
     expected = attention_relevance(model, pairs, whole_vocabulary(pairs))
@@ -383,7 +383,7 @@ def test_relevance_of_a_callable_is_that_of_the_same_metric():
 def test_a_metric_and_its_multiple():
     """Ā is linear in the metric where it is positive: with k times the metric, R = I + k Ā after the first layer; and with the
     sign turned, other entries count."""
-    model, pairs = make_model("gpt2"), make_pairs(((7, 2),))
+    model, pairs = model_of("gpt2"), make_pairs(((7, 2),))
     one, ten, minus = (
         attention_relevance(model, pairs, lambda x, k=k: k * x[:, -1, 5], over="layer pos").values[-1, :, 0]
         - torch.eye(7, dtype=torch.float64)[-1]
@@ -407,7 +407,7 @@ def every_technique(model, pairs, metric=None, **options):
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gptj"])
 def test_batches_chunks_and_single_prompts_agree(family):
-    model, pairs = make_model(family), make_pairs(((7, 2), (5, 1), (7, 4), (7, 3), (5, 2)))
+    model, pairs = model_of(family), make_pairs(((7, 2), (5, 1), (7, 4), (7, 3), (5, 2)))
     together, chunked = every_technique(model, pairs), every_technique(model, pairs, budget=1)
     for i, (whole, parts) in enumerate(zip(together, chunked, strict=True)):
         assert torch.allclose(whole.values, parts.values, atol=1e-10, rtol=1e-10, equal_nan=True)
@@ -419,10 +419,12 @@ def test_batches_chunks_and_single_prompts_agree(family):
 
 
 def test_a_small_budget_takes_several_batches(monkeypatch):
-    model, pairs = make_model("gpt2"), make_pairs(((7, 2), (7, 4), (7, 3)))
+    model, pairs = model_of("gpt2"), make_pairs(((7, 2), (7, 4), (7, 3)))
     sizes = []
-    inner = mk.HookedModel.forward
-    monkeypatch.setattr(mk.HookedModel, "forward", lambda self, x, **kw: sizes.append(len(x)) or inner(self, x, **kw))
+    inner = mk.HookedModel.run
+    monkeypatch.setattr(
+        mk.HookedModel, "run", lambda self, x, *of, **kw: sizes.append(len(x)) or inner(self, x, *of, **kw)
+    )
     every_technique(model, pairs)
     assert sizes == [3, 3, 3]
     every_technique(model, pairs, budget=1)
@@ -467,14 +469,14 @@ def test_all_parameters_frozen():
 
 
 def test_float32():
-    model, exact, pairs = make_model("llama", torch.float32), make_model("llama"), make_pairs()
+    model, exact, pairs = model_of("llama", torch.float32), model_of("llama"), make_pairs()
     for found, expected in zip(every_technique(model, pairs), every_technique(exact, pairs), strict=True):
         assert found.values.dtype == torch.float32
         assert torch.allclose(found.values.double(), expected.values, atol=1e-3, rtol=1e-3, equal_nan=True)
 
 
 def test_results_save_and_load(tmp_path):
-    for i, result in enumerate(every_technique(make_model("gpt2"), make_pairs())):
+    for i, result in enumerate(every_technique(model_of("gpt2"), make_pairs())):
         result.save(tmp_path / f"{i}.safetensors")
         loaded = mk.Result.load(tmp_path / f"{i}.safetensors")
         assert loaded.coords == result.coords
@@ -490,23 +492,23 @@ def test_results_save_and_load(tmp_path):
         ({"head_fusion": "min"}, "head_fusion: expected 'mean' or 'max'"),
         ({"over": "layer head"}, "over: expected 'pos' or 'layer pos'"),
         ({"position": "S2"}, "position: expected"),
-        ({"position": 5}, "position: expected an index into prompts"),
-        ({"position": -6}, "position: expected an index into prompts"),
+        ({"position": 5}, "position: expected an index that every prompt has"),
+        ({"position": -6}, "position: expected an index that every prompt has"),
         ({"position": True}, "position: expected"),
         ({"budget": 0}, "budget: expected a positive number"),
     ],
 )
 def test_options_that_are_refused(technique, options, message):
-    model, pairs = make_model("gpt2"), make_pairs()
+    model, pairs = model_of("gpt2"), make_pairs()
     with pytest.raises(ValueError, match=message):
         technique(model, pairs, **options)
 
 
 def test_refused_by_all():
-    model, pairs = make_model("gpt2"), make_pairs(((7, 2), (7, 4)))
+    model, pairs = model_of("gpt2"), make_pairs(((7, 2), (7, 4)))
     techniques = [*SHARES, lambda model, prompts: attention_relevance(model, prompts, lambda logits: logits[:, -1, 5])]
     for technique in techniques:
-        with pytest.raises(ValueError, match="prompts: expected PromptPairs or Prompts"):
+        with pytest.raises(ValueError, match=r"prompts\[0\]: expected a string, got a tensor"):
             technique(model, pairs.clean.tokens)
         with pytest.raises(ValueError, match="prompt 1: expected token ids in"):
             technique(model, mk.Prompts.from_tokens([[3, 4], [5, D_VOCAB]]))
@@ -517,7 +519,7 @@ def test_refused_by_all():
 
 
 def test_metrics_that_are_refused():
-    model, pairs = make_model("gpt2"), make_pairs()
+    model, pairs = model_of("gpt2"), make_pairs()
 
     def relevance(metric, prompts=pairs, **options):
         attention_relevance(model, prompts, metric, **options)
@@ -540,7 +542,7 @@ def test_metrics_that_are_refused():
     with pytest.raises(ValueError, match="needs prompts of one length"):
         relevance(lambda logits: logits[:, -1, 0])
     with pytest.raises(
-        ValueError, match=r"expected one real value a prompt, a tensor of shape \[1\], got torch.float64 \[\]"
+        ValueError, match=r"expected one real value per prompt, a tensor of shape \[1\], got torch.float64 \[\]"
     ):
         relevance(lambda logits: logits.mean(), pairs[[0]])
     with pytest.raises(TypeError, match="metric: expected a Metric"):

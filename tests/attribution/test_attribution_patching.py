@@ -7,7 +7,7 @@ import torch
 
 import mechkit as mk
 from helpers.families import FAMILIES, build_hf
-from helpers.tiny import make_model, make_pairs, whole_vocabulary
+from helpers.tiny import make_model, make_pairs, model_of, whole_vocabulary
 from mechkit.experiment.axes import make_axes, make_grid
 from mechkit.hooks import SITES
 
@@ -22,43 +22,36 @@ def over_of(site: str) -> str:
 
 
 def directional_derivative(model, pairs, metric, site, over, step):
-    """The metric's derivative along `source - base` at each node: Richardson's extrapolation of central differences."""
-    whole, half = (central_difference(model, pairs, metric, site, over, h) for h in (step, step / 2))
-    return (4 * half - whole) / 3
-
-
-def central_difference(model, pairs, metric, site, over, step):
-    """The same to second order, from exact sweeps of the activation moved a little to either side."""
-    found = []
-    for sign in (1, -1):
-        per_length = torch.full((), torch.nan)
-        for ids in pairs.clean.by_length().values():
-            some = pairs[ids]
-            base, source = (model.run_with_cache(torch.stack(p.tokens), site)[1] for p in (some.corrupted, some.clean))
-            layers = range(model.n_layers) if SITES[site].in_block else [0]
-            at = {
-                (site, i): (lambda b, s: b + sign * step * (s - b))(
-                    *((base[site, i], source[site, i]) if SITES[site].in_block else (base[site], source[site]))
-                ).detach()
-                for i in layers
+    """The metric's derivative along `source - base` at each node: Richardson's extrapolation of central differences, from exact
+    sweeps of the activation moved a little to either side."""
+    steps = (step, -step, step / 2, -step / 2)
+    shape = make_axes(model, pairs.clean, pairs.positions, site, over).shape
+    moved = torch.full((len(steps), *shape, len(pairs)), torch.nan, dtype=torch.float64)
+    for ids in pairs.clean.by_length().values():
+        some = pairs[ids]
+        base, source = (model.run_with_cache(torch.stack(p.tokens), site)[1] for p in (some.corrupted, some.clean))
+        keys = [(site, i) for i in range(model.n_layers)] if SITES[site].in_block else [site]
+        values = {
+            f"moved by {h}": {
+                (site, i): (base[key] + h * (source[key] - base[key])).detach() for i, key in enumerate(keys)
             }
-            grid = make_grid(model, some.clean, some.positions, site, over, value="moved")
-            here = mk.Metric("mixture", "", len(some), some.positions["END"], None, metric.read)
-            answers = mk.sweep(model, some.corrupted, grid.cells, here, values={"moved": at}, progress=False)
-            values = answers.values.reshape(*grid.shape, len(ids))
-            if per_length.ndim == 0:
-                shape = make_axes(model, pairs.clean, pairs.positions, site, over).shape
-                per_length = torch.full((*shape, len(pairs)), torch.nan, dtype=torch.float64)
-            where = tuple(slice(0, n) for n in values.shape[:-1])
-            for k, i in enumerate(ids):
-                per_length[where][..., i] = values[..., k].double()
-        found.append(per_length)
-    return (found[0] - found[1]) / (2 * step)
+            for h in steps
+        }
+        grids = [make_grid(model, some.clean, some.positions, site, over, value=key) for key in values]
+        here = mk.Metric("mixture", "", len(some), some.positions["END"], None, metric.read)
+        cells = [cell for grid in grids for cell in grid.cells]
+        answers = mk.sweep(model, some.corrupted, cells, here, values=values, progress=False)
+        found = answers.values.reshape(len(steps), *grids[0].shape, len(ids))
+        where = (slice(None), *(slice(0, n) for n in grids[0].shape))
+        for k, i in enumerate(ids):
+            moved[where][..., i] = found[..., k].double()
+    whole, half = (moved[0] - moved[1]) / (2 * step), (moved[2] - moved[3]) / step
+    return (4 * half - whole) / 3
 
 
 @pytest.mark.parametrize("family", sorted(ALL_FLOAT64))
 def test_every_site_equals_finite_differences(family):
-    model, pairs = make_model(family), make_pairs(((7, 3), (5, 1)))
+    model, pairs = model_of(family), make_pairs(((7, 3), (5, 1)))
     metric = whole_vocabulary(pairs)
     sites = {site: over_of(site) for site in model.sites if site != "embed"}
     approx = mk.attribution_patching(model, pairs, metric, sites)
@@ -71,39 +64,51 @@ def test_every_site_equals_finite_differences(family):
         assert float((found - expected).nan_to_num().abs().max()) <= 1e-6 * scale, site
 
 
-def naive_effects(model, pairs, metric, site, layer):
-    """One pair at a time, whole runs, one backward pass an activation, which is made a leaf: `[pos (head) prompt]`."""
+def runs_of(model, pairs):
+    """Every activation of each pair's clean and corrupted run, by itself."""
+    both = zip(pairs.clean.tokens, pairs.corrupted.tokens, strict=True)
+    names = [(site, layer) for site in model.sites if SITES[site].in_block for layer in range(model.n_layers)]
+    return [[model.run_with_cache(tokens[None], names)[1] for tokens in pair] for pair in both]
+
+
+def naive_effects(model, pairs, metric, site, runs):
+    """One pair at a time, whole runs, each layer's activation made a leaf in a row of its own: `[layer pos (head) prompt]`."""
     effects = []
-    name = SITES[site].hook_name(layer)
+    n, names = model.n_layers, [SITES[site].hook_name(layer) for layer in range(model.n_layers)]
     head_axis, pos_axis = ("head" in SITES[site].dims), SITES[site].axis("pos")
-    for i, (clean, corrupted) in enumerate(zip(pairs.clean.tokens, pairs.corrupted.tokens, strict=True)):
-        base, source = (model.run_with_cache(t[None], name)[1][name] for t in (corrupted, clean))
-        leaf = base.detach().clone().requires_grad_()
-        logits = model.run_with_hooks(corrupted[None], [(name, lambda x, hook, leaf=leaf: leaf)])
-        value = metric.read(logits[:, metric.positions[i]], torch.tensor([i]), None)
-        product = (source - base).detach() * torch.autograd.grad(value.sum(), leaf)[0]
+    for i, (corrupted, (clean_run, corrupted_run)) in enumerate(zip(pairs.corrupted.tokens, runs, strict=True)):
+        base, source = (torch.cat([run[name] for name in names]).detach() for run in (corrupted_run, clean_run))
+        leaf = base.clone().requires_grad_()
+
+        def of_layer(layer, leaf=leaf):
+            return lambda x, hook: torch.cat([x[:layer], leaf[layer : layer + 1], x[layer + 1 :]])
+
+        hooks = [(name, of_layer(layer)) for layer, name in enumerate(names)]
+        logits = model.run_with_hooks(corrupted.expand(n, -1), hooks)
+        value = metric.read(logits[:, metric.positions[i]], torch.full((n,), i), None)
+        product = (source - base) * torch.autograd.grad(value.sum(), leaf)[0]
         kept = (0, pos_axis, SITES[site].axis("head")) if head_axis else (0, pos_axis)
         summed = product.sum([d for d in range(product.ndim) if d not in kept])
         if head_axis and SITES[site].axis("head") < pos_axis:
             summed = summed.transpose(1, 2)
-        effects.append(summed[0])
-    longest = max(len(e) for e in effects)
-    padded = [torch.cat([e, e.new_full((longest - len(e), *e.shape[1:]), torch.nan)]) for e in effects]
+        effects.append(summed)
+    longest = max(e.shape[1] for e in effects)
+    padded = [torch.cat([e, e.new_full((n, longest - e.shape[1], *e.shape[2:]), torch.nan)], 1) for e in effects]
     return torch.stack(padded, -1).double()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_site_equals_the_naive_way(family):
-    model, pairs = make_model(family), make_pairs(((7, 3), (5, 1), (7, 4)))
+    model, pairs = model_of(family), make_pairs(((7, 3), (5, 1), (7, 4)))
     metric = whole_vocabulary(pairs)
     tolerance = 1e-3 if family == "mixtral" else 1e-10 if family in ALL_FLOAT64 else 1e-5
     sites = {site: over_of(site) for site in model.sites if site != "embed"}
-    approx = mk.attribution_patching(model, pairs, metric, sites)
+    approx, runs = mk.attribution_patching(model, pairs, metric, sites), runs_of(model, pairs)
     for site in sites:
         assert approx[site].provenance["runs"] == "suffix"
         found = approx[site].effect().values.double()
-        for layer in range(model.n_layers):
-            expected = naive_effects(model, pairs, metric, site, layer)
+        every = naive_effects(model, pairs, metric, site, runs)
+        for layer, expected in enumerate(every):
             assert torch.equal(found[layer].isnan(), expected.isnan()), site
             scale = float(expected.nan_to_num().abs().max())
             assert scale > 1e-3 or (site == "q" and layer == 0), site  # control
@@ -115,7 +120,7 @@ def test_every_site_equals_the_naive_way(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_suffixes_batches_and_budgets_change_nothing(family):
     """Against whole runs, one pair at a time."""
-    model, pairs = make_model(family), make_pairs(((7, 4), (7, 3), (6, 5), (5, 1)))
+    model, pairs = model_of(family), make_pairs(((7, 4), (7, 3), (6, 5), (5, 1)))
     metric = whole_vocabulary(pairs)
     sites = {"z": "layer pos head", "k": "layer pos head", "mlp_out": "layer pos", "pattern": "layer head"}
     tolerance = 1e-3 if family == "mixtral" else 1e-9 if family in ALL_FLOAT64 else 1e-5
@@ -138,7 +143,7 @@ def test_suffixes_batches_and_budgets_change_nothing(family):
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "gptj"])
 def test_dims_are_sums_of_finer_ones(family):
-    model, pairs = make_model(family), make_pairs()
+    model, pairs = model_of(family), make_pairs()
     metric = whole_vocabulary(pairs)
 
     def effect(site, over, **options):
@@ -157,7 +162,7 @@ def test_dims_are_sums_of_finer_ones(family):
 
 
 def test_noise_and_metrics():
-    model, pairs = make_model("llama"), make_pairs(((7, 2), (7, 4)))
+    model, pairs = model_of("llama"), make_pairs(((7, 2), (7, 4)))
     for metric in (mk.logit_diff(pairs), mk.log_prob(pairs), mk.prob_diff(pairs), mk.kl_divergence(pairs)):
         approx = mk.attribution_patching(model, pairs, metric, "resid_mid", "layer pos")
         exact = mk.activation_patching(model, pairs, metric, "resid_mid", "layer pos", progress=False)
@@ -179,7 +184,7 @@ def test_noise_and_metrics():
 
 
 def test_the_embedding_and_an_encoder_run_whole():
-    model, pairs = make_model("bloom"), make_pairs()
+    model, pairs = model_of("bloom"), make_pairs()
     metric = whole_vocabulary(pairs)
     embed = mk.attribution_patching(model, pairs, metric, "embed", "pos")
     assert embed.dims == ("pos", "prompt")
@@ -193,15 +198,15 @@ def test_the_embedding_and_an_encoder_run_whole():
     ("metric", "match"),
     [
         (mk.accuracy, "no gradient path"),
-        (lambda pairs: lambda logits: logits[:, -1, 5].mean(), "one real value a prompt"),
+        (lambda pairs: lambda logits: logits[:, -1, 5].mean(), "one real value per prompt"),
         (lambda pairs: lambda logits: logits.detach()[:, -1, 5], "no gradient path"),
-        (lambda pairs: lambda logits: 3.0, "one real value a prompt"),
+        (lambda pairs: lambda logits: 3.0, "one real value per prompt"),
         (lambda pairs: mk.logit_diff(pairs[[0]]), "made for 1 prompts"),
         (lambda pairs: 3, "callable"),
     ],
 )
 def test_bad_metrics(metric, match):
-    model, pairs = make_model("gpt2"), make_pairs(((7, 2), (7, 4)))
+    model, pairs = model_of("gpt2"), make_pairs(((7, 2), (7, 4)))
     with pytest.raises((TypeError, ValueError), match=match):
         mk.attribution_patching(model, pairs, metric(pairs))
     assert not model.has_hooks
@@ -236,7 +241,7 @@ def test_parameters_that_were_frozen_stay_frozen():
 
 
 def test_inference_mode():
-    model, pairs = make_model("llama"), make_pairs()
+    model, pairs = model_of("llama"), make_pairs()
     metric = mk.logit_diff(pairs)
     expected = mk.attribution_patching(model, pairs, metric)
     dla = mk.direct_logit_attribution(model, pairs, metric)
@@ -247,7 +252,7 @@ def test_inference_mode():
 
 
 def test_full_hook_names_mean_their_layer():
-    model, pairs = make_model("gpt2"), make_pairs()
+    model, pairs = model_of("gpt2"), make_pairs()
     metric = mk.logit_diff(pairs)
     whole = mk.attribution_patching(model, pairs, metric)
     one = mk.attribution_patching(model, pairs, metric, "blocks.2.attn.hook_z")

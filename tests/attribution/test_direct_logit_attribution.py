@@ -7,7 +7,7 @@ import torch
 
 import mechkit as mk
 from helpers.families import D_VOCAB, FAMILIES, build_hf
-from helpers.tiny import make_model, make_pairs, whole_vocabulary
+from helpers.tiny import make_model, make_pairs, model_of, whole_vocabulary
 
 
 def clean_metric(model, pairs, metric):
@@ -26,7 +26,7 @@ def clean_metric(model, pairs, metric):
 def test_terms_sum_to_the_metric(family, dtype):
     if family == "mixtral":
         dtype = torch.float32
-    model, pairs = make_model(family, dtype), make_pairs()
+    model, pairs = model_of(family, dtype), make_pairs()
     # transformers' RMSNorm computes in float32 whatever the model's dtype.
     tolerance = 1e-5 if dtype == torch.float64 else 1e-4
     for metric in (mk.logit_diff(pairs), whole_vocabulary(pairs)):
@@ -53,7 +53,7 @@ def test_terms_sum_to_the_metric(family, dtype):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_head_and_a_neuron_are_what_they_add_to_the_stream(family):
     """The naive way: take the head's own write out of the final residual stream, and let a frozen final norm read it."""
-    model, pairs = make_model(family), make_pairs()
+    model, pairs = model_of(family), make_pairs()
     metric = mk.logit_diff(pairs)
     layer, tokens = 2, pairs.clean.tokens[0][None]
     _, cache = model.run_with_cache(tokens, lambda name: True)
@@ -103,17 +103,17 @@ def test_a_head_and_a_neuron_are_what_they_add_to_the_stream(family):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 @pytest.mark.parametrize("family", ["gpt2", "llama_mqa", "gemma2", "qwen3", "gptj"])
 def test_half_precision(family, dtype):
-    model, pairs = make_model(family, dtype), make_pairs()
+    model, pairs = model_of(family, dtype), make_pairs()
     metric = mk.logit_diff(pairs)
     dla = mk.direct_logit_attribution(model, pairs, metric)
-    exact = mk.direct_logit_attribution(make_model(family, torch.float32), pairs, metric)
+    exact = mk.direct_logit_attribution(model_of(family, torch.float32), pairs, metric)
     size = float(exact.values.abs().max())
     assert dla.provenance["residual_error"] <= 0.1 * size
     assert float((dla.values - exact.values).abs().max()) <= 0.25 * size
 
 
 def test_a_metric_that_is_linear_at_most_points_only():
-    model = make_model("gpt2")
+    model = model_of("gpt2")
     for seed in range(8):
         pairs = make_pairs(seed=seed)
         for read in (lambda x, p, _: x.amax(-1), lambda x, p, _: x.abs().sum(-1)):
@@ -136,7 +136,7 @@ def test_soft_capped_logits_are_decomposed_exactly():
 
 
 def test_tokens_and_directions():
-    model, pairs = make_model("gpt2"), make_pairs()
+    model, pairs = model_of("gpt2"), make_pairs()
     logit = mk.direct_logit_attribution(model, pairs, 5)
     with torch.no_grad():
         expected = torch.stack([model(tokens[None])[0, -1, 5] for tokens in pairs.clean.tokens])
@@ -153,7 +153,7 @@ def test_tokens_and_directions():
 
 
 def test_another_position():
-    model, pairs = make_model("llama"), make_pairs()
+    model, pairs = model_of("llama"), make_pairs()
     positions = dict(pairs.positions) | {"MIDDLE": torch.tensor([4, 5, 3])}
     pairs = mk.PromptPairs(pairs.clean, pairs.corrupted, pairs.right, pairs.wrong, positions)
     metric = mk.logit_diff(pairs, position="MIDDLE")
@@ -166,7 +166,7 @@ def test_another_position():
 
 
 def test_a_small_budget_changes_nothing():
-    model, pairs = make_model("gpt_neox"), make_pairs()
+    model, pairs = model_of("gpt_neox"), make_pairs()
     metric = mk.logit_diff(pairs)
     for over in ("component", "layer head src"):
         whole = mk.direct_logit_attribution(model, pairs, metric, over=over)
@@ -175,7 +175,7 @@ def test_a_small_budget_changes_nothing():
 
 
 def test_selections():
-    model, pairs = make_model("gpt2"), make_pairs()
+    model, pairs = model_of("gpt2"), make_pairs()
     metric = mk.logit_diff(pairs)
     whole = mk.direct_logit_attribution(model, pairs, metric, over="layer head src")
     some = mk.direct_logit_attribution(
@@ -208,7 +208,7 @@ def reading(positions: torch.Tensor, tokens: torch.Tensor | None) -> mk.Metric:
     ],
 )
 def test_metrics_that_cannot_be_split_are_refused(metric, match):
-    model, pairs = make_model("gpt2"), make_pairs()
+    model, pairs = model_of("gpt2"), make_pairs()
     with pytest.raises(ValueError, match=match):
         mk.direct_logit_attribution(model, pairs, metric(pairs))
     assert not model.has_hooks
@@ -232,7 +232,7 @@ def test_bad_arguments():
 
 def test_a_model_that_does_not_add_up_is_refused():
     """A block that scales the residual stream: the sum of its parts is not the whole."""
-    model, pairs = make_model("llama"), make_pairs()
+    model, pairs = model_of("llama"), make_pairs()
     handle = model.bridge.blocks[1].register_forward_hook(
         lambda module, args, output: (output[0] * 1.1, *output[1:]) if isinstance(output, tuple) else output * 1.1
     )

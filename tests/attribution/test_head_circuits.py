@@ -171,7 +171,7 @@ def test_svd_is_the_svd_of_the_whole_matrix(family):
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "olmo2", "falcon", "bloom"])
 @torch.no_grad()
 def test_all_directions_sum_to_the_ov_circuit(family):
-    """`Σ singular_value * read * write` of the tokens is the OV circuit, but for a constant of the biases for each output."""
+    """`Σ singular_value * read * write` of the tokens is the OV circuit, up to a constant of the biases for each output."""
     model, layer, head = model_of(family), 1, 2
     found = ov_svd(model, layer, head, k=model.d_head, top=D_VOCAB)
     read, write = (torch.zeros(model.d_head, D_VOCAB, dtype=model.dtype) for _ in range(2))

@@ -7,6 +7,7 @@ import torch
 
 import mechkit as mk
 from helpers.families import D_VOCAB, FAMILIES, build_hf
+from helpers.tiny import model_of
 from mechkit import zoo
 from mechkit._random_tokens import ordinary_tokens
 from mechkit.attribution.head_scores import composition_scores, head_scores, random_prompts
@@ -19,11 +20,6 @@ LAYER_NORM = {"gpt2", "gpt_neox", "gptj", "phi", "opt", "bloom", "gpt_neo", "fal
 
 def tolerance(family: str) -> float:
     return 1e-8 if family in LAYER_NORM else 1e-5
-
-
-def make_model(family: str) -> mk.HookedModel:
-    dtype = torch.float32 if family == "mixtral" else torch.float64
-    return mk.HookedModel.from_hf(build_hf(family, dtype), name=family)
 
 
 def ragged(seed: int = 0) -> Prompts:
@@ -66,7 +62,7 @@ def naive_scores(model: mk.HookedModel, prompts: Prompts, kind: str) -> torch.Te
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_patterns_equal_the_definitions(family):
-    model, prompts = make_model(family), ragged()
+    model, prompts = model_of(family), ragged()
     for kind in PATTERN_KINDS:
         result = head_scores(model, kind, prompts=prompts, progress=False)
         expected = naive_scores(model, prompts, kind)
@@ -79,7 +75,7 @@ def test_patterns_equal_the_definitions(family):
 
 
 def test_the_kinds_differ():
-    model, prompts = make_model("llama"), ragged()
+    model, prompts = model_of("llama"), ragged()
     found = [head_scores(model, kind, prompts=prompts, progress=False).values for kind in PATTERN_KINDS]
     for i in range(len(found)):
         for j in range(i):
@@ -114,7 +110,7 @@ def test_random_tokens_that_do_not_repeat_find_no_induction():
     twice = head_scores(model, "induction", n=2, length=20, progress=False)
     assert float(twice.mean("prompt").sel(layer=1, head=0).values) >= 0.99
     # A random model scores about what uniform attention would.
-    untrained = head_scores(make_model("gpt2"), "induction", n=4, length=20, progress=False)
+    untrained = head_scores(model_of("gpt2"), "induction", n=4, length=20, progress=False)
     assert float(untrained.mean("prompt").values.mean()) < 0.1
 
 
@@ -122,7 +118,7 @@ def test_equals_transformer_lens_conventions():
     """Its detection patterns; and on tokens repeated once, its stripe at 1 - length over the second half."""
     from transformer_lens import head_detector
 
-    model, length = make_model("gpt2"), 12
+    model, length = model_of("gpt2"), 12
     prompts = random_prompts(model, "induction", 2, length, seed=0)
     result = head_scores(model, "induction", prompts=prompts, progress=False).values
     with torch.no_grad():
@@ -144,7 +140,7 @@ def test_equals_transformer_lens_conventions():
 
 
 def test_random_prompts():
-    model = make_model("llama")
+    model = model_of("llama")
     prompts = random_prompts(model, "prefix_matching", 3, 10, seed=1)
     assert set(ordinary_tokens(model).tolist()) == set(range(3, D_VOCAB))  # without bos, eos and pad
     for row in prompts.tokens:
@@ -157,7 +153,7 @@ def test_random_prompts():
 
 
 def test_batches_change_nothing_and_choice_is_a_choice():
-    model, prompts = make_model("llama"), ragged()
+    model, prompts = model_of("llama"), ragged()
     whole = head_scores(model, "prefix_matching", prompts=prompts, progress=False)
     single = head_scores(model, "prefix_matching", prompts=prompts, budget=1, progress=False)
     assert torch.allclose(whole.values, single.values, atol=1e-12, rtol=0, equal_nan=True)
@@ -216,7 +212,7 @@ def embedding(model: mk.HookedModel) -> torch.Tensor:
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_copying_equals_the_eigenvalues_of_the_whole_matrix(family):
-    model, centres = make_model(family), family in LAYER_NORM
+    model, centres = model_of(family), family in LAYER_NORM
     result = head_scores(model, "copying", progress=False)
     assert result.dims == ("layer", "head")
     U = folded(model.W_U.double(), gain_of(model.bridge.ln_final, model.d_model), centres)
@@ -224,7 +220,7 @@ def test_copying_equals_the_eigenvalues_of_the_whole_matrix(family):
         for head in range(model.n_heads):
             whole = embedding(model) @ whole_ov(model, layer, head, centres) @ U  # [vocabulary vocabulary]
             eigenvalues = torch.linalg.eigvals(whole)
-            # Of the vocabulary's eigenvalues all but d_head are 0, which rounding makes tiny.
+            # All but d_head of the vocabulary's eigenvalues are 0, which rounding makes tiny.
             large = eigenvalues[eigenvalues.abs().argsort(descending=True)[: model.d_head]]
             expected = float(large.real.sum() / large.abs().sum())
             assert abs(float(result.values[layer, head]) - expected) < tolerance(family)
@@ -243,7 +239,7 @@ def test_copying_of_known_heads():
 @torch.no_grad()
 def test_name_mover_copy_equals_the_paper_step_by_step(family):
     """With the model's own modules, one position and head at a time, and the five largest logits."""
-    model, prompts = make_model(family), ragged()
+    model, prompts = model_of(family), ragged()
     for sign in (1, -1):
         result = head_scores(model, "name_mover_copy", prompts=prompts, sign=sign, progress=False)
         expected = torch.zeros_like(result.values)
@@ -265,7 +261,7 @@ def test_name_mover_copy_equals_the_paper_step_by_step(family):
 
 
 def test_name_mover_copy_at_named_positions():
-    model, prompts = make_model("gpt2"), ragged()
+    model, prompts = model_of("gpt2"), ragged()
     where = {"A": [2, 1, 3, 0, 1], "B": [4, 5, 6, 7, 2]}
     pairs = mk.PromptPairs.from_tokens(prompts, prompts, [(5, 7)] * 5, positions=where)
     both = head_scores(model, "name_mover_copy", prompts=pairs, positions=("A", "B"), progress=False).values
@@ -291,7 +287,7 @@ def test_known_name_mover():
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_composition_equals_whole_matrices(family):
-    model, centres = make_model(family), family in LAYER_NORM
+    model, centres = model_of(family), family in LAYER_NORM
     ov, qk = (
         {(i, h): make(model, i, h, centres) for i in range(model.n_layers) for h in range(model.n_heads)}
         for make in (whole_ov, whole_qk)
@@ -313,7 +309,7 @@ def test_composition_equals_whole_matrices(family):
 @torch.no_grad()
 def test_composition_equals_transformer_lens():
     """It has no gains, so they are set to 1 here, in a model whose norms do not centre."""
-    model = make_model("llama")
+    model = model_of("llama")
     for block in model.bridge.blocks:
         block.ln1.original_component.weight.data.fill_(1.0)
     for kind in ("Q", "K", "V"):
@@ -335,7 +331,7 @@ def test_known_composition():
 
 def test_the_random_baseline_is_that_of_random_turns():
     generator = torch.Generator().manual_seed(0)
-    model = make_model("gpt2")
+    model = model_of("gpt2")
     width, random = model.d_model, composition_scores(model, "V").baseline["random"]
     a, b = (torch.randn(width, 3, generator=generator) @ torch.randn(3, width, generator=generator) for _ in range(2))
     squares = []
@@ -349,7 +345,7 @@ def test_the_random_baseline_is_that_of_random_turns():
 
 
 def test_errors_and_nothing_stays_hooked():
-    model, prompts = make_model("gpt2"), ragged()
+    model, prompts = model_of("gpt2"), ragged()
     pairs = mk.PromptPairs.from_tokens(prompts, prompts, [(5, 7)] * 5)
     for message, arguments in (
         ("kind: expected", {"kind": "indution"}),
@@ -392,7 +388,7 @@ def test_half_precision_is_close():
 
 
 def test_results_survive_the_disk(tmp_path):
-    model = make_model("gpt2")
+    model = model_of("gpt2")
     for i, result in enumerate((head_scores(model, n=2, length=5, progress=False), composition_scores(model))):
         again = mk.Result.load(result.save(tmp_path / f"{i}.safetensors"))
         assert torch.equal(again.values.nan_to_num(), result.values.nan_to_num())

@@ -28,7 +28,7 @@ def test_equal_to_the_cache_bit_for_bit(family: str, site: str) -> None:
 
 
 def test_each_prompt_alone() -> None:
-    """Prompts of other lengths beside it change nothing; the corrupted prompts are another thing."""
+    """Prompts of other lengths in the batch change nothing; the corrupted prompts do."""
     model, pairs = make_model("llama"), make_pairs()
     found = hidden_states(model, pairs.clean, progress=False)
     for i, tokens in enumerate(pairs.clean.tokens):
@@ -111,7 +111,7 @@ def test_refuses(options: dict, message: str) -> None:
 
 def test_refuses_other_prompts_and_broken_models() -> None:
     model, pairs = make_model("gpt2"), make_pairs()
-    with pytest.raises(ValueError, match="PromptPairs or Prompts"):
+    with pytest.raises(ValueError, match=r"prompts\[0\]: expected a string, got list"):
         hidden_states(model, [[1, 2, 3]])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="evaluation mode"):
         hidden_states(make_model("gpt2").train(), pairs)

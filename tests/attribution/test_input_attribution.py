@@ -53,22 +53,24 @@ def stack_ragged(rows, axis=0):
 
 
 def value_with(model, metric, i, tokens, edits):
-    """The metric of prompt i with activations (full hook name -> tensor) replaced, by a whole forward pass."""
+    """The metric of prompt i `[row]` with activations (full hook name -> `[row ...]`) replaced: a row of a whole pass each."""
+    rows = len(next(iter(edits.values())))
     hooks = [(name, lambda x, hook, at=at: at) for name, at in edits.items()]
-    logits = model.run_with_hooks(tokens[None], hooks)
-    return metric.read(logits[:, metric.positions[i]], torch.tensor([i]), None).sum()
+    logits = model.run_with_hooks(tokens.expand(rows, -1), hooks)
+    return metric.read(logits[:, metric.positions[i]], torch.full((rows,), i), None)
 
 
 def activation(model, tokens, name, edits=None):
-    """One activation of a whole forward pass, with others replaced."""
+    """One activation `[row ...]` of a whole forward pass, with others replaced: one row of them, if none are."""
+    rows = len(next(iter(edits.values()))) if edits else 1
     with torch.no_grad(), model.hooks([(n, lambda x, hook, at=at: at) for n, at in (edits or {}).items()]):
-        return model.run_with_cache(tokens[None], name)[1][name]
+        return model.run_with_cache(tokens.expand(rows, -1), name)[1][name]
 
 
 def slope_at(model, metric, i, tokens, name, at):
-    """The metric's gradient with respect to one activation, at a value of it."""
+    """The metric's gradient with respect to one activation, at each of some values `[row ...]` of it."""
     leaf = at.detach().clone().requires_grad_()
-    return torch.autograd.grad(value_with(model, metric, i, tokens, {name: leaf}), leaf)[0]
+    return torch.autograd.grad(value_with(model, metric, i, tokens, {name: leaf}).sum(), leaf)[0]
 
 
 build_cached = functools.lru_cache(maxsize=1)(build_hf)
@@ -114,15 +116,18 @@ def test_gradient_x_input_equals_the_naive_way(family):
 def test_token_integrated_gradients_equal_the_naive_way(family):
     model, pairs = model_of(family), make_pairs(PAIRS)
     metric = whole_vocabulary(pairs)
+    read = [activation(model, tokens, INPUT) for tokens in pairs.clean.tokens]
     for baseline, rule in (("zero", "midpoint"), ("mean", "left"), (7, "gauss-legendre")):
         points, weights = quadrature(3, rule)
         rows, ends = [], []
-        for i, tokens in enumerate(pairs.clean.tokens):
-            end, start = activation(model, tokens, INPUT), first_reads(family, model, tokens, baseline)
-            slopes = [slope_at(model, metric, i, tokens, INPUT, start + a * (end - start)) for a in points]
+        for i, (tokens, end) in enumerate(zip(pairs.clean.tokens, read, strict=True)):
+            start = first_reads(family, model, tokens, baseline)
+            between = torch.cat([start + a * (end - start) for a in points])
+            slopes = slope_at(model, metric, i, tokens, INPUT, between)
             mean = sum(w * slope for w, slope in zip(weights, slopes, strict=True))
-            rows.append(((end - start) * mean).sum(-1)[0])
-            ends.append([value_with(model, metric, i, tokens, {INPUT: at}).item() for at in (end, start)])
+            rows.append(((end - start)[0] * mean).sum(-1))
+            with torch.no_grad():
+                ends.append(value_with(model, metric, i, tokens, {INPUT: torch.cat([end, start])}).tolist())
         expected = stack_ragged(rows)
         found = token_integrated_gradients(model, pairs, metric, baseline=baseline, steps=3, rule=rule)
         assert_same(found.values, expected, tolerance_of(family), baseline)
@@ -181,7 +186,7 @@ def value_of(model, metric, i, tokens):
 
 
 def test_gradient_x_input_sums_to_the_metric_of_a_linear_model():
-    """With the norms' scale held fixed the model is linear in its input: the sum is the metric but for a constant."""
+    """With the norms' scale held fixed the model is linear in its input: the sum is the metric up to a constant."""
     known = linear(1)
     model, pairs, metric = known.model, known.pairs, known.metric
     norms = ["ln_final", *(f"blocks.{i}.{ln}" for i in range(model.n_layers) for ln in ("ln1", "ln2"))]
@@ -299,8 +304,9 @@ def naive_neurons(model, pairs, metric, site, layer, steps):
     name, rows = SITES[site].hook_name(layer), []
     for i, tokens in enumerate(pairs.clean.tokens):
         actual = activation(model, tokens, name)
-        slopes = [slope_at(model, metric, i, tokens, name, (k + 0.5) / steps * actual) for k in range(steps)]
-        rows.append(reduced(actual * sum(slopes) / steps, site))
+        on_the_way = torch.cat([(k + 0.5) / steps * actual for k in range(steps)])
+        slopes = slope_at(model, metric, i, tokens, name, on_the_way)
+        rows.append(reduced(actual * slopes.sum(0, keepdim=True) / steps, site))
     return stack_ragged(rows)
 
 
@@ -308,16 +314,16 @@ def naive_conductance(model, family, pairs, metric, site, layer, steps, baseline
     name, rows = SITES[site].hook_name(layer), []
     for i, tokens in enumerate(pairs.clean.tokens):
         end, start = activation(model, tokens, INPUT), first_reads(family, model, tokens, baseline)
-        total = 0
-        for k in range(steps):
-            low, middle, high = (start + a / steps * (end - start) for a in (k, k + 0.5, k + 1))
-            moved = activation(model, tokens, name, {INPUT: high}) - activation(model, tokens, name, {INPUT: low})
-            zero = torch.zeros_like(moved).requires_grad_()
-            hooks = [(INPUT, lambda x, hook, at=middle: at), (name, lambda x, hook, zero=zero: x + zero)]
-            logits = model.run_with_hooks(tokens[None], hooks)
-            value = metric.read(logits[:, metric.positions[i]], torch.tensor([i]), None).sum()
-            total = total + moved * torch.autograd.grad(value, zero)[0]
-        rows.append(reduced(total, site))
+        points = torch.arange(steps, dtype=end.dtype)[:, None, None]
+        ends = torch.cat([start + a / steps * (end - start) for a in range(steps + 1)])
+        reached = activation(model, tokens, name, {INPUT: ends})
+        moved, middle = reached[1:] - reached[:-1], start + (points + 0.5) / steps * (end - start)
+        zero = torch.zeros_like(moved).requires_grad_()
+        hooks = [(INPUT, lambda x, hook, at=middle: at), (name, lambda x, hook, zero=zero: x + zero)]
+        logits = model.run_with_hooks(tokens.expand(steps, -1), hooks)
+        value = metric.read(logits[:, metric.positions[i]], torch.full((steps,), i), None).sum()
+        total = moved * torch.autograd.grad(value, zero)[0]
+        rows.append(reduced(total.sum(0, keepdim=True), site))
     return stack_ragged(rows)
 
 
@@ -441,7 +447,11 @@ def test_neurons_of_other_dims_and_budgets(family, path):
     ("run", "arguments", "match"),
     [
         (gradient_x_input, {"metric": mk.accuracy}, "no gradient path"),
-        (gradient_x_input, {"metric": lambda pairs: lambda logits: logits[:, -1, 5].mean()}, "one real value a prompt"),
+        (
+            gradient_x_input,
+            {"metric": lambda pairs: lambda logits: logits[:, -1, 5].mean()},
+            "one real value per prompt",
+        ),
         (gradient_x_input, {"metric": lambda pairs: mk.logit_diff(pairs[[0]])}, "made for 1 prompts"),
         (gradient_x_input, {"metric": lambda pairs: lambda logits: logits[:, -1, 5] / 0}, "finite"),
         (gradient_x_input, {"budget": 0}, "budget"),
@@ -480,7 +490,7 @@ def test_more_refusals(run):
     model, pairs = make_model("gpt2"), make_pairs()
     with pytest.raises(ValueError, match="one length"):
         run(model, pairs, lambda logits: logits[:, -1, 0])
-    with pytest.raises(ValueError, match="PromptPairs or Prompts"):
+    with pytest.raises(ValueError, match=r"prompts: .* was loaded without a tokenizer"):
         run(model, "text", mk.logit_diff(pairs))
     too_large = mk.Prompts.from_tokens([[3, D_VOCAB]])
     with pytest.raises(ValueError, match="token ids"):
@@ -557,13 +567,14 @@ def ioi(smollm2):
 
 def test_smollm2_tokens_are_complete(smollm2, ioi):
     """With a baseline that the model can read. From the vocabulary's mean, or from zero, its logits jump about on the way."""
-    found = token_integrated_gradients(smollm2, ioi, mk.logit_diff(ioi), baseline=" the")
+    three = ioi[[0, 1, 3]]
+    found = token_integrated_gradients(smollm2, three, mk.logit_diff(three), baseline=" the")
     assert found.provenance["completeness_error"] < 0.01
     assert found.provenance["keep"] == "bos"
     assert float(found.values[0].abs().max()) == 0
     values = found.values.mean(-1)
     assert float(values[7]) == 0  # " the" itself
-    assert (int(values.argmax()), int(values.argmin())) == (2, 10)  # the answer's name; the name that is said twice
+    assert (int(values.argmax()), int(values.argmin())) == (2, 10)  # the answer's name; the name that occurs twice
 
 
 def test_smollm2_does_not_work_without_its_attention_sink(smollm2, ioi):

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mechkit as mk
 from helpers.families import D_VOCAB, FAMILIES, build_hf
-from helpers.tiny import make_model, make_pairs
+from helpers.tiny import make_model, make_pairs, model_of
 from mechkit.attribution.direct_logit_attribution import direct_logit_attribution
 from mechkit.attribution.logit_lens import logit_lens, top_tokens
 from mechkit.hooks import SITES
@@ -72,7 +72,7 @@ def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_residual_sites_equal_a_model_that_ends_there(family):
-    model, prompts = make_model(family), make_pairs().clean
+    model, prompts = model_of(family), make_pairs().clean
     for site in RESIDUAL:
         if not model.has_site(site):
             continue
@@ -90,7 +90,7 @@ def test_residual_sites_equal_a_model_that_ends_there(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_last_layer_is_the_model(family):
-    model, prompts = make_model(family), make_pairs().clean
+    model, prompts = model_of(family), make_pairs().clean
     for value, of_logits in (("logit", lambda x: x), ("log_prob", lambda x: x.log_softmax(-1))):
         result = logit_lens(model, prompts, EVERY, value=value, layers=[-1], progress=False)
         for j, tokens in enumerate(prompts.tokens):
@@ -102,7 +102,7 @@ def test_last_layer_is_the_model(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_components_are_their_direct_contribution(family):
-    model, prompts = make_model(family), make_pairs().clean
+    model, prompts = model_of(family), make_pairs().clean
     for site in COMPONENTS:
         over = "layer head pos" if site == "result" else "layer pos"
         result = logit_lens(model, prompts, EVERY, site=site, over=over, progress=False)
@@ -118,7 +118,7 @@ def test_components_are_their_direct_contribution(family):
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "olmo2", "gptj"])
 def test_components_agree_with_direct_logit_attribution(family):
-    model, pairs = make_model(family), make_pairs()
+    model, pairs = model_of(family), make_pairs()
     dla = direct_logit_attribution(model, pairs, mk.logit_diff(pairs), over="component")
     for site, kind in (("attn_out", "attn"), ("mlp_out", "mlp")):
         lens = logit_lens(model, pairs, site=site, over="layer", progress=False)
@@ -132,7 +132,7 @@ def test_components_agree_with_direct_logit_attribution(family):
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2"])
 def test_every_value(family):
-    model, prompts = make_model(family), make_pairs().clean
+    model, prompts = model_of(family), make_pairs().clean
     chosen = [5, 7, 60]
     found = {
         v: logit_lens(model, prompts, chosen, value=v, progress=False).values for v in ("log_prob", "prob", "rank")
@@ -168,7 +168,7 @@ def test_tied_tokens_share_the_best_rank():
 
 
 def test_ways_to_name_tokens():
-    model, pairs = make_model("llama"), make_pairs()
+    model, pairs = model_of("llama"), make_pairs()
     every = logit_lens(model, pairs, EVERY, progress=False).values
     default = logit_lens(model, pairs, progress=False)
     assert default.coords["token"] == ("right", "wrong")
@@ -187,7 +187,7 @@ def test_ways_to_name_tokens():
 
 
 def test_dims_positions_and_restrictions():
-    model, pairs = make_model("gemma2"), make_pairs()
+    model, pairs = model_of("gemma2"), make_pairs()
     pairs = mk.PromptPairs(pairs.clean, pairs.corrupted, pairs.right, pairs.wrong, {"MID": torch.tensor([4, 5, 3])})
     whole = logit_lens(model, pairs, [3, 4], progress=False)
     turned = logit_lens(model, pairs, [3, 4], over="pos layer", progress=False)
@@ -208,7 +208,7 @@ def test_dims_positions_and_restrictions():
 
 
 def test_result_is_labelled():
-    model, pairs = make_model("qwen3"), make_pairs()
+    model, pairs = model_of("qwen3"), make_pairs()
     result = logit_lens(model, pairs, value="prob", over="layer", progress=False)
     assert (result.metric, result.unit, dict(result.baseline)) == ("prob", "probability", {})
     assert result.provenance["technique"] == "logit_lens"
@@ -221,7 +221,7 @@ def test_result_is_labelled():
 
 @pytest.mark.parametrize(("site", "over"), [("resid_post", "layer pos"), ("result", "layer head pos")])
 def test_any_budget_gives_the_same(site, over):
-    model, prompts = make_model("olmo2"), make_pairs().clean
+    model, prompts = model_of("olmo2"), make_pairs().clean
     for value, tokens in (("kl", None), ("logit", [4, 9]), ("rank", [4]), ("log_prob", "next")):
         found = [
             logit_lens(model, prompts, tokens, value=value, site=site, over=over, budget=budget, progress=False)
@@ -232,7 +232,7 @@ def test_any_budget_gives_the_same(site, over):
 
 
 def test_top_tokens():
-    model, prompts = make_model("falcon"), make_pairs().clean
+    model, prompts = model_of("falcon"), make_pairs().clean
     found = top_tokens(model, prompts, k=4, progress=False)
     assert found.probs.dims == ("layer", "pos", "k", "prompt")
     assert found.ids.shape == found.strings.shape == found.probs.values.shape
@@ -321,7 +321,7 @@ def test_refusals_leave_no_hook():
 
 def test_a_model_whose_logits_are_something_else_is_refused():
     """A hook that mixes positions stands for an architecture whose logits are no function of the last block's output alone."""
-    model, pairs = make_model("llama"), make_pairs()
+    model, pairs = model_of("llama"), make_pairs()
     handle = model.bridge.unembed.register_forward_hook(lambda module, args, logits: logits + torch.rand(logits.shape))
     with pytest.raises(ValueError, match="is not a function of the last block's output at the same position alone"):
         logit_lens(model, pairs, progress=False)
@@ -340,7 +340,7 @@ def test_components_that_do_not_add_up_are_refused():
 
 
 def test_grad_mode_is_left_alone():
-    model, pairs = make_model("gpt2"), make_pairs()
+    model, pairs = model_of("gpt2"), make_pairs()
     assert torch.is_grad_enabled()
     assert not logit_lens(model, pairs, progress=False).values.requires_grad
     assert torch.is_grad_enabled()

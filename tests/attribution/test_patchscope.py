@@ -1,4 +1,4 @@
-"""Patchscopes against one whole forward pass a layer, position and prompt."""
+"""Patchscopes against one whole forward pass per layer, position and prompt."""
 
 from __future__ import annotations
 

@@ -1,18 +1,22 @@
 """ACDC against the procedure done one edge at a time: on small models with the naive reference's circuit runs and none of
-mechkit's engine; on the families' four-layer models with the evaluator, one circuit after the other.
+mechkit's engine; on the families' four-layer models with the evaluator, which `test_circuit_runs.py` compares with the reference.
 
 Both naive versions begin with all edges (or those given), go through the readers from the last to the first and through each
 one's writers from the last to the first, and remove an edge if the distance grows by less than the threshold. Components that
-nobody reads lose their inputs untested.
+nobody reads lose their inputs untested. Which circuits the procedure measures depends on what it measured before. So that they
+need not run one after the other, those that it measures if ACDC's answer is right are run together beforehand; a circuit that is
+not among them, because the answer is wrong, runs by itself.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import mechkit as mk
@@ -21,8 +25,11 @@ from helpers.families import FAMILIES
 from helpers.tiny import make_pairs, model_of, read, whole_vocabulary
 from mechkit.circuits import Circuit, Graph
 from mechkit.circuits._evaluation import Evaluator
+from mechkit.circuits._runs import CircuitRuns
 
-Distance = Callable[[set[str]], float]
+Edges = Collection[str]
+Distance = Callable[[Edges], float]
+Distances = Callable[[Sequence[Edges]], list[float]]
 SMALL = {
     "gpt2": {"n_layer": 2, "n_head": 2},
     "llama": {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1},
@@ -64,6 +71,28 @@ def naive_acdc(
     return edges, tried
 
 
+def prepared(
+    model: mk.HookedModel, distances: Distances, answer: set[str], start: Collection[str] | None = None
+) -> Distance:
+    """The distance of one circuit; it is there already for all that the procedure measures if it ends in `answer`."""
+    asked: list[frozenset[str]] = []
+
+    def missing(edges: Edges) -> float:
+        asked.append(frozenset(edges))
+        return len(answer.difference(edges))
+
+    naive_acdc(model, missing, 0.5, start)  # removes what is not in the answer, and nothing else
+    known = dict(zip(asked, distances(asked), strict=True))
+
+    def distance(edges: Edges) -> float:
+        edges = frozenset(edges)
+        if edges not in known:
+            known[edges] = distances([edges])[0]
+        return known[edges]
+
+    return distance
+
+
 def owners_of(model: mk.HookedModel, reader: str) -> set[str]:
     """The components that an input belongs to."""
     if reader == "logits":
@@ -78,36 +107,39 @@ def owners_of(model: mk.HookedModel, reader: str) -> set[str]:
     return {f"{layer}.h{head}" for head in range(number * size, (number + 1) * size)}
 
 
-def distances_by_reference(model: mk.HookedModel, pairs: mk.PromptPairs, metric: mk.Metric | None) -> Distance:
+def distances_by_reference(model: mk.HookedModel, pairs: mk.PromptPairs, metric: mk.Metric | None) -> Distances:
     """The mean over prompts of the KL divergence from the clean run, or of the metric's absolute difference from it."""
     clean = [reference.whole_run(model, tokens[None]).logits for tokens in pairs.clean.tokens]
 
-    def distance(edges: set[str]) -> float:
-        found = []
+    def one(logits: Tensor, j: int) -> float:
+        if metric is not None:
+            return abs(read(metric, logits, j) - read(metric, clean[j], j))
+        p, q = clean[j][0, -1].log_softmax(-1), logits[-1].log_softmax(-1)
+        return float((p.exp() * (p - q)).sum())
+
+    def distances(circuits: Sequence[Edges]) -> list[float]:
+        found = torch.zeros(len(circuits), dtype=torch.float64)
         for j in range(len(pairs)):
             tokens = (pairs.clean.tokens[j][None], pairs.corrupted.tokens[j][None])
-            logits = reference.run_circuit(model, *tokens, edges)
-            if metric is None:
-                p, q = clean[j][0, -1].log_softmax(-1), logits[0, -1].log_softmax(-1)
-                found.append(float((p.exp() * (p - q)).sum()))
-            else:
-                found.append(abs(read(metric, logits, j) - read(metric, clean[j], j)))
-        return sum(found) / len(found)
+            logits = reference.run_circuits(model, *tokens, circuits)
+            found += torch.tensor([one(of_circuit, j) for of_circuit in logits], dtype=torch.float64)
+        return (found / len(pairs)).tolist()
 
-    return distance
+    return distances
 
 
-def distances_by_evaluator(ev: Evaluator, kl: bool) -> Distance:
-    """One circuit at a time; the evaluator itself is held against the reference in test_circuit_runs.py."""
+def distances_by_evaluator(ev: Evaluator, kl: bool) -> Distances:
+    """The evaluator itself is compared with the reference in test_circuit_runs.py."""
+    places = {edge.name: ev.graph.index(edge) for edge in ev.graph.edges}
 
-    def distance(edges: set[str]) -> float:
-        circuit = torch.zeros_like(ev.graph.exists)
-        for name in edges:
-            circuit[ev.graph.index(ev.graph.edge(name))] = True
-        value = ev.evaluate(circuit[None])[0]
-        return float((value if kl else (value - ev.values["clean"]).abs()).double().mean())
+    def distances(circuits: Sequence[Edges]) -> list[float]:
+        members = torch.zeros(len(circuits), *ev.graph.exists.shape, dtype=torch.bool)
+        for circuit, edges in zip(members, circuits, strict=True):
+            circuit[tuple(torch.tensor([places[name] for name in edges]).reshape(-1, 2).T)] = True
+        values = ev.evaluate(members)
+        return (values if kl else (values - ev.values["clean"]).abs()).double().mean(1).tolist()
 
-    return distance
+    return distances
 
 
 def names_of(circuit: Circuit) -> set[str]:
@@ -130,10 +162,11 @@ def names_of(circuit: Circuit) -> set[str]:
 def test_a_small_model_against_the_reference(family, task_metric, thresholds):
     model, pairs = small(family), make_pairs(((5, 2), (4, 1)))
     metric = mk.logit_diff(pairs) if task_metric else None
-    distance = distances_by_reference(model, pairs, metric)
+    distances = distances_by_reference(model, pairs, metric)
     for threshold in thresholds:
-        expected, tried = naive_acdc(model, distance, threshold)
         circuit = mk.acdc(model, pairs, metric, threshold=threshold, prune=False, progress=False)
+        distance = prepared(model, distances, names_of(circuit))
+        expected, tried = naive_acdc(model, distance, threshold)
         assert names_of(circuit) == expected
         assert circuit.provenance["n_tested"] == tried
         assert circuit.provenance["distance"] == pytest.approx(distance(expected), rel=1e-5)  # float32 inside
@@ -157,7 +190,7 @@ def test_four_layers_against_one_circuit_at_a_time(family, threshold, metric, ab
     measured = None if metric is None else metric(pairs)
     circuit = mk.acdc(model, pairs, measured, threshold=threshold, ablation=ablation, prune=False, progress=False)
     ev = Evaluator(model, pairs, measured or mk.kl_divergence(pairs), ablation)
-    distance = distances_by_evaluator(ev, measured is None)
+    distance = prepared(model, distances_by_evaluator(ev, measured is None), names_of(circuit))
     expected, tried = naive_acdc(model, distance, threshold)
     assert names_of(circuit) == expected
     assert circuit.provenance["n_tested"] == tried
@@ -177,14 +210,17 @@ def test_starting_from_a_circuit():
         Graph.of(model), members & Graph.of(model).exists, model=model.name, weights_hash=model.weights_hash
     )
     circuit = mk.acdc(model, pairs, threshold=0.02, start=start, prune=False, progress=False)
-    distance = distances_by_evaluator(Evaluator(model, pairs, mk.kl_divergence(pairs)), True)
+    distances = distances_by_evaluator(Evaluator(model, pairs, mk.kl_divergence(pairs)), True)
+    distance = prepared(model, distances, names_of(circuit), names_of(start))
     expected, tried = naive_acdc(model, distance, 0.02, names_of(start))
     assert names_of(circuit) == expected
     assert expected < names_of(start)
     assert circuit.provenance["start"] == len(start)
     assert circuit.provenance["n_tested"] == tried
+    model = small("llama")
     whole = mk.acdc(model, pairs, threshold=0.02, start=Circuit.full(model), prune=False, progress=False)
     assert whole == mk.acdc(model, pairs, threshold=0.02, prune=False, progress=False)
+    assert 0 < len(whole) < whole.graph.n_edges  # control
 
 
 # --- thresholds
@@ -223,10 +259,22 @@ def test_no_threshold_removes_nothing_that_costs_nothing():
     assert len(lost) == 0
 
 
-def test_small_memory_changes_nothing():
-    model, pairs = model_of("gpt2"), make_pairs()
+def test_small_memory_changes_nothing(monkeypatch: pytest.MonkeyPatch):
+    model, pairs = small("gpt2"), make_pairs()
+    sizes: list[int] = []
+    final = CircuitRuns.final
+
+    def counted(self: CircuitRuns, gates: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        sizes.append(len(gates))
+        return final(self, gates, *args, **kwargs)
+
+    monkeypatch.setattr(CircuitRuns, "final", counted)
     whole = mk.acdc(model, pairs, threshold=0.1, prune=False, progress=False)
+    assert max(sizes) >= 8
+    sizes.clear()
     little = mk.acdc(model, pairs, threshold=0.1, prune=False, budget=2**15, progress=False)
+    assert max(sizes) <= 2  # control: it is little
+    assert 0 < len(whole) < whole.graph.n_edges
     assert whole == little
     assert whole.provenance["distance"] == pytest.approx(little.provenance["distance"], abs=1e-9)
 

@@ -117,8 +117,8 @@ def test_selection_equals_the_naive_one(name: str, method: str, by: str) -> None
         assert set(pruned) == naive_prune(graph, chosen)
         assert pruned == whole.pruned()
         assert (f"; {len(pruned)} kept of {n};" in repr(pruned)) == (len(pruned) < n)
-        said = pruned.provenance["selection"]
-        assert (said["asked"], said["chosen"], said["kept"]) == (n, len(chosen), len(pruned))
+        selection = pruned.provenance["selection"]
+        assert (selection["asked"], selection["chosen"], selection["kept"]) == (n, len(chosen), len(pruned))
         dropped += len(whole) - len(pruned)
     assert dropped > 0 or name == "one_head"  # there was something to prune
 

@@ -18,9 +18,11 @@ from helpers.families import FAMILIES, FLOAT32_INSIDE
 from helpers.tiny import make_model, make_pairs, model_of, n_hooks, read, whole_vocabulary
 from mechkit.circuits import Constants, Graph
 from mechkit.circuits._evaluation import ABLATIONS, Evaluator
-from mechkit.circuits._runs import CircuitRuns, Written
+from mechkit.circuits._runs import CircuitRuns
+from mechkit.circuits._writings import written
 from mechkit.engine import frozen_parameters
 from mechkit.hooks import Parts, record
+from mechkit.prompts import Stacked
 
 
 def random_circuits(graph: Graph, *shares: float, seed: int = 0) -> Tensor:
@@ -48,10 +50,11 @@ def names_of(graph: Graph, circuit: Tensor) -> list[str]:
 def oracle(model: mk.HookedModel, pairs: mk.PromptPairs, metric: mk.Metric, circuits: Tensor) -> Tensor:
     graph = Graph.of(model)
     values = torch.empty(len(circuits), len(pairs), dtype=torch.float64)
-    for i, circuit in enumerate(circuits):
-        for j in range(len(pairs)):
-            tokens = (pairs.clean.tokens[j][None], pairs.corrupted.tokens[j][None])
-            values[i, j] = read(metric, reference.run_circuit(model, *tokens, names_of(graph, circuit)), j)
+    names = [names_of(graph, circuit) for circuit in circuits]
+    for j in range(len(pairs)):
+        tokens = (pairs.clean.tokens[j][None], pairs.corrupted.tokens[j][None])
+        logits = reference.run_circuits(model, *tokens, names)
+        values[:, j] = torch.tensor([read(metric, of_circuit, j) for of_circuit in logits], dtype=torch.float64)
     return values
 
 
@@ -77,8 +80,8 @@ def test_whole_logits_of_random_circuits_at_every_position(family):
     model, pairs = model_of(family), make_pairs(((7, 2), (7, 4)))
     graph, parts, start = Graph.of(model), Parts(model), 2
     clean, corrupted = (torch.stack(list(p.tokens)) for p in (pairs.clean, pairs.corrupted))
-    ablated = Written.of(parts, record(model, corrupted, parts.writer_sites()).sites, start)
-    runs = CircuitRuns(model, graph, parts, clean, ablated, start)
+    ablated = written(graph, parts, record(model, corrupted, graph.recorded).sites, start)
+    runs = CircuitRuns(model, graph, parts, Stacked(clean), ablated, start)
     circuits = random_circuits(graph, 0.8, 0.4, seed=1)
     with torch.no_grad():
         logits = model.unembed(runs.final(circuits, torch.tensor([0, 1])))
@@ -100,8 +103,8 @@ def test_all_edges_give_the_clean_run_and_none_the_corrupted_one(family, dtype):
     pairs = make_pairs(((7, 2), (7, 4), (7, 3)))
     graph, parts, start = Graph.of(model), Parts(model), 2
     clean, corrupted = (torch.stack(list(p.tokens)) for p in (pairs.clean, pairs.corrupted))
-    ablated = Written.of(parts, record(model, corrupted, parts.writer_sites()).sites, start)
-    runs = CircuitRuns(model, graph, parts, clean, ablated, start)
+    ablated = written(graph, parts, record(model, corrupted, graph.recorded).sites, start)
+    runs = CircuitRuns(model, graph, parts, Stacked(clean), ablated, start)
     with torch.no_grad():
         gates = full_and_empty(graph).repeat_interleave(3, 0)
         found = model.unembed(runs.final(gates, torch.arange(3).repeat(2)))
@@ -240,14 +243,10 @@ def test_metrics_of_every_kind():
     pairs = mk.PromptPairs(pairs.clean, pairs.corrupted, pairs.right, pairs.wrong, {"MIDDLE": torch.tensor([4, 5])})
     graph = Graph.of(model)
     circuits = random_circuits(graph, 0.8, 0.4)
-    runs = [
-        [
-            reference.run_circuit(model, c[None], x[None], names_of(graph, circuit))[0]
-            for c, x in zip(pairs.clean.tokens, pairs.corrupted.tokens, strict=True)
-        ]
-        for circuit in circuits
-    ]
-    logits = torch.stack([torch.stack(of_circuit) for of_circuit in runs])  # [circuit prompt pos d_vocab]
+    names = [names_of(graph, circuit) for circuit in circuits]
+    tokens = zip(pairs.clean.tokens, pairs.corrupted.tokens, strict=True)
+    runs = [reference.run_circuits(model, c[None], x[None], names) for c, x in tokens]
+    logits = torch.stack(runs, 1)  # [circuit prompt pos d_vocab]
     target = torch.stack([reference.whole_run(model, c[None]).logits[0, -1] for c in pairs.clean.tokens]).log_softmax(
         -1
     )
@@ -276,8 +275,8 @@ def gated(request: pytest.FixtureRequest) -> tuple[str, CircuitRuns, Tensor]:
     model, pairs = model_of(request.param), make_pairs(((6, 2), (6, 3)))
     graph, parts, start = Graph.of(model), Parts(model), 2
     clean, corrupted = (torch.stack(list(p.tokens)) for p in (pairs.clean, pairs.corrupted))
-    ablated = Written.of(parts, record(model, corrupted, parts.writer_sites()).sites, start)
-    runs = CircuitRuns(model, graph, parts, clean, ablated, start)
+    ablated = written(graph, parts, record(model, corrupted, graph.recorded).sites, start)
+    runs = CircuitRuns(model, graph, parts, Stacked(clean), ablated, start)
     gates = torch.rand(2, *graph.exists.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     return request.param, runs, gates * graph.exists
 
@@ -335,7 +334,7 @@ def test_gradients_of_ablated_values():
     clean = torch.stack(list(pairs.clean.tokens))
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(len(graph.writers), model.d_model, dtype=torch.float64, generator=generator)
-    runs = CircuitRuns(model, graph, parts, clean, Constants(values, graph).written(), 0)
+    runs = CircuitRuns(model, graph, parts, Stacked(clean), Constants(values, graph).written(), 0)
     circuit = random_circuits(graph, 0.5, 0.5)
     direction = torch.randn(values.shape, dtype=torch.float64, generator=generator)
     weights = torch.randn(2, 6, model.d_model, dtype=torch.float64, generator=generator)

@@ -20,6 +20,7 @@ import mechkit as mk
 from helpers import reference_circuits as reference
 from helpers.families import FAMILIES, FLOAT32_INSIDE, PARALLEL
 from helpers.reference_circuits import found_at, some_names
+from helpers.refusals import WRONG_FOR_EDGES
 from helpers.tiny import make_model, make_pairs, model_of, n_hooks, whole_vocabulary
 from mechkit import zoo
 from mechkit.circuits.edge_scores import EdgeScores
@@ -31,7 +32,7 @@ RMS_NORMS = ("llama", "llama_mqa", "mistral", "qwen2", "qwen3")
 
 
 def tolerance(family: str) -> float:
-    """Of the largest score."""
+    """As a share of the largest score."""
     return 2e-5 if family in FLOAT32_INSIDE else 1e-8
 
 
@@ -54,27 +55,32 @@ def eap(family: str) -> EdgeScores:
 Moved = tuple[str, int, float]
 
 
-def value_at(
-    model: mk.HookedModel, pairs: mk.PromptPairs, metric: mk.Metric, j: int, name: str, moved: Moved | None, t: Tensor
+def values_at(
+    model: mk.HookedModel,
+    pairs: mk.PromptPairs,
+    metric: mk.Metric,
+    j: int,
+    names: list[str],
+    moved: Moved | None,
+    t: Tensor,
 ) -> Tensor:
-    """The metric where one reader sees `t` of one writer's change, in the corrupted run with `moved`."""
+    """The metric `[edge]` where one reader sees `t` `[edge]` of one writer's change, in the corrupted run with `moved`."""
     tokens, clean_tokens = pairs.corrupted.tokens[j][None], pairs.clean.tokens[j][None]
     base, clean = _runs(model, model.has_hooks, tuple(tokens[0].tolist()), tuple(clean_tokens[0].tolist()))
-    writer = name.partition("->")[0]
-    change = clean.wrote[writer] - base.wrote[writer]
+    writers = [name.partition("->")[0] for name in names]
+    changes = [clean.wrote[writer] - base.wrote[writer] for writer in writers]
     hooks = []
     if moved is not None:
         site, layer, point = moved
         full = f"blocks.{layer}.{'attn.' if site == 'z' else ''}hook_{site}"
         start, end = (_cache(model, x, full) for x in (tokens, clean_tokens))
-        hooks = [(full, lambda x, hook: start + point * (end - start))]
+        hooks = [(full, lambda x, hook: torch.zeros_like(x) + start + point * (end - start))]
     with model.hooks(hooks):
         base = base if moved is None else reference.whole_run(model, tokens)
-        wrote = base.wrote | {writer: base.wrote[writer] + t * change}
-        source = reference.Run(wrote, base.read, base.activations, base.logits)
+        values = [base.wrote[w] + x * change for w, x, change in zip(writers, t, changes, strict=True)]
         with torch.set_grad_enabled(t.requires_grad):
-            logits = reference.patch_edge.__wrapped__(model, base, source, tokens, name)
-            return metric.read(logits[:, metric.positions[j]], torch.tensor([j]), None).sum()
+            logits = reference.write_edges(model, base, tokens, names, values)
+            return metric.read(logits[:, metric.positions[j]], torch.full((len(names),), j), None)
 
 
 @functools.lru_cache(maxsize=8)
@@ -87,29 +93,35 @@ def _cache(model: mk.HookedModel, tokens: Tensor, name: str) -> Tensor:
     return model.run_with_cache(tokens, [name])[1][name]
 
 
-def derivative(*where) -> float:
-    """Of `value_at` by autograd, at t = 0."""
-    t = torch.zeros((), dtype=where[0].dtype, requires_grad=True)
-    return float(torch.autograd.grad(value_at(*where, t), t)[0])
+def derivatives(
+    model: mk.HookedModel,
+    pairs: mk.PromptPairs,
+    metric: mk.Metric,
+    j: int,
+    names: list[str],
+    moved: Moved | None = None,
+) -> Tensor:
+    """The derivatives `[edge]` of `values_at` by autograd, at t = 0."""
+    t = torch.zeros(len(names), dtype=model.dtype, requires_grad=True)
+    return torch.autograd.grad(values_at(model, pairs, metric, j, names, moved, t).sum(), t)[0].double()
 
 
-def finite_difference(*where, h: float = 2e-4) -> float:
+def finite_differences(
+    model: mk.HookedModel, pairs: mk.PromptPairs, metric: mk.Metric, j: int, names: list[str], h: float = 2e-4
+) -> Tensor:
     """The same by the five-point rule, whose error is of order h^4."""
-
-    def at(x: float) -> float:
-        return float(value_at(*where, torch.tensor(x, dtype=torch.float64)))
-
-    return (at(-2 * h) - 8 * at(-h) + 8 * at(h) - at(2 * h)) / (12 * h)
+    steps = torch.tensor([-2 * h, -h, h, 2 * h], dtype=torch.float64)
+    t = steps.repeat_interleave(len(names))
+    values = values_at(model, pairs, metric, j, 4 * names, None, t).double().reshape(4, -1)
+    return (torch.tensor([1, -8, 8, -1], dtype=torch.float64)[:, None] * values).sum(0) / (12 * h)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_eap_is_the_derivative_of_each_edge(family):
     model, pairs = model_of(family), make_pairs()
     metric, names = whole_vocabulary(pairs), some_names(model, 12)
-    expected = [[derivative(model, pairs, metric, j, name, None) for j in (0, 2)] for name in names]
-    assert_equal(
-        found_at(eap(family), names)[:, [0, 2]], torch.tensor(expected, dtype=torch.float64), tolerance(family)
-    )
+    expected = torch.stack([derivatives(model, pairs, metric, j, names) for j in (0, 2)], 1)
+    assert_equal(found_at(eap(family), names)[:, [0, 2]], expected, tolerance(family))
     assert eap(family).provenance["gradient_at"] == "corrupted"
     assert eap(family).provenance["runs"] == "suffix"
 
@@ -119,8 +131,8 @@ def test_eap_agrees_with_finite_differences(family):
     """Autograd might be wrong in both places. (The other families' norms or softmax are float32 inside: too rough for this.)"""
     model, pairs = model_of(family), make_pairs()
     metric, names = whole_vocabulary(pairs), some_names(model, 10, seed=1)
-    expected = [[finite_difference(model, pairs, metric, 1, name, None)] for name in names]
-    assert_equal(found_at(eap(family), names)[:, [1]], torch.tensor(expected, dtype=torch.float64), 1e-6)
+    expected = finite_differences(model, pairs, metric, 1, names)
+    assert_equal(found_at(eap(family), names)[:, 1], expected, 1e-6)
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f not in ("gpt2", "gpt_neox", "falcon")])
@@ -128,8 +140,8 @@ def test_eap_agrees_with_finite_differences_in_float32(family):
     """The same where norms or softmax are float32 inside: larger steps, coarser agreement."""
     model, pairs = model_of(family), make_pairs()
     metric, names = whole_vocabulary(pairs), some_names(model, 8, seed=1)
-    expected = [[finite_difference(model, pairs, metric, 1, name, None, h=1e-2)] for name in names]
-    assert_equal(found_at(eap(family), names)[:, [1]], torch.tensor(expected, dtype=torch.float64), 1e-3)
+    expected = finite_differences(model, pairs, metric, 1, names, h=1e-2)
+    assert_equal(found_at(eap(family), names)[:, 1], expected, 1e-3)
 
 
 def points(rule: str, steps: int) -> tuple[list[float], list[float]]:
@@ -160,10 +172,9 @@ def test_eap_ig_on_inputs_is_the_mean_of_derivatives_between_the_embeddings(fami
     scores = mk.edge_attribution(model, pairs, metric, steps=3, rule=rule)
     at, weights = points(rule, 3)
     expected = torch.zeros(len(names), dtype=torch.float64)
-    for i, name in enumerate(names):
-        j = i % 2
-        moved = [derivative(model, pairs, metric, j, name, ("resid_pre", 0, x)) for x in at]
-        expected[i] = np.dot(weights, moved)
+    for j in (0, 1):
+        for x, weight in zip(at, weights, strict=True):
+            expected[j::2] += weight * derivatives(model, pairs, metric, j, names[j::2], ("resid_pre", 0, x))
     assert_equal(found_at(scores, names)[torch.arange(7), torch.arange(7) % 2], expected, tolerance(family))
     ends = {"clean-corrupted": "clean and corrupted"}
     assert scores.provenance["gradient_at"] == ends.get(rule, "between")
@@ -181,7 +192,7 @@ def test_eap_ig_on_activations_moves_one_layers_heads_or_one_mlp_at_a_time(famil
         site = "resid_pre" if writer == "input" else "mlp_out" if writer.startswith("m") else "z"
         layer = 0 if writer == "input" else int(writer[1:].partition(".")[0])
         for j in (0, 1):
-            moved = [derivative(model, pairs, metric, j, name, (site, layer, x)) for x in (0.25, 0.75)]
+            moved = [derivatives(model, pairs, metric, j, [name], (site, layer, x)) for x in (0.25, 0.75)]
             expected[i, j] = sum(moved) / 2
     assert_equal(found_at(scores, names), expected, tolerance(family))
     by_input = mk.edge_attribution(model, pairs, metric, steps=2, rule="midpoint")
@@ -264,8 +275,8 @@ def test_the_embeddings_edges_add_up_to_the_gap_between_the_runs(family):
     gap = scores.baseline["clean"] - scores.baseline["corrupted"]
     off = scores.per_prompt[0].sum(0) - gap
     assert float((off / gap).abs().max()) <= 0.01
-    said = scores.provenance["completeness_error"]
-    assert said == pytest.approx(float(off.abs().mean() / gap.abs().mean()), abs=1e-9)
+    reported = scores.provenance["completeness_error"]
+    assert reported == pytest.approx(float(off.abs().mean() / gap.abs().mean()), abs=1e-9)
     one = mk.edge_attribution(model, pairs, whole_vocabulary(pairs), steps=1)
     assert one.provenance["completeness_error"] > 0.1  # control
 
@@ -328,18 +339,18 @@ def test_ragged_pairs_small_memory_and_means(family, variant):
 def test_prompts_that_differ_from_the_beginning_have_no_common_prefix():
     model, pairs = model_of("llama"), make_pairs(((6, 0), (6, 3)))
     metric, names = whole_vocabulary(pairs), some_names(model, 6, seed=4)
-    expected = [[derivative(model, pairs, metric, j, name, None) for j in (0, 1)] for name in names]
+    expected = torch.stack([derivatives(model, pairs, metric, j, names) for j in (0, 1)], 1)
     scores = mk.edge_attribution(model, pairs, metric, steps=1)
-    assert_equal(found_at(scores, names), torch.tensor(expected, dtype=torch.float64), 1e-8)
+    assert_equal(found_at(scores, names), expected, 1e-8)
 
 
 def test_metrics_read_before_the_end_and_against_a_run():
     model, pairs = model_of("qwen3"), make_pairs()
     pairs = mk.PromptPairs(pairs.clean, pairs.corrupted, pairs.right, pairs.wrong, {"MIDDLE": torch.tensor([3, 5, 2])})
     metric, names = whole_vocabulary(pairs, "MIDDLE"), some_names(model, 10, seed=5)
-    expected = [[derivative(model, pairs, metric, j, name, None) for j in range(3)] for name in names]
+    expected = torch.stack([derivatives(model, pairs, metric, j, names) for j in range(3)], 1)
     scores = mk.edge_attribution(model, pairs, metric, steps=1)
-    assert_equal(found_at(scores, names), torch.tensor(expected, dtype=torch.float64), 1e-8)
+    assert_equal(found_at(scores, names), expected, 1e-8)
     # clean-run KL falls along each edge as the cross-entropy of the clean run's distribution does
     kl = mk.edge_attribution(model, pairs, mk.kl_divergence(pairs), steps=1)
     with torch.no_grad():
@@ -419,12 +430,9 @@ def test_other_hooks_on_the_model(family):
             scores = mk.edge_attribution(model, pairs, metric, steps=steps, rule="left")
             assert "hooks" in scores.provenance["runs"]
             if steps == 1:
-                expected = [[derivative(model, pairs, metric, j, name, None) for j in (0, 2)] for name in names]
-                assert_equal(found_at(scores, names)[:, [0, 2]], torch.tensor(expected, dtype=torch.float64), 1e-8)
-    assert (
-        float((found_at(eap(family), names)[:, [0, 2]] - torch.tensor(expected, dtype=torch.float64)).abs().max())
-        > 1e-3
-    )  # control
+                expected = torch.stack([derivatives(model, pairs, metric, j, names) for j in (0, 2)], 1)
+                assert_equal(found_at(scores, names)[:, [0, 2]], expected, 1e-8)
+    assert float((found_at(eap(family), names)[:, [0, 2]] - expected).abs().max()) > 1e-3  # control
 
 
 # --- refusals
@@ -461,14 +469,7 @@ def test_metrics_without_a_usable_gradient(make: Callable[[mk.PromptPairs], mk.M
         ({"rule": "simpson"}, "rule: expected one of"),
         ({"path": "weights"}, "path: expected 'input' or 'activation'"),
         ({"gradient": "lrp"}, "gradient: expected 'exact' or 'relp'"),
-        ({"direction": "both"}, "direction: expected 'denoise' or 'noise'"),
-        ({"positions": ["S9"]}, "positions: expected names"),
-        ({"positions": "END"}, "positions: expected a list"),
-        ({"positions": [-1]}, "positions: an index from the end"),
-        ({"positions": [7]}, "positions: expected"),  # no prompt has one: a typing error would score 0
-        ({"positions": [1.5]}, "positions: expected"),
-        ({"positions": []}, "positions: expected"),
-        ({"budget": 0}, "budget: expected"),
+        *WRONG_FOR_EDGES,
     ],
 )
 def test_refusals(arguments, message):

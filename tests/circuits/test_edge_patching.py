@@ -1,5 +1,5 @@
-"""Exact edge effects against the naive way: one reader's input changed by TransformerLens's own hooks, one whole forward pass
-an edge. Then what must hold whatever the numbers are: identities, budgets, checkpoints, refusals.
+"""Exact edge effects against the naive way: one reader's input changed by TransformerLens's own hooks, an edge a row of one
+whole forward pass. Then what must hold whatever the numbers are: identities, budgets, checkpoints, refusals.
 
 Gemma 2, Gemma 3 and OLMo 2 take their norms in float32 whatever the model's dtype is (Hugging Face casts inside), and Mixtral
 has no float64 kernels: these agree to float32's rounding, the others to float64's.
@@ -17,8 +17,9 @@ from torch import Tensor
 
 import mechkit as mk
 from helpers import reference_circuits as reference
-from helpers.families import FAMILIES, FLOAT32_INSIDE
+from helpers.families import FAMILIES, FLOAT32_INSIDE, build_of
 from helpers.reference_circuits import found_at, some_names
+from helpers.refusals import WRONG_FOR_EDGES
 from helpers.tiny import make_pairs, model_of, read, whole_vocabulary
 from mechkit.circuits.edge_scores import EdgeScores
 
@@ -26,14 +27,14 @@ EDGES = ("input->a1.h1<q>", "a0.h2->m2", "m1->logits", "a1.h3->a3.h0<q>")
 
 
 def tolerance(family: str) -> float:
-    """Of the largest effect."""
+    """As a share of the largest effect."""
     return 1e-5 if family in FLOAT32_INSIDE else 1e-8
 
 
 def oracle(
     model: mk.HookedModel, pairs: mk.PromptPairs, metric: mk.Metric, names: list[str], direction: str = "denoise"
 ) -> Tensor:
-    """What each edge's clean value adds, `[edge prompt]`: one whole forward pass a number."""
+    """What each edge's clean value adds, `[edge prompt]`: a row of a whole forward pass a number."""
     base, source = (pairs.corrupted, pairs.clean) if direction == "denoise" else (pairs.clean, pairs.corrupted)
     sign = 1 if direction == "denoise" else -1
     effects = torch.empty(len(names), len(pairs), dtype=torch.float64)
@@ -41,8 +42,8 @@ def oracle(
         tokens = base.tokens[j][None]
         runs = [reference.whole_run(model, tokens), reference.whole_run(model, source.tokens[j][None])]
         unedited = read(metric, runs[0].logits, j)
-        for i, name in enumerate(names):
-            effects[i, j] = sign * (read(metric, reference.patch_edge(model, *runs, tokens, name), j) - unedited)
+        for i, logits in enumerate(reference.patch_edges(model, *runs, tokens, names)):
+            effects[i, j] = sign * (read(metric, logits, j) - unedited)
     return effects
 
 
@@ -114,7 +115,8 @@ def test_metrics_that_compare_with_a_run_and_that_read_before_the_end(family):
             return (target.exp() * (target - logits[0, -1].log_softmax(-1))).sum()
 
         tokens = pairs.corrupted.tokens[j][None]
-        expected = [kl(reference.patch_edge(model, base, clean, tokens, name)) - kl(base.logits) for name in names]
+        patched = reference.patch_edges(model, base, clean, tokens, names)
+        expected = [kl(logits[None]) - kl(base.logits) for logits in patched]
         assert_equal(found_at(scores, names)[:, j], torch.stack(expected), 1e-8)
 
 
@@ -186,7 +188,7 @@ def test_means_over_prompts():
 
 
 def test_positions():
-    """Only where it is said does the writer's change count."""
+    """The writer's change counts only at the given positions."""
     model, pairs = model_of("llama"), make_pairs(((7, 2), (7, 4)))
     pairs = mk.PromptPairs(pairs.clean, pairs.corrupted, pairs.right, pairs.wrong, {"S": torch.tensor([3, 5])})
     metric = whole_vocabulary(pairs)
@@ -200,8 +202,7 @@ def test_positions():
             for writer, there in clean.wrote.items():
                 source.wrote[writer] = base.wrote[writer].clone()
                 source.wrote[writer][at[j]] = there[at[j]]
-            for i, name in enumerate(names):
-                logits = reference.patch_edge(model, base, source, tokens, name)
+            for i, logits in enumerate(reference.patch_edges(model, base, source, tokens, names)):
                 assert float(found[i, j]) == pytest.approx(
                     read(metric, logits, j) - read(metric, base.logits, j), abs=1e-8
                 )
@@ -251,8 +252,10 @@ def test_an_interrupted_study_goes_on_where_it_was(tmp_path: Path, monkeypatch):
     import importlib
 
     module = importlib.import_module("mechkit.circuits.edge_patching")
-    model, pairs = model_of("llama"), make_pairs()
-    metric, file, budget = whole_vocabulary(pairs), tmp_path / "edges.safetensors", 2**18
+    kind, arguments = FAMILIES["llama"]
+    model = mk.HookedModel.from_hf(build_of(kind, arguments | {"num_hidden_layers": 2}), name="llama of two layers")
+    pairs = make_pairs()
+    metric, file, budget = whole_vocabulary(pairs), tmp_path / "edges.safetensors", 2**17
     study = functools.partial(mk.edge_patching, model, pairs, metric, budget=budget, progress=False)
     uninterrupted = study()
     patched: list[int] = []
@@ -381,14 +384,7 @@ def test_edges_by_whole_passes_are_the_same():
         ({"edges": ["a2.h0->a1.h0<q>"]}, "reads before a2.h0 writes"),
         ({"edges": ["input->a1.h0<k>"]}, "expected 'a1.kv0<k>'"),
         ({"edges": [1]}, r"edges\[0\]: expected an Edge"),
-        ({"direction": "both"}, "direction: expected 'denoise' or 'noise'"),
-        ({"positions": ["S9"]}, "positions: expected names"),
-        ({"positions": "END"}, "positions: expected a list"),
-        ({"positions": [-1]}, "positions: an index from the end"),
-        ({"positions": [7]}, "positions: expected"),  # no prompt has one: a typing error would score 0
-        ({"positions": [1.5]}, "positions: expected"),
-        ({"positions": []}, "positions: expected"),
-        ({"budget": 0}, "budget: expected"),
+        *WRONG_FOR_EDGES,
     ],
 )
 def test_refusals(arguments, message):

@@ -111,7 +111,7 @@ def test_discovery_finds_known_circuits(make):
     assert mk.circuits.roc(exact, true, over="node").auroc == 1
 
 
-def test_seen_and_unseen_prompts_are_told_apart(llama, pairs):
+def test_seen_and_unseen_prompts_are_distinguished(llama, pairs):
     metric = whole_vocabulary(pairs)
     train = [0, 2, 4]
     scores = mk.edge_attribution(llama, pairs[train], metric[train], steps=1)
@@ -160,7 +160,7 @@ def test_a_curve_of_a_method_holds_prompts_out(llama, pairs):
 
 
 def test_cost_of_a_ten_point_curve(llama, pairs, exact):
-    """One clean and one corrupted run of each prompt, and at most ten patched ones, besides the self-check of two rows."""
+    """One clean and one corrupted run of each prompt, and at most ten patched ones, plus the self-check of two rows."""
     curve = mk.faithfulness_curve(
         exact,
         llama,

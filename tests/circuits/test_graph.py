@@ -56,6 +56,26 @@ def test_writers_and_readers_are_in_the_order_in_which_they_work():
 
 
 @pytest.mark.parametrize("graph", [MHA, GQA, Graph(2, 4, 1, parallel=True), Graph(2, 3, 3, mlps=False)])
+def test_places_of_a_layers_nodes(graph):
+    heads, mlps = [graph.writers[graph.heads_at(1)], graph.writers[graph.mlp_at(1)]]
+    assert heads == tuple(Writer(1, head) for head in range(graph.n_heads))
+    assert mlps == (Writer(1),) * graph.mlps
+    assert graph.layer_size == len(heads) + len(mlps)
+    reads, mlp_reads = graph.readers[graph.attention_reads_at(1)], graph.readers[graph.mlp_reads_at(1)]
+    assert "".join(r.kind for r in reads) == "q" * graph.n_heads + "k" * graph.n_kv_heads + "v" * graph.n_kv_heads
+    assert {r.layer for r in reads} == {1}
+    assert mlp_reads == (Reader("mlp", 1),) * graph.mlps
+    assert graph.readers[graph.logits_at] == (Reader("logits", graph.n_layers),)
+    assert [i for where in graph.writers_at for i in range(where.start, where.stop)] == list(range(len(graph.writers)))
+    assert graph.n_cells == (len(graph.writers), len(graph.readers))
+
+
+def test_kinds_that_do_not_exist_are_refused():
+    with pytest.raises(ValueError, match="kind: expected one of input, head, q, k, v, mlp, logits; got 'neuron'"):
+        Reader("neuron", 1).name  # noqa: B018
+
+
+@pytest.mark.parametrize("graph", [MHA, GQA, Graph(2, 4, 1, parallel=True), Graph(2, 3, 3, mlps=False)])
 def test_edges_lead_from_earlier_writers_to_later_readers_and_nowhere_else(graph):
     """By layer and place alone: heads read at 0, write at 1; MLPs read at 2 (parallel: 0), write at 3."""
 

@@ -84,17 +84,20 @@ def test_losses_against_whole_forward_passes(name: str, objective: Any) -> None:
     assert found.losses.coords["writer"] == tuple(writers)
     assert found.losses.coords["prompt"] == (0, 1, 2)
     means = Evaluator(model, pairs, mk.logit_diff(pairs), "mean")._mean_written()
-    mean = torch.cat(means.stacked(), 1)[0, :, 0]
+    mean = torch.cat(means, 1)[0, :, 0]
+    with torch.no_grad():
+        cleans = [model(tokens[None])[0, -1] for tokens in pairs.clean.tokens]
     for w, writer in enumerate(writers):
         at = graph.writer_index[writer]
         kinds = {"mean": mean[at], "zero": torch.zeros_like(mean[at]), "optimal": found.values[at]}
-        for kind, constant in kinds.items():
+        constants = torch.stack(list(kinds.values()))[:, None]
+        with torch.no_grad():
+            ablated = [naive_logits(model, tokens, writer, constants) for tokens in pairs.clean.tokens]
+        for k, (kind, constant) in enumerate(kinds.items()):
             if writer == "input" and not constant.any() and name.startswith("llama"):
                 continue  # without biases all that follows is exactly 0, a point from which any rounding error grows
-            for i, tokens in enumerate(pairs.clean.tokens):
-                with torch.no_grad():
-                    clean = model(tokens[None])[0, -1]
-                    logits = naive_logits(model, tokens, writer, constant[None])[0]
+            for i, clean in enumerate(cleans):
+                logits = ablated[i][k]
                 if objective == "kl":
                     p, q = clean.log_softmax(-1), logits.log_softmax(-1)
                     expected = (p.exp() * (p - q)).sum()
@@ -146,7 +149,7 @@ def test_least_squares_on_a_linear_model(writer: str) -> None:
     model, pairs = known.model, known.pairs
     maps = as_linear(model, pairs, writer)
     rights, wrongs = ([ids[0] for ids in side] for side in (pairs.right, pairs.wrong))
-    # Of directions that hardly do anything (those of the ballast, see `mechkit.zoo._build`) none is used.
+    # No direction that hardly does anything (those of the ballast, see `mechkit.zoo._build`) is used.
     rows = torch.stack([m[r] - m[w] for (_, _, m), r, w in zip(maps, rights, wrongs, strict=True)])
     gaps = torch.stack([(c - b)[r] - (c - b)[w] for (c, b, _), r, w in zip(maps, rights, wrongs, strict=True)])
     best = torch.linalg.lstsq(rows, gaps[:, None], rcond=1e-6, driver="gelsd").solution[:, 0]

@@ -40,7 +40,7 @@ def test_one_receiver_is_one_edge(family):
 def naive_to_logits(
     model: mk.HookedModel, base: torch.Tensor, source: torch.Tensor, layer: int, head: int
 ) -> torch.Tensor:
-    """The IOI paper's procedure, hook by hook: every head's z is frozen at the base run's, but for the sender's, which is the
+    """The IOI paper's procedure, hook by hook: every head's z is frozen at the base run's, except the sender's, which is the
     source run's; MLPs are recomputed. The final stream of that run is what the unembedding sees."""
     kept: dict[tuple[str, int], torch.Tensor] = {}
 

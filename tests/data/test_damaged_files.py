@@ -295,7 +295,7 @@ def test_damaged_files_are_refused_at_once(reader: str, name: str, tmp_path: Pat
 
 @pytest.mark.parametrize("reader", READERS)
 def test_good_files_are_read(reader: str, tmp_path: Path) -> None:
-    """The control: what is damaged above is good but for that."""
+    """The control: what is damaged above is valid without the damage."""
     read, file, _, good = READERS[reader]
     (tmp_path / file).write_bytes(good)
     read(tmp_path / file)
@@ -368,7 +368,7 @@ def writers(folder: Path) -> dict[str, Callable[[Any], Path]]:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_where_nothing_can_be_written_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_nothing_can_be_written_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     jaxtyping.config.update("jaxtyping_disable", True)
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "folder.html").mkdir()

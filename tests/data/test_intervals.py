@@ -1,4 +1,4 @@
-"""What numbers are said to mean: studentized intervals against a loop, cautions, ranks among random circuits, poor estimates."""
+"""What numbers mean: studentized intervals against a loop, cautions, ranks among random circuits, poor estimates."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from mechkit.circuits.evaluation import ratio
 
 
 def ratio_result(n: int, seed: int, skew: bool = False) -> mk.Result:
-    """One run of a circuit that keeps four fifths of the model's behaviour; or all of it but for a few prompts."""
+    """One run of a circuit that keeps four fifths of the model's behaviour; or all of it except on a few prompts."""
     rng = np.random.default_rng(seed)
     clean, empty = rng.normal(5, 1, n), rng.normal(0, 1, n)
     lost = np.where(np.arange(n) % 20 == 0, 30.0, 0.01) if skew else rng.normal(1, 1, n)
@@ -177,12 +177,12 @@ def test_poor_estimates_say_so():
 
 def test_the_simulation_runs_and_its_committed_figures_hold(tmp_path, monkeypatch, capsys):
     root = Path(__file__).parents[2] / "benchmarks"
-    spec = importlib.util.spec_from_file_location("coverage_benchmark", root / "coverage.py")
+    spec = importlib.util.spec_from_file_location("intervals_benchmark", root / "truth" / "intervals.py")
     assert spec is not None
     assert spec.loader is not None
     bench = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(bench)
-    monkeypatch.setattr("sys.argv", ["coverage.py", "--draws", "60", "--json", str(tmp_path / "found.json")])
+    monkeypatch.setattr("sys.argv", ["intervals.py", "--draws", "60", "--json", str(tmp_path / "found.json")])
     bench.main()
     assert "| percentile covers | studentized covers |" in capsys.readouterr().out
     ours, committed = (json.loads(p.read_text()) for p in (tmp_path / "found.json", root / "results" / "coverage.json"))

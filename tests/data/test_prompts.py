@@ -18,7 +18,7 @@ WORDS = TEXT.split()
 
 
 class WordTokenizer:
-    """One token a word, id 0 for the beginning of sequence (there by default), no unknown words."""
+    """One token per word, id 0 for the beginning of sequence (there by default), no unknown words."""
 
     d_vocab = len(WORDS)
 
@@ -66,7 +66,7 @@ def test_prompts_of_text_are_ragged_and_labelled() -> None:
     assert " ".join(prompts.str_tokens[1]) == f"<bos> {CLEAN[1]}"
 
 
-def test_bos_follows_the_model_unless_told() -> None:
+def test_bos_follows_the_model_unless_given() -> None:
     assert Prompts.from_text(MODEL, "When Mary").tokens[0].tolist() == [0, 1, 2]
     assert Prompts.from_text(MODEL, "When Mary", prepend_bos=True).tokens[0].tolist() == [0, 1, 2]
     assert Prompts.from_text(MODEL, "When Mary", prepend_bos=False).tokens[0].tolist() == [1, 2]
@@ -251,13 +251,19 @@ def test_pairs_are_frozen() -> None:
         ({"answers": [ANSWERS[0], (1, 2, 3)]}, r"answers of pair 1: expected \(right, wrong\), got \(1, 2, 3\)"),
         ({"answers": (" Mary", " John")}, r"answers of pair 0: expected \(right, wrong\), got ' Mary'"),
         ({"positions": {"S2": [1]}}, r"positions\['S2'\]: expected 2 values, got shape \[1\]"),
-        ({"positions": {"S2": [[1], [2]]}}, r"positions\['S2'\]\[0\]: expected a whole number, got list \[1\]"),
+        (
+            {"positions": {"S2": [[1], [2]]}},
+            r"positions\['S2'\]\[0\]: expected a whole number or a string or .*got \[1\]",
+        ),
         ({"positions": {"S2": [14, 9]}}, r"positions\['S2'\]\[1\]: expected an index into 9 tokens, got 9"),
         (
             {"positions": {"IO": [1, 1], "S2": [-16, 1]}},
             r"positions\['S2'\]\[0\]: expected an index into 15 tokens, got -16",
         ),
-        ({"positions": {"S2": [1.5, 2.0]}}, r"positions\['S2'\]\[0\]: expected a whole number, got float 1.5"),
+        (
+            {"positions": {"S2": [1.5, 2.0]}},
+            r"positions\['S2'\]\[0\]: expected a whole number or a string or .*got float 1.5",
+        ),
         ({"positions": {"END": [14, 7]}}, r"positions\['END'\]\[1\]: expected the last token, 8, got 7"),
     ],
 )

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mechkit.result import Cost, Result
+from mechkit.result._columns import Columns, columns_of
 
 NAN = float("nan")
 
@@ -426,7 +427,7 @@ def test_labels_of_other_libraries_are_labels() -> None:
         assert result.sel(layer=wanted).values.tolist() == [20.0]  # type: ignore[arg-type]
 
 
-def test_a_dim_that_is_not_there_is_said_of_its_argument() -> None:
+def test_a_dim_that_is_not_there_is_reported_with_its_argument() -> None:
     result = Result(torch.zeros(2), ("layer",), {"layer": (0, 1)}, {}, "", "m", "u", {})
     with pytest.raises(ValueError, match=r"dim: expected one of the dims \('layer',\), got 'nope'"):
         result.mean("nope")
@@ -680,6 +681,30 @@ def test_dataframe_is_tidy() -> None:
     assert result.mean("pos").mean().to_dataframe().shape == (1, 1)
     mixed = replace(result, coords={"pos": (1, "1"), "prompt": (4, 5)})
     assert mixed.to_dataframe()["pos"].tolist() == [1, 1, "1", "1"]
+
+
+def test_columns_spread_baselines_and_leave_out_what_is_absent() -> None:
+    values = torch.tensor([[1.0, NAN, 3.0], [4.0, 5.0, NAN]])
+    result = make(values, torch.tensor([7.0, 8.0, 9.0]), torch.tensor(0.5), dims="layer prompt")
+    cells = columns_of(result)
+    assert list(cells.table()) == ["layer", "prompt", "value", "baseline clean", "baseline corrupted"]
+    assert cells.table()["baseline clean"].tolist() == [7, 8, 9, 7, 8, 9]
+    there = cells.present().table()
+    assert {name: column.tolist() for name, column in there.items()} == {
+        "layer": [0, 0, 1, 1],
+        "prompt": [0, 2, 0, 1],
+        "value": [1, 3, 4, 5],
+        "baseline clean": [7, 9, 7, 8],
+        "baseline corrupted": [0.5] * 4,
+    }
+    assert cells.present().names() == ["L0 prompt 0", "L0 prompt 2", "L1 prompt 0", "L1 prompt 1"]
+    cells.table()["value"][:] = 0.0
+    assert result.values[0, 0] == 1  # a copy
+    means = Columns(("layer",), {"layer": (0, 1)}, np.zeros(2), {"clean": (("prompt",), np.array([1.0, 2.0]))})
+    assert means.baseline("clean").tolist() == [1.5, 1.5]
+    scalar = result.mean("layer").mean()
+    assert {name: column.tolist() for name, column in columns_of(scalar).table().items()}.keys() >= {"value"}
+    assert len(columns_of(scalar)) == 1
 
 
 @pytest.mark.parametrize("averaged", [False, True])

@@ -13,12 +13,12 @@ TAKEN = ("model", "pairs", "prompts", "metric", "heads", "approx", "exact", "edg
 
 
 def failure(test: doctest.DocTest) -> str | None:
-    """What an example said wrongly; empty if nothing, `None` if it takes a name for granted."""
+    """The wrong output of an example; empty if none, `None` if it uses an undefined name."""
     if any("from_pretrained" in example.source for example in test.examples):
         return None
-    said: list[str] = []
-    doctest.DocTestRunner(optionflags=doctest.ELLIPSIS, verbose=False).run(test, out=said.append)
-    text = "".join(said)
+    output: list[str] = []
+    doctest.DocTestRunner(optionflags=doctest.ELLIPSIS, verbose=False).run(test, out=output.append)
+    text = "".join(output)
     missing = re.findall(r"NameError: name '(\w+)' is not defined", text)
     return None if missing and missing[0] in TAKEN else text
 
@@ -36,10 +36,10 @@ def test_examples_that_stand_alone_run() -> None:
 
 
 def test_a_wrong_example_is_seen() -> None:
-    def said(source: str) -> str | None:
+    def wrong_output(source: str) -> str | None:
         return failure(doctest.DocTestParser().get_doctest(source, {}, "example", None, 0))
 
-    assert "Expected" in said(">>> 1 + 1\n3\n")
-    assert "NameError" in said(">>> mistyped\n")
-    assert said(">>> model.n_layers\n30\n") is None
-    assert said(">>> model = 3\n>>> model\n3\n") == ""
+    assert "Expected" in wrong_output(">>> 1 + 1\n3\n")
+    assert "NameError" in wrong_output(">>> mistyped\n")
+    assert wrong_output(">>> model.n_layers\n30\n") is None
+    assert wrong_output(">>> model = 3\n>>> model\n3\n") == ""

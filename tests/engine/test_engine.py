@@ -138,7 +138,7 @@ def test_callable_metric_sees_all_prompts_in_order_and_full_logits(llama):
         assert torch.allclose(found.values, small.values, atol=1e-10, rtol=0)
     with pytest.raises(ValueError, match="plain callable needs prompts of one length"):
         mk.activation_patching(llama, make_pairs(), last_logit_of_each, progress=False)
-    with pytest.raises(ValueError, match="one real value a prompt"):
+    with pytest.raises(ValueError, match="one real value per prompt"):
         mk.activation_patching(llama, pairs, lambda logits: logits.mean(), progress=False)
 
 
@@ -155,7 +155,7 @@ def test_kl_is_zero_where_everything_is_restored_and_reads_its_reference(llama):
 
 @dataclass(frozen=True)
 class Add(Operation):
-    """An operation that is not the library's: the value is added, thrice."""
+    """An operation that is not the library's: the value is added three times."""
 
     keeps_equal: ClassVar[bool] = False
     looks: ClassVar[bool] = True
@@ -489,7 +489,7 @@ def test_refuses_tokens_and_metrics_that_do_not_fit(llama):
         mk.activation_patching(llama, strange, mk.logit_diff(strange), progress=False)
     with pytest.raises(ValueError, match="expected PromptPairs"):
         mk.activation_patching(llama, pairs.clean, whole_vocabulary(pairs), progress=False)
-    with pytest.raises(TypeError, match="metric: expected a Metric"):
+    with pytest.raises(TypeError, match=r"metric: expected .*a Metric"):
         mk.activation_patching(llama, pairs, "logit_diff", progress=False)
 
 

@@ -10,7 +10,7 @@ import torch
 import mechkit as mk
 from helpers.families import FAMILIES
 from helpers.reference import Cell, activations, patched_logits
-from helpers.tiny import LENGTH, make_model, make_pairs, whole_vocabulary
+from helpers.tiny import LENGTH, make_pairs, model_of, whole_vocabulary
 from mechkit.hooks import SITES
 
 Runs = list[tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]]
@@ -25,17 +25,13 @@ def runs_of(model: mk.HookedModel, pairs: mk.PromptPairs) -> Runs:
 def naive(
     model: mk.HookedModel, pairs: mk.PromptPairs, metric: mk.Metric, site: str, grid: list[dict], runs: Runs
 ) -> torch.Tensor:
-    """`[cell prompt]`: a whole forward pass for each cell and prompt; NaN where the prompt has no such position."""
+    """`[cell prompt]`: a row of a whole forward pass for each cell and prompt; NaN where the prompt has no such position."""
     answers = torch.full((len(grid), len(pairs)), torch.nan, dtype=torch.float64)
     for j, (tokens, (source, base)) in enumerate(zip(pairs.corrupted.tokens, runs, strict=True)):
-        for layer in range(model.n_layers):
-            here = [i for i, at in enumerate(grid) if at["layer"] == layer and (at.get("pos") or 0) < len(tokens)]
-            if not here:
-                continue
-            cells = [Cell(grid[i].get("head"), grid[i].get("pos"), grid[i].get("neuron")) for i in here]
-            logits = patched_logits(model.bridge, tokens[None], base, source, site, layer, cells)
-            rows = logits[:, metric.positions[j]]
-            answers[here, j] = metric.read(rows, torch.full((len(here),), j), None).double()
+        here = [i for i, at in enumerate(grid) if (at.get("pos") or 0) < len(tokens)]
+        logits = patched_logits(model.bridge, tokens[None], base, source, site, [Cell(**grid[i]) for i in here])
+        rows = logits[:, metric.positions[j]]
+        answers[here, j] = metric.read(rows, torch.full((len(here),), j), None).double()
     return answers
 
 
@@ -75,11 +71,15 @@ def alone(model: mk.HookedModel, pairs: mk.PromptPairs, site: str, runs: Runs, t
     """The naive way does not depend on what else is in its batch: three cells' rows are those of passes of one cell."""
     tokens, (source, base) = pairs.corrupted.tokens[1][None], runs[1]
     heads = sizes(model, site)["head"] if "head" in SITES[site].dims else None
-    cells = [Cell(None if heads is None else pos % heads, pos) for pos in range(LENGTH)]
-    for layer, i in ((0, 4), (1, 6), (model.n_layers - 1, 5)):
-        together = patched_logits(model.bridge, tokens, base, source, site, layer, cells)[i]
-        by_itself = patched_logits(model.bridge, tokens, base, source, site, layer, cells[i : i + 1])[0]
-        assert torch.allclose(together, by_itself, atol=tolerance * max(1.0, float(by_itself.abs().max())), rtol=0)
+    cells = [
+        Cell(layer, None if heads is None else pos % heads, pos)
+        for layer in range(model.n_layers)
+        for pos in range(LENGTH)
+    ]
+    together = patched_logits(model.bridge, tokens, base, source, site, cells)
+    for i in (4, LENGTH + 6, len(cells) - 2):
+        by_itself = patched_logits(model.bridge, tokens, base, source, site, cells[i : i + 1])[0]
+        assert torch.allclose(together[i], by_itself, atol=tolerance * max(1.0, float(by_itself.abs().max())), rtol=0)
 
 
 def answers_of_base(result: mk.Result) -> torch.Tensor:
@@ -88,7 +88,7 @@ def answers_of_base(result: mk.Result) -> torch.Tensor:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_site_layer_head_and_position(family):
-    model, pairs = make_model(family), make_pairs()
+    model, pairs = model_of(family), make_pairs()
     runs, tolerance = runs_of(model, pairs), 1e-4 if family == "mixtral" else 1e-10
     for site in model.sites:
         if SITES[site].in_block:
@@ -99,7 +99,7 @@ def test_every_site_layer_head_and_position(family):
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "gptj", "falcon"])
 def test_whole_heads_and_layers(family):
-    model, pairs = make_model(family), make_pairs()
+    model, pairs = model_of(family), make_pairs()
     compare(model, pairs, "z", "layer head", 1e-10)
     compare(model, pairs, "pattern", "layer head", 1e-10)
     compare(model, pairs, "mlp_out", "layer", 1e-10)
@@ -108,7 +108,7 @@ def test_whole_heads_and_layers(family):
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3", "gpt_neo"])
 def test_metric_that_reads_before_the_end(family):
-    model, pairs = make_model(family), make_pairs()
+    model, pairs = model_of(family), make_pairs()
     positions = dict(pairs.positions) | {"MIDDLE": torch.tensor([4, 5, 3])}
     pairs = mk.PromptPairs(pairs.clean, pairs.corrupted, pairs.right, pairs.wrong, positions)
     compare(model, pairs, "z", "layer pos head", 1e-10, position="MIDDLE")
@@ -116,12 +116,12 @@ def test_metric_that_reads_before_the_end(family):
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen3", "gpt_neox"])
 def test_float32(family):
-    compare(make_model(family, torch.float32), make_pairs(), "z", "layer pos head", 1e-4)
+    compare(model_of(family, torch.float32), make_pairs(), "z", "layer pos head", 1e-4)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])
 def test_neurons(family):
-    model, pairs = make_model(family), make_pairs()
+    model, pairs = model_of(family), make_pairs()
     metric = whole_vocabulary(pairs)
     result = mk.activation_patching(
         model, pairs, metric, site="mlp_post", over="layer neuron", layers=[1], neurons=[0, 5, 11], progress=False
@@ -136,7 +136,7 @@ def test_neurons(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_run_patched_into_itself_and_everything_patched(family):
     """Identities: the base's own activations change nothing; the whole residual stream of the source gives the source run."""
-    model, pairs = make_model(family), make_pairs()
+    model, pairs = model_of(family), make_pairs()
     metric = whole_vocabulary(pairs)
     tolerance = 1e-3 if family == "mixtral" else 1e-10
     same = mk.PromptPairs(pairs.clean, pairs.clean, pairs.right, pairs.wrong)
@@ -152,7 +152,7 @@ def test_a_run_patched_into_itself_and_everything_patched(family):
 
 
 def test_noising_is_denoising_with_the_roles_swapped():
-    model, pairs = make_model("llama"), make_pairs()
+    model, pairs = model_of("llama"), make_pairs()
     metric = whole_vocabulary(pairs)
     swapped = mk.PromptPairs(pairs.corrupted, pairs.clean, pairs.right, pairs.wrong)
     noised = mk.activation_patching(model, pairs, metric, site="z", direction="noise", progress=False)

@@ -9,9 +9,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import mechkit as mk
 from helpers.families import D_VOCAB, FAMILIES
-from helpers.reference_circuits import patch_edge, run_circuit, whole_run
+from helpers.reference_circuits import patch_edges, run_circuit, whole_run
 from mechkit.engine import agree_before_difference, frozen_parameters
 from mechkit.engine._gradients import GradientRuns
+from mechkit.prompts import Stacked
 
 # (length, positions that differ): several first differences, two lengths, and prompts that do not differ.
 SHAPES = ((9, (6,)), (9, (4, 6)), (7, (5,)), (9, ()), (7, (6,)))
@@ -81,15 +82,19 @@ def setting(request, monkeypatch):
 def test_edges_and_paths_before_the_first_difference(setting):
     kind, model, pairs, runs = setting
     graph, largest = mk.Graph.of(model), 0.0
+    patched = [
+        patch_edges(model, corrupted, clean, tokens[None], EDGES)
+        for tokens, (clean, corrupted) in zip(pairs.corrupted.tokens, runs, strict=True)
+    ]
     for where, positions in (("EARLY", EARLY), ("END", [len(t) - 1 for t in pairs.clean.tokens])):
         metric = mk.logit_diff(pairs, position=where)
         scores = mk.edge_patching(model, pairs, metric, EDGES, progress=False)
         paths = mk.path_patching(model, pairs, metric, senders=["input", "a0.h2"], receivers=["m0"], progress=False)
         for name in EDGES:
-            expected = []
-            for i, (clean, corrupted) in enumerate(runs):
-                logits = patch_edge(model, corrupted, clean, pairs.corrupted.tokens[i][None], name)
-                expected.append(read(logits, positions[i]) - read(corrupted.logits, positions[i]))
+            expected = [
+                read(logits[EDGES.index(name)][None], at) - read(run.logits, at)
+                for logits, (_, run), at in zip(patched, runs, positions, strict=True)
+            ]
             found = scores.per_prompt[graph.index(graph.edge(name))]
             assert found.tolist() == pytest.approx(expected, abs=TOLERANCE), (where, name)
             assert found[3] == 0  # prompts that do not differ
@@ -149,13 +154,16 @@ def test_each_set_of_prompts_is_looked_at_by_itself(monkeypatch):
     tokens = torch.randint(3, D_VOCAB, (1, 9), generator=torch.Generator().manual_seed(1))
     behind, within = tokens.clone(), tokens.clone()
     behind[0, 7], within[0, 4] = 3 + (tokens[0, 7] - 2) % 50, 3 + (tokens[0, 4] - 2) % 50
-    assert GradientRuns(model, tokens, behind, 7, proofs=proofs).how == "suffix"
+    assert GradientRuns(model, Stacked(tokens), Stacked(behind), 7, proofs=proofs).how == "suffix"
     assert list(proofs.values()) == [None]
     assert (
-        GradientRuns(model, tokens, tokens, 7, proofs=proofs).how == "suffix"
+        GradientRuns(model, Stacked(tokens), Stacked(tokens), 7, proofs=proofs).how == "suffix"
     )  # alike: nothing to see, nothing to change
     several = torch.cat([behind, within])
-    assert "not a causal model" in GradientRuns(model, tokens.repeat(2, 1), several, 4, proofs=proofs).how
+    assert (
+        "not a causal model"
+        in GradientRuns(model, Stacked(tokens.repeat(2, 1)), Stacked(several), 4, proofs=proofs).how
+    )
 
 
 def test_agreement_is_that_of_runs_until_the_tokens_differ():
@@ -166,5 +174,28 @@ def test_agreement_is_that_of_runs_until_the_tokens_differ():
     apart[:, 2:] += 1  # from the difference on
     apart[1, 1] += 0.01  # before it
     apart[2] += 1  # equal tokens: batches may round differently, and nothing else is known
-    assert agree_before_difference(tokens, others, stream, apart).tolist() == [True, False, True]
-    assert agree_before_difference(tokens, others, stream[:, 2:], apart[:, 2:]).tolist() == [True] * 3
+    assert agree_before_difference(Stacked(tokens), Stacked(others), stream, apart).tolist() == [True, False, True]
+    assert agree_before_difference(Stacked(tokens), Stacked(others), stream[:, 2:], apart[:, 2:]).tolist() == [True] * 3
+
+
+def test_a_metric_that_reads_before_what_is_edited(setting):
+    """Places before a row's start are read off the unedited run: the start is the first position that a change reaches."""
+    kind, model, pairs, _ = setting
+    metric = mk.loss(pairs)
+    found = mk.activation_patching(model, pairs, metric, site="resid_pre", over="layer pos", progress=False)
+    assert (found.provenance["replay"] == "suffix") == (
+        kind != "bidirectional"
+    )  # in others the masks show who looks ahead
+    for i, (clean, corrupted) in enumerate(zip(pairs.clean.tokens, pairs.corrupted.tokens, strict=True)):
+        pos = len(clean) - 2
+        with torch.no_grad():
+            source = model.run_with_cache(clean[None], ("resid_pre", 1))[1]["resid_pre", 1]
+
+            def write(x, hook, source=source, pos=pos):
+                x = x.clone()
+                x[:, pos] = source[:, pos]
+                return x
+
+            logits = model.run_with_hooks(corrupted[None], [(("resid_pre", 1), write)])[0]
+        expected = -logits[:-1].log_softmax(-1).gather(-1, clean[1:, None]).mean()
+        assert float(found.values[1, pos, i]) == pytest.approx(float(expected), abs=TOLERANCE)

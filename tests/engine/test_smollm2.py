@@ -31,7 +31,7 @@ def test_validates(smollm2):
 
 
 def test_equals_transformer_lens_sweeps(smollm2, pairs):
-    """`benchmarks/patching.py` compares every cell; here a few layers, to save time."""
+    """`benchmarks/patching/other_libraries.py` compares every cell; here a few layers, to save time."""
     import pandas
     from transformer_lens import patching
 

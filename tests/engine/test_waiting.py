@@ -39,7 +39,7 @@ class _Ops(TorchDispatchMode):
 
 
 class _Methods(TorchFunctionMode):
-    """Calls that a CPU answers without an operation, but for which a GPU would have to be done."""
+    """Calls that a CPU answers without an operation, but for which a GPU would have to finish its work."""
 
     def __init__(self, counts: Counter) -> None:
         super().__init__()

@@ -28,7 +28,7 @@ ANSWERS = [mk.logit_diff, mk.accuracy, mk.prob_diff]
 
 
 def again(pairs: mk.PromptPairs) -> mk.PromptPairs:
-    """Equal pairs, made anew."""
+    """Equal pairs, made again."""
     rows = [[row.tolist() for row in side.tokens] for side in (pairs.clean, pairs.corrupted)]
     answers = [(list(right)[::-1], list(wrong)) for right, wrong in pairs.answers]
     return mk.PromptPairs.from_tokens(*rows, answers, positions={k: v.tolist() for k, v in pairs.positions.items()})
@@ -150,8 +150,8 @@ def test_factories_are_known_by_their_mark() -> None:
         (mk.metric_factory(lambda pairs: 3), TypeError, "to make a Metric of pairs, got int"),
         (mk.metric_factory(lambda pairs: mk.logit_diff), TypeError, "to make a Metric"),
         (mk.metric_factory(lambda pairs: mk.logit_diff(pairs[PERMUTED])), ValueError, "in another order"),
-        ("logit_diff", TypeError, "expected a Metric"),
-        (None, TypeError, "expected a Metric"),
+        ("logit_diff", TypeError, "expected a CallableMetric or a Metric"),
+        (None, TypeError, "expected a CallableMetric or a Metric"),
     ],
 )
 def test_what_makes_no_metric_of_these_pairs(metric: Any, kind: type[Exception], message: str) -> None:
@@ -206,7 +206,7 @@ def test_every_technique_takes_a_metric_or_what_makes_it(technique: str) -> None
 
 def test_metric_is_the_same_argument_everywhere() -> None:
     """A metric, a factory or a function of logits; `None` where a divergence stands in; where it must be linear, a direction."""
-    kinds = {"AnyMetric", "AnyMetric | None", "Direction"}
+    kinds = {"AnyMetric", "AnyMetric | Sequence[AnyMetric]", "AnyMetric | None", "Direction"}
     found = {}
     for name in mk.__all__:
         if inspect.isfunction(function := getattr(mk, name)):

@@ -3,7 +3,7 @@
 Beside each stands what a plain transformers model says: whole forward passes with PyTorch's own hooks, without TransformerLens
 and without mechkit. `examine` holds mechkit's model against it.
 
-`python tests/helpers/architectures.py` writes the table of `docs/models.md` anew.
+`python tests/helpers/architectures.py` writes the table of `docs/models.md` again.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Architecture:
 
 
 def read_all() -> dict[str, Architecture]:
-    """By model type, in the order of the file: a line of JSON each, whose arguments are beside those of a base."""
+    """By model type, in the order of the file: a line of JSON each, whose arguments are added to those of a base."""
     lines = (json.loads(line) for line in Path(__file__).with_suffix(".jsonl").read_text().splitlines())
     return {
         row["kind"]: Architecture(
@@ -159,40 +159,42 @@ class Plain:
         return None
 
     def stream_sweep(self, pairs: mk.PromptPairs) -> Tensor:
-        """`[layer pos prompt]`: one block's input at one position, from the clean run into the corrupted one."""
+        """`[layer pos prompt]`: one block's input at one position, from the clean run into the corrupted one. A layer's positions
+        are rows of one pass."""
         clean, corrupted = tokens_of(pairs.clean), tokens_of(pairs.corrupted)
-        rows = []
+        n, found = clean.shape[1], []
         for block in self.blocks:
             source = self.read(clean, block)
 
-            def put(x: Tensor, at: int, source: Tensor = source) -> Tensor:
-                x[:, at] = source[:, at]
+            def put(x: Tensor, source: Tensor = source) -> Tensor:
+                by_position = x.view(n, *source.shape)
+                for at in range(n):
+                    by_position[at, :, at] = source[:, at]
                 return x
 
-            every = range(clean.shape[1])
-            rows += [difference(self.run(corrupted, (block, lambda x, at=at, put=put: put(x, at)))) for at in every]
-        return torch.stack(rows).reshape(len(self.blocks), clean.shape[1], -1)
+            found.append(difference(self.run(corrupted.repeat(n, 1), (block, put))).reshape(n, -1))
+        return torch.stack(found)
 
     def head_sweep(self, pairs: mk.PromptPairs, layers: tuple[int, ...]) -> Tensor:
-        """`[layer head prompt]`: the same for one head's output, at all positions."""
+        """`[layer head prompt]`: the same for one head's output, at all positions; a layer's heads are rows of one pass."""
         clean, corrupted = tokens_of(pairs.clean), tokens_of(pairs.corrupted)
-        rows = []
+        found = []
         for layer in layers:
             module = self.projection(layer)
             assert module is not None
             source = self.read(clean, module)
             width = source.shape[-1] // self.n_heads
 
-            def put(x: Tensor, head: int, source: Tensor = source, width: int = width) -> Tensor:
-                mine = slice(head * width, (head + 1) * width)
-                x[..., mine] = source.reshape(x.shape)[..., mine]
+            def put(x: Tensor, source: Tensor = source, width: int = width) -> Tensor:
+                by_head = x.view(self.n_heads, *source.shape)
+                for head in range(self.n_heads):
+                    mine = slice(head * width, (head + 1) * width)
+                    by_head[head, ..., mine] = source[..., mine]
                 return x
 
-            rows += [
-                difference(self.run(corrupted, (module, lambda x, head=head, put=put: put(x, head))))
-                for head in range(self.n_heads)
-            ]
-        return torch.stack(rows).reshape(len(layers), self.n_heads, -1)
+            patched = self.run(corrupted.repeat(self.n_heads, 1), (module, put))
+            found.append(difference(patched).reshape(self.n_heads, -1))
+        return torch.stack(found)
 
 
 def tokens_of(prompts: mk.Prompts) -> Tensor:

@@ -1,6 +1,6 @@
 """A real browser for tests, without a network and watched: use it with `pytest_plugins = ["helpers.browser"]`.
 
-1. `chromium` starts one browser a test module (playwright keeps an event loop running, which later modules must not meet). The
+1. `chromium` starts one browser per test module (playwright keeps an event loop running, which later modules must not meet). The
    test is skipped, with a reason, where playwright or the browser is missing.
 2. `page` opens files in it. Whatever is asked of the network is refused and kept in `requests`; console errors, exceptions and
    dialogs are kept in `problems`. Each test says with `check` that there were none.
@@ -54,7 +54,7 @@ class WatchedPage:
     problems: list[str] = field(default_factory=list)
 
     def open(self, path: Path) -> None:
-        """Load a file and wait until a figure is drawn, if there is to be one."""
+        """Load a file and wait until a figure is drawn, if one is expected."""
         self.page.goto(path.resolve().as_uri(), wait_until="load")
 
     def wait_for_figures(self, n: int = 1) -> None:
@@ -92,7 +92,7 @@ class WatchedPage:
         self.page.mouse.move(1, 1)  # plotly keeps a text for a while
         text.wait_for(state="detached", timeout=5000)
         left, top = self.figure(i).evaluate(_PLACE, [x, y])
-        for attempt in range(20):  # a figure that is still being drawn anew does not see the mouse
+        for attempt in range(20):  # a figure that is still being redrawn does not see the mouse
             self.page.mouse.move(left + attempt % 2, top)
             self.page.wait_for_timeout(250)
             if text.is_visible():
@@ -151,7 +151,7 @@ def _watch(watched: WatchedPage) -> None:
         if not request.url.startswith(("file:", "data:", "blob:", "about:")):
             watched.requests.append(request.url)
 
-    def said(message: Any) -> None:
+    def on_console(message: Any) -> None:
         if message.type in ("error", "warning"):
             watched.problems.append(f"{message.type}: {message.text}")
 
@@ -161,6 +161,6 @@ def _watch(watched: WatchedPage) -> None:
 
     watched.page.context.route(re.compile("^(?!file:|data:|blob:|about:)"), refuse)
     watched.page.on("request", asked)
-    watched.page.on("console", said)
+    watched.page.on("console", on_console)
     watched.page.on("pageerror", lambda error: watched.problems.append(f"exception: {error}"))
     watched.page.on("dialog", opened)

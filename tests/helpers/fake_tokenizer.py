@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class FakeTokenizer(ABC):
-    """What tasks ask of a model, but for how it splits a text."""
+    """What tasks need from a model, except how it splits a text."""
 
     d_vocab = 10_000
     tokenizer = "fake"

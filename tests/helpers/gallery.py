@@ -13,7 +13,7 @@ from typing import Any
 import plotly.graph_objects as go
 import torch
 
-from helpers.pictures import attention, bars, compare, heads, hidden, lens, tokens
+from helpers.pictures import attention, bars, compare, heads, hidden, lens, patches, tokens
 from mechkit.circuits import Circuit, EdgeScores, Graph
 from mechkit.plot import circuit, curve, heatmap
 from mechkit.result import Result
@@ -111,6 +111,7 @@ _KINDS: dict[str, Callable[[], Mapping[str, go.Figure]]] = {
     "heads": heads.examples,
     "compare": compare.examples,
     "hidden": hidden.examples,
+    "patches": patches.examples,
 }
 KINDS = tuple(_KINDS)
 

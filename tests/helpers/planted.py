@@ -152,7 +152,7 @@ def _norm_twice(right: Any) -> Any:
 
 
 def _last_position_only(right: Any) -> Any:
-    """Of what a block computes, only the last position goes on."""
+    """Only the last position of a block's output is passed on."""
 
     def wrong(self: Replayer, layer: int, hidden: Any, prompt: Any, rows: Any, *rest: Any) -> torch.Tensor:
         output = right(self, layer, hidden, prompt, rows, *rest).clone()
@@ -297,6 +297,27 @@ def off(found: mk.Result, right: mk.Result) -> float:
     return float((a - b).nan_to_num().abs().max() / b.nan_to_num().abs().max().clamp(min=1e-9))
 
 
+def unproved_outcome(
+    model: mk.HookedModel,
+    pairs: mk.PromptPairs,
+    metric: Any,
+    sweep: tuple[str, str],
+    name: str,
+    right: mk.Result,
+    **more: Any,
+) -> float:
+    """By how much a defect moves a cell where nothing is proved (infinity if it raises)."""
+    before = model._attached()
+    with DEFECTS[name]():
+        try:
+            with unproved():
+                moved = off(swept(model, pairs, metric, sweep, **more), right)
+        except Exception:
+            moved = float("inf")
+    assert model._attached() == before
+    return moved
+
+
 def outcome(
     model: mk.HookedModel,
     pairs: mk.PromptPairs,
@@ -308,16 +329,10 @@ def outcome(
 ) -> tuple[float, float | None]:
     """By how much a defect moves a cell where nothing is proved (infinity if it raises), and by how much where it is (`None` if
     the sweep refuses to answer; not tried if the defect moves nothing)."""
-    before = model._attached()
-    with DEFECTS[name]():
-        try:
-            with unproved():
-                moved = off(swept(model, pairs, metric, sweep, **more), right)
-        except Exception:
-            moved = float("inf")
-    assert model._attached() == before
+    moved = unproved_outcome(model, pairs, metric, sweep, name, right, **more)
     if moved <= NOTHING:
         return moved, moved
+    before = model._attached()
     with DEFECTS[name]():
         try:
             left = off(swept(model, pairs, metric, sweep, **more), right)

@@ -6,7 +6,7 @@ attention sites are answered through `z`: edited scores or pattern times the val
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,14 +26,15 @@ def activations(bridge: Any, tokens: Tensor) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Cell:
-    """One head, position or neuron of a site; all of them where it is `None`."""
+    """One head, position or neuron of a site in one layer; all of them where it is `None`."""
 
+    layer: int
     head: int | None = None
     pos: int | None = None
     neuron: int | None = None
 
     def index(self, head_axis: bool = True) -> tuple[Any, ...]:
-        """Of an activation `[pos ...]`, or `[pos head ...]`."""
+        """The part of an activation `[pos ...]`, or `[pos head ...]`."""
         heads = () if self.head is None or not head_axis else (self.head,)
         neurons = () if self.neuron is None else (..., self.neuron)
         return (slice(None) if self.pos is None else self.pos, *heads, *neurons)
@@ -45,42 +46,64 @@ def patched_logits(
     base_cache: dict[str, Tensor],
     source_cache: dict[str, Tensor],
     site: str,
-    layer: int,
     cells: Sequence[Cell],
 ) -> Tensor:
     """Logits `[cell pos d_vocab]` of the base prompt `[1 pos]`, each with one cell of a site replaced by the source run's.
 
     A cell is a row of one whole forward pass; nothing is shared between rows. `test_exact.py` compares rows with passes of one.
     """
-    base, where = base.expand(len(cells), -1), f"blocks.{layer}."
+    hooks = []
+    for layer in sorted({cell.layer for cell in cells}):
+        mine = [i for i, cell in enumerate(cells) if cell.layer == layer]
+        hooks.append(_edit(bridge, base_cache, source_cache, site, layer, mine, [cells[i] for i in mine]))
+    with torch.no_grad():
+        return bridge.run_with_hooks(base.expand(len(cells), -1), fwd_hooks=hooks)
+
+
+def _edit(
+    bridge: Any,
+    base_cache: dict[str, Tensor],
+    source_cache: dict[str, Tensor],
+    site: str,
+    layer: int,
+    rows: list[int],
+    cells: list[Cell],
+) -> tuple[str, Callable[..., Tensor]]:
+    """The hook, with its name, that edits the cells of one layer, each in its own row."""
+    where = f"blocks.{layer}."
     if site == "result":
         weight = bridge.blocks[layer].attn.W_O.detach()
         change = source_cache[where + "attn.hook_z"] - base_cache[where + "attn.hook_z"]
         by_head = torch.einsum("phd,hdm->phm", change[0], weight)
-        difference = torch.zeros(len(cells), *by_head[:, 0].shape, dtype=by_head.dtype)
-        for i, cell in enumerate(cells):
-            written, at = by_head.sum(1) if cell.head is None else by_head[:, cell.head], cell.index(head_axis=False)
-            difference[i, *at] = written[at]
 
         def edit(x: Tensor, hook: Any) -> Tensor:
+            difference = torch.zeros_like(x)
+            for row, cell in zip(rows, cells, strict=True):
+                written, at = (
+                    by_head.sum(1) if cell.head is None else by_head[:, cell.head],
+                    cell.index(head_axis=False),
+                )
+                difference[row, *at] = written[at]
             return x + difference
 
-        return _run(bridge, base, where + "attn.o.hook_out", edit)
+        return where + "attn.o.hook_out", edit
     if site in ("pattern", "attn_scores"):
         z = torch.stack([_z_of_edited_attention(base_cache, source_cache, layer, cell) for cell in cells])
 
         def edit(x: Tensor, hook: Any) -> Tensor:
-            return z
+            x = x.clone()
+            x[rows] = z
+            return x
 
-        return _run(bridge, base, where + "attn.hook_z", edit)
+        return where + "attn.hook_z", edit
     name = SITES[site].hook_name(layer)
 
     def edit(x: Tensor, hook: Any) -> Tensor:
-        for i, cell in enumerate(cells):
-            x[i, *cell.index()] = source_cache[name][0][cell.index()]
+        for row, cell in zip(rows, cells, strict=True):
+            x[row, *cell.index()] = source_cache[name][0][cell.index()]
         return x
 
-    return _run(bridge, base, name, edit)
+    return name, edit
 
 
 def _z_of_edited_attention(base: dict[str, Tensor], source: dict[str, Tensor], layer: int, cell: Cell) -> Tensor:
@@ -92,8 +115,3 @@ def _z_of_edited_attention(base: dict[str, Tensor], source: dict[str, Tensor], l
     pattern[at] = source[where + "hook_pattern"][0][at]
     v = v.repeat_interleave(pattern.shape[0] // v.shape[1], dim=1)
     return torch.einsum("hqk,khd->qhd", pattern, v)
-
-
-def _run(bridge: Any, tokens: Tensor, name: str, edit: Any) -> Tensor:
-    with torch.no_grad():
-        return bridge.run_with_hooks(tokens, fwd_hooks=[(name, edit)])

@@ -1,4 +1,7 @@
-"""Circuits the naive way: one pair of prompts, one reader at a time, with TransformerLens's own hooks and none of mechkit's code.
+"""Circuits the naive way: one pair of prompts, whole forward passes with TransformerLens's own hooks and none of mechkit's code.
+
+Several circuits, several edges, and the readers of one layer are rows of one pass: nothing is shared between rows, and
+`test_zoo.py` compares them with passes of one row. A pass of which no logits are wanted ends where the last wanted value is.
 
 Names. Writers: `input` (what enters block 0: token and position embedding together), `a1.h0` (a head), `m1` (an MLP).
 Readers: `a1.h0<q>`, `a1.h0<k>`, `a1.h0<v>`, `m1` and `logits`; where query heads share key-value heads, `a1.kv0<k>` and
@@ -12,16 +15,17 @@ writes belongs to no head: it is the same in every run.
 What a reader reads: hook_q, hook_k and hook_v come before rotary embeddings and before norms of queries and keys. So a head's q
 is computed from the head's own input stream; a norm over all heads' queries (OLMo 2) then works on the q of this very run.
 
-`run_circuit`: each reader's input is the corrupted run's, plus, for each of its edges that is in the circuit, what the writer
+`run_circuits`: each reader's input is the corrupted run's, plus, for each of its edges that is in the circuit, what the writer
 writes in *this very run* minus what it wrote in the corrupted run. All edges: the clean run. No edges: the corrupted run.
 
-`patch_edge`: the exact effect of one edge. The base run, in which one reader sees one writer's value from the source run.
+`patch_edges`: the exact effect of one edge. The base run, in which one reader sees one writer's value from the source run.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -32,7 +36,7 @@ from torch import Tensor
 import mechkit as mk
 from mechkit.circuits.edge_scores import EdgeScores
 
-Streams = dict[str, Tensor]  # reader -> its input [pos d_model]
+Streams = dict[str, Tensor]  # reader -> its input [row pos d_model]; of a `Run` [pos d_model]
 
 
 @dataclass
@@ -77,55 +81,99 @@ def writers_of(model: Any, reader: str) -> list[str]:
     return writers[: 1 + layer * (_n_heads(bridge) + 1) + own_heads * _n_heads(bridge)]
 
 
-@torch.no_grad()
 def run_circuit(model: Any, clean_tokens: Tensor, corrupted_tokens: Tensor, edges: Collection[str]) -> Tensor:
     """Logits `[1 pos d_vocab]` of the run on `edges`; tokens are `[1 pos]`."""
-    bridge, edges = _bridge(model), set(edges)
-    if unknown := edges - set(edge_names(bridge)):
+    return run_circuits(model, clean_tokens, corrupted_tokens, [edges])
+
+
+@torch.no_grad()
+def run_circuits(
+    model: Any,
+    clean_tokens: Tensor,
+    corrupted_tokens: Tensor,
+    circuits: Sequence[Collection[str]],
+    corrupted: Run | None = None,
+) -> Tensor:
+    """Logits `[circuit pos d_vocab]` of the runs on each circuit's edges; tokens are `[1 pos]`. `corrupted` is `whole_run`'s, for
+    one who has it already."""
+    bridge, circuits = _bridge(model), [set(edges) for edges in circuits]
+    if unknown := set().union(*circuits) - set(edge_names(bridge)):
         raise ValueError(f"edges: the model has no {sorted(unknown)[:3]}")
-    tokens = corrupted_tokens
-    corrupted = whole_run(bridge, corrupted_tokens)
-    wrote = {"input": whole_run(bridge, clean_tokens).wrote["input"]}
+    tokens = corrupted_tokens.expand(len(circuits), -1)
+    base = corrupted or whole_run(bridge, corrupted_tokens)
+    # What each writer writes in these runs, less what it wrote in the corrupted one: [circuit pos d_model]
+    entering = _run(bridge, clean_tokens, {}, ["blocks.0.hook_resid_pre"], logits=False)[1]["blocks.0.hook_resid_pre"]
+    changes = {"input": (entering - base.wrote["input"]).expand(len(circuits), -1, -1)}
 
     def stream(reader: str) -> Tensor:
-        changes = [wrote[w] - corrupted.wrote[w] for w in writers_of(bridge, reader) if f"{w}->{reader}" in edges]
-        return sum(changes, corrupted.read[reader])
+        writers = writers_of(bridge, reader)
+        taken = [[f"{writer}->{reader}" in edges for writer in writers] for edges in circuits]
+        every = torch.stack([changes[writer] for writer in writers])
+        return base.read[reader] + torch.einsum("rw,wrpd->rpd", torch.tensor(taken).to(every.dtype), every)
+
+    def same(streams: Streams) -> Tensor:
+        """In which rows all of these readers read what they read in the corrupted run."""
+        return torch.stack([(value == base.read[name]).all(-1).all(-1) for name, value in streams.items()]).all(0)
+
+    def write(wrote: dict[str, Tensor], unchanged: Tensor) -> None:
+        for writer, value in wrote.items():
+            changes[writer] = (value - base.wrote[writer]) * ~unchanged[:, None, None]
 
     for layer in range(bridge.cfg.n_layers):
         streams = {name: stream(name) for _, _, name in _attention_readers(bridge, layer)}
-        if _all_equal(streams, corrupted.read):
-            wrote |= {name: value for name, value in corrupted.wrote.items() if name.startswith(f"a{layer}.")}
-        else:
-            wrote |= _heads(bridge, layer, tokens, _qkv(bridge, layer, tokens, streams))
+        heads = {name: value for name, value in base.wrote.items() if name.startswith(f"a{layer}.")}
+        if not (unchanged := same(streams)).all():
+            heads = _heads(bridge, layer, tokens, _qkv(bridge, layer, tokens, streams))
+        write(heads, unchanged)
         mlp = f"m{layer}"
         streams = {mlp: stream(mlp)}
-        same = _all_equal(streams, corrupted.read)
-        wrote[mlp] = corrupted.wrote[mlp] if same else _mlp(bridge, layer, tokens, streams[mlp])
+        unchanged = same(streams)
+        write({mlp: base.wrote[mlp] if unchanged.all() else _mlp(bridge, layer, tokens, streams[mlp])}, unchanged)
     return _logits(bridge, tokens, stream("logits"))
 
 
-@torch.no_grad()
 def patch_edge(model: Any, base: Run, source: Run, tokens: Tensor, edge: str) -> Tensor:
-    """Logits `[1 pos d_vocab]` of the base run (of `tokens` `[1 pos]`) with `edge` carrying the source run's value.
+    """`patch_edges` of one edge, `[1 pos d_vocab]`."""
+    return patch_edges(model, base, source, tokens, [edge])
 
-    The runs are `whole_run`'s. It is one whole forward pass in which the reader's q, k, v or MLP output is replaced.
+
+@torch.no_grad()
+def patch_edges(model: Any, base: Run, source: Run, tokens: Tensor, edges: Sequence[str]) -> Tensor:
+    """Logits `[edge pos d_vocab]` of the base run (of `tokens` `[1 pos]`), each with one edge carrying the source run's value.
+
+    The runs are `whole_run`'s.
+    """
+    return write_edges(model, base, tokens, edges, [source.wrote[edge.partition("->")[0]] for edge in edges])
+
+
+def write_edges(model: Any, base: Run, tokens: Tensor, edges: Sequence[str], values: Sequence[Tensor]) -> Tensor:
+    """The same with any values `[pos d_model]` of the edges' writers, and with gradients where they are enabled.
+
+    For each edge there is a whole forward pass in which the reader's q, k, v or MLP output is
+    replaced, after one in which all of the model reads what the reader does.
     """
     bridge = _bridge(model)
-    writer, _, reader = edge.partition("->")
-    stream = base.read[reader] + source.wrote[writer] - base.wrote[writer]
-    if reader == "logits":
-        return _logits(bridge, tokens, stream)
-    layer = int(reader[1:].partition(".")[0])
-    if reader.startswith("m"):
-        name = f"blocks.{layer}.hook_mlp_out"
-        value = _mlp(bridge, layer, tokens, stream)[None]
-    else:
-        name = f"blocks.{layer}.attn.hook_{reader[-2]}"
-        value = base.activations[name].clone()
-        head = int(reader.partition(".")[2].strip("hkv").partition("<")[0])
-        resid_pre = f"blocks.{layer}.hook_resid_pre"
-        value[:, :, head] = _run(bridge, tokens, {resid_pre: stream[None]}, [name])[1][name][:, :, head]
-    return _run(bridge, tokens, {name: value})[0]
+    rows = tokens.expand(len(edges), -1)
+    read: Edits = {}
+    final: Edits = {}
+    made: dict[str, list[Any]] = {}  # hook name -> the parts that readers make of what they read
+    for i, (edge, value) in enumerate(zip(edges, values, strict=True)):
+        writer, _, reader = edge.partition("->")
+        stream = base.read[reader] + value - base.wrote[writer]
+        if reader == "logits":
+            final.setdefault(f"blocks.{bridge.cfg.n_layers - 1}.hook_resid_post", []).append((i, stream))
+            continue
+        where = f"blocks.{reader[1:].partition('.')[0]}."
+        if reader.startswith("m"):
+            read.setdefault(where + _read_by_mlp(bridge), []).append((i, stream))
+            made.setdefault(where + "hook_mlp_out", []).append(i)
+        else:
+            read.setdefault(where + "hook_resid_pre", []).append((i, stream))
+            head = int(reader.partition(".")[2].strip("hkv").partition("<")[0])
+            made.setdefault(f"{where}attn.hook_{reader[-2]}", []).append((i, slice(None), head))
+    found = _run(bridge, rows, read, list(made), logits=False)[1] if made else {}
+    edits = {name: [(part, found[name][part]) for part in parts] for name, parts in made.items()}
+    return _run(bridge, rows, edits | final)[0]
 
 
 @torch.no_grad()
@@ -145,7 +193,7 @@ def whole_run(model: Any, tokens: Tensor) -> Run:
     for layer in range(n_layers):
         where = f"blocks.{layer}."
         for head, value in enumerate(_by_head(bridge, layer, cache)):
-            wrote[f"a{layer}.h{head}"] = value
+            wrote[f"a{layer}.h{head}"] = value[0]
         wrote[f"m{layer}"] = cache[where + "hook_mlp_out"][0]
         for _, _, name in _attention_readers(bridge, layer):
             read[name] = cache[where + "hook_resid_pre"][0]
@@ -154,13 +202,15 @@ def whole_run(model: Any, tokens: Tensor) -> Run:
 
 
 def _qkv(bridge: Any, layer: int, tokens: Tensor, streams: Streams) -> dict[str, Tensor]:
-    """q, k and v of a layer, each head's computed from its own stream: one forward pass a reader."""
-    values: dict[str, Tensor] = {}
-    for site, head, name in _attention_readers(bridge, layer):
+    """q, k and v of a layer, each head's computed from its own stream: one pass, in which each reader has its own rows."""
+    readers, rows = _attention_readers(bridge, layer), len(tokens)
+    hooks = [f"blocks.{layer}.attn.hook_{site}" for site in "qkv"]
+    edits = {f"blocks.{layer}.hook_resid_pre": [(..., torch.cat([streams[name] for _, _, name in readers]))]}
+    found = _run(bridge, tokens.repeat(len(readers), 1), edits, hooks, logits=False)[1]
+    values = {hook: torch.full_like(found[hook][:rows], torch.nan) for hook in hooks}
+    for i, (site, head, _) in enumerate(readers):
         hook = f"blocks.{layer}.attn.hook_{site}"
-        edit = {f"blocks.{layer}.hook_resid_pre": streams[name][None]}
-        found = _run(bridge, tokens, edit, [hook])[1][hook]
-        values.setdefault(hook, torch.full_like(found, torch.nan))[:, :, head] = found[:, :, head]
+        values[hook][:, :, head] = found[hook][i * rows : (i + 1) * rows, :, head]
     return values
 
 
@@ -168,56 +218,73 @@ def _heads(bridge: Any, layer: int, tokens: Tensor, qkv: dict[str, Tensor]) -> d
     """What a layer's heads write, given their q, k and v."""
     where = f"blocks.{layer}."
     names = [where + "attn.hook_z", where + "attn.o.hook_out", where + "hook_attn_out"]
-    cache = _run(bridge, tokens, qkv, names)[1]
+    cache = _run(bridge, tokens, {name: [(..., value)] for name, value in qkv.items()}, names, logits=False)[1]
     return {f"a{layer}.h{head}": value for head, value in enumerate(_by_head(bridge, layer, cache))}
 
 
 def _mlp(bridge: Any, layer: int, tokens: Tensor, stream: Tensor) -> Tensor:
-    """What an MLP writes, given its input stream `[pos d_model]`."""
+    """What an MLP writes, given its input stream `[row pos d_model]`."""
     where = f"blocks.{layer}."
-    reads = where + ("hook_resid_pre" if _is_parallel(bridge) else "hook_resid_mid")
-    return _run(bridge, tokens, {reads: stream[None]}, [where + "hook_mlp_out"])[1][where + "hook_mlp_out"][0]
+    writes = where + "hook_mlp_out"
+    return _run(bridge, tokens, {where + _read_by_mlp(bridge): [(..., stream)]}, [writes], logits=False)[1][writes]
+
+
+def _read_by_mlp(bridge: Any) -> str:
+    return "hook_resid_pre" if _is_parallel(bridge) else "hook_resid_mid"
 
 
 def _logits(bridge: Any, tokens: Tensor, stream: Tensor) -> Tensor:
-    return _run(bridge, tokens, {f"blocks.{bridge.cfg.n_layers - 1}.hook_resid_post": stream[None]})[0]
+    return _run(bridge, tokens, {f"blocks.{bridge.cfg.n_layers - 1}.hook_resid_post": [(..., stream)]})[0]
 
 
 def _by_head(bridge: Any, layer: int, cache: dict[str, Tensor]) -> list[Tensor]:
-    """Each head's contribution to the stream `[pos d_model]`, without the bias."""
+    """Each head's contribution to the stream `[row pos d_model]`, without the bias."""
     attention = bridge.blocks[layer].attn
     z, projected = cache[f"blocks.{layer}.attn.hook_z"], cache[f"blocks.{layer}.attn.o.hook_out"]
     attn_out = cache[f"blocks.{layer}.hook_attn_out"]
-    written = torch.einsum("bphd,hdm->hbpm", z, attention.W_O)[:, 0]
+    written = torch.einsum("bphd,hdm->hbpm", z, attention.W_O)
     if torch.equal(projected, attn_out):
         return list(written)
-    # A norm (RMS: linear once its scale is fixed) lies between: it multiplied each entry with the ratio of the two.
+    # A norm (RMS: linear once its scale is fixed) is between them: it multiplied each entry with the ratio of the two.
     if getattr(attention.o.original_component, "bias", None) is not None or bool((projected == 0).any()):
         raise ValueError(f"layer {layer}: a norm after an attention output with a bias or with zeros is not covered")
-    return list(written * (attn_out / projected)[0])
+    return list(written * (attn_out / projected))
+
+
+Edits = dict[str, list[tuple[Any, Tensor]]]  # hook name -> parts of the activation, and what is put there
+
+
+class _Enough(Exception):
+    """Ends a pass of which no more is wanted."""
 
 
 def _run(
-    bridge: Any, tokens: Tensor, values: dict[str, Tensor], keep: Collection[str] = ()
+    bridge: Any, tokens: Tensor, edits: Edits, keep: Collection[str] = (), logits: bool = True
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """One forward pass with the activations `values` replaced; the logits, and the activations named in `keep`."""
+    """One forward pass with edits; the logits (nothing, without `logits`), and the activations named in `keep`."""
     kept: dict[str, Tensor] = {}
-    replaced: set[str] = set()
+    edited: set[str] = set()
 
     def put(x: Tensor, hook: Any, name: str) -> Tensor:
-        assert x.shape == values[name].shape, (name, x.shape, values[name].shape)
-        replaced.add(name)
-        return x.copy_(values[name])  # in place: Hugging Face blocks keep a second reference to the middle stream
+        edited.add(name)
+        for part, value in edits[name]:
+            assert x[part].shape == value.shape, (name, x[part].shape, value.shape)
+            x[part] = value  # in place: Hugging Face blocks keep a second reference to the middle stream
+        return x
 
     def look(x: Tensor, hook: Any, name: str) -> None:
         kept[name] = x.clone()
+        if not logits and len(kept) == len(keep):
+            raise _Enough
 
-    hooks: list[tuple[str, Any]] = [(name, partial(put, name=name)) for name in values]
+    hooks: list[tuple[str, Any]] = [(name, partial(put, name=name)) for name in edits]
     hooks += [(name, partial(look, name=name)) for name in keep]
-    logits = bridge.run_with_hooks(tokens, fwd_hooks=hooks)
-    assert replaced == set(values), set(values) - replaced
+    said = tokens.new_empty(0)
+    with suppress(_Enough):
+        said = bridge.run_with_hooks(tokens, fwd_hooks=hooks).clone()
+    assert edited == set(edits), set(edits) - edited
     assert kept.keys() == set(keep), set(keep) - kept.keys()
-    return logits.clone(), kept
+    return said, kept
 
 
 def _attention_readers(bridge: Any, layer: int) -> list[tuple[str, int, str]]:
@@ -246,11 +313,6 @@ def _n_kv_heads(bridge: Any) -> int:
 
 def _is_parallel(bridge: Any) -> bool:
     return "blocks.0.hook_resid_mid" not in bridge.__dict__.setdefault("_reference_hooks", set(bridge.hook_dict))
-
-
-def _all_equal(streams: Streams, others: Streams) -> bool:
-    """Readers that read what they read in the corrupted run make their writers write what they wrote there."""
-    return all(torch.equal(value, others[name]) for name, value in streams.items())
 
 
 def _bridge(model: Any) -> Any:

@@ -34,12 +34,12 @@ def _model(family: str, scale: float) -> mk.HookedModel:
 
 
 def tiny_llama() -> mk.HookedModel:
-    """Four layers of four heads, random weights, float64. One model a process, which no test may change."""
+    """Four layers of four heads, random weights, float64. One model per process, which no test may change."""
     return _model("llama", 1.0)
 
 
 def fresh_llama() -> mk.HookedModel:
-    """The same, built anew, for a test that changes it."""
+    """The same, built again, for a test that changes it."""
     return _model.__wrapped__("llama", 1.0)
 
 
@@ -72,6 +72,19 @@ def tiny_pairs(model: mk.HookedModel, n: int = 6, seed: int = 0) -> mk.PromptPai
         for side in (clean, corrupted)
     ]
     return mk.PromptPairs.from_tokens(*sides, answers, positions={"CHANGED": where}, task="tiny pairs")
+
+
+def pairs_of_one_length(model: mk.HookedModel, seed: int = 0) -> mk.PromptPairs:
+    """Those of them that have five tokens."""
+    pairs = tiny_pairs(model, 14, seed)
+    return pairs[[i for i, row in enumerate(pairs.clean.tokens) if len(row) == 5]]
+
+
+def pairs_of_odd_arguments(
+    model: mk.HookedModel, baseline_clean: int = 0, layer: int = 0, task_layer: int = 0
+) -> mk.PromptPairs:
+    """The arguments are called like columns of a table."""
+    return tiny_pairs(model, 3, 1)
 
 
 def pairs_of_file(model: mk.HookedModel, path: str) -> mk.PromptPairs:
@@ -159,7 +172,7 @@ def counted(function: Callable[..., Any], log: str | os.PathLike[str]) -> Callab
 
 
 def out_of_memory(function: Callable[..., Any], times: int, seen: list[int]) -> Callable[..., Any]:
-    """The function, but for its first `times` calls, which run out of memory. `seen` gets every budget that it is given."""
+    """The function, except its first `times` calls, which run out of memory. `seen` gets every budget that it is given."""
 
     @functools.wraps(function)
     def wrapper(model: mk.HookedModel, *args: Any, budget: int, **arguments: Any) -> Any:

@@ -50,7 +50,7 @@ def some_edges(model: mk.HookedModel) -> list[str]:
     return [edge.name for edge in list(mk.Graph.of(model).edges)[::60]]
 
 
-# Of a technique: from model, pairs and metric to values whose last axis is the prompt's.
+# A technique: from model, pairs and metric to values whose last axis is the prompts'.
 WITH_METRIC: dict[str, Callable[..., mk.Result | EdgeScores]] = {
     "activation_patching": lambda *a: mk.activation_patching(*a, site="z", over="layer head", **QUIET),
     "activation_patching, noise": lambda *a: mk.activation_patching(

@@ -11,7 +11,7 @@ import mechkit as mk
 from helpers.families import D_VOCAB, build_hf
 
 LENGTH = 7
-# Pairs whose first differences lie at 2 and at 4, and a third of another length: rows start at different positions.
+# Pairs whose first differences are at 2 and at 4, and a third of another length: rows start at different positions.
 SHAPES = ((LENGTH, 2), (LENGTH, 4), (5, 1))
 
 
@@ -46,7 +46,7 @@ def state_of(model: mk.HookedModel) -> list[Any]:
 
 
 def changed_models() -> list[str]:
-    """Families whose shared model a test has changed; it is made anew next time."""
+    """Families whose shared model a test has changed; it is made again next time."""
     changed = [key for key in USED if state_of(SHARED[key][0]) != SHARED[key][1]]
     USED.clear()
     for key in changed:

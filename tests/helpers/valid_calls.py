@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import mechkit as mk
+from helpers import vlm
 from helpers.fake_tokenizer import FakeTokenizer
 from helpers.families import build_hf
 from mechkit.circuits import Constants
@@ -47,6 +48,14 @@ class Material:
         corrupted = clean.clone()
         corrupted[:, 2] = torch.tensor([20, 21])
         return mk.PromptPairs.from_tokens(clean, corrupted, [(5, 9), (14, 15)], positions={"changed": [2, 2]})
+
+    @cached_property
+    def seeing(self) -> mk.HookedModel:
+        return mk.HookedModel.from_hf(vlm.build_hf("llava", dtype=torch.float32), name="seeing")
+
+    @cached_property
+    def seen(self) -> mk.PromptPairs:
+        return vlm.make_pairs("llava", self.seeing)
 
     @cached_property
     def metric(self) -> mk.Metric:
@@ -97,6 +106,14 @@ class Material:
         return mk.token_integrated_gradients(self.model, self.pairs, self.metric, steps=1)
 
     @cached_property
+    def of_patches(self) -> mk.Result:
+        places = [{"image": 0, "tile": None, "row": i // 2, "column": i % 2, "box": None} for i in range(4)]
+        coords = {"layer": (0, 1), "patch": ("r0c0", "r0c1", "r1c0", "r1c1")}
+        return mk.Result(
+            torch.ones(2, 4), ("layer", "patch"), coords, {}, "", "logit_diff", "logits", {"patches": places}
+        )
+
+    @cached_property
     def top(self) -> mk.TopTokens:
         return mk.top_tokens(self.model, self.pairs, 2, layers=[0], progress=False)
 
@@ -123,6 +140,29 @@ def _techniques(m: Material) -> Calls:
         "activation_patching": (
             mk.activation_patching,
             {**of, **where, **how, "direction": "denoise", "replay": True, "source_cache": None},
+        ),
+        "image_patching": (
+            mk.image_patching,
+            {"model": m.seeing, "pairs": m.seen, "metric": mk.logit_diff(m.seen), **how, "site": "resid_pre",
+             "over": "layer patch", "group": 2, "direction": "denoise", "layers": [0], "heads": None, "replay": True},
+        ),
+        "attention_knockout": (
+            mk.attention_knockout,
+            {**of, **how, "from_": "changed", "to": "END", "window": 2, "layers": [1], "heads": [0], "replay": True},
+        ),
+        "pixel_attribution": (
+            mk.pixel_attribution,
+            {"model": m.seeing, "prompts": m.seen, "metric": mk.logit_diff(m.seen), "method": "gradient", "baseline": "zero",
+             "steps": 2, **how},
+        ),
+        "Prompts.from_inputs": (
+            mk.Prompts.from_inputs,
+            {"model": m.seeing, "tokens": list(m.seen.clean.tokens), "inputs": list(m.seen.clean.inputs or ()),
+             "segments": None},
+        ),
+        "Segment": (
+            mk.Segment,
+            {"kind": "image", "start": 1, "stop": 5, "grid": (2, 2), "tile": None, "box": (0.0, 0.0, 8.0, 8.0), "image": 0},
         ),
         "ablation": (
             mk.ablation,
@@ -317,14 +357,26 @@ def _data(m: Material) -> Calls:
             mk.PromptPairs.from_text,
             {"model": words, **texts, "positions": {"S": [1]}, "prepend_bos": False, "task": "t"},
         ),
+        "PromptPairs.teacher_forced": (
+            mk.PromptPairs.teacher_forced,
+            {"model": words, "clean": [" a b c"], "corrupted": [" a d c"], "continuations": [" e f"], "positions": {"S": [1]},
+             "prepend_bos": False, "task": "t"},
+        ),
         "PromptPairs.from_tokens": (
             mk.PromptPairs.from_tokens,
             {**ids, "model": m.model, "positions": {"S": [1]}, "task": "t"},
         ),
         **{
             name: (getattr(mk, name), {"pairs": m.pairs, "position": "END"})
-            for name in ("logit_diff", "log_prob", "prob_diff", "accuracy")
+            for name in ("log_prob", "prob_diff", "accuracy")
         },
+        "logit_diff": (mk.logit_diff, {"pairs": m.pairs, "position": "END", "pool": "mean"}),
+        "loss": (mk.loss, {"prompts": m.pairs, "positions": [0, 1]}),
+        "in_context_score": (mk.in_context_score, {"prompts": m.pairs, "early": 0, "late": [1, 2]}),
+        "answer_log_prob": (
+            mk.answer_log_prob,
+            {"pairs": mk.PromptPairs.teacher_forced(words, [" a b c"], [" a d c"], [" e f"]), "reduce": "sum"},
+        ),
         "metric_factory": (mk.metric_factory, {"make": lambda pairs: mk.logit_diff(pairs)}),
         "kl_divergence": (mk.kl_divergence, {"pairs": m.pairs, "reference": "clean", "position": "END"}),
         "Result": (
@@ -364,6 +416,7 @@ def _data(m: Material) -> Calls:
         "zoo.induction": (mk.zoo.induction, {"n": 1, "n_tokens": 20, "seed": 0}),
         "zoo.greater_than": (mk.zoo.greater_than, {"n": 1, "steepness": 8.0, "seed": 0}),
         "zoo.serial_ioi": (mk.zoo.serial_ioi, {"n": 1, "seed": 0}),
+        "zoo.copied_patch": (mk.zoo.copied_patch, {"n": 1, "place": (2, 0), "seed": 0}),
     }  # fmt: skip
 
 
@@ -395,22 +448,52 @@ def _models(m: Material) -> Calls:
 
 def _plots(m: Material) -> Calls:
     mean, plot = m.heads.mean(), mk.plot
-    look = {"title": "t", "theme": "light"}
+    look = {"title": "t", "theme": "light", "width": 600.0, "font_size": 8.0, "annotations": {(0.0, 0.0): "here"}}
     return {
-        "plot.heatmap": (plot.heatmap, {"result": mean, "center": 0.0, "zmax": 1.0, "height": 300, **look}),
-        "plot.bars": (plot.bars, {"result": mean, "k": 3, "level": 0.9, "height": 300, **look}),
+        "plot.heatmap": (
+            plot.heatmap,
+            {"result": mean, "center": 0.0, "zmax": 1.0, "height": 300, "size": "page", "caption": False, **look},
+        ),
+        "plot.bars": (
+            plot.bars,
+            {"result": mean, "k": 3, "level": 0.9, "height": 300, "size": "page", "caption": False, **look},
+        ),
         "plot.compare": (plot.compare, {"approx": m.estimated, "exact": m.heads, **look}),
         "plot.circuit": (plot.circuit, {"circuit": m.circuit, "min_score": 0.0, "max_edges": 20, **look}),
         "plot.attention": (
             plot.attention,
-            {"result": m.patterns, "layer": 0, "head": 0, "prompt": 0, "height": 300, **look},
+            {
+                "result": m.patterns,
+                "layer": 0,
+                "head": 0,
+                "prompt": 0,
+                "height": 300,
+                "size": "page",
+                "caption": False,
+                **look,
+            },
         ),
         "plot.heads": (plot.heads, {"x": m.heads, "y": m.estimated, "label": 3, "level": 0.9, **look}),
         "plot.hidden": (
             plot.hidden,
             {"states": m.states, "labels": ["a", "b", "a", "b"], "method": "pca", "seed": 0, **look},
         ),
-        "plot.lens": (plot.lens, {"found": m.top, "prompt": 0, "height": 300, **look}),
+        "plot.lens": (
+            plot.lens,
+            {"found": m.top, "prompt": 0, "height": 300, "size": "page", "caption": False, **look},
+        ),
+        "plot.patches": (
+            plot.patches,
+            {
+                "result": m.of_patches,
+                "layers": [0],
+                "smooth": True,
+                "opacity": 0.5,
+                "grey": True,
+                "beside": False,
+                **look,
+            },
+        ),
         "plot.tokens": (plot.tokens, {"values": m.by_token, "prompt": 0, "center": 0.0, "zmax": 1.0, **look}),
         "plot.curve": (
             plot.curve,

@@ -1,4 +1,4 @@
-"""Continuing prompts: each as it is continued alone, whatever is beside it."""
+"""Continuing prompts: each as it is continued alone, whatever else is in the batch."""
 
 from __future__ import annotations
 

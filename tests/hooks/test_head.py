@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForMaskedLM
 
 import mechkit as mk
+from helpers.adapted import Adapted
 from helpers.families import COMMON, D_MODEL, D_VOCAB, FAMILIES, build_hf, build_of
 from helpers.plain import last_stream, layers, run
 from helpers.tiny import make_pairs
@@ -39,22 +40,6 @@ class Clamped(nn.Linear):
 class Scaled(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return 0.3 * super().forward(x)
-
-
-class Adapted(nn.Module):
-    """As an adapter library's layer looks: `weight` is the base layer's."""
-
-    def __init__(self, base: nn.Linear) -> None:
-        super().__init__()
-        self.base_layer = base
-        self.down = nn.Linear(base.in_features, 3, bias=False)
-        self.up = nn.Linear(3, base.out_features, bias=False)
-
-    weight = property(lambda self: self.base_layer.weight)
-    bias = property(lambda self: self.base_layer.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base_layer(x) + self.up(self.down(x))
 
 
 class Saturating(nn.Module):

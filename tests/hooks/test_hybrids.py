@@ -282,7 +282,7 @@ def test_quantized_weights_are_refused():
 
 
 def test_the_stream_behind_a_block_that_returns_a_list():
-    """Of the first GPT, in which TransformerLens shows none."""
+    """For the first GPT, in which TransformerLens shows none."""
     plain, model = both("openai-gpt")
     tokens = tokens_of(make_pairs().clean)
     _, kept = model.run_with_cache(tokens, "resid_post")

@@ -106,7 +106,26 @@ def test_every_bit_of_every_weight_counts():
     assert changed != before
     with torch.no_grad():
         weight[[3, 4]] = weight[[4, 3]]
-    assert model.weights_hash not in (before, changed)
+    swapped = model.weights_hash
+    assert swapped not in (before, changed)
+    with torch.no_grad():  # within rows, where nothing is sampled
+        weight[:, [5, 7]] = weight[:, [7, 5]]
+    assert model.weights_hash not in (before, changed, swapped)
+
+
+@torch.no_grad()
+def test_where_a_number_stands_counts():
+    """One entry of a matrix that is zero elsewhere, and two that change places in all the ways that keep a sum."""
+    model, seen = build("llama"), set()
+    weight = model.bridge.original_model.model.layers[1].mlp.down_proj.weight
+    alone = [[(0, 0)], [(3, 5)], [(3, 6)], [(4, 5)], [(7, 1)], [(9, 11)], [(5, 3)]]
+    two = [[(3, 6), (7, 2)], [(3, 2), (7, 6)], [(3, 1), (7, 7)], [(7, 1), (3, 7)], [(4, 6), (6, 2)], [(2, 6), (8, 2)]]
+    for places in (*alone, *two):
+        weight.zero_()
+        for place in places:
+            weight[place] = 1
+        seen.add(model.weights_hash)
+    assert len(seen) == len(alone) + len(two)
 
 
 def test_the_dtype_belongs_to_the_model():

@@ -11,6 +11,7 @@ import mechkit as mk
 from helpers.families import FAMILIES, N_LAYERS, build_hf
 from helpers.tiny import LENGTH, make_model, make_pairs, whole_vocabulary
 from mechkit.hooks._nonfinite import first_nonfinite
+from mechkit.prompts import Stacked
 
 LAYER, HEAD, D_HEAD = 2, 1, 8
 SEPARATE = ["llama", "qwen2", "mistral", "gemma2", "olmo2", "stablelm"]
@@ -46,10 +47,10 @@ def mlp_in(mlp: Any) -> Any:
 def test_a_healthy_model_is_not_blamed(family, tokens):
     """Masked scores are -inf or as low as the dtype goes in each of them; the control plants a NaN in the same model."""
     model = make_model(family)
-    assert first_nonfinite(model, tokens) is None
+    assert first_nonfinite(model, Stacked(tokens[None])) is None
     with torch.no_grad():
         model.bridge.blocks[LAYER].attn.o.original_component.weight[0, 0] = torch.nan
-    found = first_nonfinite(model, tokens)
+    found = first_nonfinite(model, Stacked(tokens[None]))
     assert (found.site, found.layer, found.kind) == ("attn_out", LAYER, "NaN")
     assert found.positions == tuple(range(LENGTH))
     assert not model.has_hooks
@@ -64,7 +65,7 @@ def test_one_head_of_the_queries(family, tokens):
         row = HEAD * 3 * D_HEAD + 3
     with torch.no_grad():
         weight[row, 5] = torch.nan
-    found = first_nonfinite(model, tokens)
+    found = first_nonfinite(model, Stacked(tokens[None]))
     assert (found.site, found.layer, found.heads, found.n_heads) == ("q", LAYER, (HEAD,), 4)
 
 
@@ -81,7 +82,7 @@ def test_weights_are_named_by_the_first_site_that_they_reach(family, component, 
     model, weight = planted(family, component)
     with torch.no_grad():
         weight.view(-1)[0] = torch.nan
-    found = first_nonfinite(model, tokens)
+    found = first_nonfinite(model, Stacked(tokens[None]))
     assert (found.site, found.layer, found.kind) == (site, LAYER, "NaN")
 
 
@@ -94,14 +95,14 @@ def test_embedding_final_norm_and_unembedding(family, tokens):
     )
     with torch.no_grad():
         model.bridge.unembed.original_component.weight[3, 0] = torch.nan
-    found = first_nonfinite(model, tokens)
+    found = first_nonfinite(model, Stacked(tokens[None]))
     assert (found.site, found.layer, found.heads) == ("logits", None, None)
     with torch.no_grad():
         model.bridge.ln_final.original_component.weight[4] = torch.nan
-    assert first_nonfinite(model, tokens).site == "final norm"
+    assert first_nonfinite(model, Stacked(tokens[None])).site == "final norm"
     with torch.no_grad():
         model.bridge.embed.original_component.weight[tokens[4], 4] = torch.nan
-    found = first_nonfinite(model, tokens)
+    found = first_nonfinite(model, Stacked(tokens[None]))
     assert (found.site, found.layer) == ("embed", None)
     assert found.positions == tuple((tokens == tokens[4]).nonzero().flatten().tolist())
 
@@ -110,18 +111,18 @@ def test_positions_that_were_learned(tokens):
     model = make_model("gpt2")
     with torch.no_grad():
         model.bridge.pos_embed.original_component.weight[3, 0] = torch.nan
-    found = first_nonfinite(model, tokens)
+    found = first_nonfinite(model, Stacked(tokens[None]))
     assert (found.site, found.layer, found.positions) == ("block input", 0, (3,))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "opt", "gemma2", "gpt_neo"])
 def test_scores_that_overflow(family, tokens):
-    """Scores of +inf are blamed; masked ones beside them are not. Gemma 2 caps its scores and GPT-Neo computes them in float32:
-    there they stay finite, and nothing is blamed."""
+    """Scores of +inf are blamed; masked ones in the same row are not. Gemma 2 caps its scores and GPT-Neo computes them in
+    float32: there they stay finite, and nothing is blamed."""
     model = make_model(family, torch.float16)
     attention = model.bridge.blocks[LAYER].attn
     handles = [part.register_forward_hook(lambda _, args, out: out * 0 + 2e4) for part in (attention.q, attention.k)]
-    found = first_nonfinite(model, tokens)
+    found = first_nonfinite(model, Stacked(tokens[None]))
     for handle in handles:
         handle.remove()
     if family in ("gemma2", "gpt_neo"):
@@ -141,7 +142,7 @@ def test_float16_overflow_is_named_where_it_overflows(family, component, site, t
         module = mlp_in(mlp) if component == "mlp_in" else mlp.out
         with torch.no_grad():
             module.original_component.weight *= 3e4
-        found = first_nonfinite(model, tokens)
+        found = first_nonfinite(model, Stacked(tokens[None]))
         if dtype == torch.float32:
             assert found is None
         else:
@@ -177,7 +178,7 @@ def test_one_bad_token_of_one_prompt_of_the_source_run():
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize(
-    ("edit", "told"),
+    ("edit", "place"),
     [
         (mk.Edit("resid_pre", 1, "bad", pos=4), "resid_pre of layer 1, position 4"),
         (mk.Edit("z", 1, "bad", head=2, pos=5), "z of layer 1, head 2, position 5"),
@@ -186,7 +187,7 @@ def test_one_bad_token_of_one_prompt_of_the_source_run():
         (mk.Edit("attn_scores", 3, "bad", head=0, pos=6), "attn_scores of layer 3, head 0, position 6"),
     ],
 )
-def test_an_edit_that_writes_it(edit, told, value):
+def test_an_edit_that_writes_it(edit, place, value):
     """Cell 1 of two is the bad one; the other one's value is finite, and huge."""
     model, pairs = make_model("llama"), make_pairs(((LENGTH, 2),))
     site = mk.hooks.SITES[edit.site]
@@ -194,7 +195,7 @@ def test_an_edit_that_writes_it(edit, told, value):
     values = {"bad": {(edit.site, edit.layer): torch.full(shape, value, dtype=torch.float64)}}
     values["fine"] = {("resid_pre", 1): torch.full((1, 1, model.d_model), 1e30, dtype=torch.float64)}
     cells = [(mk.Edit("resid_pre", 1, "fine"),), (edit,)]
-    with pytest.raises(ValueError, match=rf"prompt 0 in cell 1 of 2, .* the first is .* in {told}"):
+    with pytest.raises(ValueError, match=rf"prompt 0 in cell 1 of 2, .* the first is .* in {place}"):
         mk.sweep(model, pairs.clean, cells, whole_vocabulary(pairs), values=values, progress=False)
     assert not model.has_hooks
 

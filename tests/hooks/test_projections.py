@@ -15,29 +15,13 @@ import torch
 from torch import Tensor, nn
 
 import mechkit as mk
+from helpers.adapted import Adapted
 from helpers.families import FAMILIES, N_HEADS, build_hf, build_of
 from helpers.plain import layers, run
 from helpers.tiny import make_pairs
 from mechkit.hooks import Parts
 
 LLAMA = FAMILIES["llama"][1] | {"num_hidden_layers": 2, "attention_bias": True}
-
-
-class Adapted(nn.Module):
-    """LoRA: the base layer's output, plus a low-rank term. `weight` and `bias` are the base layer's."""
-
-    def __init__(self, base: nn.Linear) -> None:
-        super().__init__()
-        self.base_layer = base
-        self.down = nn.Linear(base.in_features, 3, bias=False)
-        self.up = nn.Linear(3, base.out_features, bias=False)
-
-    weight = property(lambda self: self.base_layer.weight)
-    bias = property(lambda self: self.base_layer.bias)
-    in_features = property(lambda self: self.base_layer.in_features)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base_layer(x) + self.up(self.down(x))
 
 
 class Directed(Adapted):

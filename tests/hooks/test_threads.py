@@ -162,8 +162,9 @@ def test_threads_take_turns(model):
     def work(name: str) -> None:
         start.wait()
         for _ in range(20):
-            model(CLEAN)
-            order.append(name)
+            with model.lock:  # so that the order is that of the turns, however late a thread goes on
+                order.append(name)
+                model(CLEAN)
 
     assert in_threads([lambda: work("a"), lambda: work("b")]) == []
     changes = sum(one != two for one, two in itertools.pairwise(order))

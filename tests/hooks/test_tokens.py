@@ -80,7 +80,7 @@ def test_the_users_tokenizer_is_used_and_left_as_it_is(roles):
 
 
 def test_tokens_are_transformer_lenses(tmp_path):
-    """Of a tokenizer that it reads from a folder, as it would by itself."""
+    """As for a tokenizer that it reads from a folder itself."""
     from transformer_lens.model_bridge import TransformerBridge
 
     for roles in ({}, {"puts_bos": True}, {"puts_eos": True}):

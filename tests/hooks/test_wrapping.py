@@ -487,3 +487,42 @@ def test_joint_projections_of_an_mlp():
             block.self_attn.qkv_proj.weight.mul_(0.5)
             block.mlp.gate_up_proj.weight.mul_(0.5)
     same_as(model, hf)
+
+
+def test_a_trained_model_is_validated_against_the_model_that_shares_its_weights():
+    """What was noted at load is of other weights by then."""
+    hf = build_hf("llama")
+    model = mk.HookedModel.from_hf(hf)
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        hf.model.layers[1].mlp.up_proj.weight.mul_(1.5)
+    assert model.validate().logits < 1e-9
+    assert copied.validate().logits < 1e-9  # whose weights are as they were
+    model.bridge.blocks[0].mlp.register_forward_hook(lambda *_: _[2] * 2)
+    with pytest.raises(ValueError, match=r"logits against the Hugging Face model .* when it was wrapped"):
+        model.validate()
+    loaded = mk.HookedModel.from_hf(build_hf("llama"))  # nobody keeps what it was made of
+    with torch.no_grad():
+        next(loaded.parameters() if hasattr(loaded, "parameters") else loaded.bridge.parameters()).mul_(1.5)
+    assert loaded.validate().logits is None
+
+
+@pytest.mark.parametrize("how", ["assign", "module", "parameter", "setting"])
+def test_a_model_that_no_longer_follows_is_found(how: str) -> None:
+    """What puts other parameters or modules in the place of those that are shared."""
+    hf = build_hf("llama")
+    model = mk.HookedModel.from_hf(hf)
+    with torch.no_grad():
+        hf.model.layers[0].mlp.up_proj.weight.data[1, 1] += 5  # behind autograd's back, in both
+    assert model.validate().logits < 1e-9  # the control
+    mlp = hf.model.layers[0].mlp
+    if how == "assign":
+        hf.load_state_dict({name: value * 1.1 for name, value in hf.state_dict().items()}, assign=True)
+    elif how == "module":
+        mlp.up_proj = nn.Sequential(mlp.up_proj, nn.Linear(*[mlp.up_proj.out_features] * 2, dtype=torch.float64))
+    elif how == "parameter":
+        mlp.up_proj.weight = nn.Parameter(mlp.up_proj.weight * 1.1)
+    else:
+        hf.model.layers[0].input_layernorm.variance_epsilon = 0.5
+    with pytest.raises(ValueError, match="when it was wrapped: one of the two was changed since"):
+        model.validate()

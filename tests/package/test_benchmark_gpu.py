@@ -1,4 +1,4 @@
-"""`benchmarks/gpu.py`: it runs on a CPU, its shapes are the published ones, and what it reckons is right."""
+"""`benchmarks/gpu/sweeps.py`: it runs on a CPU, its shapes are the published ones, and what it computes is right."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 
 import mechkit as mk
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks/gpu"
 CASE = {"shape": "tiny", "dtype": "float64", "sweep": "head", "prompts": 12, "kind": "sweep"}
 
 
@@ -23,7 +23,7 @@ CASE = {"shape": "tiny", "dtype": "float64", "sweep": "head", "prompts": 12, "ki
 def gpu() -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(BENCHMARKS))
-        yield importlib.import_module("gpu")
+        yield importlib.import_module("sweeps")
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +38,9 @@ def args(tmp_path: Path) -> argparse.Namespace:
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Of one run as a user starts it; TransformerLens takes the prompts three at a time, so that a batch is left over."""
+    """The report of one run as a user starts it. TransformerLens takes three prompts at a time, and then a smaller batch."""
     into = tmp_path_factory.mktemp("gpu") / "figures.json"
-    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--device", "cpu", "--shapes", "tiny", "--prompts", "4"]
+    command = [sys.executable, str(BENCHMARKS / "sweeps.py"), "--device", "cpu", "--shapes", "tiny", "--prompts", "4"]
     command += [
         "--dtypes",
         "float32",
@@ -108,7 +108,7 @@ def test_values_equal_transformer_lens(report):
     assert theirs["relative_difference"] < 1e-4
 
 
-def test_a_difference_is_seen(gpu):
+def test_a_difference_is_reported(gpu):
     ours = {"values": [1.0, 3.0, 5.0], "seconds": 2.0}
     theirs = {"values": {"0": 1.0, "2": 5.5}, "seconds": 6.0}
     found = gpu.compare({"mechkit": ours, "transformer_lens": theirs, "nnsight": {"error": "none"}})["libraries"]
@@ -131,17 +131,17 @@ def test_prompts_differ_in_one_token(gpu):
 
 
 @pytest.mark.parametrize("sweep", ["head", "position-head"])
-def test_arithmetic_is_reckoned_from_fewer_prompts(gpu, model, args, sweep):
+def test_arithmetic_is_extrapolated_from_fewer_prompts(gpu, model, args, sweep):
     pairs = gpu.random_pairs(model.d_vocab, 40)
     run = gpu.sweep_of(CASE | {"sweep": sweep}, args, model, pairs)
     block_tokens = run().cost.block_tokens
     counted, exact = gpu.count(run, 40, 40, block_tokens)
-    reckoned, missed = gpu.count(run, 40, 16, block_tokens)
+    extrapolated, error = gpu.count(run, 40, 16, block_tokens)
     assert exact == 0
-    assert missed == 0
+    assert error == 0
     assert counted > 0
-    assert reckoned == pytest.approx(counted, rel=1e-12)
-    assert gpu.count(run, 40, 16, 2 * block_tokens)[1] == pytest.approx(-0.5)  # a line that misses is told
+    assert extrapolated == pytest.approx(counted, rel=1e-12)
+    assert gpu.count(run, 40, 16, 2 * block_tokens)[1] == pytest.approx(-0.5)  # a wrong line is reported
 
 
 def test_profile(gpu, model, args):
@@ -163,7 +163,7 @@ def test_marks_are_taken_off_after_an_error(gpu, model):
     seen = []
 
     def fail() -> None:
-        with sys.modules["gpu_profile"].marked(model):
+        with sys.modules["time_by_part"].marked(model):
             seen.append(mlp.forward)
             raise RuntimeError("stop")
 
@@ -173,7 +173,7 @@ def test_marks_are_taken_off_after_an_error(gpu, model):
     assert mlp.forward is before
 
 
-def test_what_does_not_fit_is_told(gpu):
+def test_a_model_that_does_not_fit_is_refused(gpu):
     with pytest.raises(SystemExit, match=r"its weights take 29\.9 GiB, 8\.0 GiB are free"):
         gpu.check_fits("llama-3.1-8b", torch.float32, 8 * 2**30)
     gpu.check_fits("llama-3.1-8b", torch.bfloat16, 16 * 2**30)
@@ -187,16 +187,16 @@ def test_a_batch_is_halved_until_it_fits(gpu):
         if size > 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    assert sys.modules["gpu_peers"].fitting_batch(10, run) == 3
+    assert sys.modules["peer_sweeps"].fitting_batch(10, run) == 3
     assert tried == [10, 5, 3]
     with pytest.raises(torch.OutOfMemoryError):
-        sys.modules["gpu_peers"].fitting_batch(1, lambda size: run(4))
+        sys.modules["peer_sweeps"].fitting_batch(1, lambda size: run(4))
     with pytest.raises(ValueError, match="another"):
-        sys.modules["gpu_peers"].fitting_batch(4, lambda size: int("another"))
+        sys.modules["peer_sweeps"].fitting_batch(4, lambda size: int("another"))
 
 
 def test_a_worker_that_fails_leaves_a_reason(gpu, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["gpu.py", "--shapes", "none"])
+    monkeypatch.setattr(sys, "argv", ["sweeps.py", "--shapes", "none"])
     assert "invalid choice: 'none'" in gpu.run_worker(CASE, argparse.Namespace(timeout=60))["error"]
     assert gpu.run_worker(CASE, argparse.Namespace(timeout=0.01)) == {"error": "took longer than 0.01 s"}
 

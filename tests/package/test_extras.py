@@ -52,8 +52,8 @@ def test_the_extra_is_what_is_looked_for() -> None:
 def test_studies_name_what_is_missing(statement: str) -> None:
     run = run_without(("zarr", "pyarrow"), statement)
     assert run.returncode == 1
-    said = "mechkit.Study needs pyarrow, zarr, which a plain installation lacks; pip install 'mechkit[studies]'"
-    assert run.stderr.splitlines()[-1] == f"ModuleNotFoundError: {said}"
+    message = "mechkit.Study needs pyarrow, zarr, which a plain installation lacks; pip install 'mechkit[studies]'"
+    assert run.stderr.splitlines()[-1] == f"ModuleNotFoundError: {message}"
 
 
 @pytest.mark.parametrize("missing", [("typer",), ("zarr",)])

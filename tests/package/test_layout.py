@@ -20,7 +20,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# What each place of the package may import of mechkit, besides itself and the helpers (mechkit/_x.py), which import
+# What each place of the package may import of mechkit, in addition to itself and the helpers (mechkit/_x.py), which import
 # nothing of it. mechkit/__init__.py, the public surface, may import all. CONTRIBUTING.md has the same table in words.
 _DATA = {"prompts", "metrics", "result"}
 _SHARED = {"experiment", "engine", "hooks", *_DATA}
@@ -455,3 +455,20 @@ def test_version_is_the_projects() -> None:
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert mechkit.__version__ == project["version"]
+
+
+def test_nothing_that_a_run_wrote_is_kept() -> None:
+    """Data and pictures belong to nobody's checkout: a documentation block run in the root once left 140 files there."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
+        "\n"
+    )
+    kept = [PurePosixPath(name) for name in listed if name]
+    assert not [str(path) for path in kept if path.suffix in {".safetensors", ".parquet", ".zarr", ".csv", ".pt"}]
+    at_root = {path.parts[0] for path in kept}
+    assert at_root <= {
+        *(".ci", ".gitignore", ".pre-commit-config.yaml", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile"),
+        *("README.md", "benchmarks", "constraints.txt", "docs", "examples", "mechkit", "mkdocs.yml", "pyproject.toml"),
+        "tests",
+    }

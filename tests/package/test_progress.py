@@ -29,6 +29,7 @@ TAKES: dict[str, set[str]] = {
     "activation_patching": LONG,
     "atp_star": LONG,
     "attention_flow": LONG,
+    "attention_knockout": LONG,
     "attention_patterns": LONG,
     "attention_relevance": LONG,
     "attention_rollout": LONG,
@@ -45,8 +46,12 @@ TAKES: dict[str, set[str]] = {
     "gradient_x_input": LONG,
     "head_scores": DRAWN,
     "hidden_states": LONG,
+    "image_patching": LONG,
     "integrated_gradients": LONG,
+    "answer_log_prob": set(),
+    "in_context_score": set(),
     "kl_divergence": set(),
+    "loss": set(),
     "learn_mask": DRAWN,
     "log_prob": set(),
     "logit_diff": set(),
@@ -55,6 +60,7 @@ TAKES: dict[str, set[str]] = {
     "neuron_attribution": LONG,
     "optimal_ablation": DRAWN,
     "ov_circuit": set(),  # one head
+    "pixel_attribution": LONG,
     "ov_svd": set(),
     "patchscope": LONG,
     "path_patching": LONG,
@@ -115,7 +121,7 @@ def test_a_function_takes_what_the_table_says(name: str) -> None:
 
 
 class Clock:
-    """Time that passes only when it is told to."""
+    """A clock that advances only when the test sets it."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
@@ -248,6 +254,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     "edge_attribution": mk.edge_attribution,
     "edge_attribution of activations": lambda *of, **how: mk.edge_attribution(*of, path="activation", **how),
     "activation_patching": mk.activation_patching,
+    "attention_knockout": lambda *of, **how: mk.attention_knockout(*of, from_=[0, 1], **how),
     "evaluate_circuit": lambda model, *of, **how: mk.evaluate_circuit(
         mk.Circuit.random(model, 20, 0), model, *of, random=70, sets=2, **how
     ),

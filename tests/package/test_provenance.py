@@ -38,6 +38,7 @@ def techniques() -> list[str]:
     material = set(mk.__all__) - OTHER
     functions = [name for name in material if inspect.isfunction(getattr(mk, name))]
     makers = {"accuracy", "kl_divergence", "log_prob", "logit_diff", "metric_factory", "prob_diff", "report"}
+    makers |= {"answer_log_prob", "in_context_score", "loss"}
     return sorted({*functions, "TunedLens.fit"} - makers)
 
 

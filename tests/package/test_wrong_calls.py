@@ -23,12 +23,14 @@ import mechkit as mk
 from helpers.families import build_hf
 from helpers.valid_calls import Material, Words, valid_calls
 from helpers.words import make_tokenizer
+from mechkit._check import checked
 
 PACKAGE = str(Path(mk.__file__).parent)
 NAN, HUGE = float("nan"), 2**64
 
 OF_MODEL = [None, "gpt2", 3, nn.Linear(1, 1), [1], mk.HookedModel]
 OF_PAIRS = [None, "a text", ["a text"], 5, torch.zeros(1, 2, dtype=torch.long), {"clean": ["a"]}]
+OF_PROMPTS = [None, [], [3], ["a", 3], 5, torch.zeros(1, 2, dtype=torch.long), {"clean": ["a"]}]  # text is right
 OF_COUNT = [-1, 2.5, True, "3", [3], NAN, None, torch.tensor([1, 2])]
 OF_INDEX = [99, -99, 1.5, True, "1", [1], None]
 OF_INDICES = [0, "0", [99], [-99], [0.5], [True], ["a"], [[0]], [None], {"a": 1}, [], [0, 0], torch.tensor(0)]
@@ -42,8 +44,8 @@ OF_TENSOR = ["a", 3, [0.5], object()]
 BY_NAME: dict[str, list[Any]] = {
     "model": OF_MODEL,
     "pairs": OF_PAIRS,
-    "prompts": OF_PAIRS,
-    "reference": ["a text", 5, ["a"]],
+    "prompts": OF_PROMPTS,
+    "reference": OF_PROMPTS[1:],
     "metric": ["logit_diff", 3, torch.zeros(2), [1], mk.Metric, nn.Linear(1, 1)],
     "seed": [-1, HUGE, 1.5, True, "0", [0], None, NAN],
     "budget": [0, -1, 2.5, "much", True, NAN, [1]],
@@ -90,7 +92,7 @@ BY_NAME: dict[str, list[Any]] = {
     "unit": [3, None, ["a"]],
     "name": [3, ["a"], 2.5],
     "revision": [3, ["a"]],
-    "positions": [3.5, "nonsense", [None], [[0]], object(), {"S": "a"}],
+    "positions": [3.5, "nonsense", [None], [[0]], object(), {"S": "zzz"}],
     "hf_model": [None, "gpt2", 3],
     "bridge": [None, "gpt2", 3],
     "values": [3, "a", None, [1.0], torch.zeros(2, dtype=torch.long)],
@@ -105,6 +107,12 @@ BY_NAME: dict[str, list[Any]] = {
 }
 # Functions in which an argument of such a name is something else, or more is right.
 OWN: dict[str, dict[str, list[Any]]] = {
+    "attention_knockout": {
+        "from_": [99, "nowhere", [], 1.5, [None], True],
+        "to": [99, "nowhere", [], 1.5, [None], True],
+        "window": [0, -1, 1.5, "a", True],
+    },
+    "Segment": {"tile": [-1, 1.5, "a", True]},
     "attention_flow": {"position": [99, -99, 1.5, "nowhere", True], "head_fusion": OF_WORD},
     "attention_rollout": {"position": [99, -99, 1.5, "nowhere", True], "head_fusion": OF_WORD},
     "direct_logit_attribution": {"metric": [None, 1.5, 9999, [], mk.Metric]},
@@ -124,6 +132,11 @@ OWN: dict[str, dict[str, list[Any]]] = {
     "Result": {"base": ["nonsense", 3, None], "metric": [3, None]},
     "plot.curve": {"size": [3, None]},
     "report": {"code": [3, None]},
+    "in_context_score": {
+        "early": [1.5, "nowhere", [99], [], True],
+        "late": [1.5, ["nowhere"], 99, [0.5], [True], [1, 1]],
+    },
+    "PromptPairs.teacher_forced": {"continuations": [3, "a", None, [None], [], [3], [[3.5]], [[]], [[-1]], ["a", "b"]]},
 }
 
 
@@ -176,11 +189,11 @@ def complaint(argument: str, fn: Callable[..., Any], given: dict[str, Any]) -> s
                 pass
     except (TypeError, ValueError) as error:
         inside = [frame.filename.startswith(PACKAGE) for frame in traceback.extract_tb(error.__traceback__)]
-        said = str(error)
+        message = str(error)
         if not inside[-1]:
-            return f"raised elsewhere: {type(error).__name__}: {said[:150]}"
-        if argument not in said and argument.removesuffix("s") not in said:
-            return f"does not name it: {said[:150]}"
+            return f"raised elsewhere: {type(error).__name__}: {message[:150]}"
+        if argument not in message and argument.removesuffix("s") not in message:
+            return f"does not name it: {message[:150]}"
         return None
     except Exception as error:
         return f"raw {type(error).__name__}: {str(error)[:150]}"
@@ -250,7 +263,7 @@ def test_what_is_accepted_or_raised_elsewhere_is_seen() -> None:
     assert complaint("n", raw, {"n": "a"}).startswith("raised elsewhere: TypeError")
 
 
-def test_misspelt_arguments_are_told_the_nearest(material: Material) -> None:
+def test_the_error_for_a_misspelt_argument_names_the_nearest(material: Material) -> None:
     model, tokens = material.model, torch.tensor([[4, 5]])
     with pytest.raises(
         TypeError, match=r"names_filter: HookedModel.run_with_cache\(\) has no such argument. .* 'names'\?"
@@ -273,7 +286,7 @@ def test_misspelt_arguments_are_told_the_nearest(material: Material) -> None:
         ("name", r"Load it: HookedModel.from_pretrained\('gpt2'\)"),
     ],
 )
-def test_what_is_often_taken_for_a_model_is_told_the_cure(material: Material, wrong: str, cure: str) -> None:
+def test_the_error_for_what_is_often_taken_for_a_model_has_the_fix(material: Material, wrong: str, cure: str) -> None:
     given = {"hf": material.hf, "bridge": material.model.bridge, "name": "gpt2"}[wrong]
     with pytest.raises(TypeError, match=f"model: expected a HookedModel, got .*{cure}"):
         mk.hidden_states(given, material.pairs)
@@ -448,7 +461,7 @@ def test_a_stream_has_the_models_width(material: Material, stream: torch.Tensor)
         ("linear", ""),
     ],
 )
-def test_what_is_no_model_of_transformers_is_told_the_cure(material: Material, wrong: str, cure: str) -> None:
+def test_the_error_for_what_is_no_model_of_transformers_has_the_fix(material: Material, wrong: str, cure: str) -> None:
     given = {
         "model": material.model,
         "bridge": material.model.bridge,
@@ -462,7 +475,7 @@ def test_what_is_no_model_of_transformers_is_told_the_cure(material: Material, w
 
 
 @pytest.mark.parametrize(("wrong", "cure"), [("model", "use it as it is"), ("hf", "from_hf"), ("linear", "")])
-def test_what_is_no_bridge_is_told_the_cure(material: Material, wrong: str, cure: str) -> None:
+def test_the_error_for_what_is_no_bridge_has_the_fix(material: Material, wrong: str, cure: str) -> None:
     given = {"model": material.model, "hf": material.hf, "linear": nn.Linear(2, 2)}[wrong]
     with pytest.raises(TypeError, match=f"bridge: expected a TransformerBridge .*{cure}"):
         mk.HookedModel.from_bridge(given)
@@ -508,12 +521,12 @@ def test_weights_that_are_no_numbers_are_named() -> None:
     ],
     ids=["logits", "token ids"],
 )
-def test_tensors_for_pairs_are_told_the_cure(material: Material, tokens: torch.Tensor, cure: str) -> None:
+def test_the_error_for_tensors_as_pairs_has_the_fix(material: Material, tokens: torch.Tensor, cure: str) -> None:
     with pytest.raises(TypeError, match=f"pairs: expected PromptPairs, got a tensor .*{cure}"):
         mk.activation_patching(material.model, tokens, material.metric)  # type: ignore[arg-type]
 
 
-def test_token_ids_for_prompts_are_told_the_cure(material: Material) -> None:
+def test_the_error_for_token_ids_as_prompts_has_the_fix(material: Material) -> None:
     for tokens in (TOKENS, TOKENS.numpy()):
         with pytest.raises(TypeError, match=r"prompts: .*Make them: Prompts\.from_tokens\(tokens\)"):
             mk.logit_lens(material.model, tokens)  # type: ignore[arg-type]
@@ -534,14 +547,14 @@ def test_cures_work(material: Material) -> None:
 
 
 @pytest.mark.parametrize("name", ["attention_rollout", "attention_flow"])
-def test_the_old_word_for_how_heads_are_joined_is_told_the_new_one(material: Material, name: str) -> None:
+def test_the_error_for_the_old_word_for_how_heads_are_joined_has_the_new_one(material: Material, name: str) -> None:
     with pytest.raises(TypeError, match=r"heads: attention_\w+\(\) has no such argument. Did you mean 'head_fusion'\?"):
         getattr(mk, name)(material.model, material.pairs, heads="mean")
     assert getattr(mk, name)(material.model, material.pairs, head_fusion="max", progress=False).shape[-1] == 2
 
 
 @pytest.mark.parametrize("word", ["pos_mean", "position-mean"])
-def test_other_words_for_the_mean_at_each_position_are_told_ours(material: Material, word: str) -> None:
+def test_the_error_for_other_words_for_the_mean_at_each_position_has_ours(material: Material, word: str) -> None:
     here = material.model, material.pairs, material.metric
     with pytest.raises(ValueError, match=r"mode: expected .*Did you mean 'position_mean'\?"):
         mk.ablation(*here, mode=word)  # type: ignore[arg-type]
@@ -551,7 +564,7 @@ def test_other_words_for_the_mean_at_each_position_are_told_ours(material: Mater
         mk.evaluate_circuit(material.circuit, *here, ablation=word)  # type: ignore[arg-type]
 
 
-def test_edges_and_nodes_are_said_of_their_argument(material: Material) -> None:
+def test_errors_about_edges_and_nodes_name_their_argument(material: Material) -> None:
     here = material.model, material.pairs, material.metric
     with pytest.raises(ValueError, match="edges: writer: expected 'input'"):
         mk.edge_patching(*here, edges=["mo->logits"])
@@ -565,7 +578,7 @@ def test_edges_and_nodes_are_said_of_their_argument(material: Material) -> None:
 
 def test_a_metric_is_a_real_number(material: Material) -> None:
     for metric in (lambda logits: logits[:, -1, 5] * (1 + 2j), lambda logits: logits[:, -1, 5].to(torch.complex64)):
-        with pytest.raises(ValueError, match=r"expected one real value a prompt, .* got torch.complex64"):
+        with pytest.raises(ValueError, match=r"expected one real value per prompt, .* got torch.complex64"):
             mk.activation_patching(material.model, material.pairs, metric, progress=False)
 
 
@@ -580,3 +593,16 @@ def test_signature_and_docstring_are_the_functions_own() -> None:
     assert mk.acdc.__doc__.startswith("Removes all edges")
     assert mk.acdc.__module__ == "mechkit.circuits.acdc"
     assert list(inspect.signature(mk.Result).parameters)[:2] == ["values", "dims"]
+
+
+def test_a_class_that_is_named_for_type_checkers_alone_is_checked_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether or not somebody has used it before: public names are loaded when they are asked for."""
+    monkeypatch.delitem(vars(mk), "TunedLens", raising=False)
+
+    @checked
+    def read(lens: TunedLens | None = None) -> None:  # type: ignore[name-defined]
+        """It is in no scope here."""
+
+    read(None)
+    with pytest.raises(TypeError, match="lens: expected TunedLens or None, got str 'a'"):
+        read("a")

@@ -66,14 +66,14 @@ def test_the_circuits_slider_hides_weak_edges(page: WatchedPage, tmp_path: Path)
         old = label.text_content()
         page.page.mouse.click(rail["x"] + share * rail["width"], rail["y"] + rail["height"] / 2)
         page.page.wait_for_function("text => document.querySelector('.slider-label').textContent !== text", arg=old)
-        told = int(re.search(r": (\d+) edges", label.text_content()).group(1))
-        assert 0 < told < n_drawn
+        n_edges = int(re.search(r": (\d+) edges", label.text_content()).group(1))
+        assert 0 < n_edges < n_drawn
         drawn = "n => document.querySelectorAll('.scatterlayer .trace path.js-line').length === n"
         page.page.wait_for_function(
-            drawn, arg=told, timeout=5000
+            drawn, arg=n_edges, timeout=5000
         )  # as many lines as the label says; they follow the label
-        assert told < before
-        before = told
+        assert n_edges < before
+        before = n_edges
     page.check()
 
 
@@ -215,6 +215,7 @@ def number_of(text: str) -> float:
 def test_report_contents_lead_to_their_sections(reading: WatchedPage) -> None:
     links = reading.page.locator("nav a")
     assert links.count() == 6
+    reading.page.locator("nav summary").click()
     for i in range(links.count()):
         name = links.nth(i).text_content()
         links.nth(i).click()
@@ -265,6 +266,7 @@ def test_report_never_stays_blank(page: WatchedPage, tmp_path: Path, chromium: A
     silent.goto(path.as_uri())
     assert "scripts are switched off" in silent.locator("noscript").first.inner_text()
     assert silent.locator(".waiting").count() == 3
+    silent.locator("nav summary").click()
     assert "Tokens" in silent.locator("nav").inner_text()
     assert silent.locator("table.sortable tbody tr").count() > 10
     context.close()

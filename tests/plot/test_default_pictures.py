@@ -11,15 +11,29 @@ import torch
 
 import mechkit as mk
 from helpers.tiny import make_model, make_pairs
+from helpers.vlm import in_double, pair_of_models
+from helpers.vlm import make_pairs as pairs_with_pictures
 from mechkit.plot import Figure
 
 # What `import mechkit` offers that is no technique: it has no result to draw.
 OTHERS = {
     *("HookedModel", "ActivationCache", "Prompts", "PromptPairs", "Result", "Cost", "Metric", "Edit", "Graph", "SITES"),
+    "Segment",
     *("accuracy", "kl_divergence", "log_prob", "logit_diff", "metric_factory", "prob_diff", "report", "GapWarning"),
+    *("answer_log_prob", "in_context_score", "loss"),
 }
 CLASSES = {
-    *("Circuit", "CircuitReport", "Comparison", "EdgeScores", "Erasure", "FaithfulnessCurve", "OVSVD", "TopTokens"),
+    *(
+        "Circuit",
+        "CircuitReport",
+        "Comparison",
+        "EdgeScores",
+        "Erasure",
+        "FaithfulnessCurve",
+        "OVSVD",
+        "Segment",
+        "TopTokens",
+    ),
 }
 QUIET = {"progress": False}
 
@@ -35,15 +49,23 @@ def question() -> tuple[mk.HookedModel, mk.PromptPairs, mk.Metric]:
 def techniques(model: mk.HookedModel, pairs: mk.PromptPairs, metric: mk.Metric) -> dict[str, Any]:
     """Public name -> kind of the default picture, and a result as the technique's defaults make it."""
     study = model, pairs, metric
-    known = mk.zoo.serial_ioi()
+    known, pictured = mk.zoo.serial_ioi(), mk.zoo.copied_patch(n=2)
+    seen = pictured.model, pictured.pairs, pictured.metric
     small = known.model, known.pairs, known.metric
     edges = mk.edge_attribution(*small, steps=3)
     circuit = mk.Circuit.from_scores(edges, n_edges=20)
     approx, exact = mk.attribution_patching(*study), mk.activation_patching(*study, **QUIET)
     text = mk.Prompts.from_tokens(torch.randint(0, model.d_vocab, (6, 20), generator=torch.Generator().manual_seed(0)))
+    with in_double():
+        seeing = pair_of_models("llava")[1]
+        pictures = pairs_with_pictures("llava", seeing)
+        of_patches = mk.image_patching(seeing, pictures, mk.logit_diff(pictures), layers=[0, 1], **QUIET)
     return {
         "activation_patching": ("heatmap", exact),
+        "image_patching": ("patches", of_patches),
+        "attention_knockout": ("bars", mk.attention_knockout(*study, from_=1, **QUIET)),
         "ablation": ("heatmap", mk.ablation(*study, **QUIET)),
+        "pixel_attribution": ("heatmap", mk.pixel_attribution(*seen, steps=2, **QUIET)),
         "attribution_patching": ("heatmap", approx),
         "atp_star": ("heatmap", mk.atp_star(*study)),
         "integrated_gradients": ("heatmap", mk.integrated_gradients(*study, steps=2)),

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mechkit.plot import Figure, heatmap, read_table, write_html
-from mechkit.plot._export import find_browser
+from mechkit.plot._theme import LIGHT, rgb
 from mechkit.result import Result
 
 NAN = float("nan")
@@ -55,7 +55,17 @@ def resid() -> Result:
 
 
 def white(figure: go.Figure) -> float:
-    return (figure.layout.coloraxis.cmin + figure.layout.coloraxis.cmax) / 2
+    axis = figure.layout.coloraxis
+    (place,) = [place for place, colour in axis.colorscale if colour == "#ffffff"]
+    return round(axis.cmin + place * (axis.cmax - axis.cmin), 9)
+
+
+def marks(figure: go.Figure) -> dict[str, float]:
+    """Runs that the colour bar names, and where."""
+    bar = figure.layout.coloraxis.colorbar
+    return {
+        text.split(" = ")[1]: place for place, text in zip(bar.tickvals, bar.ticktext, strict=True) if " = " in text
+    }
 
 
 def scale_title(figure: go.Figure) -> str:
@@ -86,7 +96,7 @@ def test_plotly_is_imported_by_drawing_only() -> None:
 
 def test_layer_0_is_at_the_top_and_equal_tokens_are_separate_columns() -> None:
     figure = heatmap(resid())
-    np.testing.assert_array_equal(figure.data[0].z, resid().values)
+    np.testing.assert_array_equal(figure.data[0].z, resid().effect().values)
     assert figure.layout.yaxis.autorange == "reversed"
     assert figure.layout.yaxis.title.text == "layer"
     assert list(figure.layout.xaxis.tickvals) == [0, 1, 2, 3]
@@ -97,7 +107,7 @@ def test_layer_0_is_at_the_top_and_equal_tokens_are_separate_columns() -> None:
 def test_order_of_dims_does_not_matter() -> None:
     result = make(torch.arange(6.0).reshape(3, 2), "head layer")
     figure = heatmap(result)
-    np.testing.assert_array_equal(figure.data[0].z, result.values.T)
+    np.testing.assert_array_equal(figure.data[0].z, result.effect().values.T)
     assert (figure.layout.yaxis.title.text, figure.layout.xaxis.title.text) == ("layer", "head")
 
 
@@ -122,10 +132,11 @@ def test_three_dims_are_panels_on_one_scale() -> None:
     figure = heatmap(result)
     assert len(figure.data) == 4
     for pos, panel in enumerate(figure.data):
-        np.testing.assert_array_equal(panel.z, values[:, pos])
+        np.testing.assert_array_equal(panel.z, values[:, pos] + 3.25)
         assert panel.coloraxis == "coloraxis"
     assert [note.text for note in figure.layout.annotations[:4]] == [f"pos {token}" for token in TOKENS]
-    assert figure.layout.coloraxis.cmax - white(figure) == pytest.approx(23 + 3.25)
+    assert white(figure) == figure.layout.coloraxis.cmin == 0  # nothing is lower than the base run
+    assert figure.layout.coloraxis.cmax == pytest.approx(23 + 3.25)
     assert len(heatmap(make(values, "layer head neuron")).data) == 3
 
 
@@ -153,19 +164,32 @@ def test_height_and_title_are_the_callers() -> None:
 
 def test_a_cell_that_does_nothing_is_white() -> None:
     figure = heatmap(resid())
-    assert figure.data[0].z[0, 0] == white(figure) == -3.25
-    assert figure.layout.coloraxis.cmax == -3.25 + 11  # symmetric, and reaches the largest distance
-    assert figure.layout.coloraxis.colorscale[5] == (0.5, "#ffffff")
-    assert "logit_diff (logits)<br>white = corrupted run −3.25" in scale_title(figure)
-    assert "blue is higher" in scale_title(figure)
+    assert figure.data[0].z[0, 0] == white(figure) == 0
+    assert (figure.layout.coloraxis.cmin, figure.layout.coloraxis.cmax) == (0, 11)  # no colour that nothing has
+    assert figure.layout.coloraxis.colorscale[0] == (0, "#ffffff")
+    assert figure.layout.coloraxis.colorscale[-1] == (1, LIGHT.diverging[-1])
+    assert "change in logit_diff (logits)<br>white = corrupted run<br>blue is higher<br>" in scale_title(figure)
+    assert marks(figure) == {"corrupted run": 0, "clean run": 7.25}
+    assert "corrupted run −3.25, clean run 4 logits" in caption(figure)
+
+    value = heatmap(resid(), show="value")
+    np.testing.assert_array_equal(value.data[0].z, resid().values)
+    assert value.data[0].z[0, 0] == white(value) == value.layout.coloraxis.cmin == -3.25
+    assert value.layout.coloraxis.cmax == -3.25 + 11
+    assert "logit_diff (logits)<br>white = corrupted run −3.25" in scale_title(value)
+    assert marks(value) == {"corrupted run": -3.25, "clean run": 4}
+    assert value.data[0].hovertext == figure.data[0].hovertext
 
     effect = heatmap(resid().effect())
+    assert marks(effect) == marks(figure)
     assert effect.data[0].z[0, 0] == white(effect) == 0
     assert "change in logit_diff (logits)<br>white = corrupted run<br>" in scale_title(effect)
 
     normalized = heatmap(resid().normalized())
     assert normalized.data[0].z[0, 0] == white(normalized) == 0
     assert "0 = corrupted run, 1 = clean run" in scale_title(normalized)
+    assert marks(normalized) == {"corrupted run": 0, "clean run": 1}
+    np.testing.assert_array_equal(heatmap(resid(), show="normalized").data[0].z, normalized.data[0].z)
 
     noising = make(torch.tensor([[4.0, 0.0]]), "layer head", base="clean").normalized()
     assert white(heatmap(noising)) == 1
@@ -176,10 +200,30 @@ def test_a_cell_that_does_nothing_is_white() -> None:
     assert "induction (score)<br>white = 0" in scale_title(scores)
 
 
+def test_both_sides_of_white_are_equally_strong_and_no_part_of_the_bar_is_unused() -> None:
+    figure = heatmap(make(torch.tensor([[-3.25 - 2, -3.25, -3.25 + 4]]), "layer head"))
+    axis = figure.layout.coloraxis
+    assert (axis.cmin, axis.cmax) == (-2, 7.25)  # to the clean run: more than half of the bar has values
+    assert white(figure) == 0
+    low, high = (np.array(rgb(axis.colorscale[i][1])) for i in (0, -1))
+    assert tuple(high) == rgb(LIGHT.diverging[-1])
+    whole = np.array([rgb(colour) for colour in LIGHT.diverging])
+    places = np.linspace(-7.25, 7.25, len(whole))
+    np.testing.assert_allclose(low, [np.interp(-2, places, channel) for channel in whole.T], atol=1)
+    far = heatmap(make(torch.tensor([[-3.25, -3.0]]), "layer head"))
+    assert (far.layout.coloraxis.cmin, far.layout.coloraxis.cmax) == (0, 0.25)  # the clean run is far away
+    assert "clean run = 7.25, off this bar" in scale_title(far)
+    assert marks(far) == {"corrupted run": 0}
+    mirrored = heatmap(make(torch.tensor([[-3.25, -9.0]]), "layer head", baseline={"corrupted": torch.tensor(-3.25)}))
+    assert "<br>red is lower<br>" in scale_title(mirrored)
+    assert mirrored.layout.coloraxis.cmax == white(mirrored) == 0
+
+
 def test_center_and_zmax_are_the_callers() -> None:
     figure = heatmap(resid(), center=1.5, zmax=2.0)
     assert (figure.layout.coloraxis.cmin, figure.layout.coloraxis.cmax) == (-0.5, 3.5)
     assert "white = 1.5" in scale_title(figure)
+    np.testing.assert_array_equal(figure.data[0].z, resid().values)
     assert white(heatmap(resid(), center=0.0)) == 0
     flat = heatmap(make(torch.full((2, 2), -3.25), "layer head"))
     assert flat.layout.coloraxis.cmin < white(flat) < flat.layout.coloraxis.cmax
@@ -196,7 +240,7 @@ def test_prompts_of_different_length_show_the_change() -> None:
     assert "logit_diff 51 logits" in figure.data[0].hovertext[0][0]
     assert "change in" in scale_title(figure)
 
-    control = heatmap(make(values.nan_to_num(0.0), "layer pos prompt", baseline=baseline))
+    control = heatmap(make(values.nan_to_num(0.0), "layer pos prompt", baseline=baseline), show="value")
     assert white(control) == 50.5
     assert "prompts that have it" not in caption(control)
     normalized = make(values, "layer pos prompt", baseline=baseline).mean().normalized()
@@ -211,7 +255,7 @@ def test_prompts_are_averaged_and_the_caption_says_so() -> None:
     values = torch.randn(3, 4, 4)
     result = make(values, "layer head prompt")
     figure = heatmap(result)
-    np.testing.assert_allclose(figure.data[0].z, values.mean(-1))
+    np.testing.assert_allclose(figure.data[0].z, values.mean(-1) + 3.25, rtol=1e-6)
     assert result.dims == ("layer", "head", "prompt")
     for part in (
         "tiny-llama",
@@ -226,10 +270,12 @@ def test_prompts_are_averaged_and_the_caption_says_so() -> None:
     assert "mean over 4 prompts" in caption(heatmap(result.mean()))  # averaged before is averaged too
     assert "mean over" not in caption(heatmap(result.sel(prompt=2)))
     assert "mean over" not in caption(heatmap(result.p_values()))
-    assert caption(heatmap(make(torch.zeros(1, 1), "layer head", provenance={}))) == ""
+    bare = make(torch.zeros(1, 1), "layer head", provenance={})
+    assert caption(heatmap(bare)) == "corrupted run −3.25, clean run 4 logits"
+    assert caption(heatmap(bare.effect())) == caption(heatmap(bare, caption=False)) == ""
 
 
-def test_hover_tells_place_value_and_effect() -> None:
+def test_hover_shows_place_value_and_effect() -> None:
     values = torch.tensor([[1.234567, NAN]])
     hover = heatmap(make(values, "layer pos", coords={"pos": TOKENS[:2]})).data[0].hovertext
     assert hover[0][0].split("<br>") == [
@@ -247,6 +293,32 @@ def test_missing_cells_are_drawn_as_nothing_on_grey() -> None:
     assert figure.layout.plot_bgcolor != figure.layout.paper_bgcolor == "#ffffff"
     with pytest.raises(ValueError, match="at least one cell that exists, got NaN alone"):
         heatmap(make(torch.full((1, 2), NAN), "layer head"))
+
+
+def test_path_patching_names_receivers_and_what_is_frozen() -> None:
+    origin = {
+        "model": "m",
+        "technique": "path_patching",
+        "senders": "layer head",
+        "receivers": ["a2.h1<q>"],
+        "freeze": "heads",
+    }
+    result = make(torch.tensor([[1.0, 2.0], [NAN, NAN]]), "layer head", provenance=origin)
+    figure = heatmap(result)
+    assert figure.layout.title.text == "Path patching to a2.h1&#60;q&#62;: logit_diff by layer and head"
+    for part in ("receivers a2.h1&#60;q&#62;", "heads frozen", "grey: no path leads from there to the receivers"):
+        assert part in caption(figure)
+    assert np.isnan(figure.data[0].z[1]).all()
+    assert figure.layout.plot_bgcolor == LIGHT.absent
+    assert LIGHT.absent not in {colour for _, colour in figure.layout.coloraxis.colorscale}  # no colour of the scale
+    assert figure.data[0].hovertext[1][0].split("<br>") == ["layer 1", "head 0", "no path to the receivers"]
+    many = make(
+        result.values,
+        "layer head",
+        provenance=origin | {"receivers": [f"a2.h{i}<q>" for i in range(5)], "freeze": "all"},
+    )
+    assert heatmap(many).layout.title.text.startswith("Path patching to 5 receivers: ")
+    assert "a2.h4&#60;q&#62; · all else frozen" in caption(heatmap(many))
 
 
 HOSTILE = (
@@ -334,10 +406,10 @@ def test_results_share_a_scale_or_are_refused() -> None:
     one, two = resid(), make(2 * torch.arange(12.0).reshape(3, 4) - 3.25, "layer pos", coords={"pos": TOKENS})
     figure = heatmap({"one": one, "two": two})
     for panel, result in zip(figure.data, (one, two), strict=True):
-        np.testing.assert_array_equal(panel.z, result.values)
+        np.testing.assert_array_equal(panel.z, result.effect().values)
         assert panel.coloraxis == "coloraxis"
     assert [note.text for note in figure.layout.annotations[:2]] == ["one", "two"]
-    assert figure.layout.coloraxis.cmax == -3.25 + 22
+    assert figure.layout.coloraxis.cmax == 22
     assert list(figure.table()["result"]) == ["one"] * 12 + ["two"] * 12
     np.testing.assert_array_equal(figure.table()["value"], torch.cat([one.values, two.values]).flatten())
     assert len(heatmap([one, two]).data) == 2
@@ -363,7 +435,7 @@ def test_panels_whose_base_runs_differ_show_the_change_from_each() -> None:
     assert white(figure) == 0
 
 
-def test_cells_of_different_prompts_are_said() -> None:
+def test_cells_of_different_prompts_are_reported() -> None:
     values = torch.tensor([[[1.0, 2.0], [3.0, NAN]]])
     assert "averaged over the prompts that have it" in caption(heatmap(make(values, "layer head prompt")))
     assert "that have it" not in caption(heatmap(make(values.nan_to_num(), "layer head prompt")))
@@ -460,15 +532,3 @@ def test_save_refuses_and_leaves_the_old_file(tmp_path: Path, monkeypatch: pytes
         (tmp_path / "bad.json").write_text(bad)
         with pytest.raises(ValueError, match="expected a figure's numbers"):
             read_table(tmp_path / "bad.json")
-
-
-@pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
-def test_pictures(suffix: str, tmp_path: Path) -> None:
-    pytest.importorskip("kaleido")
-    if find_browser() is None:
-        pytest.skip("no Chrome or Chromium on this machine")
-    data = resid().plot().save(tmp_path / "new" / f"figure.{suffix}").read_bytes()
-    assert data.startswith({"png": b"\x89PNG", "svg": b"<svg", "pdf": b"%PDF"}[suffix])
-    assert len(data) > 5_000
-    if suffix == "svg":
-        assert "token and position" in data.decode()

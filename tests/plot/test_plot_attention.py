@@ -19,9 +19,10 @@ from plotly.utils import PlotlyJSONEncoder
 import mechkit.plot._attention as drawing
 from helpers.pictures.attention import HOSTILE, WORDS, examples, labels, make
 from mechkit.plot._attention import attention
-from mechkit.plot._attention_data import PatternScale, pooled
+from mechkit.plot._attention_data import pooled
 from mechkit.plot._export import find_browser, read_table
 from mechkit.plot._figure import Figure
+from mechkit.plot._scale import Scale
 from mechkit.plot._theme import DARK, LIGHT, theme_of
 from mechkit.result import Result
 
@@ -129,7 +130,7 @@ def test_equal_tokens_are_separate_and_hover_has_every_label() -> None:
     assert figure.layout.xaxis.ticktext[10] == '" John" 10'
     assert figure.layout.xaxis.showticklabels is False
     shown = [int(place) for place in figure.layout.xaxis2.tickvals]
-    assert 20 < len(shown) < 100  # as many as fit
+    assert 20 <= len(shown) < 100  # as many as fit
     assert figure.layout.xaxis2.ticktext[1] == figure.layout.xaxis.ticktext[shown[1]]
     assert figure.data[0].hovertemplate.split("<br>") == [
         "%{meta[0]}",
@@ -145,7 +146,7 @@ def test_what_the_mask_hides_is_grey_and_not_zero() -> None:
         figure = attention(make(), theme=theme.name)
         assert np.isnan(figure.data[0].z).sum() == 10
         assert figure.data[0].hoverongaps is False
-        assert figure.layout.plot_bgcolor == theme.absent != figure.layout.paper_bgcolor == theme.paper
+        assert figure.layout.plot_bgcolor == theme.masked != figure.layout.paper_bgcolor == theme.paper
         assert "grey: no such cell" in bar(figure)
     assert "grey" not in bar(attention(one(torch.tensor([[0.5, 0.5], [1.0, 0.0]]))))
 
@@ -158,7 +159,7 @@ def test_positions_that_a_prompt_lacks_are_cut_off() -> None:
     assert len(attention(result).layout.xaxis.ticktext) == 4
     assert maps(attention(result, prompt=1))[0].z.shape == (6, 6)
     assert maps(attention(result, style="grid"))[0].z.shape == (4, 4)
-    assert len(attention(result, head=0, style="lines").layout.yaxis.ticktext) == 4
+    assert len(attention(result, head=0, style="lines", bos=True).layout.yaxis.ticktext) == 4
     holed = one(torch.tensor([[1.0, NAN, NAN], [NAN, NAN, NAN], [0.2, NAN, 0.8]]))
     assert maps(attention(holed))[0].z.shape == (3, 3)  # only the end is cut off
 
@@ -238,17 +239,17 @@ def test_the_scale_goes_from_zero_to_the_largest_of_all_heads() -> None:
     assert axis.colorbar.ticktext == ("0", "0.19", "0.37", "0.56", "0.74", "0.93")
     np.testing.assert_allclose(axis.colorbar.tickvals, np.linspace(0, 0.93, 6), rtol=1e-6)
     assert [colour for _, colour in axis.colorscale] == list(LIGHT.sequential)
-    assert bar(figure).startswith("attention<br>white = 0, darker is more")
-    assert bar(attention(result, theme="dark")).startswith("attention<br>black = 0, brighter is more")
+    assert bar(figure).startswith("attention<br>white = 0, darker is higher")
+    assert bar(attention(result, theme="dark")).startswith("attention<br>black = 0, brighter is higher")
     assert {trace.coloraxis for trace in maps(figure)} == {"coloraxis"}
 
 
 def test_what_has_a_sign_is_centred_on_zero() -> None:
     scores = attention(make(metric="attention score", unit="logits"))
     axis = scores.layout.coloraxis
-    assert axis.cmin == -axis.cmax < 0
-    assert [colour for _, colour in axis.colorscale] == list(LIGHT.diverging)
-    assert bar(scores).startswith("attention score (logits)<br>white = 0, blue is higher, red is lower")
+    assert (axis.cmin, axis.cmax) == (0, 1)
+    assert [colour for _, colour in axis.colorscale] == list(LIGHT.diverging[5:])
+    assert bar(scores).startswith("attention score (logits)<br>white = 0, blue is higher")
     assert scores.layout.title.text == "Attention score of L0H0"
     difference = attention(one(torch.tensor([[0.25, NAN], [-0.5, 0.1]])))
     assert difference.layout.coloraxis.cmin == -0.5
@@ -274,9 +275,9 @@ def test_all_zero_is_white_and_not_blank() -> None:
 # Many cells
 
 
-def decoded(z: np.ndarray, scale: PatternScale) -> np.ndarray:
+def decoded(z: np.ndarray, scale: Scale) -> np.ndarray:
     """What the hover text says, as a number."""
-    return z.astype(np.float64) / scale.steps * scale.largest
+    return z.astype(np.float64) / scale.steps * scale.high
 
 
 @pytest.mark.parametrize("signed", [False, True])
@@ -293,7 +294,7 @@ def test_many_cells_are_drawn_as_bytes_with_their_scale(monkeypatch: pytest.Monk
     for trace, exact in zip(maps(figure), values.reshape(4, 6, 6), strict=True):
         assert trace.z.dtype == kind
         np.testing.assert_array_equal(trace.z == low, np.isnan(exact))  # absent cells stay absent, others never are
-        shown = decoded(trace.z, PatternScale("", largest, signed, True, True))
+        shown = decoded(trace.z, Scale(-largest if signed else 0.0, largest, (), (), "", coded=True))
         error = np.abs(shown - exact)[~np.isnan(exact)]
         tiny = np.abs(exact[~np.isnan(exact)]) < 0.5 * largest / steps
         assert (error[~tiny] <= 0.5001 * largest / steps).all()
@@ -310,7 +311,7 @@ def test_the_lowest_byte_has_a_colour_of_its_own(monkeypatch: pytest.MonkeyPatch
         for theme in (LIGHT, DARK):
             scale = attention(make(values=values), theme=theme.name).layout.coloraxis.colorscale
             colours = theme.diverging if first else theme.sequential
-            assert [colour for place, colour in scale if place < 0.5 / 255 + 1e-9][:2] == [theme.absent] * 2
+            assert [colour for place, colour in scale if place < 0.5 / 255 + 1e-9][:2] == [theme.masked] * 2
             assert scale[1][0] == scale[2][0] == 0.5 / 255  # a sharp edge between the lowest byte and the next
             assert [colour for _, colour in scale[3:]] == list(colours)
             places = [place for place, _ in scale]
@@ -360,7 +361,7 @@ def test_pooling_keeps_the_sign() -> None:
 
 
 def test_a_page_of_many_heads_stays_within_its_limit() -> None:
-    """512 tokens × 144 heads are kept whole, at one byte a cell; twice the tokens are pooled."""
+    """512 tokens × 144 heads are kept whole, at one byte per cell; twice the tokens are pooled."""
     assert drawing._factor((144, 512, 512), drawing._SIDE, drawing._PAGE) == 1
     assert drawing._factor((144, 1024, 1024), drawing._SIDE, drawing._PAGE) == 2
     assert drawing._factor((1, 720, 720), drawing._SIDE, drawing._PAGE) == 1
@@ -392,7 +393,7 @@ def test_a_grid_has_layers_down_and_heads_across() -> None:
     assert figure.layout.xaxis.ticktext[place] == '" Mary" 2'  # hover knows the tokens of every panel
     assert len(figure.layout.updatemenus) == 0
     (panels,) = figure.layout.shapes
-    assert (panels.fillcolor, panels.layer, panels.path.count("M")) == (LIGHT.absent, "below", 144)
+    assert (panels.fillcolor, panels.layer, panels.path.count("M")) == (LIGHT.masked, "below", 144)
     assert figure.layout.width < 1300
 
 
@@ -435,9 +436,9 @@ def test_grids_of_any_size_fit(n_layers: int, n_heads: int, n: int) -> None:
 # Lines
 
 
-def test_lines_tell_both_tokens_and_the_weight() -> None:
+def test_lines_show_both_tokens_and_the_weight() -> None:
     result = make(1, 2, 4)
-    told = lines_of(attention(result, style="lines", layer=0, head=1))
+    titles = lines_of(attention(result, style="lines", layer=0, head=1, bos=True))
     values = result.values[0, 1]
     expected = {
         f"L0H1<br>destination {result.coords['dest'][i]}<br>source {result.coords['src'][j]}<br>attention {values[i, j]:.5g}"
@@ -445,11 +446,11 @@ def test_lines_tell_both_tokens_and_the_weight() -> None:
         for j in range(i + 1)
         if values[i, j] >= 0.01
     }
-    assert {html.unescape(text) for text in told} == expected
+    assert {html.unescape(text) for text in titles} == expected
 
 
 def test_a_line_goes_from_destination_to_source() -> None:
-    figure = attention(one(torch.tensor([[1.0, NAN], [0.75, 0.25]])), style="lines")
+    figure = attention(one(torch.tensor([[1.0, NAN], [0.75, 0.25]])), style="lines", bos=True)
     places = {}
     for trace in figure.data:
         if trace.hovertext is not None:
@@ -479,20 +480,58 @@ def test_stronger_lines_are_stronger() -> None:
 
 
 def examples_lines() -> Figure:
-    return attention(make(1, 1, 20), style="lines")
+    return attention(make(1, 1, 20), style="lines", bos=True)
 
 
 def test_the_caption_says_what_is_left_out() -> None:
     values = torch.tensor([[1.0, NAN, NAN], [0.998, 0.002, NAN], [0.9, 0.0, 0.1]])
-    figure = attention(one(values), style="lines")
+    figure = attention(one(values), style="lines", bos=True)
     assert "2 of 6 lines under 0.01 left out, 0.067 % of all attention" in caption(figure)
     assert len(lines_of(figure)) == 4
-    every = attention(one(values), style="lines", min_weight=0.0)
+    every = attention(one(values), style="lines", min_weight=0.0, bos=True)
     assert len(lines_of(every)) == 5  # no attention is no line
-    strong = attention(one(values), style="lines", min_weight=0.95)
+    strong = attention(one(values), style="lines", min_weight=0.95, bos=True)
     assert "4 of 6 lines under 0.95 left out" in caption(strong)
     assert figure.table()["value"].tolist() == values[~values.isnan()].tolist()
     assert figure.table()["drawn"].tolist() == [True, True, False, True, False, True]
+
+
+def test_the_first_token_does_not_drown_lines() -> None:
+    """By default lines leave out a first token that takes far more than its share; `bos=False` does so in every style."""
+    values = torch.full((6, 6), NAN)
+    for i in range(6):
+        values[i, : i + 1] = 0.1 / max(i, 1)
+        values[i, 0] = 0.9 if i else 1.0
+    result = one(values)
+    figure = attention(result, style="lines")
+    note = 'the first token, "<|endoftext|>" 0, is left out as a source: 92 % of all attention'
+    assert note in caption(figure)
+    assert not any(
+        "source &#34;&#60;|endoftext|" in text or 'source "<|endoftext|>" 0' in text for text in lines_of(figure)
+    )
+    assert len(lines_of(figure)) == 15
+    assert max(float(text.rsplit(" ", 1)[1]) for text in lines_of(figure)) == pytest.approx(0.1)
+    assert (
+        next(iter(lines_of(figure).values())) == 1.0 or max(lines_of(figure).values()) == 1.0
+    )  # strength is of the rest
+    assert len(figure.table()["value"]) == 21  # the numbers are all there
+    assert len(lines_of(attention(result, style="lines", bos=True))) == 21
+    even = values.clone()
+    for i in range(6):
+        even[i, : i + 1] = 1 / (i + 1)
+    assert "left out as a source" not in caption(attention(one(even), style="lines"))  # the control: its fair share
+
+    pattern = attention(result)
+    assert "left out as a source" not in caption(pattern)
+    hidden = attention(result, bos=False)
+    assert note in caption(hidden)
+    np.testing.assert_array_equal(hidden.data[0].z, values[1:, 1:])
+    assert hidden.layout.coloraxis.cmax == pytest.approx(0.1)
+    assert hidden.layout.xaxis.ticktext[0] == hidden.layout.yaxis.ticktext[0]
+    assert hidden.layout.xaxis.ticktext[0].endswith(" 1")
+    assert maps(attention(result, style="grid", bos=False))[0].z.shape == (5, 5)
+    change = one(values, baseline={"clean": torch.tensor(0.0)}, base="clean")
+    assert "% of all change" in caption(attention(change, bos=False))
 
 
 def test_heads_have_a_colour_each() -> None:
@@ -594,9 +633,10 @@ def test_any_token_is_one_line_of_plain_text(token: str) -> None:
 @settings(deadline=None, max_examples=100)
 def test_a_byte_is_within_a_step_of_its_value(values: list[float], signed: bool) -> None:
     exact = np.array(values, dtype=np.float32) - (0.5 if signed else 0)
-    scale = PatternScale("", float(np.abs(exact).max()) or 1.0, signed, True, True)
+    largest = float(np.abs(exact).max()) or 1.0
+    scale = Scale(-largest if signed else 0.0, largest, (), (), "", coded=True)
     shown = decoded(scale.drawn(exact), scale)
-    assert (np.abs(shown - exact) <= 1.001 * scale.largest / scale.steps).all()
+    assert (np.abs(shown - exact) <= 1.001 * scale.high / scale.steps).all()
     assert (scale.drawn(np.array([np.nan])) == (-128 if signed else 0)).all()
     assert (scale.drawn(exact) != (-128 if signed else 0)).all()
 
@@ -620,7 +660,7 @@ def test_refusals() -> None:
         ("at most 100 tokens for lines, got 101.*style='pattern'", lambda: attention(make(1, 1, 101), style="lines")),
         ("min_weight: expected a number from 0 up", lambda: attention(make(1, 1), style="lines", min_weight=-0.1)),
         ("min_weight: expected a number from 0 up", lambda: attention(make(1, 1), style="lines", min_weight=NAN)),
-        ("strongest is 1; lower it", lambda: attention(make(1, 1), style="lines", min_weight=1.5)),
+        ("strongest is 1; lower it", lambda: attention(make(1, 1), style="lines", min_weight=1.5, bos=True)),
         ("expected attention, which is never below 0", lambda: attention(make(1, 1, unit="logits"), style="lines")),
         ("at least one cell that exists", lambda: attention(one(torch.full((2, 2), NAN)))),
         ("at least one cell, got shape", lambda: attention(one(torch.zeros(2, 0)))),
@@ -670,8 +710,8 @@ def test_hover_and_menu_in_a_browser(tmp_path: Path) -> None:
             )
 
         head, dest, src, value = hovered(3, 2)
-        told = [head, dest, src]
-        assert told == ["L0H0", 'destination "%{meta[0]}" 3', 'source "%{z}" 2']
+        titles = [head, dest, src]
+        assert titles == ["L0H0", 'destination "%{meta[0]}" 3', 'source "%{z}" 2']
         assert float(value.removeprefix("attention ")) == pytest.approx(float(result.values[0, 0, 3, 2]), rel=1e-4)
         assert hovered(0, 2) == []  # hidden by the mask
         page.click(".updatemenu-header")

@@ -180,9 +180,9 @@ def test_k_beyond_all_sorts_them() -> None:
 def test_many_bars_are_thinned_or_refused() -> None:
     figure = bars(make(torch.randn(200), "neuron"))
     shown = len(figure.layout.yaxis.ticktext)
-    assert 50 <= shown <= 100
+    assert 40 <= shown <= 100
     assert figure.layout.height / shown > 12
-    assert figure.layout.height < 1600
+    assert figure.layout.height <= 1000
     with pytest.raises(ValueError, match="at most 200 bars, got 201; give a smaller k, such as k=30"):
         bars(make(torch.randn(201), "neuron"))
     with pytest.raises(ValueError, match="k: expected at most 200 bars, got 300"):
@@ -259,7 +259,7 @@ def test_the_other_run_is_a_line_where_it_is_near() -> None:
     assert [shape.x0 for shape in far.layout.shapes] == [0]
 
 
-def test_hover_tells_the_values() -> None:
+def test_hover_shows_the_values() -> None:
     figure = bars(make(torch.tensor([[1.234567, NAN]]), "layer pos", coords={"pos": ('" Mary" 3', '"x" 4')}))
     assert figure.data[0].hovertext == ('L0 " Mary" 3<br>logit_diff 1.2346 logits',)
     result = patched(2, 2)

@@ -39,7 +39,8 @@ def legend(figure: go.Figure) -> dict[str, go.Scatter]:
 
 
 def boxes(figure: go.Figure) -> dict[str, Any]:
-    return {box.text: box for box in figure.layout.annotations[:-1]}
+    """By the component's name, which hover has; what stands in them is a label."""
+    return {re.split(",|<br>", box.hovertext)[0]: box for box in figure.layout.annotations[:-1]}
 
 
 def caption(figure: go.Figure) -> str:
@@ -120,12 +121,42 @@ def test_only_what_has_an_edge_is_shown() -> None:
     circuit = Circuit.from_edges(SMALL, ["input->a0.h1<v>", "a0.h1->m1", "m1->logits"])
     figure = draw(circuit)
     assert set(boxes(figure)) == {"input", "a0.h1", "m1", "logits"}
+    assert [boxes(figure)[name].text for name in ("a0.h1", "m1", "input")] == ["L0H1", "MLP 1", "input"]
     assert boxes(figure)["a0.h1"].hovertext == "a0.h1<br>edges shown: 1 in, 1 out"
     assert boxes(figure)["logits"].hovertext == "logits<br>edges shown: 1 in, 0 out"
     assert set(legend(figure)) == set()  # no scores, one kind of line
     assert {trace.line.color for trace in lines(figure)} == {GREY}
     assert {trace.line.width for trace in lines(figure)} == {0.7 + 0.2 * 5.3}
     assert lines(figure)[0].hovertext.endswith("no score")
+
+
+def test_roles_colour_boxes_and_are_named() -> None:
+    circuit = Circuit.from_edges(
+        SMALL, ["input->a0.h1<v>", "a0.h1->m1", "a0.h1->a1.h0<v>", "a1.h0->logits", "m1->logits"]
+    )
+    figure = draw(circuit, roles={"a0.h1": "name <b>mover", "L1H0": "inhibition", "a1.h2": "not shown"})
+    one, two, none = (boxes(figure)[name] for name in ("a0.h1", "a1.h0", "m1"))
+    assert len({box.bordercolor for box in (one, two, none)}) == 3
+    assert one.hovertext == "a0.h1, name &#60;b&#62;mover<br>edges shown: 1 in, 2 out"
+    entries = legend(figure)
+    assert {"name &#60;b&#62;mover", "inhibition"} <= set(entries)
+    assert "not shown" not in entries
+    assert entries["inhibition"].marker.line.color == two.bordercolor
+    with pytest.raises(ValueError, match=r"roles: expected names of components, such as .*; got 'a9\.h9'"):
+        draw(circuit, roles={"a9.h9": "x"})
+    with pytest.raises(ValueError, match="roles: expected at most 6 different ones, got 8"):
+        draw(Circuit.full(Graph(2, 4, 4)), roles={f"a{i}.h{j}": f"{i}{j}" for i in range(2) for j in range(4)})
+
+
+def test_heads_and_mlps_stand_in_columns() -> None:
+    figure = draw(Circuit.full(GQA), max_edges=GQA.n_edges)
+    place = {name: (box.x, box.y) for name, box in boxes(figure).items()}
+    assert len({place[f"m{layer}"][0] for layer in range(3)}) == 1
+    assert [place[f"a{layer}.h2"][0] for layer in range(3)] == [place["a0.h2"][0]] * 3
+    assert place["m0"][0] > max(place[f"a{layer}.h{head}"][0] for layer in range(3) for head in range(4))
+    wide = draw(Circuit.full(Graph(1, 32, 32, mlps=False)), max_edges=10_000, size="column")
+    rows = {box.y for name, box in boxes(wide).items() if name.startswith("a")}
+    assert len(rows) == 8  # of four: a layer that is too wide takes several rows
 
 
 def test_legend_names_what_is_in_the_picture() -> None:
@@ -319,7 +350,7 @@ def test_slider_hides_weak_edges_and_fades_components_that_lose_all() -> None:
         for i, note in enumerate(figure.layout.annotations[:-1]):
             opacity = step.args[1][f"annotations[{i}].opacity"]
             assert opacity in (0.25, 1.0)
-            assert note.text not in ends or opacity == 1.0
+            assert note.hovertext.split("<br>")[0] not in ends or opacity == 1.0
     assert any(0.25 in step.args[1].values() for step in steps)
 
 
@@ -354,11 +385,11 @@ def test_a_threshold_is_what_it_says() -> None:
     figure = draw(whole)
     sizes = [abs(whole.scores[whole.graph.index(edge)].item()) for edge in whole]
     for step in slider_steps(figure)[1:]:
-        told, shown = re.fullmatch(r"\|score\| ≥ (\S+) logits: (\d+) edges", step.label).groups()
-        assert sum(size >= float(told) for size in sizes) == int(shown)
+        threshold, shown = re.fullmatch(r"\|score\| ≥ (\S+) logits: (\d+) edges", step.label).groups()
+        assert sum(size >= float(threshold) for size in sizes) == int(shown)
 
 
-def test_curve_tells_what_is_left_without_dead_ends() -> None:
+def test_curve_shows_what_is_left_without_dead_ends() -> None:
     figure = curve([10, 40], [0.1, 0.5], kept=[2, 31])
     assert named(figure)["circuit"].hovertext[0] == "circuit, 10 edges chosen, 2 without dead ends<br>0.1"
     assert list(figure.table()["kept"]) == [2, 31]

@@ -50,7 +50,7 @@ def test_comparison_has_its_numbers() -> None:
     assert found.max_error == float((found.approx.values - found.exact.values).abs().max())
     assert len(repr(found)) < 700
     assert "Result(" not in repr(found)
-    assert found == mk.compare(approx, shuffled)  # by the numbers that it tells
+    assert found == mk.compare(approx, shuffled)  # by its numbers
     assert copy.deepcopy(found).pearson == pickle.loads(pickle.dumps(found)).pearson == found.pearson
 
 
@@ -141,7 +141,7 @@ def test_the_worst_cells_are_named() -> None:
     assert names_of(compare(exact, exact)) == []
 
 
-def test_hover_tells_both_values() -> None:
+def test_hover_shows_both_values() -> None:
     found = mk.compare(*pair(2, 2))
     x, y = float(found.approx.values[1, 0]), float(found.exact.values[1, 0])
     assert compare(found).data[-1].hovertext[2].replace("−", "-").split("<br>") == [

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from helpers.pictures.bars import HOSTILE, caption, make, patched
 from helpers.pictures.heads import examples, induction
-from mechkit.plot._compare import place_labels, thinned
 from mechkit.plot._figure import Figure
 from mechkit.plot._heads import heads
+from mechkit.plot._points import place_labels, thinned
 from mechkit.plot._theme import DARK, LIGHT
 from mechkit.result import Result
 
@@ -56,6 +56,14 @@ def test_labels_are_matched_not_places() -> None:
     assert (heads(x, wrong).table()["y"] != 10 * table["x"]).any()
 
 
+def test_labels_in_the_table_are_those_of_the_result() -> None:
+    coords = {"layer": (0, "last"), "head": (3, "a\0")}
+    x = Result(torch.arange(4.0).reshape(2, 2), ("layer", "head"), coords, {}, "", "score", "score", {})
+    table = heads(x, x).table()
+    assert table["layer"].tolist() == [0, 0, "last", "last"]
+    assert table["head"].tolist() == [3, "a\0", 3, "a\0"]
+
+
 def test_cells_that_one_of_the_two_lacks_are_counted() -> None:
     x = make(torch.tensor([[1.0, NAN, 3.0]]), "layer head")
     y = make(torch.tensor([[1.0, 2.0, NAN]]), "layer head")
@@ -83,7 +91,7 @@ def test_colour_is_the_layer_in_steps() -> None:
     assert heads(make(torch.rand(3), "pos"), make(torch.rand(3), "pos")).data[0].marker.color == LIGHT.positive
 
 
-def test_hover_tells_both_values() -> None:
+def test_hover_shows_both_values() -> None:
     x, y = induction(2, 2), patched(2, 2)
     hover = heads(x, y).data[0].hovertext[3].split("<br>")
     assert hover[0] == "L1H1"
@@ -94,7 +102,7 @@ def test_hover_tells_both_values() -> None:
     assert plain[1:] == [part[: part.index(" (")] for part in hover[1:]]
 
 
-def test_caption_tells_what_is_common_and_what_is_not() -> None:
+def test_caption_names_what_is_common_and_what_is_not() -> None:
     text = caption(heads(induction(), patched()))
     assert text.startswith(
         "gpt2 · across: random tokens, mean over 4 prompts, head scores · up: ioi, mean over 8 prompts"

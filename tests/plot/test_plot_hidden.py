@@ -1,4 +1,4 @@
-"""Hidden states in two dimensions: principal axes against a naive reference, and what is arbitrary is fixed or said."""
+"""Hidden states in two dimensions: principal axes against a naive reference, and arbitrary choices are fixed or reported."""
 
 from __future__ import annotations
 
@@ -214,7 +214,7 @@ def test_symbols() -> None:
     assert [trace.name for trace in truth] == ["True", "False"]
 
 
-def test_hover_tells_prompt_and_label() -> None:
+def test_hover_shows_prompt_and_label() -> None:
     figure = hidden(states(), labels=KINDS * 20, symbols=["<s>"] * 40)
     trace = panels(figure)[1]
     assert trace.hovertext[0].split("<br>")[:4] == ["prompt 1", "label BABA", "symbol &#60;s&#62;", "layer 0"]
@@ -256,9 +256,9 @@ def test_hostile_labels_are_literal() -> None:
         ({"layers": []}, "layers: expected at least one"),
         ({"labels": ["a"]}, "labels: expected one for each of 40 prompts, got 1"),
         ({"labels": "ABBA"}, "labels: expected"),
-        ({"labels": ["a", 1] * 20}, r"labels: expected"),
+        ({"labels": ["a", 1] * 20}, r"labels\[1\]: expected a string"),
         ({"labels": [NAN] * 40}, "labels: expected finite numbers"),
-        ({"symbols": [1] * 40}, r"symbols: expected a list of strings"),
+        ({"symbols": [1] * 40}, r"symbols\[0\]: expected a string"),
         ({"symbols": [str(i) for i in range(40)]}, "symbols: expected at most 4 different strings, got 40"),
         ({"theme": "x"}, "theme: expected one of"),
     ],

@@ -1,12 +1,15 @@
-"""Colours as a contract: what a colour-blind reader, and one who prints in grey, can still tell apart."""
+"""Colours as a contract: what a colour-blind reader, and one who prints in grey, can still distinguish."""
 
 from __future__ import annotations
 
 import itertools
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import mechkit.plot
 from mechkit.plot._theme import DARK, LIGHT, Theme, colourscale, rgba, theme_of
 
 # Machado, Oliveira and Fernandes (2009), severity 1, on linear RGB.
@@ -50,7 +53,7 @@ def contrast(a: str, b: str) -> float:
 
 
 @THEMES
-def test_sequential_map_is_told_by_lightness_alone(theme: Theme) -> None:
+def test_sequential_map_is_readable_by_lightness_alone(theme: Theme) -> None:
     lightness = [lab(colour)[0] for colour in theme.sequential]
     steps = np.diff(lightness) * (1 if theme is DARK else -1)
     assert (steps > 3).all()  # monotonic, and no step too small to see
@@ -59,7 +62,7 @@ def test_sequential_map_is_told_by_lightness_alone(theme: Theme) -> None:
 
 @THEMES
 @pytest.mark.parametrize("blindness", BLINDNESS)
-def test_both_ends_of_the_diverging_map_are_told_apart(theme: Theme, blindness: str) -> None:
+def test_both_ends_of_the_diverging_map_are_distinguishable(theme: Theme, blindness: str) -> None:
     colours = theme.diverging
     assert len(colours) % 2 == 1
     middle = len(colours) // 2
@@ -83,7 +86,7 @@ def test_sides_of_the_diverging_map_are_equally_strong(theme: Theme) -> None:
 
 @THEMES
 @pytest.mark.parametrize("blindness", BLINDNESS)
-def test_series_and_signs_are_told_apart(theme: Theme, blindness: str) -> None:
+def test_series_and_signs_are_distinguishable(theme: Theme, blindness: str) -> None:
     seen = [lab(colour, BLINDNESS[blindness]) for colour in theme.series]
     assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(seen, 2)) > 9
     positive, negative = (lab(colour, BLINDNESS[blindness]) for colour in (theme.positive, theme.negative))
@@ -99,7 +102,7 @@ def test_text_can_be_read(theme: Theme) -> None:
         assert contrast(colour, theme.paper) > 3
 
 
-def test_control_rainbow_is_not_told_by_lightness() -> None:
+def test_control_rainbow_is_not_readable_by_lightness() -> None:
     rainbow = ["#000080", "#0000ff", "#00ffff", "#ffff00", "#ff0000", "#800000"]
     assert not (np.diff([lab(colour)[0] for colour in rainbow]) > 3).all()
 
@@ -110,3 +113,10 @@ def test_helpers() -> None:
     assert theme_of("dark") is DARK
     with pytest.raises(ValueError, match="theme: expected one of 'light', 'dark'; got 'beige'"):
         theme_of("beige")
+
+
+def test_only_one_file_makes_scales() -> None:
+    """`_scale.py` decides what colours mean: no other file has the ends or the colours of a colour axis."""
+    folder = Path(mechkit.plot.__file__).parent
+    makers = {path.name for path in folder.glob("*.py") if re.search(r"\bcm(in|ax)\b|\bcolorscale\b", path.read_text())}
+    assert makers == {"_scale.py"}

@@ -34,7 +34,7 @@ def words(figure: go.Figure) -> go.Scatter:
 
 
 def says(figure: go.Figure) -> list[str]:
-    """What is written beside the colour bars."""
+    """What is written next to the colour bars."""
     return [html.unescape(note.text) for note in figure.layout.annotations if note.name == "scale"]
 
 
@@ -157,11 +157,11 @@ def test_attributions_are_centred_on_0() -> None:
     result = make(values=torch.linspace(0.5, 2, 12))  # also if all are above it
     figure = tokens(result)
     axis = figure.layout.coloraxis
-    assert (axis.cmin, axis.cmax) == (-2, 2)
-    assert [colour for _, colour in axis.colorscale] == list(LIGHT.diverging)
-    assert says(figure) == ["logit_diff (logits) · white = 0 · blue is higher, red is lower"]
+    assert (axis.cmin, axis.cmax) == (0, 2)
+    assert [colour for _, colour in axis.colorscale] == list(LIGHT.diverging[5:])
+    assert says(figure) == ["logit_diff (logits) · white = 0 · blue is higher"]
     dark = tokens(result, theme="dark")
-    assert [colour for _, colour in dark.layout.coloraxis.colorscale] == list(DARK.diverging)
+    assert [colour for _, colour in dark.layout.coloraxis.colorscale] == list(DARK.diverging[5:])
     assert "black = 0" in says(dark)[0]
     assert dark.layout.paper_bgcolor == DARK.paper
     chosen = tokens(result, center=1.0, zmax=0.25)
@@ -187,10 +187,11 @@ def test_what_has_no_sign_is_sequential(metric: str, unit: str, technique: str |
     provenance = {"technique": technique} if technique else {}
     values = torch.linspace(0.1, 1, 12)
     axis = tokens(make(values=values, metric=metric, unit=unit, provenance=provenance)).layout.coloraxis
-    assert (axis.cmin, axis.cmax) == ((0, 1) if sequential else (-1, 1))
-    assert [colour for _, colour in axis.colorscale] == list(LIGHT.sequential if sequential else LIGHT.diverging)
+    assert (axis.cmin, axis.cmax) == (0, 1)
+    assert [colour for _, colour in axis.colorscale] == list(LIGHT.sequential if sequential else LIGHT.diverging[5:])
     signed = tokens(make(values=-values, metric=metric, unit=unit, provenance=provenance)).layout.coloraxis
-    assert len(signed.colorscale) == len(LIGHT.diverging)  # a negative one is never off the scale
+    assert (signed.cmin, signed.cmax) == (-1, 0)  # a negative one is never off the scale
+    assert [colour for _, colour in signed.colorscale] == list(LIGHT.diverging[:6])
 
 
 def test_a_result_with_baselines_is_coloured_by_its_effect() -> None:

@@ -23,7 +23,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mechkit as mk
+from helpers.fake_tokenizer import FakeTokenizer
 from helpers.gallery import HOSTILE, hostile, made_up
+from helpers.gallery import patterns as attention_patterns
 from mechkit.plot import Figure, heatmap
 from mechkit.plot._export import CONFIG
 from mechkit.plot._notebook import _session, html_of, notebook
@@ -79,6 +81,13 @@ class Page(HTMLParser):
             cells = '<td(?: class="number" data-value="([^"]*)")?>(?:<bdi>)?(.*?)(?:</bdi>)?</td>'
             tables.append([[full or shown for full, shown in re.findall(cells, row, re.S)] for row in rows])
         return tables
+
+
+class Words(FakeTokenizer):
+    """A token is a word with the space before it."""
+
+    def _pieces(self, text: str) -> list[str]:
+        return re.findall(r" ?[^ ]+", text)
 
 
 def prompts(n: int = 2, length: int = 3) -> mk.Prompts:
@@ -147,11 +156,16 @@ def test_figures_are_kept_whole(tmp_path: Path) -> None:
     )
     drawn = page.figures()
     assert len(drawn) == 3
-    for found, expected in zip(drawn[:2], (heatmap(result), mine), strict=True):
-        assert {key: found[key] for key in ("data", "layout")} == json.loads(expected.to_json())
+    for i, (found, expected) in enumerate(zip(drawn[:2], (heatmap(result), mine), strict=True)):
+        whole = json.loads(expected.to_json())
+        if i == 1:  # its title is the heading
+            whole["layout"]["title"] = {"text": ""}
+            whole["layout"]["height"] -= 44
+            whole["layout"]["margin"]["t"] -= 44
+        assert {key: found[key] for key in ("data", "layout")} == whole
         assert found["config"].items() >= CONFIG.items()
-    assert (drawn[2]["layout"]["width"], drawn[2]["layout"]["height"]) == (900, 450)
-    assert re.findall(r"<h2>(.*?)</h2>", page.source)[1:4] == ["Heads", "Mine", "a &lt; b"]
+    assert (drawn[2]["layout"]["width"], drawn[2]["layout"]["height"]) == (900, 450 - 44)  # its title is the heading
+    assert re.findall(r"<h2[^>]*>(.*?)</h2>", page.source)[:3] == ["Heads", "Mine", "a &lt; b"]
     assert "mean over 16 prompts" in page.figures()[0]["layout"]["annotations"][-1]["text"].replace("<br>", " ")
     assert "gpt2-small · ioi · mean over 16 prompts" in page.text
 
@@ -176,7 +190,7 @@ def test_a_copy_that_plotly_made_is_drawn(tmp_path: Path) -> None:
         copy.facts  # noqa: B018
     page = written(tmp_path, copy)
     assert (len(page.figures()), page.tables()) == (1, [])
-    assert "<h2>Mine</h2>" in page.source
+    assert '<h2 id="title-1">Mine</h2>' in page.source
 
 
 # Tables
@@ -318,6 +332,81 @@ def test_prompts_are_shown_token_by_token(tmp_path: Path) -> None:
     assert "300 prompts, of which the first 200 are shown" in many.text
     assert many.source.count('<td class="tokens">') == 200
     assert written(tmp_path, prompts(1, 30_000)).source.count('<td class="tokens">') == 1
+
+
+def test_answers_are_words(tmp_path: Path) -> None:
+    """Also those that stand in no prompt: pairs know the text of their answers' tokens."""
+    model = Words()
+    asked = mk.PromptPairs.from_text(
+        model,
+        ["When Mary met John , he saw"] * 2,
+        ["When Mary met Tom , he saw"] * 2,
+        [(" Mary", " Zoe"), (" Ann", " John")],
+    )
+    answers = [" Mary", " Zoe", " Ann", " John"]
+    assert [asked.answer_text[token] for pair in asked.answers for ids in pair for token in ids] == answers
+    found = re.findall('<td class="answer"><bdi>(.*?)</bdi>', written(tmp_path, "t", prompts=asked[[1, 0]]).source)
+    assert found == [f"&#34;{word}&#34;" for word in (" Ann", " John", " Mary", " Zoe")]
+    ids = mk.PromptPairs.from_tokens(asked.clean, asked.corrupted, [(7, 900), (8, 901)])  # no tokenizer: ids
+    assert "token 900" in written(tmp_path, "t", prompts=ids).text
+
+
+def test_each_title_is_there_once(tmp_path: Path) -> None:
+    mine = heatmap(made_up((2, 5), "layer head", 1), title="My own picture <b>")
+    patterns = attention_patterns(2, 2, 5)
+    page = written(tmp_path, made_up((3, 4), "layer head"), mine, ("Named", mine), patterns, code=False)
+    outside = re.sub("<nav.*?</nav>", "", page.source, flags=re.S)
+    drawn = [found["layout"]["title"].get("text", "") for found in page.figures()]
+    for title in ("Activation patching of z: logit_diff by layer and head", "My own picture &lt;b&gt;"):
+        assert outside.count(title) == 1
+    assert drawn == [
+        "",
+        "",
+        "My own picture &#60;b&#62;",
+        "Attention of L0H0",
+    ]  # a name of its own; a title that changes
+    headings = re.findall(r"<h2[^>]*>(.*?)</h2>", page.source)
+    assert headings[2:] == ["Named", "Attention patterns"]
+    assert "<details><summary>Contents" in page.source
+    assert "<nav" not in written(tmp_path, made_up((3, 4), "layer head"), code=False).source
+
+
+def test_sections_stand_two_by_two(tmp_path: Path) -> None:
+    small, large = made_up((3, 4), "layer head"), made_up((3, 60), "layer neuron")
+    assert heatmap(large).layout.width > 1000
+
+    def wide(*items: Any) -> list[bool]:
+        found = re.findall(r'<section id="section-\d+"( class="wide")?>', written(tmp_path, *items, code=False).source)
+        return [bool(one) for one in found]
+
+    assert wide(small, small) == [False, False]
+    assert wide(small) == [True]  # alone: the picture on the left, its table on the right
+    assert wide(small, small, "text") == [False, False, True]
+    assert wide(small, large, small, small) == [True, True, False, False]
+    assert wide("text", small, pairs()) == [True, True, True]
+    patterns = attention_patterns(1, 1, 24)
+    assert wide(small, patterns) == [False, False]  # drawn anew, for a column
+    assert patterns.plot().layout.width > 680
+
+
+def test_mixed_models_and_tasks_are_warned_of(tmp_path: Path) -> None:
+    one = made_up((3, 4), "layer head")
+    other = made_up((3, 4), "layer head", provenance={"model": "other", "task": "induction"})
+
+    def warned(*items: Any, **options: Any) -> list[str]:
+        page = written(tmp_path, *items, code=False, **options)
+        return re.findall('<p class="warning" role="note">(.*?)</p>', page.source)
+
+    assert warned(one, one) == warned(one, heatmap(one), prompts=pairs()) == []
+    models, tasks = warned(one, other)
+    assert models.startswith("This report mixes 2 models: gpt2-small, other.")
+    assert tasks.startswith("This report mixes 2 tasks: ioi, induction.")
+    assert warned(one, heatmap(other)) == [models, tasks]  # pictures know what they are of
+    (found,) = warned(replace(one, provenance={"model": "m", "task": "x"}), prompts=pairs())
+    assert found.startswith("This report mixes 2 tasks: x, ioi.")
+    assert warned(one, replace(other, provenance={"model": "gpt2-small", "task": "random tokens"})) == []  # head scores
+    versions = [replace(one, provenance={"model": "m", "weights_hash": letter}) for letter in "ab"]
+    assert warned(*versions)[0].startswith("This report mixes 2 versions of the weights of m.")
 
 
 def test_provenance(tmp_path: Path) -> None:

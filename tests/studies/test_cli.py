@@ -139,10 +139,10 @@ def test_run_then_run_again(study):
 
 def test_only_and_another_store(study, tmp_path):
     other = tmp_path / "other"
-    told = call(
+    output = call(
         "run", study, "--allow-code", "--store", other, "--only", "technique=activation_patching", "--only", "seed=1"
     )
-    assert "1 shards computed" in told
+    assert "1 shards computed" in output
     assert not (tmp_path / "store").exists()
     found = json.loads(call("status", study, "--allow-code", "--store", other, "--json"))
     assert [job["state"] for job in found["jobs"]] == ["waiting", "done", "waiting", "waiting"]
@@ -206,9 +206,9 @@ def test_results_are_written(finished, tmp_path, monkeypatch):
 
 def test_a_job_that_fails(study):
     study.write_text(STUDY + BROKEN)
-    told = call("run", study, "--allow-code", code=1)
-    assert "4 shards computed" in told
-    assert "this technique always fails" in told
+    output = call("run", study, "--allow-code", code=1)
+    assert "4 shards computed" in output
+    assert "this technique always fails" in output
     assert "this technique always fails" in call("run", study, "--allow-code", "--quiet", code=1)
     shown = call("status", study, "--allow-code")
     assert "6 jobs: 4 done, 2 failed" in shown
@@ -241,9 +241,9 @@ def test_bad_files(study, tmp_path):
     study.write_text("[[model]")
     assert "expected TOML" in call("run", study, code=2)
     study.write_text('[[model]]\nname = "gpt2"\n\n[[technique]]\nname = "activation_patchin"\n')
-    told = call("run", study, code=2)
-    assert "line 5" in told
-    assert "did you mean 'activation_patching'?" in told
+    output = call("run", study, code=2)
+    assert "line 5" in output
+    assert "did you mean 'activation_patching'?" in output
     assert not (tmp_path / "study.study").exists()
 
 
@@ -265,7 +265,7 @@ def test_stores_that_cannot_be_used(study, finished, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["--workers", "2"], "expected --executor processes"),
         (["--address", "auto"], "expected --executor ray"),
@@ -277,8 +277,8 @@ def test_stores_that_cannot_be_used(study, finished, tmp_path):
         (["--workers", "0"], "workers"),
     ],
 )
-def test_options_that_do_not_go_together(options, said, study):
-    assert said in call("run", study, "--allow-code", *options, code=2)
+def test_options_that_do_not_go_together(options, message, study):
+    assert message in call("run", study, "--allow-code", *options, code=2)
 
 
 def test_options_of_other_commands_that_do_not_go_together(finished, tmp_path):
@@ -351,21 +351,23 @@ def test_info(monkeypatch):
 
     monkeypatch.setattr(hooks, "find_model", lambda name, **given: None)
     monkeypatch.setattr(mk.HookedModel, "from_pretrained", load)
-    told = call("info", "some/model", "--prompts", "3", "--length", "7", "--dtype", "float64", "--revision", "abc")
+    output = call("info", "some/model", "--prompts", "3", "--length", "7", "--dtype", "float64", "--revision", "abc")
     which = {"revision": "abc", "trust_remote_code": False}
     assert asked == {"name": "some/model", "device": None, "dtype": torch.float64, **which}
     parameters = sum(p.numel() for p in model.bridge.original_model.parameters())
-    assert f"{parameters:,} parameters, {parameters * 8 / 1024:.4g} KiB" in told
-    assert "4 layers of 4 heads (2 key-value heads); d_model 32" in told
+    assert f"{parameters:,} parameters, {parameters * 8 / 1024:.4g} KiB" in output
+    assert "4 layers of 4 heads (2 key-value heads); d_model 32" in output
     for site in model.sites:
-        assert f" {hooks.SITES[site].hook} " in told
-    assert "[prompts, 7, 2, 8]" in told  # k: of key-value heads
+        assert f" {hooks.SITES[site].hook} " in output
+    assert "[prompts, 7, 2, 8]" in output  # k: of key-value heads
     recorded = (4 + 1 + 1) * 7 * 32 + 4 * 2 * 7 * 2 * 8 + 4 * 7 * 4 * 8  # streams of both runs, keys and values, z
     pairs = differing_pairs(3, 7)
     for site, over in cli.SWEEPS:
         cost = mk.activation_patching(model, pairs, mk.logit_diff(pairs), site=site, over=over, progress=False).cost
         row = next(
-            line.split() for line in told.splitlines() if line.split()[: 1 + len(over.split())] == [site, *over.split()]
+            line.split()
+            for line in output.splitlines()
+            if line.split()[: 1 + len(over.split())] == [site, *over.split()]
         )
         assert row[-3:-1] == [f"{cost.block_tokens - cost.proof_block_tokens:,}", f"{cost.naive_block_tokens:,}"]
         assert row[-5:-3] == [f"{recorded * 8 / 1024:.4g}", "KiB"]

@@ -89,7 +89,7 @@ def test_a_worker_is_lost(executor, expected: bytes, tmp_path: Path) -> None:
 
 
 def test_a_shard_that_always_fails_or_kills(executor, expected: bytes, tmp_path: Path) -> None:
-    """The rest is computed all the same, and what failed is told."""
+    """The rest is computed all the same, and what failed is reported."""
     first = {"tasks": ["pairs seed=0"]}
     bad = [{"name": f"helpers.executors:{name}", **first} for name in ("always_dies", "always_fails")]
     one = study(tmp_path / "store", *bad)
@@ -98,9 +98,9 @@ def test_a_shard_that_always_fails_or_kills(executor, expected: bytes, tmp_path:
     assert len(report.failed) == 2
     assert report.retried == 2
     assert table(one, tmp_path) == expected
-    told = {status.job.technique.name: status.error for status in one.status().failed}
-    assert "worker was lost" in str(told["helpers.executors:always_dies"])
-    assert told["helpers.executors:always_fails"] == "ValueError: this technique always fails"
+    errors = {status.job.technique.name: status.error for status in one.status().failed}
+    assert "worker was lost" in str(errors["helpers.executors:always_dies"])
+    assert errors["helpers.executors:always_fails"] == "ValueError: this technique always fails"
 
 
 def test_devices_are_asked_for() -> None:

@@ -1,4 +1,4 @@
-"""A store that is damaged: it is noticed, said, and computed again where it must be; the table in the end has the same bytes.
+"""A store that is damaged: it is noticed, message, and computed again where it must be; the table in the end has the same bytes.
 
 Every damage is done to a copy of one undisturbed study (module fixture), which is then read (never a wrong number), run (only
 what was lost is computed) and compared with the original, file by file.
@@ -157,7 +157,7 @@ CHUNK, BASELINE = "data/{mine}/values/c/1/0/0", "data/{mine}/baseline_clean/c/0"
 RECORD, LAYOUT, JOB = "shards/{mine}/3.json", "layout/{mine}.json", "jobs/{mine}.json"
 GROUP, ARRAY, LABELS = "data/{mine}/zarr.json", "data/{mine}/values/zarr.json", "data/{mine}/layer/c/0"
 
-# file, what is done to it, shards that are computed again, what is said, and what reading gives meanwhile:
+# file, what is done to it, shards that are computed again, what is message, and what reading gives meanwhile:
 # "refused" (a ValueError), "missing" (the job is not in the table) or "right"
 DAMAGE: dict[str, tuple[str, Any, int, str, str]] = {
     "torn chunk": (CHUNK, torn, 1, "torn, changed", "refused"),
@@ -216,8 +216,8 @@ DAMAGE: dict[str, tuple[str, Any, int, str, str]] = {
 
 
 @pytest.mark.parametrize("what", DAMAGE)
-def test_damage_is_found_said_and_mended(copy, what, monkeypatch):
-    name, harm, lost, said, reading = DAMAGE[what]
+def test_damage_is_found_reported_and_repaired(copy, what, monkeypatch):
+    name, harm, lost, message, reading = DAMAGE[what]
     path = copy.at(name)
     if isinstance(harm, tuple):
         shutil.copy(copy.at(harm[1]), path)
@@ -244,7 +244,7 @@ def test_damage_is_found_said_and_mended(copy, what, monkeypatch):
     report = study(copy.store).run(progress=False)
     assert (report.computed, report.kept, report.failed) == (lost, ALL - lost, {})
     assert studies.lines(log) == lost
-    assert any(said in one for one in report.damage) if said else report.damage == []
+    assert any(message in one for one in report.damage) if message else report.damage == []
     path.unlink() if path.name.endswith(".partial") else None
     copy.assert_whole()
 
@@ -291,9 +291,9 @@ def test_what_is_set_aside_is_kept(copy):
     copy.at(RECORD).write_bytes(before + b" ")  # still good JSON: nothing is wrong with a blank
     assert study(copy.store).run(progress=False).damage == []
     copy.at(RECORD).write_bytes(torn_bytes := before[:-40])
-    (said,) = study(copy.store).run(progress=False).damage
+    (message,) = study(copy.store).run(progress=False).damage
     (aside,) = (copy.store / "aside").iterdir()
-    assert aside.name in said
+    assert aside.name in message
     assert aside.read_bytes() == torn_bytes
 
 

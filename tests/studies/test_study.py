@@ -179,13 +179,13 @@ def test_few_prompts(tmp_path, n):
 
 def test_every_result_says_where_it_came_from(cut):
     for job, found in cut.results().results():
-        said = plain(found).provenance
-        assert said["study"]["job"] == job.id
-        assert said["study"]["shards"] == said["study"]["finished"]
-        assert said["study"]["technique"] == job.technique.stated()
-        assert said["study"]["mechkit"] == mk.__version__
-        assert said["n_prompts"] == (None if job.task is None else N)
-        json.dumps(dict(said))
+        stored = plain(found).provenance
+        assert stored["study"]["job"] == job.id
+        assert stored["study"]["shards"] == stored["study"]["finished"]
+        assert stored["study"]["technique"] == job.technique.stated()
+        assert stored["study"]["mechkit"] == mk.__version__
+        assert stored["n_prompts"] == (None if job.task is None else N)
+        json.dumps(dict(stored))
 
 
 def test_a_cost_is_the_sum_of_its_shards(cut, whole, wanted):
@@ -269,11 +269,14 @@ def test_parquet_csv_and_the_dataframe_agree(cut, tmp_path):
         gone = frame[column].isna().to_numpy()
         np.testing.assert_array_equal(again[column].isna().to_numpy(), gone)
         np.testing.assert_array_equal(text[column].isin(["", "nan"]).to_numpy(), gone)
-        if column == "value" or column.startswith("baseline"):
+        if column in ("value", "effect") or column.startswith("baseline"):
             for other in (again[column][~gone], text[column][~gone].astype(float)):
                 np.testing.assert_array_equal(other.to_numpy(), frame[column][~gone].to_numpy())
         else:
             wanted = [str(one) for one in frame[column][~gone]]
+            if set(wanted) <= {"True", "False"}:
+                assert list(text[column][~gone].str.title()) == wanted
+                continue
             assert [str(int(one)) if isinstance(one, float) else str(one) for one in again[column][~gone]] == wanted
             assert list(text[column][~gone]) == wanted
     assert sorted(path.name for path in tmp_path.iterdir()) == ["t.csv", "t.parquet"]
@@ -321,16 +324,16 @@ def test_the_store_is_read_by_plain_xarray(cut, tmp_path):
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout)
+    stored = json.loads(done.stdout)
     for job, found in cut.results().results():
         numbers = np.load(outs[job.id])
         np.testing.assert_array_equal(numbers["values"], plain(found).values.numpy())
         for name, baseline in found.baseline.items():
             if "prompt" in plain(found).dims:
                 np.testing.assert_array_equal(numbers[f"baseline_{name}"], baseline.numpy())
-        assert tuple(said[job.id][:3]) == job.labels
-        assert said[job.id][3] == job.stated()
-        assert said[job.id][4] == {dim: [str(one) for one in labels] for dim, labels in plain(found).coords.items()}
+        assert tuple(stored[job.id][:3]) == job.labels
+        assert stored[job.id][3] == job.stated()
+        assert stored[job.id][4] == {dim: [str(one) for one in labels] for dim, labels in plain(found).coords.items()}
 
 
 def test_prompts_are_stored_by_length_and_read_in_their_own_order(cut):
@@ -428,7 +431,8 @@ def test_what_is_added_is_computed_and_nothing_else(tmp_path, monkeypatch):
         assert not report.failed
         assert calls() - before == new
     assert len(Path(tmp_path / "quick").read_text().splitlines()) == 2
-    everything = mk.Study.open(tmp_path / "store", allow_code=True)
+    assert len(mk.Study.open(tmp_path / "store")) == 2  # as it was stated last
+    everything = mk.Study.open(tmp_path / "store", stale=True, allow_code=True)
     assert len(everything) == 5
     assert len(everything.results()) == 5
     assert everything.run(progress=False).computed == 0
@@ -473,7 +477,7 @@ def test_what_has_changed_is_computed_again(tmp_path, monkeypatch, what):
     second = run("2")
     assert calls() == 2 * n
     assert (second.computed, second.kept) == (n, 0)
-    assert any(what in said for said in second.damage)
+    assert any(what in stored for stored in second.damage)
     assert_same(result(), wanted("2"))
     assert not torch.allclose(wanted("1").values, wanted("2").values)  # the control
     assert run("2").kept == n
@@ -494,7 +498,8 @@ def test_another_mechkit_reuses_nothing(tmp_path, monkeypatch):
     assert new.run(progress=False).computed == n
     assert calls() == 2 * n
     assert len(new.results()) == 1
-    assert {job.mechkit for job in mk.Study.open(tmp_path / "store", allow_code=True).jobs} == {"0.0.0", mk.__version__}
+    assert {job.mechkit for job in mk.Study.open(tmp_path / "store").jobs} == {mk.__version__}
+    assert {job.mechkit for job in mk.Study.open(tmp_path / "store", stale=True).jobs} == {"0.0.0", mk.__version__}
 
 
 @pytest.fixture
@@ -791,9 +796,8 @@ def test_a_store_under_a_url(tmp_path):
 def test_two_studies_in_one_store(tmp_path, monkeypatch):
     calls = spied(monkeypatch, tmp_path / "log")
     one = study(tmp_path / "store", [HEADS, {"name": "helpers.studies:quick", "label": "quick"}])
-    two = study(
-        tmp_path / "store", [{**HEADS, "label": "the same"}, {"name": "composition_scores", "label": "weights"}]
-    )
+    other = [{**HEADS, "label": "the same"}, {"name": "composition_scores", "label": "weights"}]
+    two = study(tmp_path / "store", other, name="two")
     one.run(progress=False)
     n = calls()
     assert two.run(progress=False).kept == n  # the same job, under another label

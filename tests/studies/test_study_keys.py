@@ -91,21 +91,23 @@ def test_a_loaded_model_is_the_one_that_is_stated(tmp_path):
 
 def test_a_model_that_could_not_be_hashed_is_not_gone_on_with(tmp_path, monkeypatch):
     """Its shards would have been kept under the hash of the model before it."""
-    from mechkit.studies import _worker
+    from mechkit.studies import _materials
+    from mechkit.studies._work import PlanWork, WorkerSettings
+    from mechkit.studies._worker import Worker
 
     (job,) = study(tmp_path / "store").jobs
-    worker = _worker.Worker(_worker.WorkerSettings(str(tmp_path / "store")))
-    digest = _worker.weights_digest
-    monkeypatch.setattr(_worker, "weights_digest", lambda _: 1 / 0)
+    worker = Worker(WorkerSettings(str(tmp_path / "store")))
+    digest = _materials.weights_digest
+    monkeypatch.setattr(_materials, "weights_digest", lambda _: 1 / 0)
     for _ in range(2):
-        assert "ZeroDivisionError" in str(worker.run(_worker.PlanWork(job.model, (job,))))
-    monkeypatch.setattr(_worker, "weights_digest", digest)
-    assert worker.model(job.model) is tiny_llama()
-    assert worker._weights == digest(tiny_llama())
+        assert "ZeroDivisionError" in str(worker.run(PlanWork(job.model, (job,))))
+    monkeypatch.setattr(_materials, "weights_digest", digest)
+    assert worker.materials.model(job.model) is tiny_llama()
+    assert worker.materials._weights == digest(tiny_llama())
 
 
 def test_memory_of_a_model_that_failed_to_load_is_given_back(tmp_path, monkeypatch):
-    from mechkit.studies import _worker
+    from mechkit.studies._materials import Materials
 
     class Half:
         """As a model of which a part is loaded: in a cycle, which only the collector takes away."""
@@ -122,14 +124,14 @@ def test_memory_of_a_model_that_failed_to_load_is_given_back(tmp_path, monkeypat
         raise MemoryError
 
     left: list[int] = []
-    monkeypatch.setattr(_worker.Worker, "_load", load)
-    worker = _worker.Worker(_worker.WorkerSettings(str(tmp_path / "store")))
+    monkeypatch.setattr(Materials, "_load", load)
+    materials = Materials()
     (job,) = study(tmp_path / "store").jobs
     gc.disable()
     try:
         for _ in range(3):
             with pytest.raises(MemoryError):
-                worker.model(job.model)
+                materials.model(job.model)
     finally:
         gc.enable()
     assert left == [0, 0, 0]
@@ -137,7 +139,8 @@ def test_memory_of_a_model_that_failed_to_load_is_given_back(tmp_path, monkeypat
 
 def test_prompts_that_differ_from_call_to_call_are_refused(tmp_path):
     """A task without a seed: what a second worker would make are other prompts than those that were planned."""
-    from mechkit.studies._worker import PlanWork, ShardWork, Worker, WorkerSettings
+    from mechkit.studies._work import PlanWork, ShardWork, WorkerSettings
+    from mechkit.studies._worker import Worker
 
     drawn = tmp_path / "seed"
     drawn.write_text("0")
@@ -187,7 +190,7 @@ def test_a_metric_that_looks_at_all_prompts_gets_all_of_them(tmp_path, monkeypat
     assert torch.allclose(cut.results().result().values, whole.results().result().values, atol=1e-12)
 
 
-def test_jobs_are_told_apart(tmp_path):
+def test_jobs_have_different_ids(tmp_path):
     """By a metric's arguments; across statements over one store; and with labels that xarray would take for a path."""
     metrics = [{"name": "kl_divergence", "reference": reference} for reference in ("clean", "corrupted")]
     patching = {"name": "activation_patching", "site": "mlp_out", "over": "layer"}
@@ -196,7 +199,7 @@ def test_jobs_are_told_apart(tmp_path):
     assert len({job.labels for job in one.jobs}) == 2
     assert len(one.results().sel(**{"metric.reference": "clean"})) == 1
     for mode in ("zero", "mean"):
-        study(tmp_path / "b", techniques=[ABLATION | {"mode": mode}]).run(progress=False)
+        study(tmp_path / "b", techniques=[ABLATION | {"mode": mode}], name=mode).run(progress=False)
     both = mk.Study.open(tmp_path / "b").results()
     assert len(both) == 2
     assert both.to_dataframe()["technique"].nunique() == 2

@@ -1,4 +1,4 @@
-"""A study that is killed at any moment goes on where it was: the same bytes in the end, and at most a shard a kill done twice."""
+"""A study that is killed at any moment resumes: the same bytes in the end, and at most one shard per kill computed twice."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 import mechkit as mk
 from helpers import studies
-from mechkit.studies._worker import weights_digest
+from mechkit.studies._keys import weights_digest
 
 STATED: dict[str, Any] = {
     "models": [{"name": "helpers.studies:tiny_llama", "dtype": "float64", "label": "llama"}],

@@ -1,4 +1,4 @@
-"""The statement of a study: everything wrong is told before anything runs, with its line; an id says what a job is, no more."""
+"""The statement of a study: every error is reported before anything runs, with its line; an id says what a job is, no more."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def read(folder: Path, text: str, *, allow_code: bool = False) -> mk.Study:
     return mk.Study.from_toml(path, allow_code=allow_code)
 
 
-def told(folder: Path, text: str, **how: Any) -> list[str]:
-    """The problems of a file that is refused, one a line. Nothing may have been written."""
+def problems_of(folder: Path, text: str, **how: Any) -> list[str]:
+    """The problems of a file that is refused, one per line. Nothing may have been written."""
     with pytest.raises(ValueError, match="nothing was run") as error:
         read(folder, text, **how)
     assert [path.name for path in folder.iterdir()] == ["study.toml"]
@@ -76,7 +76,7 @@ def test_the_good_file_is_good(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("lines", "line", "key", "said"),
+    ("lines", "line", "key", "message"),
     [
         ("sight = 'z'", 12, "sight", "unknown; activation_patching takes site, over"),
         ("progress = false", 12, "progress", "unknown"),  # ours to say
@@ -109,14 +109,14 @@ def test_the_good_file_is_good(tmp_path):
         ("models = ['llama']", 12, "models", "got 'llama'"),
     ],
 )
-def test_a_techniques_problem_is_told_with_line_and_key(tmp_path, lines, line, key, said):
-    (problem,) = told(tmp_path, technique(lines))
+def test_a_techniques_problem_is_reported_with_line_and_key(tmp_path, lines, line, key, message):
+    (problem,) = problems_of(tmp_path, technique(lines))
     assert problem.startswith(f"  line {line}, technique[0].{key}: "), problem
-    assert said in problem
+    assert message in problem
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "line", "key", "said"),
+    ("old", "new", "line", "key", "message"),
     [
         ('"activation_patching"', '"activation_patchng"', 11, "technique[0].name", "mean 'activation_patching'?"),
         ('"activation_patching"', '"weather"', 11, "technique[0].name", "there are activation_patching, ablation"),
@@ -140,22 +140,22 @@ def test_a_techniques_problem_is_told_with_line_and_key(tmp_path, lines, line, k
         ('store = "out"', "store = 3", 2, "store", "got 3"),
     ],
 )
-def test_other_problems_are_told_with_line_and_key(tmp_path, old, new, line, key, said):
+def test_other_problems_are_reported_with_line_and_key(tmp_path, old, new, line, key, message):
     assert old in GOOD
-    (problem,) = told(tmp_path, GOOD.replace(old, new))
+    (problem,) = problems_of(tmp_path, GOOD.replace(old, new))
     assert problem.startswith(f"  line {line}, {key}: "), problem
-    assert said in problem
+    assert message in problem
 
 
 @pytest.mark.parametrize("budget", ["true", "1.5", "[1]"])
 def test_a_budget_of_the_wrong_type_is_refused(tmp_path, budget):
-    problems = told(tmp_path, GOOD.replace('store = "out"', f'store = "out"\nbudget = {budget}'))
+    problems = problems_of(tmp_path, GOOD.replace('store = "out"', f'store = "out"\nbudget = {budget}'))
     assert all(problem.startswith("  line 3, budget: ") for problem in problems), problems
 
 
 @pytest.mark.parametrize("metric", ["3", "true", "['logit_diff']"])
 def test_a_metric_of_the_wrong_type_is_refused(tmp_path, metric):
-    problems = told(tmp_path, technique(f"metric = {metric}"))
+    problems = problems_of(tmp_path, technique(f"metric = {metric}"))
     assert all(problem.startswith("  line 12, technique[0].metric: ") for problem in problems), problems
 
 
@@ -182,22 +182,22 @@ def test_lines_of_later_tables_inline_tables_and_quoted_keys(tmp_path):
     site = "z"
     "mode" = "nil"
     """
-    problems = told(tmp_path, textwrap.dedent(text))
+    problems = problems_of(tmp_path, textwrap.dedent(text))
     assert any(problem.startswith("  line 16, technique[1].mode: ") for problem in problems), problems
     assert any("task[1].n: " in problem for problem in problems)
     assert len(problems) == 2
 
 
 def test_lines_where_a_value_looks_like_a_key(tmp_path):
-    (problem,) = told(tmp_path, technique("label = 'site = 3'\nsite = 'zz'"))
+    (problem,) = problems_of(tmp_path, technique("label = 'site = 3'\nsite = 'zz'"))
     assert problem.startswith("  line 13, technique[0].site: "), problem
 
 
-def test_all_problems_are_told_together(tmp_path):
+def test_all_problems_are_reported_together(tmp_path):
     text = GOOD.replace('"gpt2"', '"gpt2"\ndtype = "float8"').replace('"ioi"', '"ioi"\nn = "32"\nm = 1')
     text = text.replace('"activation_patching"', '"ablation"\nmode = "nil"\nsite = "zz"')
     text = text.replace('store = "out"', 'store = "out"\nshard = 0\nbudget = "much"')
-    problems = told(tmp_path, text)
+    problems = problems_of(tmp_path, text)
     keys = {problem.split(", ")[1].split(": ")[0] for problem in problems}
     wanted = {"shard", "budget", "model[0].dtype", "task[0].n", "task[0].m", "technique[0].mode", "technique[0].site"}
     assert keys == wanted
@@ -213,8 +213,8 @@ def test_all_problems_are_told_together(tmp_path):
         (GOOD.replace("[[task]]", "[[task]"), 7),
     ],
 )
-def test_what_is_no_toml_is_told_with_its_line(tmp_path, text, line):
-    (problem,) = told(tmp_path, text)
+def test_what_is_no_toml_is_reported_with_its_line(tmp_path, text, line):
+    (problem,) = problems_of(tmp_path, text)
     assert f"line {line}, " in problem
 
 
@@ -226,7 +226,7 @@ def test_a_file_that_is_not_there_or_is_not_text(tmp_path):
         mk.Study.from_toml(tmp_path / "study.toml")
 
 
-def test_plural_tables_are_told_from_singular_ones(tmp_path):
+def test_plural_tables_are_distinguished_from_singular_ones(tmp_path):
     with pytest.raises(ValueError, match=r"expected \[\[model\]\] tables, got 'models' \(line 4\)"):
         read(tmp_path, GOOD.replace("[[model]]", "[[models]]"))
 
@@ -240,7 +240,7 @@ def test_a_study_of_nothing_is_refused(what):
 
 def test_a_technique_that_needs_a_task_is_refused_without(tmp_path):
     text = GOOD.replace('[[task]]\nname = "ioi"\n', "")
-    (problem,) = told(tmp_path, text)
+    (problem,) = problems_of(tmp_path, text)
     assert problem.startswith("  line 8, technique[0]: ")
     assert "needs a task" in problem
     # control: the model alone needs none
@@ -249,7 +249,7 @@ def test_a_technique_that_needs_a_task_is_refused_without(tmp_path):
 
 def test_a_technique_that_needs_pairs_is_refused_on_prompts(tmp_path):
     text = GOOD.replace('"ioi"', '"repeated_tokens"')
-    (problem,) = told(tmp_path, text)
+    (problem,) = problems_of(tmp_path, text)
     assert problem.startswith("  line 10, technique[0]: ")
     assert "needs pairs" in problem
     # control: what needs prompts alone is fine, and `tasks` chooses
@@ -259,7 +259,7 @@ def test_a_technique_that_needs_pairs_is_refused_on_prompts(tmp_path):
 
 
 def test_a_metric_where_none_is_used_is_refused(tmp_path):
-    (problem,) = told(tmp_path, technique("metric = 'logit_diff'", "attention_patterns"))
+    (problem,) = problems_of(tmp_path, technique("metric = 'logit_diff'", "attention_patterns"))
     assert problem.startswith("  line 12, technique[0].metric: ")
     assert "no use for a metric" in problem
 
@@ -268,7 +268,7 @@ def test_a_duplicate_job_is_refused_also_where_a_default_is_written_out(tmp_path
     for again in ("", "site = 'z'\nmetric = 'logit_diff'", "layers = [0]\nlabel = 'other'"):
         first = "layers = [0]\n" if "layers" in again else ""
         text = GOOD + first + '\n[[technique]]\nname = "activation_patching"\n' + again
-        (problem,) = told(tmp_path, text)
+        (problem,) = problems_of(tmp_path, text)
         assert "technique[1]: duplicate job" in problem
         assert problem.startswith(f"  line {13 + bool(first)}, ")
     # control: another argument is another job
@@ -276,7 +276,7 @@ def test_a_duplicate_job_is_refused_also_where_a_default_is_written_out(tmp_path
 
 
 def test_a_duplicate_job_by_a_grid_is_refused(tmp_path):
-    (problem,) = told(tmp_path, technique("grid.site = ['z', 'q', 'z']"))
+    (problem,) = problems_of(tmp_path, technique("grid.site = ['z', 'q', 'z']"))
     assert "duplicate" in problem
 
 
@@ -285,12 +285,12 @@ def test_duplicate_labels_are_refused(tmp_path, what):
     name = {"model": "gpt2-medium", "task": "docstring"}[what]
     first = {"model": "gpt2", "task": "ioi"}[what]
     text = GOOD + f'\n[[{what}]]\nname = "{name}"\nlabel = "{first}"\n'
-    (problem,) = told(tmp_path, text)
+    (problem,) = problems_of(tmp_path, text)
     assert f"line 13, {what}[1]: duplicate: 2 entries are called '{first}'" in problem
     assert len(read(tmp_path, text.replace("label", "#"))) == 2
 
 
-def test_techniques_that_would_be_called_the_same_are_told_apart():
+def test_techniques_that_would_be_called_the_same_get_different_labels():
     jobs = study(techniques=["ablation", {"name": "ablation", "mode": "zero"}, "logit_lens"]).jobs
     assert [job.labels[2] for job in jobs] == ["ablation mode=mean", "ablation mode=zero", "logit_lens"]
 
@@ -301,7 +301,7 @@ def test_techniques_that_would_be_called_the_same_are_told_apart():
 @pytest.mark.parametrize(
     "name", ["./nowhere", "/nowhere/at/all", "~/nowhere-at-all", "./nowhere.gguf", "nobody/no-such-model-of-mechkit"]
 )
-def test_a_model_that_is_missing_is_told_before_anything_runs(tmp_path, name, monkeypatch):
+def test_a_model_that_is_missing_is_reported_before_anything_runs(tmp_path, name, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     stated = read(tmp_path, GOOD.replace("gpt2", name))  # a file may be written before its models are there
     for look in (stated.check, lambda: stated.run(progress=False)):
@@ -312,7 +312,7 @@ def test_a_model_that_is_missing_is_told_before_anything_runs(tmp_path, name, mo
     assert [path.name for path in tmp_path.iterdir()] == ["study.toml"]
 
 
-def test_all_missing_models_are_told_together(tmp_path):
+def test_all_missing_models_are_reported_together(tmp_path):
     stated = study(["./nowhere", "./nor/here", "helpers.studies:tiny_llama"], store=tmp_path / "out")
     with pytest.raises(ValueError, match="2 problems"):
         stated.check()
@@ -337,7 +337,7 @@ def test_code_is_refused_and_not_imported_unless_allowed(tmp_path, monkeypatch, 
     old = {"model": '"gpt2"', "task": '"ioi"', "technique": '"activation_patching"', "metric": '"activation_patching"'}
     new = f'"{module}:thing"' if what != "metric" else f'"ablation"\nmetric = "{module}:thing"'
     text = GOOD.replace(old[what], new)
-    (problem,) = told(tmp_path / "file", text)
+    (problem,) = problems_of(tmp_path / "file", text)
     assert "is code, which would be run" in problem
     line = {"model": 5, "task": 8, "technique": 11, "metric": 12}[what]
     assert problem.startswith(f"  line {line}, {what.replace('metric', 'technique')}[0].")
@@ -348,15 +348,15 @@ def test_code_is_refused_and_not_imported_unless_allowed(tmp_path, monkeypatch, 
     sys.modules.pop(module)
 
 
-def test_code_that_is_not_there_is_told(tmp_path):
+def test_code_that_is_not_there_is_reported(tmp_path):
     for name in ("helpers.studies:nothing", "no_such_module_at_all:nothing", "helpers.studies:LENGTHS"):
-        (problem,) = told(tmp_path, GOOD.replace("activation_patching", name), allow_code=True)
+        (problem,) = problems_of(tmp_path, GOOD.replace("activation_patching", name), allow_code=True)
         assert problem.startswith("  line 11, technique[0].name: expected ")
 
 
 def test_codes_arguments_are_checked_too(tmp_path):
     text = GOOD.replace('"ioi"', '"helpers.studies:tiny_pairs"\nn = "6"\nm = 1')
-    problems = told(tmp_path, text, allow_code=True)
+    problems = problems_of(tmp_path, text, allow_code=True)
     assert [problem.split(": ")[0] for problem in problems] == ["  line 10, task[0].m", "  line 9, task[0].n"]
 
 

@@ -200,7 +200,7 @@ def test_the_stream_carries_the_answer_from_previous_to_the_end(known: mk.zoo.Kn
 
 @pytest.mark.parametrize(("length", "at_least"), [(10, 7.0), (20, 10.0)])
 def test_smollm2_does_it(smollm2: HookedModel, length: int, at_least: float) -> None:
-    pairs = induction(smollm2, 32, length, seed=0)
+    pairs = induction(smollm2, 16, length, seed=0)
     clean, best = answers(last_logits(smollm2, pairs, "clean"), pairs)
     corrupted, _ = answers(last_logits(smollm2, pairs, "corrupted"), pairs)
     assert clean.mean() > at_least
@@ -225,7 +225,7 @@ def shuffled(pairs: PromptPairs, length: int) -> list[Tensor]:
 def test_control_without_the_repetition_smollm2_does_not(
     smollm2: HookedModel, broken: Callable[[PromptPairs, int], list[Tensor]]
 ) -> None:
-    """Nothing but the first occurrence tells the answer: with it gone, or in reversed order, the right token is not said."""
+    """Only the first occurrence gives the answer: without it, or in reversed order, the right token is not predicted."""
     pairs = induction(smollm2, 32, 20, seed=0)
     _, best = answers(logits_of(smollm2, broken(pairs, 20)), pairs)
     assert (best == torch.tensor(pairs.right)[:, 0]).float().mean() <= 0.1

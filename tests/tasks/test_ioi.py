@@ -20,7 +20,7 @@ OWN = ("So {A} met {B} and {S} spoke to", "In the {place} stood {A} by {B} . The
 
 
 class WordTokenizer(FakeTokenizer):
-    """One token a word or punctuation mark; learns them as they come. Names that are not in `single` are two tokens."""
+    """One token per word or punctuation mark; learns them as they come. Names that are not in `single` are two tokens."""
 
     def __init__(self, single: tuple[str, ...] = NAMES, joins: str = "", unknown: tuple[str, ...] = ()) -> None:
         super().__init__()
@@ -141,7 +141,7 @@ def test_smollm2_solves_it_and_the_corruption_takes_that_away(smollm2: HookedMod
     clean, corrupted = (differences(smollm2, pairs, side) for side in ("clean", "corrupted"))
     assert clean.mean() > 2
     assert (clean > 0).float().mean() >= 0.9
-    assert abs(corrupted.mean()) < 1  # nothing tells the two names apart
+    assert abs(corrupted.mean()) < 1  # nothing distinguishes the two names
     assert (corrupted > 0).float().mean() < 0.75
     swapped = differences(smollm2, ioi(smollm2, n=16, seed=0, corruption="swap"), "corrupted")
     assert swapped.mean() < -2  # the other name is right now
@@ -162,7 +162,7 @@ def differences(model: HookedModel, pairs: PromptPairs, side: str) -> Tensor:
 
 
 def templates_used(pairs: PromptPairs) -> Counter[tuple[str, bool]]:
-    """How often each template of `OWN` comes in each order, told by its first word."""
+    """How often each template of `OWN` comes in each order; its first word identifies it."""
     assert pairs.clean.str_tokens is not None
     return Counter(zip((row[1] for row in pairs.clean.str_tokens), abba(pairs), strict=True))
 
@@ -192,8 +192,8 @@ def test_only_names_of_one_token_are_used() -> None:
     single = ("Amy", "Ben", "Mary", "Tom")
     made = ioi(WordTokenizer(single), n=40)
     assert made.clean.str_tokens is not None
-    said = {word for row in (*made.clean.str_tokens, *(made.corrupted.str_tokens or ())) for word in row} & set(NAMES)
-    assert said == set(single)
+    names = {word for row in (*made.clean.str_tokens, *(made.corrupted.str_tokens or ())) for word in row} & set(NAMES)
+    assert names == set(single)
     assert len(set(text_of(made))) == 40
 
 
@@ -263,5 +263,5 @@ def test_refuses_where_the_names_cannot_be_found() -> None:
     with pytest.raises(ValueError, match=r"expected one name once and one twice among the tokens of 'So .*joins names"):
         ioi(WordTokenizer(joins="met"), templates=OWN[:1])
     only_three = WordTokenizer(("Amy", "Ben", "Tom"))
-    with pytest.raises(ValueError, match=r"once and one twice among .*the template says a name itself"):
+    with pytest.raises(ValueError, match=r"once and one twice among .*the template contains a name itself"):
         ioi(only_three, n=12, templates=["So Tom saw {A} and {B} and {S} spoke to"])

@@ -29,7 +29,7 @@ CHANGED = {
 
 
 class SmallTokenizer(FakeTokenizer):
-    """One token a word, a line break or a punctuation mark; numbers as `numbers` says. Learns words as they come."""
+    """One token per word, line break or punctuation mark; numbers as `numbers` says. Learns words as they come."""
 
     def __init__(self, numbers: str = TWO_DIGITS, single: tuple[str, ...] = NAMES, joins: str = "") -> None:
         self.pattern = re.compile(rf"{joins}{'|' if joins else ''}{numbers}|\w+|[^\w\s]|\n")
@@ -235,16 +235,16 @@ def test_docstring_positions_answers_and_corruption(smollm2: HookedModel, docume
                (("A_def", "B_def"), ("B_def", "C_def"), ("C_def", "A_doc"), ("A_doc", "B_doc"), ("B_doc", "END")))  # fmt: skip
     names = {smollm2.to_single_token(f" {name}") for name in NAMES if _is_single(smollm2, name)}
     for i, tokens in enumerate(pairs.clean.tokens):
-        said = [int(token) for token in tokens if int(token) in names]
-        assert len(said) == 8
-        assert said[6:] == [a[i], b[i]] == said[2:4]
-        assert set(pairs.wrong[i]) == set(said) - {c[i]}
+        named = [int(token) for token in tokens if int(token) in names]
+        assert len(named) == 8
+        assert named[6:] == [a[i], b[i]] == named[2:4]
+        assert set(pairs.wrong[i]) == set(named) - {c[i]}
         assert len(pairs.wrong[i]) == 5
         changed = [int(pairs.positions[name][i]) for name in CHANGED[corruption]]
         assert differing(pairs)[i] == changed
         new = [int(pairs.corrupted.tokens[i][p]) for p in changed]
         assert len(set(new)) == len(new)
-        assert set(new) <= names - set(said)
+        assert set(new) <= names - set(named)
 
 
 def _is_single(model: HookedModel, name: str) -> bool:
@@ -292,12 +292,12 @@ def test_docstring_refuses() -> None:
 def test_docstring_uses_names_of_one_token_alone() -> None:
     single = NAMES[5:17]
     pairs = docstring(SmallTokenizer(single=single), n=40, corruption="both")
-    said = {word for side in ("clean", "corrupted") for row in getattr(pairs, side).str_tokens for word in row}
-    assert said & set(NAMES) == set(single)
+    named = {word for side in ("clean", "corrupted") for row in getattr(pairs, side).str_tokens for word in row}
+    assert named & set(NAMES) == set(single)
 
 
 def test_smollm2_solves_the_docstring_task_and_the_corruptions_take_that_away(smollm2: HookedModel) -> None:
-    pairs = {corruption: MAKE[corruption](smollm2, 24, seed=0) for corruption in CHANGED}
+    pairs = {corruption: MAKE[corruption](smollm2, 12, seed=0) for corruption in CHANGED}
     metrics = logit_diff(pairs["both"]), accuracy(pairs["both"])  # the answers do not depend on the corruption
     logits = final_logits(smollm2, pairs["both"], "clean")
     difference, right = (score(logits, metric) for metric in metrics)

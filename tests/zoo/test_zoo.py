@@ -12,7 +12,16 @@ from torch import Tensor
 
 import mechkit as mk
 from helpers.families import D_VOCAB, FAMILIES, build_hf
-from helpers.reference_circuits import edge_names, patch_edge, reader_names, run_circuit, whole_run, writers_of
+from helpers.reference_circuits import (
+    edge_names,
+    patch_edge,
+    patch_edges,
+    reader_names,
+    run_circuit,
+    run_circuits,
+    whole_run,
+    writers_of,
+)
 from mechkit import zoo
 from mechkit.engine import Edit
 from mechkit.hooks import SITES
@@ -238,11 +247,19 @@ def test_reference_circuits(family):
         change = source.read[reader] - base.read[reader]
         assert torch.allclose(sum(changes), change, atol=100 * tolerance, rtol=0), reader
     # The corrupted run with one edge clean: by itself, and as the circuit of all other edges with the roles swapped.
-    for edge in edges[5 :: len(edges) // 4]:
-        patched = patch_edge(model, base, source, corrupted, edge)
-        other = run_circuit(model, corrupted, clean, set(edges) - {edge})
-        assert float((patched - other).abs().max()) <= tolerance, edge
-        assert float((patched - wanted["corrupted"]).abs().max()) > 1e-3, edge
+    some = edges[5 :: len(edges) // 4]
+    patched = patch_edges(model, base, source, corrupted, some)
+    others = run_circuits(model, corrupted, clean, [set(edges) - {edge} for edge in some])
+    for edge, by_itself, other in zip(some, patched, others, strict=True):
+        assert float((by_itself - other).abs().max()) <= tolerance, edge
+        assert float((by_itself - wanted["corrupted"][0]).abs().max()) > 1e-3, edge
+    # Rows do not depend on what else is in their batch.
+    alone = (
+        patch_edge(model, base, source, corrupted, some[1]),
+        run_circuit(model, corrupted, clean, {*edges} - {some[2]}),
+    )
+    assert float((alone[0] - patched[1]).abs().max()) <= tolerance
+    assert float((alone[1] - others[2]).abs().max()) <= tolerance
     with pytest.raises(ValueError, match="edges: the model has no"):
         run_circuit(model, clean, corrupted, {"a0.h0->a0.h1<q>"})
     assert not model.has_hooks
@@ -277,9 +294,10 @@ def test_edges_outside_the_circuit_do_nothing(name):
     clean, corrupted = (prompts.tokens[prompt][None] for prompts in (built.pairs.clean, built.pairs.corrupted))
     runs = whole_run(model, clean), whole_run(model, corrupted)
     changed = set()  # the control: by the same measure the circuit's edges do something
-    for edge in edge_names(model):
-        for base, source, tokens in ((runs[1], runs[0], corrupted), (runs[0], runs[1], clean)):
-            patched = metric_of(built, patch_edge(model, base, source, tokens, edge), prompt)
+    edges = edge_names(model)
+    for base, source, tokens in ((runs[1], runs[0], corrupted), (runs[0], runs[1], clean)):
+        for edge, logits in zip(edges, patch_edges(model, base, source, tokens, edges), strict=True):
+            patched = metric_of(built, logits[None], prompt)
             effect = abs(patched - metric_of(built, base.logits, prompt))
             if edge not in built.circuit:
                 assert effect < 1e-8, edge
@@ -299,20 +317,24 @@ def test_the_circuit_is_sufficient_complete_and_minimal(name):
     for prompt in range(min(4, len(built.pairs))):
         tokens = [prompts.tokens[prompt][None] for prompts in (built.pairs.clean, built.pairs.corrupted)]
 
-        def run(edges, tokens=tokens, prompt=prompt) -> float:
-            return metric_of(built, run_circuit(model, *tokens, edges), prompt)
+        without = {edge: circuit - {edge} for edge in circuit}
+        erasing = ("a0.h0->logits", "a0.h0->a1.h0<v>", "a1.h0->logits") if name == "writer and eraser" else ()
+        two_less = [one - {other} for other in erasing for one in (circuit, without["input->a0.h0<v>"])]
+        every = list(map(frozenset, (circuit, everything - circuit, *without.values(), *two_less)))
+        logits = run_circuits(model, *tokens, every)
+        values = {edges: metric_of(built, row[None], prompt) for edges, row in zip(every, logits, strict=True)}
 
-        whole = run(circuit)
+        whole = values[circuit]
         assert abs(whole - float(base["clean"][prompt])) < 1e-8  # sufficient
-        assert abs(run(everything - circuit) - float(base["corrupted"][prompt])) < 1e-8  # complete
+        assert abs(values[frozenset(everything - circuit)] - float(base["corrupted"][prompt])) < 1e-8  # complete
         for edge in circuit:
-            effect = abs(run(circuit - {edge}) - whole)
+            effect = abs(values[without[edge]] - whole)
             if name == "writer and eraser" and edge == "input->a0.h0<v>":
                 assert (
                     effect < 1e-8
                 )  # undone by the eraser, so that it shows only where one edge of the two is missing:
-                for other in ("a0.h0->logits", "a0.h0->a1.h0<v>", "a1.h0->logits"):
-                    assert abs(run(circuit - {edge, other}) - run(circuit - {other})) > 1
+                for other in erasing:
+                    assert abs(values[circuit - {edge, other}] - values[circuit - {other}]) > 1
             else:
                 assert effect > 0.1, edge  # minimal
 
@@ -393,7 +415,7 @@ def test_induction_predicts_the_second_half_and_nothing_in_the_first(bos):
     assert (float(first.abs().max()) < 1e-4) == bos
 
 
-def test_induction_with_a_token_said_twice_in_a_row_and_with_two_earlier_occurrences():
+def test_induction_with_a_token_twice_in_a_row_and_with_two_earlier_occurrences():
     built = zoo.induction(n=1)
     in_a_row = torch.tensor([[0, 7, 9, 9, 4]])
     pattern = cache_of(built.model, in_a_row, "pattern")["pattern", 1][0, 0]

@@ -1,1 +1,1 @@
-"""Making a `HookedModel`: one constructor a file, where files are, and what is checked before a model is believed."""
+"""Making a `HookedModel`: one file per constructor, where model files are, and the checks of a loaded model."""

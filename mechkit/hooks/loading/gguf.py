@@ -1,11 +1,11 @@
 """GGUF files, each converted once: reading one takes millions of Python calls, reading the same as safetensors hardly any.
 
-1. The first load reads the file as transformers does, and keeps what came of it (weights, configuration, tokenizer; safetensors
+1. The first load reads the file as transformers does, and keeps the result (weights, configuration, tokenizer; safetensors
    and JSON, no pickle) in a folder of the user's cache, named after the file's SHA-256 and the dtype.
-2. Before the folder is put in its place it is read back and compared with what was read from the file: every bit of every
+2. Before the folder is moved to its place it is read back and compared with what was read from the file: every bit of every
    tensor, the configuration, the tokenizer. Where they differ, nothing is kept.
-3. A later load computes the file's SHA-256, finds the folder, and computes the SHA-256 of every file in it. A folder that holds
-   anything else than what was written, or that other versions of the libraries wrote, is not read but written anew.
+3. A later load computes the file's SHA-256, finds the folder, and computes the SHA-256 of every file in it. A folder with
+   other contents, or written by other versions of the libraries, is not read but written again.
 4. A cache that cannot be written (read-only, full) is no error: the file is read each time.
 
 The cache is the folder `$MECHKIT_CACHE`, by default `mechkit` in `$XDG_CACHE_HOME` or in `~/.cache`. With
@@ -34,12 +34,12 @@ from torch import Tensor
 Loaded = tuple[Any, Any]  # a transformers model and its tokenizer
 Read = Callable[[str, dict[str, str]], Loaded]  # from a folder; the second argument names a GGUF file in it
 
-FORMAT = 1  # of the folders; another one is written anew
+FORMAT = 1  # of the folders; one of another format is written again
 STATEMENT = "mechkit.json"  # in each folder: what it was made of and by, and the SHA-256 of its other files
 _PARTIAL = ".partial-"  # how folders that are being written begin
 _STALE = 86_400.0  # seconds after which such a folder is taken for one that a killed process left
 _VERSIONS = ("gguf", "safetensors", "tokenizers", "torch", "transformers")
-_TRAITS = (  # what a tokenizer does beside what its `tokenizer.json` says
+_TRAITS = (  # what a tokenizer does that its `tokenizer.json` does not state
     "add_bos_token", "add_eos_token", "chat_template", "clean_up_tokenization_spaces", "model_input_names", "model_max_length",
     "padding_side", "special_tokens_map", "truncation_side",
 )  # fmt: skip

@@ -1,8 +1,8 @@
-"""Do heads sum to what their block adds to the residual stream? Checked when a model is loaded, and by `validate`.
+"""Whether heads sum to what their block adds to the residual stream. Checked when a model is loaded, and by `validate`.
 
 1. `z W_O` of all heads and the bias must be what the output projection gives.
 2. That, times the block's multiplier (Granite) and through the norm behind the attention (Gemma 2 and 3, OLMo 2), must be what
-   the block adds to the stream, not a multiple of it. A block that does not add (BERT norms the sum) is not asked this.
+   the block adds to the stream, not a multiple of it. A block that does not add (BERT norms the sum) is exempt.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from mechkit.hooks._hooking import hook_points
 from mechkit.hooks._parts import Parts
 from mechkit.hooks._projections import head_bias, head_weight
 from mechkit.hooks._sites import SITES
+from mechkit.prompts import Stacked
 
 if TYPE_CHECKING:
     from mechkit.hooks._model import HookedModel
@@ -64,7 +65,7 @@ def why_not_heads(model: HookedModel, recorded: Recorded) -> dict[int, str]:
 
 @torch.no_grad()
 def record_heads(
-    model: HookedModel, tokens: Int[Tensor, "prompt pos"]
+    model: HookedModel, rows: Stacked | Int[Tensor, "prompt pos"]
 ) -> tuple[Recorded, Float[Tensor, "prompt pos d_vocab"]]:
     """What heads are compared on, and the logits, of one forward pass."""
     points = hook_points(model.bridge)
@@ -75,7 +76,7 @@ def record_heads(
         if site not in SITES or model.has_site(site, layer)
     }
     with capture(model, [name for name in places if name in points], partly=True) as kept:
-        logits = model.run(tokens)
+        logits = model.run(rows)
     found: dict[int, dict[str, Tensor]] = {layer: {} for layer in range(model.n_layers)}
     for name, activation in kept.items():
         layer, site = places[name]

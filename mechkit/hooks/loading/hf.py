@@ -1,7 +1,8 @@
-"""From a transformers model to TransformerLens's bridge around it; errors of other libraries become sentences here."""
+"""Wraps a transformers model in TransformerLens's bridge; errors of other libraries become mechkit's own."""
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ from mechkit._check import ArgumentTypeError, shown
 from mechkit.hooks._devices import out_of_memory
 from mechkit.hooks._joint import read_joint_projections
 from mechkit.hooks._shared_tree import follow_weight
+
+_ADAPTERS = threading.RLock()  # whose class is changed for a moment
 
 
 def check_hf_model(hf_model: Any) -> None:
@@ -70,7 +73,7 @@ def build_bridge(hf_model: Any, tokenizer: Any | None, name: str) -> Any:
     if hasattr(hf_model, "set_attn_implementation"):
         hf_model.set_attn_implementation("eager")
     refused = refusing(f"TransformerLens cannot hook {architecture}", hf_model)
-    with warnings.catch_warnings(), refused, _zero_biases(hf_model), _head_with_a_weight(hf_model):
+    with warnings.catch_warnings(), refused, _zero_biases(hf_model), _head_with_a_weight(hf_model), _no_torchvision():
         warnings.simplefilter("ignore")  # notes on optional aliases that this architecture lacks
         bridge = build_bridge_from_module(hf_model, architecture, hf_config=hf_model.config, model_name=name)
     read_joint_projections(bridge)
@@ -95,7 +98,7 @@ def check_tokenizer(tokenizer: Any | None) -> None:
 
 
 def _place(bridge: Any, hf_model: Any) -> None:
-    """Tells TransformerLens where token ids go in, in a model that was loaded with a `device_map`."""
+    """Sets the device on which TransformerLens puts token ids, for a model that was loaded with a `device_map`."""
     from transformer_lens.utilities.multi_gpu import count_unique_devices, find_embedding_device
 
     device = find_embedding_device(hf_model)
@@ -104,11 +107,11 @@ def _place(bridge: Any, hf_model: Any) -> None:
 
 
 def _give(bridge: Any, tokenizer: Any) -> None:
-    """Gives a bridge the user's own tokenizer. TransformerLens would read it again from its folder, and change it: its flags
-    tell it the same about special tokens."""
+    """Gives a bridge the user's own tokenizer. TransformerLens would read it again from its folder and change it. Its flags
+    about special tokens are set accordingly."""
     from transformer_lens.model_bridge.sources._bridge_builder import detect_tokenizer_bos_eos
 
-    bridge._tokenizer = bridge._driver.tokenizer = tokenizer  # the property `tokenizer` would set it up as said
+    bridge._tokenizer = bridge._driver.tokenizer = tokenizer  # the property `tokenizer` would do that
     bridge.cfg.tokenizer_prepends_bos, bridge.cfg.tokenizer_appends_eos = detect_tokenizer_bos_eos(tokenizer)
 
 
@@ -125,6 +128,29 @@ def _zero_biases(hf_model: Any) -> Iterator[None]:
     finally:
         for module in fused:
             module.bias = None
+
+
+@contextmanager
+def _no_torchvision() -> Iterator[None]:
+    """TransformerLens asks for torchvision where a family's processor needs it. The models do not, and mechkit never uses it."""
+    from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
+
+    name = "_check_required_libraries"
+    asks = getattr(ArchitectureAdapter, name, None)
+    if asks is None:
+        yield
+        return
+
+    def without(adapter: Any) -> None:
+        adapter.required_libraries = [one for one in adapter.required_libraries if one != "torchvision"]
+        asks(adapter)
+
+    with _ADAPTERS:
+        setattr(ArchitectureAdapter, name, without)
+        try:
+            yield
+        finally:
+            setattr(ArchitectureAdapter, name, asks)
 
 
 @contextmanager

@@ -1,5 +1,5 @@
 """Loading a model and its tokenizer as transformers reads them. Installs nothing, downloads only what a hub name asks for, and
-runs no remote code unless told to."""
+runs no remote code unless asked to."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ import torch
 from mechkit._check import ArgumentTypeError
 from mechkit.hooks._devices import out_of_memory
 from mechkit.hooks.loading.gguf import load_gguf
+from mechkit.hooks.loading.pictures import FAMILIES
+from mechkit.hooks.loading.probe import reads_pictures_alone
 from mechkit.hooks.loading.quantized import PLAIN
 from mechkit.hooks.loading.where import locate
 
@@ -71,6 +73,8 @@ def _read(source: str, arguments: dict[str, str], *, dtype: torch.dtype, common:
         model = model_class.from_pretrained(
             source, config=config, dtype=dtype, attn_implementation="eager", **common, **kwargs
         )
+        if reads_pictures_alone(config):
+            return model, None
         tokenizer = AutoTokenizer.from_pretrained(source, config=config, **common)
     return model, tokenizer
 
@@ -111,7 +115,16 @@ def _reading(name: str, further: Mapping[str, Any]) -> Iterator[None]:
 
 def _model_class(config: Any) -> Any:
     """The class that TransformerLens expects for this architecture (a causal language model nearly always)."""
-    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForImageClassification,
+        AutoModelForImageTextToText,
+        AutoModelForMaskedLM,
+    )
 
+    if reads_pictures_alone(config):
+        return AutoModelForImageClassification
+    if getattr(config, "model_type", "") in FAMILIES:
+        return AutoModelForImageTextToText
     architecture = (getattr(config, "architectures", None) or [""])[0]
     return AutoModelForMaskedLM if architecture.endswith("ForMaskedLM") else AutoModelForCausalLM

@@ -63,7 +63,7 @@ def find_model(name: str | Path, *, revision: str | None = None, trust_remote_co
 
 
 def fingerprint(name: str | Path, revision: str | None = None) -> str | None:
-    """What tells cheaply whether a model's files are still the same: sizes and times of local files, the commit of a hub's
+    """A cheap check value for whether a model's files are still the same: sizes and times of local files, the commit of a hub's
     snapshot. `None` where that is not known without loading it."""
     from huggingface_hub import try_to_load_from_cache
 

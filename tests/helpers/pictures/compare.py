@@ -29,10 +29,10 @@ def pair(layers: int = 12, heads: int = 12, n: int = 6, seed: int = 0, **origin:
     }
     made = []
     for technique, effect in (("attribution patching", approx), ("activation patching", exact)):
-        told = {"technique": technique, "site": "z", "direction": "denoise", "n_prompts": n}
-        told |= origin if technique == "attribution patching" else {}
+        origins = {"technique": technique, "site": "z", "direction": "denoise", "n_prompts": n}
+        origins |= origin if technique == "attribution patching" else {}
         values = runs["corrupted"] + effect
-        made.append(make(values, "layer head prompt", baseline=runs, base="corrupted", origin=told))
+        made.append(make(values, "layer head prompt", baseline=runs, base="corrupted", origin=origins))
     return made[0], made[1]
 
 

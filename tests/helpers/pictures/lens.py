@@ -47,8 +47,8 @@ def top(
     strings = np.array([words[i] for i in ids.flatten().tolist()], object).reshape(shape)
     provenance = {**PROVENANCE, "technique": "top_tokens", "n_prompts": sizes["prompt"]}
     result = Result(probs, tuple(coords), coords, {}, "", "prob", "probability", provenance)
-    said = np.full([*shape[:-2], shape[-1]], " went <home>", object) if text else None
-    return TopTokens(result, ids, strings, said)
+    continuations = np.full([*shape[:-2], shape[-1]], " went <home>", object) if text else None
+    return TopTokens(result, ids, strings, continuations)
 
 
 def read(value: str = "prob", over: str = "layer pos", values: torch.Tensor | None = None, **sizes: Any) -> Result:
