@@ -31,7 +31,12 @@ def build(family: str, layers: int, width: int) -> Any:
     config = make()
     text = config.get_text_config()
     text.num_hidden_layers = layers
-    text.hidden_size, text.intermediate_size, text.num_attention_heads, text.num_key_value_heads = width, 2 * width, 4, 4
+    text.hidden_size, text.intermediate_size, text.num_attention_heads, text.num_key_value_heads = (
+        width,
+        2 * width,
+        4,
+        4,
+    )
     text.head_dim, text.max_position_embeddings = width // 4, 1024
     if getattr(text, "layer_types", None):
         text.layer_types = [text.layer_types[i % len(text.layer_types)] for i in range(layers)]

@@ -188,7 +188,9 @@ def _replacements(
         return {key: zero.reshape([1] * (1 + len(grid.site.dims))) for key in keys}
     if "src" in grid.site.dims and (
         mode in ("mean", "patch_mean")
-        or (grid.site.stack == TOWER and len({one.kind_of(i) for one in (base, reference) for i in range(len(one))}) > 1)
+        or (
+            grid.site.stack == TOWER and len({one.kind_of(i) for one in (base, reference) for i in range(len(one))}) > 1
+        )
         or len(reference.by_length() | base.by_length()) > 1
     ):
         raise ValueError(
@@ -198,16 +200,20 @@ def _replacements(
     longest = [longest_at(model, grid.site.name, prompts) for prompts in (base, reference)]
     if mode == "position_mean" and longest[0] > longest[1]:
         raise ValueError(
-            f"reference: expected prompts of at least {longest[0]} {'positions' if grid.site.stack == TOWER else 'tokens'}, so that "
-            f"every position has a mean; the longest has {longest[1]}"
+            f"reference: expected prompts of at least {longest[0]} {'positions' if grid.site.stack == TOWER else 'tokens'}, "
+            f"so that every position has a mean; the longest has {longest[1]}"
         )
     if mode == "patch_mean" and grid.site.stack == TOWER:
-        raise ValueError("mode: in the vision tower every position is a patch; expected 'mean' in place of 'patch_mean'")
+        raise ValueError(
+            "mode: in the vision tower every position is a patch; expected 'mean' in place of 'patch_mean'"
+        )
     if mode == "patch_mean":
         return _patch_means(model, keys, grid, reference, Budget.of(model, budget))
     means = position_means(model, keys, grid.site.axis("pos"), reference, Budget.of(model, budget))
     if mode == "position_mean":
-        return {key: mean.narrow(grid.site.axis("pos"), 0, longest[0]).to(model.dtype) for key, (mean, _) in means.items()}
+        return {
+            key: mean.narrow(grid.site.axis("pos"), 0, longest[0]).to(model.dtype) for key, (mean, _) in means.items()
+        }
     axis = grid.site.axis("pos")
     return {
         key: ((mean * count).sum(axis, keepdim=True) / count.sum()).to(model.dtype)

@@ -32,10 +32,11 @@ from mechkit.engine._measure import call_metric, read_metric
 from mechkit.engine._replay import Replayer
 from mechkit.hooks._capture import capture
 from mechkit.hooks._devices import out_of_memory, to_device
-from mechkit.hooks._hooking import HookFunction, Hooks
+from mechkit.hooks._hooking import Hooks
 from mechkit.hooks._lock import lock_of
 from mechkit.hooks._readout import check_logits_of_stream, unembedding_only, unembeds_final_stream
 from mechkit.hooks._record import Run, record
+from mechkit.hooks._seams import HookFunction
 from mechkit.hooks.loading.pictures import PIXELS
 from mechkit.metrics import CallableMetric, Metric
 from mechkit.prompts import Stacked

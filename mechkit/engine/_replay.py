@@ -6,7 +6,7 @@
 3. Each block runs only on positions ≥ p. Its attention finds the keys and values of the positions before p in a cache
    that only reads (`PrefixCache`): they are the base run's, because causal attention cannot move a change to earlier positions.
 4. In the last block only the position that the metric reads is computed in full; for the others only keys and values.
-5. Rows that are edited in a vision tower run all that comes before the first block (the tower as a whole, where each patch sees all
+5. Rows that are edited in a vision tower run all that comes before the first block (the whole tower, where each patch sees all
    others), and are replayed from the first position that a picture stands for.
 
 Nothing is approximated. Its conditions (causality, blocks that can be called by themselves) are checked by the sweep

@@ -85,8 +85,8 @@ def make_axes(
     neurons: Sequence[int] | None = None,
     towers: bool = False,
 ) -> Axes:
-    """The axes that `over` asks for. `layers`, `heads`, `positions` and `neurons` restrict their dims. Sites of a vision tower are
-    refused unless the technique takes them (`towers`); their positions are the tower's own.
+    """The axes that `over` asks for. `layers`, `heads`, `positions` and `neurons` restrict their dims. Sites of a vision
+    tower are refused unless the technique takes them (`towers`); their positions are the tower's own.
 
     Raises:
         ValueError: an unknown dim or one that the site does not have, an index out of range, a position that has no name.
@@ -112,8 +112,8 @@ def make_axes(
         refuse_indices_from_end(positions, prompts, "over='layer position' with a named one such as 'END'")
     if "position" in dims and found.stack == TOWER:
         raise ValueError(
-            f"over: {site!r} is in the vision tower, where no position has a name and the language model's patches are not its own; "
-            "use 'pos', which counts the tower's positions"
+            f"over: {site!r} is in the vision tower, where no position has a name and the language model's patches are not its "
+            "own; use 'pos', which counts the tower's positions"
         )
     model.check_site(found.name)  # raises if this architecture lacks the site
     longest = longest_at(model, found.name, prompts)

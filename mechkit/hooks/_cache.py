@@ -100,7 +100,9 @@ class ActivationCache(Mapping[str, Tensor]):
         if site.stack != TOWER:
             return self.n_layers
         layers = [parse_hook_name(name) for name in self._activations]
-        return max((1 + (layer or 0) for found, layer in layers if found is not None and found.stack == TOWER), default=0)
+        return max(
+            (1 + (layer or 0) for found, layer in layers if found is not None and found.stack == TOWER), default=0
+        )
 
     def _layer(self, layer: int, site: Site) -> int:
         layer, n_layers = int(layer), self._n_layers(site)

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
 
-from mechkit.hooks._hooking import HookFunction, Hooks
+from mechkit.hooks._hooking import Hooks
+from mechkit.hooks._seams import HookFunction
 from mechkit.hooks._sites import SITES
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from mechkit.hooks._cache import ActivationCache, check_dtype
 from mechkit.hooks._capture import capture
 from mechkit.hooks._copy import deep_copy
 from mechkit.hooks._generate import Generate
-from mechkit.hooks._hooking import NOT_HEADS, HookFunction, Hooks
+from mechkit.hooks._hooking import NOT_HEADS, Hooks
 from mechkit.hooks._identity import Identity, state_of_weights
 from mechkit.hooks._lock import ModelLock, lock_of, one_at_a_time, share_lock
 from mechkit.hooks._loss import mean_loss, next_token_losses
@@ -25,6 +25,7 @@ from mechkit.hooks._padding import Masks, check_float64, measure_masks
 from mechkit.hooks._pictures import inputs_of
 from mechkit.hooks._projections import in_place
 from mechkit.hooks._rotary import forget_lengths
+from mechkit.hooks._seams import HookFunction
 from mechkit.hooks._shared_tree import shared_tree
 from mechkit.hooks._sites import TOWER, parse_hook_name
 from mechkit.hooks._stack import Stack
@@ -420,7 +421,8 @@ class HookedModel(Surface, Weights, Generate):
         rows = self.with_inputs(tokens, inputs_of(input, inputs))
         if positions is not None and any(name.startswith(f"{TOWER}.") for name in wanted):
             raise ValueError(
-                "positions: expected None with sites of the vision tower, whose positions are its own patches; cut what the cache holds"
+                "positions: expected None with sites of the vision tower, whose positions are its own patches; "
+                "cut what the cache holds"
             )
         _check_positions(positions, tokens.shape[1])
         whole = positions is None and (mask is None or bool(mask.all())) and not self.has_hooks

@@ -74,7 +74,20 @@ SITES: dict[str, Site] = {
 }
 
 TOWER = "vision"  # the stack that reads pictures, and what the names of its sites begin with
-_IN_TOWERS = ("resid_pre", "q", "k", "v", "attn_scores", "pattern", "z", "attn_out", "mlp_pre", "mlp_post", "mlp_out", "resid_post")
+_IN_TOWERS = (
+    "resid_pre",
+    "q",
+    "k",
+    "v",
+    "attn_scores",
+    "pattern",
+    "z",
+    "attn_out",
+    "mlp_pre",
+    "mlp_post",
+    "mlp_out",
+    "resid_post",
+)
 SITES |= {
     f"{TOWER}.{name}": replace(SITES[name], name=f"{TOWER}.{name}", hook=f"{TOWER}.{SITES[name].hook}", stack=TOWER)
     for name in _IN_TOWERS
@@ -101,8 +114,8 @@ def get_site(name: str) -> Site:
 
 
 def by_prompt(site: Site, activation: Tensor, n_prompts: int) -> Tensor:
-    """An activation as `[prompt, *dims]`. In a tower a picture's tiles are rows of the batch, or the patches of all pictures are one
-    row: here the positions of a prompt's tiles follow one another."""
+    """An activation as `[prompt, *dims]`. In a tower a picture's tiles are rows of the batch, or the patches of all pictures
+    are one row: here the positions of a prompt's tiles follow one another."""
     if site.stack != TOWER:
         return activation
     axis = site.axis("pos")

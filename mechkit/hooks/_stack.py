@@ -1,7 +1,7 @@
 """A stack: one tower of transformer blocks, one after the other, along one residual stream.
 
 A decoder language model is one stack, `model.stack`, and its flat attributes (`model.n_layers`, `model.n_heads`, …) are that
-stack's. Recording, replay and its proof ask the stack for blocks and sizes. A vision-language model has the stack of its tower too,
+stack's. Recording, replay and its proof ask the stack for blocks and sizes. A vision-language model also has its tower's stack,
 `model.stacks["vision"]`; a site belongs to one stack (`model.stack_of(site)`).
 """
 

@@ -1,6 +1,6 @@
 """The vision tower of a vision-language model: its blocks, and where in them its sites are.
 
-TransformerLens has hook points in some towers and in others none, and what is written at the output of a block is lost there:
+TransformerLens has hook points in some towers and in others none, and what is written at a block's output is lost there:
 transformers takes the features from what the block itself gives. So the modules of transformers are hooked, in every family in the
 same way, before anybody else sees what they give:
 
@@ -13,15 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from mechkit.hooks._seams import SoftmaxSeam, Step
 from mechkit.hooks._sites import SITES, TOWER, Site
-
-if TYPE_CHECKING:
-    from mechkit.hooks._hooking import _Step
 
 _KEY = "_mechkit_tower"
 _ATTENTIONS, _OUTPUTS = ("self_attn", "attn", "attention"), ("out_proj", "proj", "o_proj")
@@ -78,13 +76,11 @@ class Tower:
         }
         return _at(*found[name]) if name in found else None
 
-    def attach(self, site: Site, layer: int, step: _Step) -> Callable[[], None]:
+    def attach(self, site: Site, layer: int, step: Step) -> Callable[[], None]:
         """Applies a step whenever the site is computed; the function that is returned takes it off again."""
         if "src" in site.dims:
-            from mechkit.hooks._hooking import _SoftmaxSeam
-
             attention = _part(self.blocks[layer], _ATTENTIONS)
-            return _SoftmaxSeam.of(attention, self.n_heads).add(step, before=site.name.endswith("attn_scores"))
+            return SoftmaxSeam.of(attention, self.n_heads).add(step, before=site.name.endswith("attn_scores"))
         place = self.place(site, layer)
         assert place is not None  # the site would not be there
         heads = self.n_heads if "head" in site.dims else None
@@ -139,7 +135,7 @@ def _at(module: nn.Module | None, side: Literal["in", "out"]) -> Place | None:
 class _Write:
     """A step on a part of what goes through a module, shown as `[batch pos …]`."""
 
-    step: _Step
+    step: Step
     third: int | None
     heads: int | None
     flat: bool

@@ -71,7 +71,13 @@ class TowerOracle:
         return kept
 
     def patched(
-        self, prompts: mk.Prompts, i: int, there: Tensor, site: str, layer: int, places: Sequence[tuple[int | None, int | None]]
+        self,
+        prompts: mk.Prompts,
+        i: int,
+        there: Tensor,
+        site: str,
+        layer: int,
+        places: Sequence[tuple[int | None, int | None]],
     ) -> Tensor:
         """The last position's logits `[place d_vocab]` of runs in which one place each holds what `there` has at it."""
         module, side, part = self.place(site, layer)

@@ -86,7 +86,10 @@ def test_patterns_and_scores(family: str) -> None:
             )
             one = own.movedim(1, 2).flatten(0, 1).flatten(1).clone()
             one[3, 8:16] = there[3, 8:16]
-            close(by_position.values[0, 3, 0, 0], oracle.patched(pairs.corrupted, 0, one, "z", layer, [(None, 1)])[0] @ WEIGHTS)
+            close(
+                by_position.values[0, 3, 0, 0],
+                oracle.patched(pairs.corrupted, 0, one, "z", layer, [(None, 1)])[0] @ WEIGHTS,
+            )
 
 
 @pytest.mark.parametrize("family", ["llava_next", "gemma3", "qwen2_5_vl"])
@@ -134,14 +137,16 @@ def test_estimates_equal_autograd_on_the_untouched_model(family: str) -> None:
         there, here = (oracle.activations(one, i) for one in (pairs.clean, pairs.corrupted))
         for layer in range(len(oracle.blocks)):
             for site in ("z", "resid_pre"):
-                entries = oracle.slopes(pairs.corrupted, i, WEIGHTS, site, layer) * (there[site, layer] - here[site, layer])
+                entries = oracle.slopes(pairs.corrupted, i, WEIGHTS, site, layer) * (
+                    there[site, layer] - here[site, layer]
+                )
                 right = entries.unflatten(-1, (3, -1)).sum((0, 2)) if site == "z" else entries.sum(1)
                 close(found[f"vision.{site}"].effect().values[layer, : len(right), i], right)
     assert found["vision.z"].effect().values[0].abs().max() > 1e-3
 
 
 def test_pairs_of_one_picture_leave_the_tower_as_it_is() -> None:
-    """Another word is no other picture; and the tower's edits reach nothing before the picture (a control: another picture does)."""
+    """Another word is no other picture (a control: another picture is)."""
     _, model = vlm.pair_of_models("llava")
     prompts = vlm.make_prompts("llava", model, [0, 1])
     rows = [row.clone() for row in prompts.tokens]
@@ -150,7 +155,8 @@ def test_pairs_of_one_picture_leave_the_tower_as_it_is() -> None:
     words = mk.Prompts.from_inputs(model, rows, prompts.inputs)
     pairs = mk.PromptPairs.from_tokens(words, prompts, [(5, 7)] * 2)
     found = mk.activation_patching(model, pairs, vlm.mixture(pairs), "vision.z", progress=False)
-    assert found.effect().values.abs().max() == 0 and found.baseline["clean"].ne(found.baseline["corrupted"]).all()
+    assert found.effect().values.abs().max() == 0
+    assert found.baseline["clean"].ne(found.baseline["corrupted"]).all()
     other = vlm.make_pairs("llava", model)
     moved = mk.activation_patching(model, other, vlm.mixture(other), "vision.z", layers=[0], progress=False)
     assert (moved.effect().values != 0).all()
@@ -177,7 +183,10 @@ def test_edits_of_a_tower_and_of_the_language_model_in_one_cell() -> None:
     hf, model = vlm.pair_of_models("gemma3")
     pairs = vlm.make_pairs("gemma3", model)
     metric, oracle = vlm.mixture(pairs), towers.TowerOracle("gemma3", hf)
-    cells = [(Edit("vision.z", 1, head=0), Edit("resid_pre", 2, pos=len(pairs.clean.tokens[0]) - 1)), (Edit("z", 3, head=1),)]
+    cells = [
+        (Edit("vision.z", 1, head=0), Edit("resid_pre", 2, pos=len(pairs.clean.tokens[0]) - 1)),
+        (Edit("z", 3, head=1),),
+    ]
     found = sweep(model, pairs.corrupted, cells, metric, source=pairs.clean, progress=False)
     assert found.replay == "suffix"
     place = vlm.Oracle(hf)
@@ -202,8 +211,8 @@ def test_edits_of_a_tower_and_of_the_language_model_in_one_cell() -> None:
 
 @pytest.mark.parametrize("family", ["llava", "gemma3"])
 def test_the_proof_refuses_a_tower_that_reaches_further(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Planted: edits of the tower are taken to begin to show behind the picture's first patches (in Gemma 3, which see the others:
-    behind the picture)."""
+    """Planted: edits of the tower are taken to show behind the picture's first patches only (in Gemma 3, where those see the
+    others: behind the picture)."""
     _, model = vlm.pair_of_models(family)
     pairs = vlm.make_pairs(family, model)
     metric, starts, later = vlm.mixture(pairs), EditPlan.starts, 2 if family == "llava" else 4
@@ -241,7 +250,8 @@ def test_the_proof_refuses_features_that_are_added_between_blocks(monkeypatch: p
 
     monkeypatch.setattr(engine, "record", record)
     found = mk.activation_patching(model, pairs, metric, "vision.z", progress=False)
-    assert found.provenance["replay"].startswith("full: ") and "differ" in found.provenance["replay"]
+    assert found.provenance["replay"].startswith("full: ")
+    assert "differ" in found.provenance["replay"]
     close(found.values, right.values)
 
 
@@ -250,7 +260,8 @@ def test_hooks_and_caches() -> None:
     _, model = vlm.pair_of_models("llava_next")
     prompts = vlm.make_prompts("llava_next", model, [0, 1])
     logits, cache = model.run_with_cache(prompts, ["vision.z", ("vision.resid_pre", -1)])
-    assert cache["vision.z", 1].shape == (6, 5, 3, 8) and cache["vision.resid_pre", 1].shape == (6, 5, 24)
+    assert cache["vision.z", 1].shape == (6, 5, 3, 8)
+    assert cache["vision.resid_pre", 1].shape == (6, 5, 24)
     assert torch.equal(cache["vision.z"], torch.stack([cache["vision.z", 0], cache["vision.z", -1]]))
     close(cache["vision.z", 0], cache["vision.blocks.0.attn.hook_z"])
     _, everything = model.run_with_cache(prompts)
@@ -262,8 +273,10 @@ def test_hooks_and_caches() -> None:
         return torch.zeros_like(z)
 
     changed = model.run_with_hooks(prompts, [(("vision.z", 0), zero)])
-    assert seen == [("vision.blocks.0.attn.hook_z", 0)] and (changed - logits).abs().max() > 1e-3
-    assert torch.equal(model(prompts), logits) and not model.has_hooks
+    assert seen == [("vision.blocks.0.attn.hook_z", 0)]
+    assert (changed - logits).abs().max() > 1e-3
+    assert torch.equal(model(prompts), logits)
+    assert not model.has_hooks
     by_hand = mk.activation_patching  # a cache of the source run serves, tiles and all
     pairs = vlm.make_pairs("llava_next", model)
     _, source = model.run_with_cache(pairs.clean, "vision.z")
@@ -275,7 +288,8 @@ def test_hooks_and_caches() -> None:
     pixels["pixel_values"] = pixels["pixel_values"].double().requires_grad_()
     with torch.enable_grad(), model.hooks(bwd_hooks=[(("vision.resid_post", 0), lambda g, hook: gradients.append(g))]):
         model.bridge(prompts.stack([0, 1]).tokens, **pixels)[:, -1].sum().backward()
-    assert gradients[0].shape == (6, 5, 24) and gradients[0].abs().max() > 0
+    assert gradients[0].shape == (6, 5, 24)
+    assert gradients[0].abs().max() > 0
 
 
 @pytest.mark.parametrize(
