@@ -1,8 +1,8 @@
 """The vision tower of a vision-language model: its blocks, and where in them its sites are.
 
 TransformerLens has hook points in some towers and in others none, and what is written at a block's output is lost there:
-transformers takes the features from what the block itself gives. So the modules of transformers are hooked, in every family in the
-same way, before anybody else sees what they give:
+transformers takes the features from what the block itself gives. So the modules of transformers are hooked, in every family in
+the same way, before anybody else sees what they give:
 
 - The tower is the longest list of like blocks, each with an attention, among the modules that have to do with vision.
 - A site is what goes into or comes out of one of a block's modules, or a third of it (queries, keys and values in one matrix).
