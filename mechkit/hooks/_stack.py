@@ -53,6 +53,9 @@ class Stack:
         )
         return cls(TOWER, blocks, cfg, False, sites)
 
+    def __repr__(self) -> str:
+        return f"Stack({self.name!r}, {self.n_layers} layers of {self.n_heads} heads, d_model {self.d_model})"
+
     @property
     def n_layers(self) -> int:
         return len(self.blocks)
