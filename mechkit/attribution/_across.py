@@ -13,6 +13,7 @@ from torch import Tensor
 from mechkit.engine import Budget, check_can_run
 from mechkit.experiment.axes import Grid
 from mechkit.hooks import HookedModel, record
+from mechkit.hooks._record import longest_at
 from mechkit.metrics import CallableMetric, Metric, joint
 from mechkit.prompts import PromptPairs
 
@@ -86,7 +87,7 @@ def values_across(
     base, source = getattr(pairs, base_is), getattr(pairs, source_is)
     check_can_run(source_model, {"source prompt": source})
     keys = sorted({(edit.site, edit.layer) for cell in grid.cells for edit in cell})
-    axis, n, longest = grid.site.axis("pos"), len(base), int(base.lengths.max())
+    axis, n, longest = grid.site.axis("pos"), len(base), longest_at(model, grid.site.name, base)
     values: dict[tuple[str, int], Tensor] = {}
     for batch in source.batches(lambda length, _: budget.prompts_at_once(source_model, length, keys)):
         run = record(source_model, batch.stacked, keys, blocks=False)
@@ -94,13 +95,13 @@ def values_across(
             found = run.sites[key].movedim(axis, 1).to("cpu", model.dtype)  # [prompt pos …]
             into = values.setdefault(key, found.new_zeros(n, longest, *found.shape[2:]))
             for row, i in enumerate(batch.ids):
-                here, there = _places(pairs, base_is, source_is, grid, i, batch.length)
+                here, there = _places(pairs, base_is, source_is, grid, i, found.shape[1])
                 into[i, here] = found[row, there]
     return {key: value.movedim(1, axis) for key, value in values.items()}
 
 
 def _places(pairs: PromptPairs, base_is: str, source_is: str, grid: Grid, i: int, length: int) -> tuple[Tensor, Tensor]:
-    """Positions of pair `i` in the base prompt, and those of the source prompt that belong to them."""
+    """Positions of pair `i` in the base prompt, and those of the source prompt that belong to them; `length` is the site's."""
     if pairs.align is None:
         return torch.arange(length), torch.arange(length)
     both = (aligned_positions(pairs, run) for run in (base_is, source_is))

@@ -57,6 +57,8 @@ def first_order(experiment: Experiment, chunk: GradientChunk, rules: Rules = ())
     assert leaf is not None
     torch.autograd.grad(chunk.metric(final).sum(), leaf)
     check_reached(experiment, silent)
+    for key in silent:  # what no gradient came to, and rightly so: 0 where the prompts have a position, as elsewhere
+        chunk.add(key, difference.pop(key).zero_())
 
 
 def tapped(activation: Tensor, fn: Callable[[Tensor], None]) -> Tensor:

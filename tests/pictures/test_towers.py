@@ -145,6 +145,42 @@ def test_estimates_equal_autograd_on_the_untouched_model(family: str) -> None:
     assert found["vision.z"].effect().values[0].abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("family", ["llava_next", "qwen2_5_vl"])
+def test_positions_that_a_tower_lacks_are_nan_where_no_gradient_comes_too(family: str) -> None:
+    """LLaVA-Next takes features from before the tower's last block: a 0 there belongs to positions that are there."""
+    _, model = vlm.pair_of_models(family)
+    pairs = vlm.make_pairs(family, model, (True, False))
+    found = mk.attribution_patching(model, pairs, vlm.mixture(pairs), "vision.z", "layer pos", progress=False)
+    right = mk.activation_patching(model, pairs, vlm.mixture(pairs), "vision.z", "layer pos", progress=False)
+    assert right.values.isnan().any()
+    assert torch.equal(found.values.isnan(), right.values.isnan())
+    if family == "llava_next":
+        assert found.effect().values[-1].nan_to_num().eq(0).all()
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_5_vl"])
+def test_values_of_another_models_tower(family: str) -> None:
+    """Towers longer and shorter than the texts, and texts of two lengths."""
+    hf, model = vlm.pair_of_models(family)
+    hf_other = vlm.build_hf(family, seed=5)
+    other = mk.HookedModel.from_hf(vlm.build_hf(family, seed=5), name="other")
+    picture = vlm.picture(family, 1)
+    rows = [vlm.tokens_for(family, model, picture, tail) for tail in ((7, 11, 5), (7,) * 13 + (5,))]
+    prompts = mk.Prompts.from_inputs(model, rows, [picture, picture])
+    pairs = mk.PromptPairs.from_tokens(prompts, prompts, [(5, 7)] * 2)
+    metric = vlm.mixture(pairs)
+    found = mk.activation_patching(
+        model, pairs, metric, "vision.resid_pre", "layer pos", source_model=other, layers=[0], progress=False
+    )
+    oracle = towers.TowerOracle(family, hf)
+    for i in range(2):
+        there = towers.TowerOracle(family, hf_other).activations(prompts, i)["resid_pre", 0]
+        places: list[tuple[int | None, int | None]] = [(pos, None) for pos in range(len(there))]
+        right = oracle.patched(prompts, i, there, "resid_pre", 0, places) @ WEIGHTS
+        close(found.values[0, :, i], right)
+    assert found.effect().values.abs().max() > 1e-3
+
+
 def test_pairs_of_one_picture_leave_the_tower_as_it_is() -> None:
     """Another word is no other picture (a control: another picture is)."""
     _, model = vlm.pair_of_models("llava")
