@@ -9,7 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from mechkit._check import checked, is_whole
-from mechkit.hooks._sites import SITES, TOWER, Site, get_site, parse_hook_name
+from mechkit.hooks._sites import SITES, TOWER, Site, get_site
 
 
 @checked
@@ -25,6 +25,7 @@ class ActivationCache(Mapping[str, Tensor]):
         activations: dict[str, Tensor],
         n_layers: int,
         *,
+        tower_layers: int = 0,
         weights_hash: str = "",
         tokens: Int[Tensor, "batch pos"] | None = None,
         inputs_hash: str = "",
@@ -32,6 +33,7 @@ class ActivationCache(Mapping[str, Tensor]):
     ) -> None:
         self._activations = activations
         self.n_layers = n_layers
+        self.tower_layers = tower_layers  # of the vision tower, where there is one
         self.weights_hash = weights_hash  # of the model that computed it, so that another's cache can be refused
         self.tokens = tokens
         self.inputs_hash = inputs_hash  # of what was read beside the tokens
@@ -89,6 +91,7 @@ class ActivationCache(Mapping[str, Tensor]):
         return ActivationCache(
             moved,
             self.n_layers,
+            tower_layers=self.tower_layers,
             weights_hash=self.weights_hash,
             tokens=self.tokens,
             inputs_hash=self.inputs_hash,
@@ -96,13 +99,8 @@ class ActivationCache(Mapping[str, Tensor]):
         )
 
     def _n_layers(self, site: Site) -> int:
-        """Of the model, or of the tower that a site is in: as many as there are in the cache."""
-        if site.stack != TOWER:
-            return self.n_layers
-        layers = [parse_hook_name(name) for name in self._activations]
-        return max(
-            (1 + (layer or 0) for found, layer in layers if found is not None and found.stack == TOWER), default=0
-        )
+        """Of the model, or of the tower that a site is in."""
+        return self.tower_layers if site.stack == TOWER else self.n_layers
 
     def _layer(self, layer: int, site: Site) -> int:
         layer, n_layers = int(layer), self._n_layers(site)

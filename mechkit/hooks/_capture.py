@@ -86,9 +86,7 @@ def capture(
             if left is not ended:
                 raise
     if stop is None and not partly and (missing := [_full_name(name) for name in names if name not in kept]):
-        raise ValueError(
-            f"hooks on {', '.join(missing[:4])} never fired: {model.name} does not compute that activation in a forward pass"
-        )
+        raise ValueError(model.never_fired(missing))
     if stop is not None and stop not in kept:
         raise ValueError(f"{_full_name(stop)}: {model.name} does not compute that activation in a forward pass")
 

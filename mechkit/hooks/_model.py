@@ -356,10 +356,7 @@ class HookedModel(Surface, Weights, Generate):
             finally:
                 handle.remove()
         if ran and silent:
-            raise ValueError(
-                f"hooks on {', '.join(sorted(silent)[:4])} never fired: this model does not compute that activation in a "
-                f"forward pass. Its sites are {', '.join(self.sites)}"
-            )
+            raise ValueError(self.never_fired(sorted(silent)))
 
     @checked
     @one_at_a_time
@@ -429,12 +426,11 @@ class HookedModel(Surface, Weights, Generate):
         with capture(self, wanted, chosen, partly=True) as kept:
             output = self._run(rows, mask, return_type, loss_per_token)
         if names is not None and not callable(names) and (missing := [name for name in wanted if name not in kept]):
-            raise ValueError(
-                f"hooks on {', '.join(missing[:4])} never fired: this model does not compute that activation"
-            )
+            raise ValueError(self.never_fired(missing))
         return output, ActivationCache(
             kept,
             self.n_layers,
+            tower_layers=self.stacks[TOWER].n_layers if TOWER in self.stacks else 0,
             weights_hash=self.weights_hash,
             tokens=tokens.cpu(),
             inputs_hash=rows.inputs_hash(),

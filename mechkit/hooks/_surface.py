@@ -85,11 +85,11 @@ class Surface(Facts):
 
     def check_site(self, site: str, layers: Sequence[int] | None = None) -> None:
         """Raises `ValueError` unless this model has the site, in each of the `layers` if any are given."""
-        there = self.layers_with(site)
+        there, stack = self.layers_with(site), self.stack_of(site) or self.stack
         if not there:
             raise ValueError(
                 f"hook name {SITES[site].hook_name(0)!r}: {site!r} does not exist in {self.name} ({self.cfg.architecture}). "
-                f"{self._why_not(site)}Its sites are {', '.join(self.sites)}"
+                f"{self._why_not(site)}Its sites are {', '.join(stack.site_names)}"
             )
         if SITES[site].in_block and (missing := [layer for layer in layers or () if layer not in there]):
             raise ValueError(
@@ -109,6 +109,10 @@ class Surface(Facts):
 
     def _why_not(self, site: str) -> str:
         """A sentence on why the site is missing, if the reason is known."""
+        if SITES[site].stack == TOWER:
+            if TOWER not in self.stacks:
+                return "It has no vision tower. "
+            return "Its tower computes the attention of each picture by itself. " if "src" in SITES[site].dims else ""
         if "head" not in SITES[site].dims:
             return ""
         attentions = [getattr(block, "attn", None) for block in self.stack.blocks]
@@ -117,6 +121,13 @@ class Surface(Facts):
         if site in ("q", "k", "v") and any(hasattr(attention, "hook_kv_latent") for attention in attentions):
             return "Its keys and values are made of a shared latent (multi-head latent attention). "
         return ""
+
+    def never_fired(self, names: Sequence[str]) -> str:
+        """What is wrong where hooks with these full names were attached, and a forward pass called none of them."""
+        fault = f"hooks on {', '.join(names[:4])} never fired: "
+        if all(name.startswith(f"{TOWER}.") for name in names):
+            return f"{fault}{self.name} runs its vision tower where a prompt has a picture; expected one with inputs=…, got none"
+        return f"{fault}{self.name} does not compute that activation in a forward pass. Its sites are {', '.join(self.sites)}"
 
     @checked
     def n_heads_at(self, site: str) -> int:

@@ -145,6 +145,21 @@ def test_estimates_equal_autograd_on_the_untouched_model(family: str) -> None:
     assert found["vision.z"].effect().values[0].abs().max() > 1e-3
 
 
+def test_what_is_missing_is_said() -> None:
+    _, model = vlm.pair_of_models("qwen2_5_vl")
+    tokens = torch.tensor([[3, 9, 5]])
+    with pytest.raises(
+        ValueError, match=r"attention of each picture by itself\. Its sites are vision\.resid_pre, vision\.q"
+    ):
+        model.run_with_cache(tokens, "vision.pattern")
+    for run in (
+        lambda: model.run_with_cache(tokens, "vision.z"),
+        lambda: model.run_with_hooks(tokens, [("vision.z", lambda z, hook: None)]),
+    ):
+        with pytest.raises(ValueError, match="where a prompt has a picture; expected one with inputs="):
+            run()
+
+
 @pytest.mark.parametrize("family", ["llava_next", "qwen2_5_vl"])
 def test_positions_that_a_tower_lacks_are_nan_where_no_gradient_comes_too(family: str) -> None:
     """LLaVA-Next takes features from before the tower's last block: a 0 there belongs to positions that are there."""
@@ -302,6 +317,11 @@ def test_hooks_and_caches() -> None:
     close(cache["vision.z", 0], cache["vision.blocks.0.attn.hook_z"])
     _, everything = model.run_with_cache(prompts)
     assert not [name for name in everything if name.startswith("vision.")]
+    _, first = model.run_with_cache(prompts, ("vision.z", 0))
+    assert torch.equal(first["vision.z", 0], cache["vision.z", 0])
+    for missing in (("vision.z", -1), "vision.z"):  # a tower of two layers, whatever is in the cache
+        with pytest.raises(KeyError, match=r"vision\.blocks\.1|1 of 2 layers"):
+            first[missing]
     seen = []
 
     def zero(z: torch.Tensor, hook: Any) -> torch.Tensor:
