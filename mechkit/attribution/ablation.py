@@ -181,7 +181,7 @@ def _replacements(
     if mode == "zero" and grid.site.name.endswith("attn_scores"):
         raise ValueError(
             "mode: a zero score is not zero attention, and scores of masked positions would become visible; expected another "
-            "mode, or site='pattern'"
+            f"mode, or site={grid.site.name.replace('attn_scores', 'pattern')!r}"
         )
     if mode == "zero":
         zero = torch.zeros(1, dtype=model.dtype, device=model.device)

@@ -360,7 +360,7 @@ def attached_edits(model: HookedModel, groups: Sequence[EditGroup], rows: Rows, 
 def _how_to_reach(model: HookedModel, site: str) -> str:
     """What keeps a model from computing a site, if that is known."""
     implementation = getattr(model.bridge.original_model.config, "_attn_implementation", "eager")
-    if site in ("pattern", "attn_scores") and implementation not in ("eager", None):
+    if "src" in SITES[site].dims and implementation not in ("eager", None):
         return (
             f" Its attention implementation is {implementation!r}, which never writes a pattern down: call "
             'model.bridge.original_model.set_attn_implementation("eager")'

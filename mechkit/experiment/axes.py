@@ -9,6 +9,7 @@ from typing import Any, TypedDict, Unpack
 
 import torch
 
+from mechkit._check import is_whole
 from mechkit.engine import Answers, Cell, Edit
 from mechkit.experiment.positions import choose_positions, position_labels, refuse_indices_from_end
 from mechkit.experiment.provenance import provenance_of
@@ -108,7 +109,13 @@ def make_axes(
                 f"layers: site {site!r} is in layer {named_layer}; leave layers out, or use site={found.name!r}"
             )
         layers = [named_layer]
-    if "pos" in dims and positions is not None:
+    if "pos" in dims and positions is not None and found.stack == TOWER:
+        if behind := [at for at in positions if is_whole(at) and int(at) < 0]:
+            raise ValueError(
+                "positions: expected indices from the start at sites of the vision tower, where prompts may have different "
+                f"numbers of patches; got {behind[0]}"
+            )
+    elif "pos" in dims and positions is not None:
         refuse_indices_from_end(positions, prompts, "over='layer position' with a named one such as 'END'")
     if "position" in dims and found.stack == TOWER:
         raise ValueError(

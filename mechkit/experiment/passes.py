@@ -91,7 +91,9 @@ def check_reached(experiment: Experiment, silent: set[Key]) -> None:
     """Refuses sites that no gradient came to: a 0 would look like a finding. It is one in the last layers of a vision tower,
     whose features are taken from an earlier one."""
     in_tower = {key for key in experiment.keys if SITES[key[0]].stack == TOWER}
-    last_used = max((layer for _, layer in in_tower - silent), default=len(in_tower))
+    last_used = max(
+        (layer for _, layer in in_tower - silent), default=experiment.model.stacks[TOWER].n_layers if in_tower else 0
+    )
     silent = {key for key in silent if key not in in_tower or key[1] <= last_used}
     if silent:
         names = ", ".join(hook_name(key) for key in sorted(silent)[:4])

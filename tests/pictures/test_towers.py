@@ -158,6 +158,16 @@ def test_what_is_missing_is_said() -> None:
     ):
         with pytest.raises(ValueError, match="where a prompt has a picture; expected one with inputs="):
             run()
+    _, model = vlm.pair_of_models("llava")  # its features are taken before the last block of two
+    pairs = vlm.make_pairs("llava", model)
+    with pytest.raises(ValueError, match=r"no gradient path .* to vision\.blocks\.1"):
+        mk.attribution_patching(model, pairs, vlm.mixture(pairs), "vision.z", layers=[1], progress=False)
+    with pytest.raises(ValueError, match="expected indices from the start at sites of the vision tower"):
+        mk.activation_patching(
+            model, pairs, vlm.mixture(pairs), "vision.z", "layer pos", positions=[-1], progress=False
+        )
+    with pytest.raises(ValueError, match=r"site='vision\.pattern'"):
+        mk.ablation(model, pairs, vlm.mixture(pairs), "vision.attn_scores", mode="zero", progress=False)
 
 
 @pytest.mark.parametrize("family", ["llava_next", "qwen2_5_vl"])
