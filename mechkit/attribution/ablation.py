@@ -193,9 +193,11 @@ def _replacements(
         )
         or len(reference.by_length() | base.by_length()) > 1
     ):
+        alike = "pictures of one size" if grid.site.stack == TOWER else "prompts of one length"
+        given = f"{mode!r} with {alike.replace('one', 'several')}s" if mode == "position_mean" else repr(mode)
         raise ValueError(
-            f"mode: site {grid.site.name!r} has one value for each source position; expected mode='position_mean' with prompts "
-            f"of one length (or 'zero', 'resample'), got {mode!r}"
+            f"mode: site {grid.site.name!r} has one value for each source position; expected 'position_mean' with {alike}, "
+            f"'zero' or 'resample'; got {given}"
         )
     longest = [longest_at(model, grid.site.name, prompts) for prompts in (base, reference)]
     if mode == "position_mean" and longest[0] > longest[1]:

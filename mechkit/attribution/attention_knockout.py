@@ -89,7 +89,7 @@ def attention_knockout(
     """
     site, prompts = get_site("attn_scores"), pairs.clean
     model.check_site(site.name)
-    centres = choose_layers(model, site, layers, "layers")
+    centres = choose_layers(model, site, layers)
     if window is not None and (not is_whole(window) or window < 1):
         raise ValueError(f"window: expected a number of layers of 1 or more, or None for all; got {window!r}")
     if window is None and layers is not None:

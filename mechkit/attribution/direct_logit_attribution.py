@@ -143,7 +143,7 @@ def _chosen(
     if dims:
         part = SITES["mlp_post" if "neuron" in dims else "z"]
         model.check_site(part.name)
-        index["layer"] = choose_layers(model, part, layers, "layers")
+        index["layer"] = choose_layers(model, part, layers)
     for site in ("pattern", "v") if {"src", "position"} & set(dims) else ():
         model.check_site(site, index["layer"])
     if "neuron" in dims and (lacking := [layer for layer in index["layer"] if mlp_weight(model, layer, "out") is None]):

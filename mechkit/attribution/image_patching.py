@@ -18,6 +18,7 @@ from mechkit.attribution.activation_patching import activation_patching
 from mechkit.experiment.axes import check_dims, choose_indices, choose_layers
 from mechkit.experiment.patches import Patches
 from mechkit.hooks import HookedModel, get_site, one_at_a_time
+from mechkit.hooks._sites import TOWER
 from mechkit.metrics import AnyMetric
 from mechkit.prompts import PromptPairs
 from mechkit.result import Result
@@ -66,6 +67,11 @@ def image_patching(
         raise ValueError(f"group: expected a whole number of 1 or more, got {group!r}")
     if "patch" not in over.split():
         raise ValueError(f"over: expected 'patch' among the dims, such as 'layer patch'; got {over!r}")
+    if get_site(site).stack == TOWER:
+        raise ValueError(
+            f"site: {site!r} is in the vision tower, whose patches are not the language model's; expected a site of that. "
+            "activation_patching(…, over='layer pos') patches the tower's own positions"
+        )
     given: dict[str, Any] = {"direction": direction, "budget": budget, "progress": progress, "replay": replay}
     if group == 1:
         result = activation_patching(model, pairs, metric, site, over, layers=layers, heads=heads, **given)
@@ -76,7 +82,7 @@ def image_patching(
     choices: dict[str, list[Any]] = {"patch": list(members)}
     found = get_site(site)
     if "layer" in dims:
-        choices["layer"] = choose_layers(model, found, layers, "layers")
+        choices["layer"] = choose_layers(model, found, layers)
     if "head" in dims:
         choices["head"] = choose_indices("heads", heads, model.n_heads_at(found.name))
     elif heads is not None:

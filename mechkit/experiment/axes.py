@@ -135,9 +135,9 @@ def make_axes(
         elif dim == "layer" and found.in_block:
             index[dim] = choose_layers(model, found, layers)
         elif dim == "neuron":
-            index[dim] = choose_indices(dim, neurons, common_width(model, found, index.get("layer", [0])))
+            index[dim] = choose_indices("neurons", neurons, common_width(model, found, index.get("layer", [0])))
         elif dim in dims:
-            index[dim] = choose_indices(dim, *sizes[dim])
+            index[dim] = choose_indices("positions" if dim == "pos" else f"{dim}s", *sizes[dim])
     if "layer" not in dims and found.in_block:
         raise ValueError(f"over: site {found.name!r} is in every layer; expected 'layer' among the dims, got {over!r}")
     given = {"layers": layers, "heads": heads, "neurons": neurons, "positions": positions}
@@ -243,26 +243,26 @@ def check_dims(site: Site, dims: tuple[str, ...], over: str) -> None:
         raise ValueError(f"over: site {site.name!r} has axes {site.dims} and no 'neuron'; got {over!r}")
 
 
-def choose_indices(dim: str, chosen: Sequence[Any] | None, size: int) -> list[int]:
+def choose_indices(argument: str, chosen: Sequence[Any] | None, size: int) -> list[int]:
     """The indices that a user chose out of `size`, counted from 0; all of them for `None`."""
     if isinstance(chosen, int | str):
-        raise ValueError(f"{dim}: expected several indices, such as [{chosen}], got {chosen!r}")
+        raise ValueError(f"{argument}: expected several indices, such as [{chosen}], got {chosen!r}")
     indices = list(range(size)) if chosen is None else list(chosen)
     for i in indices:
         if isinstance(i, bool) or not hasattr(i, "__index__") or not -size <= i < size:
-            raise ValueError(f"{dim}: expected indices into {size}, got {i!r}")
+            raise ValueError(f"{argument}: expected indices into {size}, got {i!r}")
     indices = [i.__index__() % size for i in indices]
     if not indices or len(set(indices)) != len(indices):
-        raise ValueError(f"{dim}: expected at least one index, each once; got {chosen}")
+        raise ValueError(f"{argument}: expected at least one index, each once; got {chosen}")
     return indices
 
 
-def choose_layers(model: HookedModel, site: Site, chosen: Sequence[int] | None, name: str = "layer") -> list[int]:
+def choose_layers(model: HookedModel, site: Site, chosen: Sequence[int] | None) -> list[int]:
     """The layers that a user chose, each of which must have the site; all that have it for `None`."""
     if chosen is None:
         return list(model.layers_with(site.name))
     stack = model.stack_of(site.name) or model.stack
-    layers = choose_indices(name, chosen, stack.n_layers)
+    layers = choose_indices("layers", chosen, stack.n_layers)
     model.check_site(site.name, layers)
     return layers
 

@@ -61,7 +61,10 @@ class Surface(Facts):
             return [site.hook_name(i) for i in layers] if site.in_block else [site.hook]
         known = self._known_names()
         if short not in known:
-            near = difflib.get_close_matches(short, known, n=3, cutoff=0.5)
+            names = [*SITES, *known]
+            if short.startswith(f"{TOWER}."):  # not TransformerLens's hooks in the tower, where edits are lost
+                names = [name for name in names if name.startswith(f"{TOWER}.")]
+            near = difflib.get_close_matches(short, names, n=3, cutoff=0.5)
             raise ValueError(
                 f"names: hook name {short!r}: no hook has this name. {'Near: ' + ', '.join(near) if near else ''}"
             )

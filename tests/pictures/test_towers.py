@@ -166,6 +166,22 @@ def test_what_is_missing_is_said() -> None:
         mk.activation_patching(
             model, pairs, vlm.mixture(pairs), "vision.z", "layer pos", positions=[-1], progress=False
         )
+    several = vlm.make_pairs("llava_next", vlm.pair_of_models("llava_next")[1], (False, True))
+    with pytest.raises(
+        ValueError, match="pictures of one size, 'zero' or 'resample'; got 'position_mean' with pictures of several"
+    ):
+        mk.ablation(
+            vlm.pair_of_models("llava_next")[1],
+            several,
+            vlm.mixture(several),
+            "vision.pattern",
+            mode="position_mean",
+            progress=False,
+        )
+    with pytest.raises(ValueError, match=r"no hook has this name\. Near: vision\."):
+        model.hook_names("vision.embed")
+    with pytest.raises(ValueError, match=r"site: 'vision\.z' is in the vision tower.*activation_patching"):
+        mk.image_patching(model, pairs, vlm.mixture(pairs), site="vision.z", progress=False)
     with pytest.raises(ValueError, match=r"site='vision\.pattern'"):
         mk.ablation(model, pairs, vlm.mixture(pairs), "vision.attn_scores", mode="zero", progress=False)
 
@@ -362,9 +378,9 @@ def test_hooks_and_caches() -> None:
     ("options", "said"),
     [
         ({"site": "vision.resid_mid"}, "site: expected one of"),
-        ({"site": "vision.z", "layers": [2]}, "layer: expected indices into 2"),
-        ({"site": "vision.z", "heads": [3]}, "head: expected indices into 3"),
-        ({"site": "vision.z", "over": "layer pos", "positions": [15]}, "pos: expected indices into 15"),
+        ({"site": "vision.z", "layers": [2]}, "layers: expected indices into 2"),
+        ({"site": "vision.z", "heads": [3]}, "heads: expected indices into 3"),
+        ({"site": "vision.z", "over": "layer pos", "positions": [15]}, "positions: expected indices into 15"),
         ({"site": "vision.z", "over": "layer position"}, "in the vision tower"),
         ({"site": "vision.z", "over": "layer patch"}, "in the vision tower"),
     ],
