@@ -27,7 +27,9 @@ from mechkit.hooks._nonfinite import where_it_began
 from mechkit.prompts import AnyPrompts, Stacked, as_prompts
 from mechkit.result import Cost, Result
 
-_SITES = tuple(name for name, site in SITES.items() if site.in_block and site.dims == ("pos", "d_model") and site.stack == "text")
+_SITES = tuple(
+    name for name, site in SITES.items() if site.in_block and site.dims == ("pos", "d_model") and site.stack == "text"
+)
 
 
 @checked

@@ -29,10 +29,11 @@ from torch import Tensor
 from mechkit._check import checked
 from mechkit._drawn import Drawn
 from mechkit._precision import widen
+from mechkit._thumbnails import PromptPictures
 from mechkit.attribution._readout import LensChunk, Logits, Reader, read_cells
 from mechkit.experiment.axes import Axes, make_axes
 from mechkit.experiment.positions import split_prompts
-from mechkit.experiment.provenance import provenance_of
+from mechkit.experiment.provenance import pictures_of, provenance_of
 from mechkit.hooks import HookedModel, one_at_a_time
 from mechkit.metrics import kl
 from mechkit.prompts import AnyPrompts, PromptPairs, Prompts, as_prompts
@@ -140,6 +141,7 @@ def logit_lens(
             model, base, technique="logit_lens", value=value, task=task, **_axes_provenance(axes, lens)
         ),
         cost=Cost(computed, computed),
+        pictures=pictures_of(base),
     )
 
 
@@ -211,7 +213,7 @@ def top_tokens(
         model, base, axes, named, read, width=k, n_logits=model.d_vocab, lens=lens, budget=budget, progress=progress
     )
     provenance = provenance_of(model, base, technique="top_tokens", k=k, task=task, **_axes_provenance(axes, lens))
-    return make_top_tokens(model, values, ids, axes.dims, axes.coords, provenance, computed)
+    return make_top_tokens(model, values, ids, axes.dims, axes.coords, provenance, computed, pictures=pictures_of(base))
 
 
 def check_k(model: HookedModel, k: int) -> None:
@@ -229,6 +231,7 @@ def make_top_tokens(
     provenance: Mapping[str, Any],
     computed: int,
     text: np.ndarray | None = None,
+    pictures: PromptPictures | None = None,
 ) -> TopTokens:
     """`TopTokens` of probabilities and ids `[*dims k prompt]`."""
     found = ids[ids >= 0].unique()
@@ -243,6 +246,7 @@ def make_top_tokens(
         unit="probability",
         provenance=provenance,
         cost=Cost(computed, computed),
+        pictures=pictures,
     )
     strings = np.array([texts[i] for i in ids.flatten().tolist()], dtype=object).reshape(ids.shape)
     return TopTokens(result, ids, strings, text)

@@ -32,7 +32,7 @@ from mechkit.engine import Cell, Derived, Edit, sweep
 from mechkit.experiment.edges import chosen_positions, edge_experiment, where_it_counts
 from mechkit.experiment.estimates import AnyMetric, Experiment
 from mechkit.experiment.positions import choose_positions, position_labels
-from mechkit.experiment.provenance import circuit_provenance
+from mechkit.experiment.provenance import circuit_provenance, pictures_of
 from mechkit.hooks import HookedModel, Parts, Run, one_at_a_time
 from mechkit.prompts import PromptPairs
 from mechkit.result import Cost, Result
@@ -141,6 +141,7 @@ def path_patching(
             **experiment.provenance,
         ),
         cost=cost,
+        pictures=pictures_of(pairs.clean),
     )
 
 
