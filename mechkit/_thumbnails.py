@@ -130,6 +130,41 @@ class PromptPictures:
         )
 
 
+def patches_in(segments: Sequence[Described]) -> list[tuple[dict[str, Any], int]]:
+    """Each patch's layout (`image`, `tile`, `row`, `column`, `box`) and position. Rows that the model lists one by one (each with
+    an end) are one grid."""
+    found, rows = [], dict[tuple[int, int | None], int]()
+    for segment in segments:
+        if segment["kind"] != "image" or segment["grid"] is None:
+            continue
+        which = segment["image"], segment["tile"]
+        above = rows.get(which, 0)
+        n_rows, n_columns = segment["grid"]
+        rows[which] = above + n_rows
+        for position in range(segment["start"], segment["stop"]):
+            row, column = divmod(position - segment["start"], n_columns)
+            box = None
+            if segment["box"] is not None:
+                left, top, right, bottom = segment["box"]
+                width, height = (right - left) / n_columns, (bottom - top) / n_rows
+                box = [left + column * width, top + row * height, left + (column + 1) * width, top + (row + 1) * height]
+            at = {"image": which[0], "tile": which[1], "row": above + row, "column": column, "box": box}
+            found.append((at, position))
+    return found
+
+
+def patch_labels(layouts: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """`"r0c2"`, by row and column; with the picture and the tile in front where there are several."""
+    images, tiles = ({at[name] for at in layouts} for name in ("image", "tile"))
+
+    def label(at: Mapping[str, Any]) -> str:
+        image = f"image {at['image']} " if len(images) > 1 else ""
+        tile = ("whole " if at["tile"] is None else f"tile {at['tile']} ") if len(tiles) > 1 else ""
+        return f"{image}{tile}r{at['row']}c{at['column']}"
+
+    return tuple(map(label, layouts))
+
+
 def described(segment: Mapping[str, Any]) -> dict[str, Any]:
     """A segment's attributes as JSON gives them back, with tuples for its lists."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in segment.items()}

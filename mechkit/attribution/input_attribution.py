@@ -44,6 +44,7 @@ from mechkit.engine import frozen_parameters
 from mechkit.experiment.axes import Chosen
 from mechkit.experiment.estimates import AnyMetric, Experiment, GradientChunk, Key, hook_name, make_single_experiment
 from mechkit.experiment.passes import check_reached, tapped, unedited
+from mechkit.experiment.patches import takes_patches
 from mechkit.experiment.provenance import pictures_of, provenance_of
 from mechkit.experiment.quadrature import Rule, along_activation, batches, metric_with, quadrature
 from mechkit.hooks import HookedModel, get_site, one_at_a_time
@@ -171,6 +172,7 @@ def token_integrated_gradients(
 @checked
 @one_at_a_time
 @torch.inference_mode(False)
+@takes_patches
 def neuron_attribution(
     model: HookedModel,
     prompts: AnyPrompts,

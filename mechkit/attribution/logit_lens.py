@@ -32,6 +32,7 @@ from mechkit._precision import widen
 from mechkit._thumbnails import PromptPictures
 from mechkit.attribution._readout import LensChunk, Logits, Reader, read_cells
 from mechkit.experiment.axes import Axes, make_axes
+from mechkit.experiment.patches import takes_patches
 from mechkit.experiment.positions import split_prompts
 from mechkit.experiment.provenance import pictures_of, provenance_of
 from mechkit.hooks import HookedModel, one_at_a_time
@@ -57,6 +58,7 @@ OF_TOKENS = ("logit", "log_prob", "prob", "rank")
 
 @checked
 @one_at_a_time
+@takes_patches
 def logit_lens(
     model: HookedModel,
     prompts: AnyPrompts,
@@ -89,6 +91,7 @@ def logit_lens(
             `"mlp_out"` or `"result"` (single heads): what the component adds to the final logits directly, biases of the final
             norm and the unembedding left out; its `"prob"`, `"rank"`, `"entropy"` and `"kl"` are those of these logits alone.
         over: Dims of the result: `"layer pos"`; `"layer position"` (named positions of pairs, `"END"` of plain prompts);
+            `"layer patch"` (of pictures);
             `"layer"` (each prompt's last position alone); with `"head"` at site `"result"`; without `"layer"` at site `"embed"`.
         layers, positions, heads: Restrict those dims. `positions` are indices with `pos`, names with `position`.
         lens: A tuned lens of this model, for site `"resid_post"`.
@@ -173,6 +176,7 @@ class TopTokens(Drawn):
 
 @checked
 @one_at_a_time
+@takes_patches
 def top_tokens(
     model: HookedModel,
     prompts: AnyPrompts,
