@@ -80,14 +80,14 @@ def _of_result(result: Result, options: dict[str, Any]) -> Figure:
         return attention(result, **options)
     if dims == ["layer", "d_model"] and len(result.coords.get("prompt", ())) >= _CLOUD:
         return hidden(result, **options)
+    if "patch" in dims and _few_panels(result, dims) and 0 not in result.shape and places_of(result):
+        return patches(result, **options)
     if is_lens(result) and "k" not in dims and len(dims) > 1:
         return lens(result, **options)
     if dims == ["pos"] and places_of(at_patches(result)[0]):
         return patches(result, **options)
     if dims == ["pos"] and any(token_of(label) != str(label) for label in result.coords["pos"]):
         return tokens(result, **options)
-    if "patch" in dims and _few_panels(result, dims) and 0 not in result.shape and places_of(result):
-        return patches(result, **options)
     if {"row", "column"} <= set(dims) <= {"picture", "row", "column"}:
         return _pixels(result, options)
     if len(dims) == 1:

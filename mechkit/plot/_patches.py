@@ -152,7 +152,8 @@ def patches(
         if view.on_picture and view.image in pictures:
             plain_grey = grey and panel.at is not None
             if (view.image, plain_grey) not in sources:
-                small = enlarged(shrunk(pictures[view.image], 1200 if few else 600), 240)
+                small = shrunk(pictures[view.image], 1200 if few else 600)
+                small = enlarged(small, 240) if own else small
                 sources[view.image, plain_grey] = embedded(_pale(grey_of(small), colours) if plain_grey else small)
             _lay_picture(figure, sources[view.image, plain_grey], view, pair)
         # a value looks alike in panels with a picture and without

@@ -78,6 +78,20 @@ def test_some_patches():
     assert some.provenance["patches"][0]["box"] == [16, 8, 24, 16]
 
 
+def test_estimates_at_patches_are_verified():
+    _, model = pair_of_models("llava")
+    pairs = make_pairs("llava", model)
+    what: dict[str, Any] = {"site": "z", "over": "patch layer", **SMALL}
+    approx = mk.attribution_patching(model, pairs, mk.logit_diff, **what)
+    exact = mk.activation_patching(model, pairs, mk.logit_diff, **what)
+    found = mk.verify(approx, model, pairs, mk.logit_diff, top=3, **QUIET)
+    for cell in approx.top(3):
+        mine, right = (one.sel(**cell.coords).values for one in (found, exact))
+        assert torch.allclose(mine, right, atol=1e-12)
+    assert found.provenance["verified"] == [cell.label for cell in approx.top(3)]
+    assert mk.compare(approx, exact).n_cells == 18
+
+
 def text() -> mk.PromptPairs:
     return mk.PromptPairs.from_tokens([[3, 4, 5, 6]], [[3, 7, 5, 6]], [(5, 7)])
 
