@@ -18,8 +18,9 @@ from component_calls import (
     states,
     weights,
 )
-from family_material import Call, Material
+from family_material import OF_PICTURES, Call, Material, PictureMaterial
 from model_calls import made_tasks, results, running, sweeps
+from picture_calls import pictures
 
 TECHNIQUES: tuple[Callable[[Material], Iterator[Call]], ...] = (
     activation_patching,
@@ -40,3 +41,13 @@ TECHNIQUES: tuple[Callable[[Material], Iterator[Call]], ...] = (
     running,
     made_tasks,
 )
+
+
+def calls_of(family: str) -> Iterator[Call]:
+    """All calls on one family."""
+    if family in OF_PICTURES:
+        yield from pictures(PictureMaterial(family))
+        return
+    material = Material(family)
+    for make in TECHNIQUES:
+        yield from make(material)

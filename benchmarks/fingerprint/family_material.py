@@ -23,7 +23,8 @@ RENAMED: dict[str, dict[str, str]] = {}
 
 N_LAYERS = 3
 BOTH = ("denoise", "noise")
-FAMILIES = ("gpt2", "llama", "gemma2", "gpt_neox", "olmo2", "bloom", "bidirectional", "lfm2")
+OF_PICTURES = ("llava",)  # compared in what only pictures have
+FAMILIES = ("gpt2", "llama", "gemma2", "gpt_neox", "olmo2", "bloom", "bidirectional", "lfm2", *OF_PICTURES)
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,22 @@ class Material:
 
     def metric_named(self, name: str) -> Named:
         return Named(name, lambda: METRICS[name](self.pairs))
+
+
+class PictureMaterial(Material):
+    """A vision-language model of random weights, and two pairs that differ in their pictures (the second in a word too)."""
+
+    @cached_property
+    def hf(self) -> Any:
+        from helpers.vlm import build_hf
+
+        return build_hf(self.family)
+
+    @cached_property
+    def pairs(self) -> mk.PromptPairs:
+        from helpers.vlm import make_pairs
+
+        return make_pairs(self.family, self.model)
 
 
 METRICS: dict[str, Callable[[mk.PromptPairs], Any]] = {

@@ -3,7 +3,8 @@
     python benchmarks/fingerprint/fingerprint.py --out before.npz [--families gpt2 llama …] [--techniques ablation …]
     python benchmarks/fingerprint/fingerprint.py --compare before.npz after.npz
 
-1. Tiny random models of eight families, in float64 and on one thread; prompts of two lengths with seeded tokens.
+1. Tiny random models of eight families, in float64 and on one thread; prompts of two lengths with seeded tokens. Of a ninth,
+   which reads pictures, what is computed at patches and pixels.
 2. Every technique runs with its options, by public names only. What a call returns is split into arrays of numbers, stored
    under `technique|family|options|field`. Words (labels, provenance) and costs are omitted.
 3. A call that the library refuses (an architecture without that site) is stored as `…|refused`, so that a change from refusing
@@ -17,7 +18,6 @@ Results are equal to the bit only on one machine with one build of torch: make b
 from __future__ import annotations
 
 import argparse
-import itertools
 import sys
 import time
 import warnings
@@ -29,12 +29,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from calls import TECHNIQUES
-from family_material import FAMILIES, Call, Material
+from calls import calls_of
+from family_material import FAMILIES, Call
 from torch import Tensor
 
 ROUNDING = 1e-12
-_NO_VALUES = {"provenance", "cost", "coords", "graph", "edge"}  # fields that hold words, or structure
+_NO_VALUES = {
+    "provenance",
+    "cost",
+    "coords",
+    "graph",
+    "edge",
+    "pictures",
+}  # fields that hold words, structure, or what is drawn
 
 Arrays = dict[str, np.ndarray]
 
@@ -88,8 +95,7 @@ def made(families: Sequence[str], techniques: Sequence[str] = (), log: Callable[
     found: Arrays = {}
     for family in families:
         began, before = time.process_time(), len(found)
-        material = Material(family)
-        for call in itertools.chain.from_iterable(make(material) for make in TECHNIQUES):
+        for call in calls_of(family):
             if techniques and call.technique not in techniques:
                 continue
             for name, array in answered(call).items():

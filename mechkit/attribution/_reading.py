@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mechkit._precision import tolerance, widen
 from mechkit.engine import check_metric
-from mechkit.experiment.provenance import provenance_of
+from mechkit.experiment.provenance import pictures_of, provenance_of
 from mechkit.hooks import HookedModel, final_norm
 from mechkit.metrics import CallableMetric, Metric, makes_metrics, metric_for
 from mechkit.prompts import PromptPairs, Prompts
@@ -120,6 +120,7 @@ def to_result(
         unit=direction.unit if isinstance(direction, Metric) else "logits",
         provenance=provenance_of(model, prompts, **provenance),
         cost=Cost(*[runs * int(prompts.lengths.sum()) * model.n_layers] * 2),
+        pictures=pictures_of(prompts),
     )
 
 

@@ -41,7 +41,7 @@ from mechkit._precision import wide_dtype, widen
 from mechkit._progress import Progress
 from mechkit.engine import Budget, call_metric, check_can_run, check_metric, logits_at_hand, read_metric
 from mechkit.experiment.positions import place_in_every, position_labels, split_prompts
-from mechkit.experiment.provenance import provenance_of
+from mechkit.experiment.provenance import pictures_of, provenance_of
 from mechkit.hooks import HookedModel, one_at_a_time
 from mechkit.hooks._capture import capture
 from mechkit.metrics import AnyMetric, CallableMetric, Metric, metric_for
@@ -398,6 +398,7 @@ def _attributed(
         metric=rule.name,
         unit=rule.unit,
         provenance=provenance_of(model, tokens, **given),
+        pictures=pictures_of(tokens),
     )
 
 

@@ -23,7 +23,7 @@ from mechkit._check import checked, is_whole
 from mechkit.engine import Cell, Edit, Operation, check_can_run, masks_of, sees, sweep
 from mechkit.experiment.axes import choose_indices, choose_layers
 from mechkit.experiment.patches import patch_positions
-from mechkit.experiment.provenance import provenance_of
+from mechkit.experiment.provenance import pictures_of, provenance_of
 from mechkit.hooks import HookedModel, get_site, one_at_a_time, record
 from mechkit.metrics import AnyMetric, metric_for
 from mechkit.prompts import Kind, PromptPairs, Prompts
@@ -140,6 +140,7 @@ def attention_knockout(
             task=pairs.task,
         ),
         cost=answers.cost,
+        pictures=pictures_of(prompts),
     )
     if window is not None:
         return result

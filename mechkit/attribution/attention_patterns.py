@@ -24,7 +24,7 @@ from mechkit._progress import Progress
 from mechkit.engine import Budget, check_can_run
 from mechkit.experiment.axes import choose_indices
 from mechkit.experiment.positions import position_labels, split_prompts
-from mechkit.experiment.provenance import provenance_of
+from mechkit.experiment.provenance import pictures_of, provenance_of
 from mechkit.hooks import HookedModel, one_at_a_time, record
 from mechkit.prompts import AnyPrompts, Stacked, as_prompts
 from mechkit.result import Result
@@ -108,6 +108,7 @@ def attention_patterns(
         metric="attention score" if scores else "attention",
         unit="logits" if scores else "attention",
         provenance=provenance_of(model, rows, **given),
+        pictures=pictures_of(rows),
     )
 
 

@@ -18,6 +18,7 @@ from mechkit._drawn import Drawn
 from mechkit.engine import sweep
 from mechkit.experiment.axes import make_grid
 from mechkit.experiment.estimates import ESTIMATES
+from mechkit.experiment.patches import Patches
 from mechkit.experiment.positions import position_labels
 from mechkit.hooks import HookedModel, one_at_a_time
 from mechkit.metrics import AnyMetric, metric_for
@@ -214,12 +215,15 @@ def verify(
             f"approx: expected values of {metric.name!r} with the prompt as their last dim, got {approx.metric!r} and "
             f"{approx.dims}"
         )
+    over, named = str(origin["over"]), pairs.positions
+    if "patch" in over.split():
+        over, named = over.replace("patch", "position"), Patches.of(pairs.clean).named()
     grid = make_grid(
         model,
         pairs.clean,
-        pairs.positions,
+        named,
         str(origin["site"]),
-        str(origin["over"]),
+        over,
         **_restrictions(approx, pairs.clean),
     )
     best = approx.top(top)
@@ -274,7 +278,8 @@ def _check_baseline(approx: Tensor, exact: Tensor | None, run: str, dtype: torch
 def _restrictions(approx: Result, prompts: Any) -> dict[str, Any]:
     """The arguments that make a grid of exactly the approximation's cells, in its order."""
     chosen: dict[str, Any] = {}
-    for dim, argument in (("layer", "layers"), ("head", "heads"), ("neuron", "neurons"), ("position", "positions")):
+    arguments = {"layer": "layers", "head": "heads", "neuron": "neurons", "position": "positions", "patch": "positions"}
+    for dim, argument in arguments.items():
         if dim in approx.coords:
             chosen[argument] = approx.coords[dim]
     if "pos" in approx.coords:

@@ -31,17 +31,27 @@ from mechkit.attribution._reading import Direction, as_direction, to_result
 from mechkit.attribution._stream import StreamRun, labels, needed
 from mechkit.engine import Budget, check_can_run
 from mechkit.experiment.axes import choose_indices, choose_layers, common_width
+from mechkit.experiment.patches import takes_patches
 from mechkit.experiment.positions import choose_positions, position_labels, split_prompts
 from mechkit.hooks import SITES, HookedModel, mlp_weight, one_at_a_time
 from mechkit.prompts import AnyPrompts, Prompts, as_prompts
 from mechkit.result import Result
 
-OVER = ("component", "cumulative", "layer head", "layer head src", "layer head position", "layer neuron")
+OVER = (
+    "component",
+    "cumulative",
+    "layer head",
+    "layer head src",
+    "layer head position",
+    "layer head patch",
+    "layer neuron",
+)
 CAUTION = "direct effect only: later components may remove it (see dla_erasure_check)"
 
 
 @checked
 @one_at_a_time
+@takes_patches
 def direct_logit_attribution(
     model: HookedModel,
     prompts: AnyPrompts,
@@ -70,7 +80,7 @@ def direct_logit_attribution(
             (which is the metric).
             `"layer head"`: each head, without the attention's output bias.
             `"layer head src"`: each head, split by the source position whose value it moved; `"layer head position"` the same
-            at the prompts' named positions.
+            at the prompts' named positions, `"layer head patch"` at the patches of their pictures.
             `"layer neuron"`: each MLP neuron, without the MLP's output bias.
         layers, heads, neurons, positions: Restrict these dims; positions are sources.
         budget: Bytes of working memory; default half of what the device has free (1 GiB on a CPU).

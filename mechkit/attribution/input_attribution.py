@@ -44,7 +44,8 @@ from mechkit.engine import frozen_parameters
 from mechkit.experiment.axes import Chosen
 from mechkit.experiment.estimates import AnyMetric, Experiment, GradientChunk, Key, hook_name, make_single_experiment
 from mechkit.experiment.passes import check_reached, tapped, unedited
-from mechkit.experiment.provenance import provenance_of
+from mechkit.experiment.patches import takes_patches
+from mechkit.experiment.provenance import pictures_of, provenance_of
 from mechkit.experiment.quadrature import Rule, along_activation, batches, metric_with, quadrature
 from mechkit.hooks import HookedModel, get_site, one_at_a_time
 from mechkit.hooks._capture import keepers
@@ -171,6 +172,7 @@ def token_integrated_gradients(
 @checked
 @one_at_a_time
 @torch.inference_mode(False)
+@takes_patches
 def neuron_attribution(
     model: HookedModel,
     prompts: AnyPrompts,
@@ -409,4 +411,5 @@ def _result(experiment: Experiment, *, passes: int, **provenance: Any) -> Result
             **{**experiment.provenance, **provenance},
         ),
         cost=Cost(experiment.block_tokens, int(experiment.base.lengths.sum()) * experiment.model.n_layers * passes),
+        pictures=pictures_of(experiment.base),
     )

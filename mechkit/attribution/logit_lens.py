@@ -29,10 +29,12 @@ from torch import Tensor
 from mechkit._check import checked
 from mechkit._drawn import Drawn
 from mechkit._precision import widen
+from mechkit._thumbnails import PromptPictures
 from mechkit.attribution._readout import LensChunk, Logits, Reader, read_cells
 from mechkit.experiment.axes import Axes, make_axes
+from mechkit.experiment.patches import takes_patches
 from mechkit.experiment.positions import split_prompts
-from mechkit.experiment.provenance import provenance_of
+from mechkit.experiment.provenance import pictures_of, provenance_of
 from mechkit.hooks import HookedModel, one_at_a_time
 from mechkit.metrics import kl
 from mechkit.prompts import AnyPrompts, PromptPairs, Prompts, as_prompts
@@ -56,6 +58,7 @@ OF_TOKENS = ("logit", "log_prob", "prob", "rank")
 
 @checked
 @one_at_a_time
+@takes_patches
 def logit_lens(
     model: HookedModel,
     prompts: AnyPrompts,
@@ -88,6 +91,7 @@ def logit_lens(
             `"mlp_out"` or `"result"` (single heads): what the component adds to the final logits directly, biases of the final
             norm and the unembedding left out; its `"prob"`, `"rank"`, `"entropy"` and `"kl"` are those of these logits alone.
         over: Dims of the result: `"layer pos"`; `"layer position"` (named positions of pairs, `"END"` of plain prompts);
+            `"layer patch"` (of pictures);
             `"layer"` (each prompt's last position alone); with `"head"` at site `"result"`; without `"layer"` at site `"embed"`.
         layers, positions, heads: Restrict those dims. `positions` are indices with `pos`, names with `position`.
         lens: A tuned lens of this model, for site `"resid_post"`.
@@ -140,6 +144,7 @@ def logit_lens(
             model, base, technique="logit_lens", value=value, task=task, **_axes_provenance(axes, lens)
         ),
         cost=Cost(computed, computed),
+        pictures=pictures_of(base),
     )
 
 
@@ -171,6 +176,7 @@ class TopTokens(Drawn):
 
 @checked
 @one_at_a_time
+@takes_patches
 def top_tokens(
     model: HookedModel,
     prompts: AnyPrompts,
@@ -211,7 +217,7 @@ def top_tokens(
         model, base, axes, named, read, width=k, n_logits=model.d_vocab, lens=lens, budget=budget, progress=progress
     )
     provenance = provenance_of(model, base, technique="top_tokens", k=k, task=task, **_axes_provenance(axes, lens))
-    return make_top_tokens(model, values, ids, axes.dims, axes.coords, provenance, computed)
+    return make_top_tokens(model, values, ids, axes.dims, axes.coords, provenance, computed, pictures=pictures_of(base))
 
 
 def check_k(model: HookedModel, k: int) -> None:
@@ -229,6 +235,7 @@ def make_top_tokens(
     provenance: Mapping[str, Any],
     computed: int,
     text: np.ndarray | None = None,
+    pictures: PromptPictures | None = None,
 ) -> TopTokens:
     """`TopTokens` of probabilities and ids `[*dims k prompt]`."""
     found = ids[ids >= 0].unique()
@@ -243,6 +250,7 @@ def make_top_tokens(
         unit="probability",
         provenance=provenance,
         cost=Cost(computed, computed),
+        pictures=pictures,
     )
     strings = np.array([texts[i] for i in ids.flatten().tolist()], dtype=object).reshape(ids.shape)
     return TopTokens(result, ids, strings, text)

@@ -22,7 +22,7 @@ from mechkit._precision import wide_dtype
 from mechkit._progress import Progress
 from mechkit.engine import Budget, call_metric, check_can_run, frozen_parameters, logits_at_hand, read_metric
 from mechkit.experiment.positions import split_prompts
-from mechkit.experiment.provenance import provenance_of
+from mechkit.experiment.provenance import pictures_of, provenance_of
 from mechkit.hooks import HookedModel, one_at_a_time
 from mechkit.metrics import AnyMetric, CallableMetric, Metric, metric_for
 from mechkit.prompts import PromptPairs, Prompts, Stacked
@@ -143,6 +143,7 @@ def pixel_attribution(
             passes=passes,
             **given,
         ),
+        pictures=pictures_of(base),
     )
 
 

@@ -31,8 +31,9 @@ from mechkit.circuits.graph import Graph, Reader, Writer
 from mechkit.engine import Cell, Derived, Edit, sweep
 from mechkit.experiment.edges import chosen_positions, edge_experiment, where_it_counts
 from mechkit.experiment.estimates import AnyMetric, Experiment
+from mechkit.experiment.patches import takes_patches
 from mechkit.experiment.positions import choose_positions, position_labels
-from mechkit.experiment.provenance import circuit_provenance
+from mechkit.experiment.provenance import circuit_provenance, pictures_of
 from mechkit.hooks import HookedModel, Parts, Run, one_at_a_time
 from mechkit.prompts import PromptPairs
 from mechkit.result import Cost, Result
@@ -43,6 +44,7 @@ KEY = "path"  # the key of the values that are written
 @checked
 @one_at_a_time
 @torch.no_grad()
+@takes_patches
 def path_patching(
     model: HookedModel,
     pairs: PromptPairs,
@@ -60,8 +62,9 @@ def path_patching(
 
     Args:
         model, pairs, metric: As for `activation_patching`.
-        senders: `"layer head"` (every head) or `"layer"` (every MLP), with `"pos"` or `"position"` added for one position at a
-            time; or names: `["input", "a9.h6", "m3"]` (`"L9H6"` is that head too, and its label in `top()` either way).
+        senders: `"layer head"` (every head) or `"layer"` (every MLP), with `"pos"`, `"position"` or `"patch"` added for one
+            position at a time; or names: `["input", "a9.h6", "m3"]` (`"L9H6"` is that head too, and its label in `top()` either
+            way).
         receivers: Names of what is to see the change: queries, keys and values (`"a9.h6<q>"`, `"a9.kv2<k>"`), MLPs (`"m3"`), or
             `["logits"]` alone. All of them see it at once.
         freeze: What does not react on the way from sender to receivers: `"all"`, or `"heads"` (MLPs do).
@@ -141,6 +144,7 @@ def path_patching(
             **experiment.provenance,
         ),
         cost=cost,
+        pictures=pictures_of(pairs.clean),
     )
 
 

@@ -12,7 +12,7 @@ import torch
 from mechkit._check import is_whole
 from mechkit.engine import Answers, Cell, Edit
 from mechkit.experiment.positions import choose_positions, position_labels, refuse_indices_from_end
-from mechkit.experiment.provenance import provenance_of
+from mechkit.experiment.provenance import pictures_of, provenance_of
 from mechkit.experiment.sets import Members, Sets, sets_of
 from mechkit.hooks import HookedModel, Site, get_site, parse_hook_name
 from mechkit.hooks._record import longest_at
@@ -224,6 +224,7 @@ def to_result(
             model, prompts, site=grid.site.name, over=" ".join(grid.over.split()), replay=answers.replay, **provenance
         ),
         cost=answers.cost,
+        pictures=None if grid.site.stack == TOWER else pictures_of(prompts),  # a tower's positions are its own
     )
 
 

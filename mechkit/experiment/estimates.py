@@ -16,7 +16,7 @@ from mechkit._warnings import warn_of_task
 from mechkit.engine import Budget, GradientRuns, check_can_run, check_metric, metric_values
 from mechkit.experiment.axes import Axes, Chosen, make_axes
 from mechkit.experiment.positions import base_and_source, split_prompts
-from mechkit.experiment.provenance import provenance_of
+from mechkit.experiment.provenance import pictures_of, provenance_of
 from mechkit.hooks import SITES, HookedModel
 from mechkit.hooks._nonfinite import where_it_began
 from mechkit.hooks._sites import TOWER, by_prompt
@@ -109,6 +109,7 @@ class Experiment:
     def result(self, site: str, **provenance: Any) -> Result:
         """The estimated metric of every patched run, `base + effect`, as `activation_patching` returns the exact one."""
         axes = self.axes[site]
+        clean = self.base if self.source is None or self.base_is == "clean" else self.source
         naive = int(self.base.lengths.sum()) * self.model.n_layers * max(1, self.effects[site][..., 0].numel())
         return Result(
             values=self.values[self.base_is] + self.effects[site],
@@ -120,13 +121,14 @@ class Experiment:
             unit=self.metric.unit,
             provenance=provenance_of(
                 self.model,
-                self.base if self.source is None or self.base_is == "clean" else self.source,
+                clean,
                 site=site,
                 over=" ".join(axes.dims),
                 runs=self.how,
                 **{**self.provenance, **provenance},
             ),
             cost=Cost(self.block_tokens, naive),
+            pictures=None if axes.site.stack == TOWER else pictures_of(clean),
         )
 
 

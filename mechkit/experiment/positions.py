@@ -7,6 +7,7 @@ positions by their text).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -16,13 +17,26 @@ from torch import Tensor
 from mechkit._check import is_whole
 from mechkit.prompts import PromptPairs, Prompts
 
+_NAMED = 12  # names that an error lists: a picture may have hundreds of patches
+
+
+@dataclass(frozen=True, eq=False)
+class PlacedPrompts(Prompts):
+    """Plain prompts with named positions."""
+
+    places: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, prompts: Prompts, places: Mapping[str, Tensor]) -> PlacedPrompts:
+        return cls(**{one.name: getattr(prompts, one.name) for one in fields(Prompts)}, places=places)
+
 
 def split_prompts(prompts: PromptPairs | Prompts) -> tuple[Prompts, Mapping[str, Tensor], str]:
     """The clean prompts, their named positions and the task, of pairs or of plain prompts."""
     if isinstance(prompts, PromptPairs):
         return prompts.clean, prompts.positions, prompts.task
     if isinstance(prompts, Prompts):
-        return prompts, {"END": prompts.ends}, "custom"
+        return prompts, prompts.places if isinstance(prompts, PlacedPrompts) else {"END": prompts.ends}, "custom"
     raise ValueError(f"prompts: expected PromptPairs or Prompts, got {type(prompts).__name__}")
 
 
@@ -47,7 +61,8 @@ def choose_positions(named: Mapping[str, Tensor], chosen: Sequence[Any] | None) 
         raise ValueError(f"positions: expected at least one name, each once; got {names}")
     for name in names:
         if name not in named:
-            raise ValueError(f"positions: expected names among {', '.join(named)}; got {name!r}")
+            known = ", ".join(list(named)[:_NAMED]) + ", …" * (len(named) > _NAMED)
+            raise ValueError(f"positions: expected names among {known}; got {name!r}")
     return names
 
 

@@ -4,8 +4,10 @@ be checked whether they are evaluated on the prompts that they were found on."""
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Any
 
+from mechkit._thumbnails import PromptPictures, limited
 from mechkit._version import __version__
 from mechkit.hooks import HookedModel
 from mechkit.prompts import Prompts
@@ -23,6 +25,14 @@ def provenance_of(model: HookedModel, prompts: Prompts, **more: Any) -> dict[str
         "mechkit": __version__,
         **more,
     }
+
+
+def pictures_of(prompts: Prompts) -> PromptPictures | None:
+    """What figures of a result about these prompts know of their pictures; `None` where all is text."""
+    if prompts.segments is None or not any(s.kind == "image" for segments in prompts.segments for s in segments):
+        return None
+    segments = tuple(tuple(asdict(segment) for segment in one) for one in prompts.segments)
+    return PromptPictures(segments, limited(prompts.thumbnails or ((),) * len(prompts)))
 
 
 def prompt_hashes(prompts: Prompts) -> list[str]:

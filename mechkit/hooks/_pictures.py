@@ -10,11 +10,13 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from mechkit._thumbnails import Thumbnails
 from mechkit.hooks._facts import Facts
 from mechkit.hooks.loading.pictures import FAMILIES, PIXELS, Family, Piece, arguments_of, kinds_of_tokens, tiles_of
 from mechkit.hooks.loading.pixels import blurred, from_pixels, sum_over_frames, to_pixels
 from mechkit.hooks.loading.probe import placeholder_of
 from mechkit.hooks.loading.processor import on_the_picture, processed
+from mechkit.hooks.loading.thumbnails import of_image, of_inputs
 from mechkit.prompts import Kind, Prompts, Segment, Stacked
 
 Inputs = Mapping[str, Tensor]
@@ -135,13 +137,19 @@ class Pictures(Facts):
 
     def process(
         self, processor: Any, text: str, pictures: Sequence[Any], what: str
-    ) -> tuple[Tensor, dict[str, Tensor], list[Segment]]:
-        """One prompt's tokens, inputs and segments, by a processor: see `Prompts.from_processor`."""
+    ) -> tuple[Tensor, dict[str, Tensor], list[Segment], Thumbnails]:
+        """One prompt's tokens, inputs, segments and thumbnails, by a processor: see `Prompts.from_processor`."""
         model: Any = self
-        tokens, inputs, sizes = processed(model, processor, text, pictures, what)
+        tokens, inputs, images = processed(model, processor, text, pictures, what)
+        sizes = [(image.height, image.width) for image in images]
         complete = self.complete_inputs(tokens, inputs, what)
         segments = self.segments_of(tokens, complete, what)
-        return tokens, inputs, on_the_picture(model, processor, inputs, tokens, segments, sizes)
+        placed = on_the_picture(model, processor, inputs, tokens, segments, sizes)
+        return tokens, inputs, placed, tuple(map(of_image, images))
+
+    def thumbnails_of(self, inputs: Inputs, segments: Sequence[Segment]) -> Thumbnails:
+        """Small copies of one prompt's pictures as the model takes them, for figures; by the number of the picture."""
+        return of_inputs(getattr(self.bridge.original_model, "config", None), inputs, segments)
 
     def blurred(self, prompts: Prompts, sigma: float | None = None) -> Prompts:
         """The same prompts with blurred pictures: a picture without its details, for `ablation(mode="blur")`.
@@ -159,7 +167,9 @@ class Pictures(Facts):
             pictures = to_pixels(config, one)
             soft = [blurred(p, min(p.shape[1:]) / 4 if sigma is None else sigma) for p in pictures]
             inputs.append({**one, PIXELS: from_pixels(config, soft, one)})
-        return replace(prompts, inputs=tuple(inputs))
+        segments = prompts.segments or ((),) * len(prompts)
+        small = tuple(self.thumbnails_of(one, of) for one, of in zip(inputs, segments, strict=True))
+        return replace(prompts, inputs=tuple(inputs), thumbnails=small)
 
     def pixel_maps(self, prompts: Prompts, i: int, numbers: Tensor) -> list[Tensor]:
         """Numbers of each input pixel of prompt `i`, as pictures or tiles `[channel, row, column]`, rows from the top."""

@@ -2,12 +2,12 @@
 
 1. Objects of a technique's own (a circuit, a comparison, the top tokens of a lens) have a row in `_OBJECTS`.
 2. A `Result` is judged by its dims: a pattern is drawn as a pattern, hidden states as points, values of a text's tokens as that
-   text, those of a picture's patches as a picture, one dim as bars, two or three as a heat map.
+   text, those of a picture's patches over the picture, one dim as bars, two or three as a heat map.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,7 +27,7 @@ from mechkit.plot._hidden import hidden
 from mechkit.plot._labels import token_of
 from mechkit.plot._lens import lens
 from mechkit.plot._notebook import html_of
-from mechkit.plot._patch_layout import places_of
+from mechkit.plot._patch_layout import at_patches, places_of
 from mechkit.plot._patches import patches
 from mechkit.plot._scale import is_lens
 from mechkit.plot._tokens import tokens
@@ -35,6 +35,7 @@ from mechkit.result import Result
 
 _FEW = 60  # bars that one looks through; of more, the longest are shown
 _CLOUD = 3  # points that can be projected
+_VIEWS = 12  # of a picture, for a dim that is no layer
 _EDGES = 100  # of scores that are drawn as a circuit
 
 
@@ -79,12 +80,14 @@ def _of_result(result: Result, options: dict[str, Any]) -> Figure:
         return attention(result, **options)
     if dims == ["layer", "d_model"] and len(result.coords.get("prompt", ())) >= _CLOUD:
         return hidden(result, **options)
+    if "patch" in dims and _few_panels(result, dims) and 0 not in result.shape and places_of(result):
+        return patches(result, **options)
     if is_lens(result) and "k" not in dims and len(dims) > 1:
         return lens(result, **options)
+    if dims == ["pos"] and places_of(at_patches(result)[0]):
+        return patches(result, **options)
     if dims == ["pos"] and any(token_of(label) != str(label) for label in result.coords["pos"]):
         return tokens(result, **options)
-    if "patch" in dims and set(dims) <= {"layer", "patch"} and 0 not in result.shape and places_of(result):
-        return patches(result, **options)
     if {"row", "column"} <= set(dims) <= {"picture", "row", "column"}:
         return _pixels(result, options)
     if len(dims) == 1:
@@ -93,6 +96,12 @@ def _of_result(result: Result, options: dict[str, Any]) -> Figure:
     if set(dims) == {"layer", "head", "to_layer", "to_head"}:
         result = _head_by_head(result.mean("prompt") if "prompt" in result.dims else result)
     return heatmap(result, **options)
+
+
+def _few_panels(result: Result, dims: Sequence[str]) -> bool:
+    """Whether patches can be laid over their picture: alone, by layer, or by another dim that has no more than a few labels."""
+    others = [dim for dim in dims if dim != "patch"]
+    return not others or others == ["layer"] or (len(others) == 1 and len(result.coords[others[0]]) <= _VIEWS)
 
 
 def _pixels(result: Result, options: dict[str, Any]) -> Figure:

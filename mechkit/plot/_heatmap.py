@@ -40,17 +40,21 @@ from mechkit.plot._figure import (
     title_axes,
 )
 from mechkit.plot._labels import RAGGED, axis_title, check_result, is_ragged
+from mechkit.plot._parts import Parts
 from mechkit.plot._patch_layout import Patch, places_of
+from mechkit.plot._picture import embedded, enlarged
 from mechkit.plot._scale import Scale, check_scale, scale_around_base
 from mechkit.plot._size import Length, Paper, paper_in, redrawn
 from mechkit.plot._tables import table_of, to_numpy
-from mechkit.plot._text import caption_of, from_base, lines, number, shortened, spaced, technique_of, title_of
+from mechkit.plot._text import caption_of, from_base, lines, number, plain, shortened, spaced, technique_of, title_of
 from mechkit.plot._theme import Theme, theme_of
 from mechkit.result import Label, Result
 from mechkit.result._columns import are_whole
 from mechkit.result._labels import cell_label
 
 _GAP = 46  # pixels between panels
+_NAMES = 15  # pixels that the names of an axis's parts take above a panel
+_PICTURE = 72  # pixels of the longer side of a picture above its positions
 
 Results = Result | Sequence[Result] | Mapping[str, Result]
 
@@ -125,7 +129,8 @@ def heatmap(
     """Draw a result of one, two or three dims, such as layer × head, layer × pos or layer × pos × head; or several results.
 
     A `'prompt'` dim is averaged first. Of three dims one is drawn as panels: the position if there is one, otherwise
-    the last that is not the layer. Cells that do not exist are grey. A line parts the patches of different pictures or tiles.
+    the last that is neither the layer nor the patch. Cells that do not exist are grey. Lines part the patches of different
+    pictures or tiles, and a picture's positions from the text; the picture stands above them.
 
     Args:
         result: What to draw. Several results (a list, or a mapping from a panel's title), of one or two dims and with the same
@@ -251,16 +256,20 @@ def _lay_out(results: Mapping[str, Result], paper: Paper) -> _Layout:
         raise ValueError(f"heatmap: expected at least one cell, got {_sizes(result)}")
     down: str | None = "layer" if "layer" in result.dims else result.dims[0]
     rest = [dim for dim in result.dims if dim != down]
-    panels = next((dim for dim in rest if dim in ("pos", "position")), rest[-1]) if len(rest) == 2 else None
+    panels = next((dim for dim in rest if dim in ("pos", "position")), None) if len(rest) == 2 else None
+    if len(rest) == 2 and (panels is None or (panels == "pos" and Parts.of(result, "pos").parts)):
+        panels = next(
+            (dim for dim in reversed(rest) if dim not in ("patch", "pos")), rest[-1]
+        )  # a panel a patch is too many
     right = next((dim for dim in rest if dim != panels), None)
     if right is None and down != "layer":  # a row
         down, right = None, down
     n_panels = len(results) if several else len(_labels(result, panels)) or 1
     n_rows, n_columns = (len(_labels(result, dim)) or 1 for dim in (down, right))
-    rows = [shortened(label, paper.letters) for label in _labels(result, down)]
+    rows = [shortened(label, paper.letters) for label in _shown(result, down)]
     left = room_left(rows, labels_across([], 1), paper)
     if right is not None and not are_whole(_labels(result, right)):  # labels aslant stick out on the left
-        columns = [shortened(label, paper.letters) for label in _labels(result, right)]
+        columns = [shortened(label, paper.letters) for label in _shown(result, right)]
         left = max(left, room_left(rows, labels_across(columns, 13), paper))
     return _Layout(panels, down, right, n_panels, n_rows, n_columns, paper, left)
 
@@ -278,12 +287,14 @@ def _panels(results: Mapping[str, Result], layout: _Layout, *, effects: bool) ->
 def _hover(result: Result, layout: _Layout, panel: int, values: np.ndarray, effects: np.ndarray) -> list[list[str]]:
     unit = spaced(result.unit)
     patches = _patches(result)
+    parts = {dim: Parts.of(result, dim) for dim in (layout.down, layout.right, layout.panels)}
     missing = "no path to the receivers" if technique_of(result.provenance) == "path patching" else "not present"
 
     def text(row: int, column: int) -> str:
         places = ((layout.down, row), (layout.right, column), (layout.panels, panel))
         notes = [f"{dim} {result.coords[dim][i]}" for dim, i in places if dim]
         pixels = [patches[i].pixels for dim, i in places if dim == "patch" and patches and patches[i].box]
+        pixels += [text for dim, i in places for text in parts[dim].hover(i)]
         if np.isnan(values[row, column]):
             return lines(*notes, missing, *pixels)
         notes += [f"{result.metric} {number(values[row, column], 5)}{unit}"]
@@ -306,6 +317,61 @@ def _part_views(figure: Figure, result: Result, layout: _Layout, theme: Theme) -
         if (one.image, one.tile) != (other.image, other.tile):
             line = {"line_width": 1.5, "line_color": theme.line, "row": "all", "col": "all"}
             figure.add_hline(i + 0.5, **line) if layout.down == "patch" else figure.add_vline(i + 0.5, **line)
+    thin = {"line_width": 1, "line_color": theme.ink, "row": "all", "col": "all"}
+    for part in Parts.of(result, layout.right).parts[1:]:
+        figure.add_vline(part.first - 0.5, **thin)
+    for part in Parts.of(result, layout.down).parts[1:]:
+        figure.add_hline(part.first - 0.5, **thin)
+
+
+def _name_parts(figure: Figure, parts: Parts, layout: _Layout, n_columns: int) -> None:
+    """What the parts of the horizontal axis are, above each panel."""
+    named = parts.named(layout.panel[0] / layout.n_columns)
+    for i in range(layout.n_panels):
+        pair = str(i + 1) if i else ""
+        for part in named:
+            figure.add_annotation(
+                text=plain(part.name),
+                showarrow=False,
+                x=part.middle,
+                y=1,
+                xref=f"x{pair}",
+                yref=f"y{pair} domain",
+                yanchor="bottom",
+                font={"size": 11},
+                name="part",
+            )
+
+
+def _show_pictures(figure: Figure, result: Result, parts: Parts, layout: _Layout, theme: Theme) -> int:
+    """The pictures above their positions, where these are a single panel; how many pixels they take."""
+    several = () if result.pictures is None else result.pictures.one.thumbnails[0]
+    width, done = layout.panel[0] / layout.n_columns, set()
+    for part in sorted(parts.parts, key=lambda one: not one.whole):
+        copy = several[part.image] if part.image is not None and part.image < len(several) else None
+        if copy is None or part.image in done:
+            continue
+        done.add(part.image)
+        across, down = _picture_size(copy.size)
+        figure.add_layout_image(
+            source=embedded(enlarged(copy.pixels.numpy(force=True), 240)),
+            xref="x",
+            yref="paper",
+            x=max(part.middle, across / width / 2 - 0.5),
+            y=1 + _NAMES / layout.panel[1],
+            sizex=across / width,
+            sizey=down / layout.panel[1],
+            xanchor="center",
+            yanchor="bottom",
+            sizing="stretch",
+        )
+    return _PICTURE + 6 if done else 0
+
+
+def _picture_size(size: tuple[float, float]) -> tuple[float, float]:
+    """Pixels of a picture above a heat map."""
+    by = _PICTURE / max(size)
+    return size[0] * by, size[1] * by
 
 
 def _style(
@@ -319,7 +385,7 @@ def _style(
 ) -> None:
     n_rows, n_columns = layout.grid
     letters = layout.paper.letters
-    columns, rows = ([shortened(name, letters) for name in _labels(result, dim)] for dim in (layout.right, layout.down))
+    columns, rows = ([shortened(name, letters) for name in _shown(result, dim)] for dim in (layout.right, layout.down))
     cell_width, cell_height = layout.panel[0] / layout.n_columns, layout.cell[1]
     across = labels_across(columns, cell_width, may_slant=not are_whole(_labels(result, layout.right)))
     left = max(room_left(rows, across, layout.paper), 0)
@@ -331,9 +397,19 @@ def _style(
     figure.update_yaxes(**label_axis(rows, cell_height, 14), autorange="reversed", title_text="")
     frame_cells(figure, theme)
     _part_views(figure, result, layout, theme)
-    title_axes(figure, layout.n_panels, n_columns, axis_title(layout.right), axis_title(layout.down))
+    parts = Parts.of(result, layout.right)
+    titles = [
+        "token or patch" if Parts.of(result, dim).parts else axis_title(dim) for dim in (layout.right, layout.down)
+    ]
+    title_axes(figure, layout.n_panels, n_columns, *titles)
     figure.update_annotations(font_size=12)  # the titles of the panels
     above = 18 if layout.n_panels > 1 else 0
+    if parts.parts:
+        figure.update_annotations(yshift=_NAMES)
+        above += _NAMES
+        _name_parts(figure, parts, layout, n_columns)
+        if layout.n_panels == 1:
+            above += _show_pictures(figure, result, parts, layout, theme)
     frame = Frame(inner[0], inner[1], left, layout.paper.bar(), across.below, above=above)
     frame = lay_bar(figure, scale, layout.paper, frame, theme)
     dress(figure, theme, frame, facts, table, layout.paper, places=lambda: _places(result, layout))
@@ -355,6 +431,11 @@ def _places(result: Result, layout: _Layout) -> dict[str, Place]:
 
 def _labels(result: Result, dim: str | None) -> tuple[Label, ...]:
     return result.coords[dim] if dim else ()
+
+
+def _shown(result: Result, dim: str | None) -> tuple[Label, ...]:
+    """Labels as an axis has them: a picture's positions by row and column."""
+    return Parts.of(result, dim).labels(_labels(result, dim))
 
 
 def _default_title(results: Mapping[str, Result], layout: _Layout) -> str:

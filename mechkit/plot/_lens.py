@@ -58,7 +58,7 @@ from mechkit.result import Label, Result
 from mechkit.result._labels import cell_label
 
 VALUES = ("logit", "log_prob", "prob", "rank", "entropy", "kl")
-_PLACES = ("pos", "position")
+_PLACES = ("pos", "position", "patch")
 _GAP = 46  # pixels between panels
 _TOLD = 10  # tokens that hover lists
 _COLUMN = 0.602  # width of a monospace character, in its size
@@ -286,7 +286,9 @@ def _check(result: Result, what: str) -> None:
         )
     dims = set(result.dims) - ({"prompt"} if what != "found.probs" else {"prompt", "k"})
     if not dims or dims - {"layer", "head", *_PLACES, "token"}:
-        raise ValueError(f"{what}: expected dims among layer, head, pos or position, and token; got {result.dims}")
+        raise ValueError(
+            f"{what}: expected dims among layer, head, pos, position or patch, and token; got {result.dims}"
+        )
     if result.values.isinf().any():
         raise ValueError(f"{what}: expected finite values, got an infinite one")
     if result.values.isnan().all():

@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from mechkit._thumbnails import patch_labels, patches_in
+from mechkit.plot._labels import position_of
 from mechkit.plot._text import number
 from mechkit.result import Label, Result
 
@@ -49,6 +51,32 @@ class Patch:
             return ""
         left, top, right, bottom = (number(round(side, 1), 6) for side in self.box)
         return f"pixels {left}–{right} across, {top}–{bottom} down"
+
+
+def at_patches(result: Result) -> tuple[Result, Result | None]:
+    """A result over positions as one over patches, and what of it is of no patch; one that has patches as it is.
+
+    It stays as it is too where nothing says which position is which patch, the same in all prompts.
+    """
+    if "patch" in result.dims or "pos" not in result.dims or result.pictures is None:
+        return result, None
+    where = {position: at for at, position in patches_in(result.pictures.one.segments[0])}
+    labels = result.coords["pos"]
+    inside = [label for label in labels if position_of(label) in where]
+    if not inside:
+        return result, None
+    chosen, beyond = (result.sel(pos=[one for one in labels if (one in inside) == which]) for which in (True, False))
+    layout = [where[position_of(label)] for label in inside]  # type: ignore[index]
+    coords = {"patch" if dim == "pos" else dim: of for dim, of in chosen.coords.items()}
+    return (
+        replace(
+            chosen,
+            dims=tuple("patch" if dim == "pos" else dim for dim in chosen.dims),
+            coords=coords | {"patch": patch_labels(layout)},
+            provenance={**chosen.provenance, "patches": layout},
+        ),
+        beyond,
+    )
 
 
 def places_of(result: Result) -> tuple[Patch, ...] | None:

@@ -1,7 +1,7 @@
 """Values of a picture's patches, laid over the picture.
 
 1. Average over prompts, choose layers, and find where each patch lies (`_patch_layout.py`). Each picture, its whole view and its
-   tiles have panels of their own, one a layer.
+   tiles have panels of their own, one a layer. What they are laid over is given, or the small copy that the result has of it.
 2. Lay the panels out so that they are as large as the paper allows, in the picture's proportions; row 0 is at the top. The axes
    count the picture's pixels, or rows and columns of patches where their pixels are not known.
 3. Colour as a heat map does: the effect, on one scale around the base run. Below the colours lies the picture, in greys, so that
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -21,8 +21,8 @@ import plotly.graph_objects as go
 from mechkit._check import checked
 from mechkit.plot._figure import Facts, Figure, Frame, Notes, Place, dress, frame_cells, lay_bar
 from mechkit.plot._labels import RAGGED, check_result, is_ragged
-from mechkit.plot._patch_layout import Patch, View, places_of, views_of
-from mechkit.plot._picture import embedded, grey_of, read_picture, shrunk
+from mechkit.plot._patch_layout import Patch, View, at_patches, places_of, views_of
+from mechkit.plot._picture import embedded, enlarged, grey_of, read_picture, shrunk
 from mechkit.plot._scale import check_scale, scale_around_base
 from mechkit.plot._size import Length, Paper, paper_in, redrawn
 from mechkit.plot._tables import table_of, to_numpy
@@ -70,15 +70,17 @@ def patches(
 ) -> Figure:
     """Draw values of a picture's patches over the picture, such as `image_patching` gives them: a panel for each layer.
 
-    A `'prompt'` dim is averaged first. A view of the whole picture and the tiles that it is cut into are panels of their own, and
+    A result over positions (`'pos'`) of prompts with pictures is drawn at the patches, without its text. A `'prompt'` dim is
+    averaged first. A view of the whole picture and the tiles that it is cut into are panels of their own, and
     so are several pictures. Where it is not known which part of the picture a tile shows, it is drawn by row and column.
 
     Args:
-        result: With a dim `"patch"`, and at most one other, such as `"layer"`.
-        picture: What the patches are laid over: a PIL image, a path, or an array or tensor `[row, column, 3]` or
-            `[3, row, column]`, whole numbers 0..255 or fractions 0..1; for prompts with several pictures a list of these (or
-            `None`), one a picture. It must show what the model was given: of any resolution, but not cut off at other edges.
-            `None` draws the patches alone.
+        result: With a dim `"patch"` or `"pos"`, and at most one other, such as `"layer"`.
+        picture: What the patches are laid over. By default the result's own copy of its prompt's picture (of the clean prompt's,
+            for pairs; of several prompts if all have the same); `False` draws the patches alone. Otherwise a PIL image, a path,
+            or an array or tensor `[row, column, 3]` or `[3, row, column]`, whole numbers 0..255 or fractions 0..1; for prompts
+            with several pictures a list of these (or `None`), one a picture. It must show what the model was given: of any
+            resolution, but not cut off at other edges.
         layers: Those that are drawn, in this order. By default all, or, of many, some from the first to the last.
         smooth: Whether colours go over from patch to patch, within a picture or tile. In the middle of a patch the colour is
             its value in any case. By default each patch is a square of one colour.
@@ -113,6 +115,7 @@ def patches(
         raise ValueError(f"show: expected 'effect', 'normalized' or 'value', got {show!r}")
     if not 0 <= opacity <= 1:
         raise ValueError(f"opacity: expected a number from 0 (the picture alone) to 1 (no picture), got {opacity!r}")
+    result, beyond = at_patches(result)
     places = _places(result)
     mean = result.mean("prompt") if "prompt" in result.dims else result
     if show == "normalized" and mean.unit != "normalized":
@@ -120,7 +123,8 @@ def patches(
     views = views_of(mean, places)
     mean, over, note = _chosen(mean, layers, len(views))
     given = result.sel(layer=list(mean.coords["layer"])) if over == "layer" else result
-    views, pictures = _with_pictures(views, picture, places)
+    own = _own(mean) if picture is None else {}
+    views, pictures = (_on_own(views, mean, own), own) if own else _with_pictures(views, picture, places)
     grid = _grid(mean, over)
     values, changes = grid(mean), grid(mean.effect() if mean.baseline else mean)
     if np.isnan(values).all():
@@ -149,6 +153,7 @@ def patches(
             plain_grey = grey and panel.at is not None
             if (view.image, plain_grey) not in sources:
                 small = shrunk(pictures[view.image], 1200 if few else 600)
+                small = enlarged(small, 240) if own else small
                 sources[view.image, plain_grey] = embedded(_pale(grey_of(small), colours) if plain_grey else small)
             _lay_picture(figure, sources[view.image, plain_grey], view, pair)
         # a value looks alike in panels with a picture and without
@@ -157,7 +162,8 @@ def patches(
 
     notes = [*caption_of(mean.provenance, averaged=mean.unit != "p"), *around.notes]
     notes += [RAGGED] * (around.alike and is_ragged(result)) + [note] * bool(note)
-    notes += _remarks(mean, views, pictures, opacity, np.isnan(shown).any(), smooth)
+    notes += _remarks(mean, views, pictures, opacity, np.isnan(shown).any(), smooth, picture)
+    notes += _left_out(mean, beyond)
     dims = [dim for dim in (over, "patch") if dim]
     heading = title if title is not None else title_of(mean.provenance, mean.metric, dims)
     facts = Facts("patches", heading, tuple(dict.fromkeys(notes)))
@@ -230,7 +236,7 @@ def _with_pictures(
     views: list[View], picture: Any, places: Sequence[Patch]
 ) -> tuple[list[View], dict[int, np.ndarray]]:
     """The views in their pictures' pixels, and the pictures by number."""
-    if picture is None:
+    if picture is None or picture is False:
         return views, {}
     images = sorted({one.image for one in places})
     if isinstance(picture, list | tuple):
@@ -263,6 +269,25 @@ def _with_pictures(
             "and column of their tile; leave out picture, or choose patches of the whole view with sel(patch=…)"
         )
     return placed, pictures
+
+
+def _own(result: Result) -> dict[int, np.ndarray]:
+    """The result's own copies of its pictures, by number; of several prompts those that all have."""
+    several = () if result.pictures is None else result.pictures.one.thumbnails[0]
+    return {i: one.pixels.numpy(force=True) for i, one in enumerate(several) if one is not None}
+
+
+def _on_own(views: list[View], result: Result, own: Mapping[int, np.ndarray]) -> list[View]:
+    """The views with the sizes of the pictures that the result has; boxes are in their pixels."""
+    assert result.pictures is not None
+    thumbnails = result.pictures.one.thumbnails[0]
+    placed = []
+    for view in views:
+        copy = thumbnails[view.image] if view.image in own else None
+        if view.on_picture and copy is not None:
+            view = view.scaled(*copy.size) if view.spread else replace(view, size=copy.size)
+        placed.append(view)
+    return placed
 
 
 def _pictures(n: int) -> str:
@@ -316,21 +341,46 @@ def _hover(
 
 
 def _remarks(
-    result: Result, views: Sequence[View], pictures: Mapping[int, Any], opacity: float, absent: bool, smooth: bool
+    result: Result,
+    views: Sequence[View],
+    pictures: Mapping[int, Any],
+    opacity: float,
+    absent: bool,
+    smooth: bool,
+    given: Any,
 ) -> list[str]:
     found = ["smoothed between patches"] * smooth
     if pictures:
-        found += [f"colours at {number(100 * opacity)} % over the picture"]
-        if result.provenance.get("n_prompts") not in (None, 1):
+        of = "clean " if given is None and "corrupted" in result.baseline else ""
+        found += [f"colours at {number(100 * opacity)} % over the {of}picture"]
+        if given is not None and result.provenance.get("n_prompts") not in (None, 1):
             found += ["the picture is an example"]
         if any(view.spread for view in views):
             found += ["patches laid evenly over the picture, whose cut is not known"]
+    elif given is None and result.pictures is not None and result.pictures.one.differ:
+        n = result.provenance.get("n_prompts", "its")
+        found += [f"no picture: {n} prompts have different ones; choose one with sel(prompt=…), or give picture="]
     if any(not view.on_picture for view in views):
         found += ["by row and column, where the place on the picture is not known"]
     return found + ["no colour: no such cell" if pictures else "grey: no such cell"] * bool(absent)
 
 
 # -- where it is drawn -------------------------------------------------------------------------------------------------
+
+
+def _left_out(result: Result, beyond: Result | None) -> list[str]:
+    """How many positions lie outside the pictures, and how large what is not seen there is."""
+    if beyond is None or 0 in beyond.shape:
+        return []
+    away = beyond.mean("prompt") if "prompt" in beyond.dims else beyond
+    away = away.effect() if away.baseline else away
+    cells = away.top(1)
+    n = len(beyond.coords["pos"])
+    text = (
+        f"{n} positions outside the picture are not drawn" if n > 1 else "1 position outside the picture is not drawn"
+    )
+    largest = f" (at most {number(abs(cells[0].value))}{spaced(result.unit)}, see heatmap)" if cells else ""
+    return [text + largest]
 
 
 @dataclass(frozen=True)

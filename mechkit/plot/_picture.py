@@ -107,6 +107,12 @@ def shrunk(picture: np.ndarray, most: int) -> np.ndarray:
     return np.rint(found).astype(np.uint8)
 
 
+def enlarged(picture: np.ndarray, least: int) -> np.ndarray:
+    """A small picture with each pixel as a square of several, so that its longer side has about so many: nothing is smoothed."""
+    by = least // max(picture.shape[:2])
+    return picture if by <= 1 else picture.repeat(by, 0).repeat(by, 1)
+
+
 def embedded(picture: np.ndarray) -> str:
     """`[row column 3]`, or `[row column]` in greys, as a PNG in a `data:` address."""
     rows, columns = picture.shape[:2]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeGuard
 
 import torch
@@ -245,7 +245,8 @@ class PromptPairs:
                 return Prompts.from_tokens(tokens, model)
             assert isinstance(model, TakesInputs)
             given = [{k: v for k, v in one.items() if "token_type" not in k} for one in prompts.inputs]
-            return Prompts.from_inputs(model, tokens, given, prompts.segments)  # which says anew what each token is
+            longer = Prompts.from_inputs(model, tokens, given, prompts.segments)  # which says anew what each token is
+            return replace(longer, thumbnails=prompts.thumbnails)
 
         text = _answer_text(model, continuation)
         return cls(forced(before), forced(other), last, none, at, task, tuple(continuation), answer_text=text)

@@ -17,6 +17,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from mechkit._check import checked, is_whole_dtype, shown
+from mechkit._thumbnails import Thumbnails
 from mechkit.prompts._segments import Segment, check_segments
 from mechkit.prompts._stacked import Stacked
 
@@ -43,9 +44,10 @@ class TakesInputs(Tokenizes, Protocol):
     def complete_inputs(self, tokens: Tensor, inputs: Inputs, what: str) -> Inputs: ...
     def segments_of(self, tokens: Tensor, inputs: Inputs, what: str) -> Sequence[Segment]: ...
     def check_segments(self, tokens: Tensor, segments: Sequence[Segment], what: str) -> None: ...
+    def thumbnails_of(self, inputs: Inputs, segments: Sequence[Segment]) -> Thumbnails: ...
     def process(
         self, processor: Any, text: str, pictures: Sequence[Any], what: str
-    ) -> tuple[Tensor, Inputs, Sequence[Segment]]: ...
+    ) -> tuple[Tensor, Inputs, Sequence[Segment], Thumbnails]: ...
 
 
 @checked
@@ -59,12 +61,14 @@ class Prompts:
         inputs: What else the model reads of each prompt, by name, such as `{"pixel_values": [1, 3, 336, 336]}`: tensors whose
             first axis is the one along which the model takes one prompt after the other. `None` for prompts of tokens alone.
         segments: Which positions of each prompt are text, and which are the patches of a picture. `None` where all is text.
+        thumbnails: Small copies of each prompt's pictures, for figures alone: no part of the hash.
     """
 
     tokens: tuple[Int[Tensor, "_pos"], ...]
     str_tokens: tuple[tuple[str, ...], ...] | None = None
     inputs: tuple[Mapping[str, Tensor], ...] | None = None
     segments: tuple[tuple[Segment, ...], ...] | None = None
+    thumbnails: tuple[Thumbnails, ...] | None = None
 
     def __post_init__(self) -> None:
         if not self.tokens:
@@ -78,7 +82,11 @@ class Prompts:
                 raise ValueError(f"tokens[{i}]: expected ids of 0 or more, got {int(row.min())}")
         if self.str_tokens is not None and [len(s) for s in self.str_tokens] != [len(t) for t in self.tokens]:
             raise ValueError("str_tokens: expected one string for each token of each prompt")
-        for name, rows in (("inputs", self.inputs), ("segments", self.segments)):
+        for name, rows in (
+            ("inputs", self.inputs),
+            ("segments", self.segments),
+            ("thumbnails", self.thumbnails),
+        ):
             if rows is not None and len(rows) != len(self.tokens):
                 raise ValueError(f"{name}: expected {len(self.tokens)}, one for each prompt; got {len(rows)}")
         for i, inputs in enumerate(self.inputs or ()):
@@ -146,14 +154,15 @@ class Prompts:
             raise ValueError(f"inputs: expected {len(prompts)}, one for each prompt; got {len(given)}")
         if segments is not None and len(segments) != len(prompts):
             raise ValueError(f"segments: expected {len(prompts)}, one list for each prompt; got {len(segments)}")
-        whole, found = [], []
+        whole, found, small = [], [], []
         for i, (row, one) in enumerate(zip(prompts.tokens, given, strict=True)):
             complete = model.complete_inputs(row, one, f"inputs[{i}]")
             whole.append({name: value.detach().cpu().clone() for name, value in complete.items()})
             own = model.segments_of(row, complete, f"inputs[{i}]") if segments is None else segments[i]
             model.check_segments(row, own, f"segments[{i}]")
             found.append(tuple(own))
-        prompts = replace(prompts, inputs=tuple(whole), segments=tuple(found))
+            small.append(model.thumbnails_of(whole[-1], own))
+        prompts = replace(prompts, inputs=tuple(whole), segments=tuple(found), thumbnails=tuple(small))
         return prompts if not bool((prompts.ends == 0).all()) else replace(prompts, str_tokens=_patch_labels(found))
 
     @classmethod
@@ -184,14 +193,15 @@ class Prompts:
             raise ValueError(
                 f"images: expected one, or a list of them, for each of {len(texts)} prompts; got {len(given)}"
             )
-        rows, inputs, segments = [], [], []
+        rows, inputs, segments, thumbnails = [], [], [], []
         for i, (one, pictures) in enumerate(zip(texts, given, strict=True)):
             several = list(pictures) if isinstance(pictures, list | tuple) else [pictures]
-            tokens, found, placed = model.process(processor, one, several, f"images[{i}]")
+            tokens, found, placed, small = model.process(processor, one, several, f"images[{i}]")
             rows.append(tokens)
             inputs.append(found)
             segments.append(placed)
-        return cls.from_inputs(model, rows, inputs, segments)
+            thumbnails.append(small)
+        return replace(cls.from_inputs(model, rows, inputs, segments), thumbnails=tuple(thumbnails))
 
     @classmethod
     @checked
@@ -215,6 +225,7 @@ class Prompts:
             None if self.str_tokens is None else tuple(self.str_tokens[i] for i in index),
             None if self.inputs is None else tuple(self.inputs[i] for i in index),
             None if self.segments is None else tuple(self.segments[i] for i in index),
+            None if self.thumbnails is None else tuple(self.thumbnails[i] for i in index),
         )
 
     @property

@@ -26,4 +26,15 @@ class Cost:
         return self.naive_block_tokens / self.block_tokens if self.block_tokens else float("inf")
 
     def __str__(self) -> str:
-        return f"{self.block_tokens:,} of {self.naive_block_tokens:,} block-tokens ({self.speedup:.1f}x fewer)"
+        return f"{self.block_tokens:,} of {self.naive_block_tokens:,} block-tokens ({self._compared()})"
+
+    def _compared(self) -> str:
+        if self.naive_block_tokens and f"{self.speedup:.1f}" == "1.0":
+            return "as many"
+        if self.block_tokens <= self.naive_block_tokens:
+            return f"{self.speedup:.1f}x fewer"
+        # Of few cells the base runs and the checks cost more than they save.
+        included = ", checks included" if self.proof_block_tokens else ""
+        if not self.naive_block_tokens:
+            return f"more{included}"
+        return f"{self.block_tokens / self.naive_block_tokens:.1f}x more{included}"

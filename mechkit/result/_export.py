@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from mechkit._files import decoding, read_tensors, write_tensors
+from mechkit._thumbnails import PromptPictures
 from mechkit.result._columns import columns_of, label_array
 from mechkit.result._cost import Cost
 
@@ -33,6 +34,9 @@ def write(result: "Result", path: str | os.PathLike[str]) -> Path:
         "provenance": dict(result.provenance),
         "cost": asdict(result.cost) if result.cost else None,
     }
+    if result.pictures is not None:
+        header["pictures"], thumbnails = result.pictures.stored()
+        tensors |= thumbnails
     return write_tensors(path, tensors, "mechkit_result", header)
 
 
@@ -52,6 +56,7 @@ def read(cls: type["Result"], path: str | os.PathLike[str]) -> "Result":
             baseline={name: tensors[f"baseline.{name}"] for name in header["baselines"]},
             **{name: header[name] for name in ("base", "metric", "unit", "provenance")},
             cost=Cost(**header["cost"]) if header["cost"] else None,
+            pictures=PromptPictures.restored(header["pictures"], tensors) if header.get("pictures") else None,
         )
 
 

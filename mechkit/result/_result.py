@@ -25,6 +25,7 @@ from torch import Tensor
 
 from mechkit._check import checked, plain
 from mechkit._drawn import Drawn
+from mechkit._thumbnails import PromptPictures
 from mechkit._warnings import warn_of_gap
 from mechkit.result._checks import as_float, as_json, as_labels, check_axes, check_finite
 from mechkit.result._cost import Cost
@@ -64,6 +65,8 @@ class Result(Drawn):
         unit: unit of the values, such as `'logits'`.
         provenance: JSON values: model, revision, technique, arguments, ...
         cost: what the result took to compute.
+        pictures: small copies of the prompts' pictures and which positions show which part of them, for figures alone; one entry
+            a prompt, or a single one without a dim `'prompt'`. `None` for text.
 
     Raises:
         ValueError: if these do not fit together.
@@ -85,6 +88,7 @@ class Result(Drawn):
     unit: str
     provenance: Mapping[str, Any]
     cost: Cost | None = None
+    pictures: PromptPictures | None = None
 
     def __post_init__(self) -> None:
         values = as_float(self.values, "values")
@@ -99,6 +103,9 @@ class Result(Drawn):
             object.__setattr__(self, name, value)
         check_axes(self.shape, self.dims, self.coords)
         self._check_baselines()
+        n = len(self.coords["prompt"]) if "prompt" in self.dims else 1
+        if self.pictures is not None and len(self.pictures) != n:
+            raise ValueError(f"pictures: expected those of {n} prompts, got those of {len(self.pictures)}")
 
     def _check_baselines(self) -> None:
         if self.base not in (self.baseline or ("",)):
@@ -280,11 +287,12 @@ class Result(Drawn):
 
         values = take(self.values, self.dims)
         baseline = {name: take(b, self._baseline_dims(b)) for name, b in self.baseline.items()}
+        pictures = self.pictures if dim != "prompt" or self.pictures is None else self.pictures.chosen(indices)
         if not many:
-            return self._without(dim, 1, values=values, baseline=baseline)
+            return self._without(dim, 1, values=values, baseline=baseline, pictures=pictures)
         coords = {**self.coords, dim: tuple(self.coords[dim][i] for i in indices)}
         provenance = self._counting(dim, len(indices))
-        return replace(self, values=values, coords=coords, baseline=baseline, provenance=provenance)
+        return replace(self, values=values, coords=coords, baseline=baseline, provenance=provenance, pictures=pictures)
 
     @checked
     def ci(
@@ -417,6 +425,8 @@ class Result(Drawn):
         """This result with `dim` gone, of which `size` labels went into each value."""
         dims = tuple(other for other in self.dims if other != dim)
         coords = {other: self.coords[other] for other in dims}
+        if dim == "prompt" and self.pictures is not None:
+            changes = {"pictures": self.pictures.one, **changes}
         return replace(self, dims=dims, coords=coords, provenance=self._counting(dim, size), **changes)
 
     def _statistic(self, numbers: np.ndarray, unit: str) -> "Result":

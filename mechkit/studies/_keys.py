@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -54,12 +55,22 @@ def config_hash(model: HookedModel) -> str:
 
 
 def prompts_hash(prompts: PromptPairs | Prompts) -> str:
-    """Of all that a technique can see of the prompts: tokens, answers, named positions."""
+    """Of all that a technique can see of the prompts: tokens, pictures and which positions are which of their patches, answers,
+    named positions."""
     if isinstance(prompts, Prompts):
-        return prompts.hash()
+        segments = _segments(prompts)
+        return (
+            prompts.hash() if not segments else hashlib.sha256(canonical([prompts.hash(), segments])).hexdigest()[:16]
+        )
     positions = {name: at.tolist() for name, at in prompts.positions.items()}
     seen = [prompts.clean.hash(), prompts.corrupted.hash(), prompts.right, prompts.wrong, positions]
+    if segments := [_segments(prompts.clean), _segments(prompts.corrupted)] if prompts.clean.segments else []:
+        seen.append(segments)
     return hashlib.sha256(canonical(seen)).hexdigest()[:16]
+
+
+def _segments(prompts: Prompts) -> list[Any]:
+    return [[asdict(segment) for segment in one] for one in prompts.segments or ()]
 
 
 def of_code(job: Job, measured: Mapping[str, Any]) -> bool:

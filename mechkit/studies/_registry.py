@@ -13,13 +13,14 @@ import functools
 import importlib
 import inspect
 import json
+import operator
 import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -27,7 +28,7 @@ from mechkit import attribution, circuits, metrics, tasks
 from mechkit._check import out_of_range
 from mechkit.circuits import FaithfulnessCurve
 from mechkit.hooks import HookedModel
-from mechkit.prompts import PromptPairs
+from mechkit.prompts import PromptPairs, Prompts
 from mechkit.result import Result
 
 # What the runner gives, and what no file can hold: a study cannot set these.
@@ -70,10 +71,13 @@ TECHNIQUES: dict[str, Technique] = {
     "attribution_patching": Technique(attribution.attribution_patching, "pairs", True, ("prompt",), 5),
     "atp_star": Technique(attribution.atp_star, "pairs", True, ("prompt",), 100),
     "relp": Technique(attribution.relp, "pairs", True, ("prompt",), 5),
+    "image_patching": Technique(attribution.image_patching, "pairs", True, ("prompt", "layer")),
+    "attention_knockout": Technique(attribution.attention_knockout, "pairs", True, ("prompt",), 30),
     "integrated_gradients": Technique(attribution.integrated_gradients, "pairs", True, ("prompt",), 25),
     "neuron_attribution": Technique(attribution.neuron_attribution, "prompts", True, ("prompt",), 100),
     "direct_logit_attribution": Technique(attribution.direct_logit_attribution, "prompts", True),
     "gradient_x_input": Technique(attribution.gradient_x_input, "prompts", True),
+    "pixel_attribution": Technique(attribution.pixel_attribution, "prompts", True, ("prompt",), 150),
     "token_integrated_gradients": Technique(attribution.token_integrated_gradients, "prompts", True),
     "logit_lens": Technique(attribution.logit_lens, "prompts", False),
     "hidden_states": Technique(attribution.hidden_states, "prompts", False),
@@ -252,7 +256,7 @@ def _settable(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
         name: parameter
         for name, parameter in inspect.signature(source).parameters.items()
         if name not in OURS
-        and "Prompts" not in str(parameter.annotation)
+        and ("Prompts" not in str(parameter.annotation) or "Literal" in str(parameter.annotation))
         and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
     }
 
@@ -268,6 +272,8 @@ def _hint(function: Callable[..., Any], name: str, parameter: inspect.Parameter)
             hint = eval(hint, inspect.unwrap(source).__globals__)
         except NameError:  # imported for type checkers alone
             return Any
+    if Prompts in get_args(hint):  # which no file can hold: what else may be given
+        hint = functools.reduce(operator.or_, (one for one in get_args(hint) if one is not Prompts))
     return Any if hint is inspect.Parameter.empty else hint
 
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from mechkit.circuits import Graph
 from mechkit.experiment.axes import make_axes
+from mechkit.experiment.patches import Patches
 from mechkit.experiment.positions import position_labels
 from mechkit.hooks import HookedModel
 from mechkit.metrics import Metric
@@ -163,9 +164,16 @@ def _cells(
         pairs = isinstance(prompts, PromptPairs)
         clean = prompts.clean if isinstance(prompts, PromptPairs) else prompts
         named = prompts.positions if isinstance(prompts, PromptPairs) else {"END": prompts.ends}
-        chosen = {name: arguments[name] for name in ("layers", "heads", "positions", "neurons")}
-        axes = make_axes(model, clean, named, arguments["site"], arguments["over"], **chosen)
-        cells = int(np.prod(axes.shape))
+        chosen: Any = {name: arguments.get(name) for name in ("layers", "heads", "positions", "neurons")}
+        over, group = str(arguments["over"]).split(), int(arguments.get("group", 1))
+        together = 1.0  # patches that are one cell
+        if "patch" in over:
+            patches = Patches.of(clean)
+            named, over = patches.named(), ["position" if dim == "patch" else dim for dim in over]
+            together = len(patches.labels) / len(patches.grouped(group)[0])
+            chosen["positions"] = patches.labels if chosen["positions"] is None else chosen["positions"]
+        axes = make_axes(model, clean, named, arguments["site"], " ".join(over), **chosen)
+        cells = max(1, int(np.prod(axes.shape) / together))
         return cells, {"layer": axes.coords["layer"]} if "layer" in axes.dims and pairs is not None else {}
     if "reader" in row.split:
         graph = Graph.of(model)

@@ -313,7 +313,8 @@ def _check_cells(call: Call, key: Key, problems: Problems) -> None:
     over = call.arguments.get("over")
     if isinstance(over, str) and call.name != "logit_lens":
         try:
-            check_dims(found, tuple(over.split()), over)
+            dims = tuple("position" if dim == "patch" else dim for dim in over.split())  # patches have positions
+            check_dims(found, dims, over)
         except ValueError as error:
             problems.add((*key, "over"), str(error).removeprefix("over: "))
 

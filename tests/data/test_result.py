@@ -152,6 +152,15 @@ def test_repr_is_short_and_says_what_it_is() -> None:
         assert part in text
     assert len(text) < 200
     assert Cost(0, 5).speedup == float("inf")
+    for cost, said in (
+        (Cost(100, 60, 70), "100 of 60 block-tokens (1.7x more, checks included)"),
+        (Cost(100, 60), "100 of 60 block-tokens (1.7x more)"),
+        (Cost(100, 98, 9), "100 of 98 block-tokens (as many)"),
+        (Cost(98, 100), "98 of 100 block-tokens (as many)"),
+        (Cost(5, 0), "5 of 0 block-tokens (more)"),
+        (Cost(60, 100, 50), "60 of 100 block-tokens (1.7x fewer)"),
+    ):
+        assert str(cost) == said
 
 
 def test_a_result_of_one_value_is_a_number() -> None:

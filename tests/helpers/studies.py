@@ -74,6 +74,30 @@ def tiny_pairs(model: mk.HookedModel, n: int = 6, seed: int = 0) -> mk.PromptPai
     return mk.PromptPairs.from_tokens(*sides, answers, positions={"CHANGED": where}, task="tiny pairs")
 
 
+PICTURES = {"shift": 0.0}  # what tests change to get other pictures for the very same words
+
+
+def tiny_llava() -> mk.HookedModel:
+    """A vision-language model of random weights, float64."""
+    from helpers.vlm import pair_of_models
+
+    return pair_of_models("llava")[1]
+
+
+def pairs_with_pictures(model: mk.HookedModel, picture: int = 0, n: int = 3) -> mk.PromptPairs:
+    """The same words whatever the `picture`; both prompts of a pair differ in theirs."""
+    from helpers.vlm import make_prompts
+
+    clean, corrupted = ([100 * picture + offset + i for i in range(n)] for offset in (0, 50))
+    prompts = [_shifted(model, make_prompts("llava", model, seeds)) for seeds in (clean, corrupted)]
+    return mk.PromptPairs.from_tokens(*prompts, [(5, 7)] * n, task="pictures")
+
+
+def _shifted(model: mk.HookedModel, prompts: mk.Prompts) -> mk.Prompts:
+    inputs = [{name: value + PICTURES["shift"] for name, value in one.items()} for one in prompts.inputs or ()]
+    return mk.Prompts.from_inputs(model, prompts.tokens, inputs)
+
+
 def pairs_of_one_length(model: mk.HookedModel, seed: int = 0) -> mk.PromptPairs:
     """Those of them that have five tokens."""
     pairs = tiny_pairs(model, 14, seed)

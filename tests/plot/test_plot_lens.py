@@ -274,7 +274,7 @@ def test_scales(value: str, low: Any, high: Any, colours: str, says: str) -> Non
         (read("prob", values=torch.full((3, 4, 2), NAN)), {}, "found: expected at least one cell with a value"),
         (read("prob", values=torch.full((3, 4, 2), torch.inf)), {}, "found: expected finite values"),
         (read("prob", values=torch.rand(0, 4, 2), layer=0), {}, "at least one cell"),
-        (read().sel(layer=0, pos=TOKENS[0]), {}, "expected dims among layer, head, pos or position, and token"),
+        (read().sel(layer=0, pos=TOKENS[0]), {}, "expected dims among layer, head, pos, position or patch, and token"),
         (top().probs, {}, "expected dims among"),
         (read(), {"prompt": 5}, "prompt: expected one of 0, 1; got 5"),
         (read().sel(prompt=0), {"prompt": 0}, "prompt: expected None for a result without"),

@@ -35,6 +35,7 @@ HEADS: dict[str, Any] = {"name": "activation_patching", "label": "heads"}
 # Arguments that a technique needs to be quick, or that make shards differ: ragged positions, labels, means, no prompt axis.
 QUICK: dict[str, dict[str, Any]] = {
     "faithfulness_curve": {"fractions": [0.01, 0.1], "random": 1},
+    "attention_knockout": {"from_": [0], "window": 2},
     "edge_patching": {"edges": ["input->a1.h1<q>", "a0.h2->m2", "m1->logits", "a1.h3->a3.h0<q>"]},
 }
 VARIANTS: list[dict[str, Any]] = [
@@ -57,7 +58,8 @@ VARIANTS: list[dict[str, Any]] = [
     {"name": "edge_patching", "per_prompt": False, "edges": ["a0.h2->m2", "m1->logits"]},
     {"name": "composition_scores", "kind": "Q"},
 ]
-ENTRIES = [{"name": name, **QUICK.get(name, {})} for name in registry.TECHNIQUES] + VARIANTS
+OF_PICTURES = {"image_patching", "pixel_attribution"}  # tests/pictures/test_studies_of_pictures.py
+ENTRIES = [{"name": name, **QUICK.get(name, {})} for name in registry.TECHNIQUES if name not in OF_PICTURES] + VARIANTS
 CASES = [f"t{i:02d}" for i in range(len(ENTRIES))]
 NAMES = [
     " ".join([str(entry["name"]), *(f"{v}" for k, v in entry.items() if k in ("over", "mode"))]) for entry in ENTRIES

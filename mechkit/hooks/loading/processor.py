@@ -30,14 +30,13 @@ MOST_PIXELS = 2**27  # of a file: some 11,000 x 11,000; what is larger is taken 
 
 def processed(
     model: HookedModel, processor: Any, text: str, pictures: Sequence[Picture], what: str
-) -> tuple[Tensor, dict[str, Tensor], list[tuple[int, int]]]:
-    """Token ids, inputs, and each picture's `(height, width)`, of one prompt."""
+) -> tuple[Tensor, dict[str, Tensor], list[Any]]:
+    """Token ids, inputs, and the pictures as PIL images, of one prompt."""
     if not callable(processor):
         raise TypeError(
             f"processor: expected a processor or an image processor of transformers, got {shown(processor)}"
         )
     images = [as_image(one, f"{what}[{j}]") for j, one in enumerate(pictures)]
-    sizes = [(image.height, image.width) for image in images]
     if getattr(processor, "tokenizer", None) is not None:
         found = dict(_called(processor, what, text=[text], images=images or None))
         tokens = found.pop("input_ids")[0]
@@ -51,7 +50,7 @@ def processed(
         tokens = model.placeholders(inputs)
     elif getattr(processor, "tokenizer", None) is None and images:
         tokens = _repeated(model, tokens, inputs, len(images), what)
-    return tokens, inputs, sizes
+    return tokens, inputs, images
 
 
 def _called(processor: Any, what: str, **given: Any) -> Any:
