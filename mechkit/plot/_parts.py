@@ -68,7 +68,7 @@ class Parts:
         parts: list[Part] = []
         last: Any = None
         for i, position in enumerate(positions):
-            key = keys.get(position, ("text",)) if position is not None else ("text",)
+            key = keys.get(position, ("",)) if position is not None else ("",)  # behind a shorter prompt's end
             if parts and key == last:
                 parts[-1] = Part(parts[-1].name, parts[-1].first, i, parts[-1].image, parts[-1].whole)
             else:
@@ -99,7 +99,7 @@ class Parts:
         """The parts whose names have room, so many pixels from cell to cell; the largest first."""
         taken: list[tuple[float, float]] = []
         found = []
-        for part in sorted(self.parts, key=lambda one: one.first - one.last):
+        for part in sorted((part for part in self.parts if part.name), key=lambda one: one.first - one.last):
             half = len(part.name) * LETTER / 2 + 3
             ends = (part.middle + 0.5) * pixels - half, (part.middle + 0.5) * pixels + half
             if all(ends[1] <= left or right <= ends[0] for left, right in taken):
