@@ -142,7 +142,7 @@ print(f"{args.pairs} pairs; {model}")
 #
 # 0 is the answer without the patch, 1 that of the picture which it comes from. An 8 is closed on the left where a 3 is open,
 # above and below, so that is where the difference should be. By which of the two gaps a model goes is a matter of its seed: of
-# three, one went by the lower one (this), two by the upper one.
+# three, one went by the lower one (this), two by the upper one; on a processor that rounds otherwise this one went by both.
 
 # %%
 QUARTERS = {"r0c0": "upper left", "r0c1": "upper right", "r1c0": "lower left", "r1c1": "lower right"}
