@@ -9,6 +9,7 @@ A patch's position holds what the vision tower made of the whole picture there; 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -89,7 +90,7 @@ def image_patching(
         raise ValueError(f"heads: given, but 'head' is not among the dims {over!r}")
     check_dims(found, tuple("position" if dim == "patch" else dim for dim in dims), over)
     cells: dict[str, list[tuple[Any, ...]]] = {}
-    for at in _product([choices[dim] for dim in dims]):
+    for at in itertools.product(*(choices[dim] for dim in dims)):
         place = dict(zip(dims, at, strict=True))
         cells[" ".join(map(str, at))] = [
             tuple(one if dim == "patch" else place[dim] for dim in dims) for one in members[place["patch"]]
@@ -111,9 +112,3 @@ def image_patching(
 
 def _named(result: Result) -> Result:
     return replace(result, provenance={**result.provenance, "technique": "image_patching"})
-
-
-def _product(lists: list[list[Any]]) -> list[tuple[Any, ...]]:
-    import itertools
-
-    return list(itertools.product(*lists))

@@ -2,7 +2,7 @@
 
 1. Average over prompts, choose layers, and find where each patch lies (`_patch_layout.py`). Each picture, its whole view and its
    tiles have panels of their own, one a layer. What they are laid over is given, or the small copy that the result has of it.
-2. Lay the panels out so that they are as large as the paper allows, in the picture's proportions; row 0 is at the top. The axes
+2. Lay the panels out (`_patch_panels.py`), in the picture's proportions; row 0 is at the top. The axes
    count the picture's pixels, or rows and columns of patches where their pixels are not known.
 3. Colour as a heat map does: the effect, on one scale around the base run. Below the colours lies the picture, in greys, so that
    no colour of its own is taken for a value. Smoothed colours are a grid of finer cells; an invisible one above it has the hover.
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -22,9 +22,10 @@ from mechkit._check import checked
 from mechkit.plot._figure import Facts, Figure, Frame, Notes, Place, dress, frame_cells, lay_bar
 from mechkit.plot._labels import RAGGED, check_result, is_ragged
 from mechkit.plot._patch_layout import Patch, View, at_patches, places_of, views_of
+from mechkit.plot._patch_panels import Panel, PanelLayout, lay_out, panels_of
 from mechkit.plot._picture import embedded, enlarged, grey_of, read_picture, shrunk
 from mechkit.plot._scale import check_scale, scale_around_base
-from mechkit.plot._size import Length, Paper, paper_in, redrawn
+from mechkit.plot._size import Length, paper_in, redrawn
 from mechkit.plot._tables import table_of, to_numpy
 from mechkit.plot._text import caption_of, from_base, lines, number, plain, spaced, title_of
 from mechkit.plot._theme import Theme, theme_of
@@ -37,12 +38,6 @@ _MOST = 60  # panels at all
 _ASPECT = 0.1  # by which a picture's proportions may differ from the patches', at most
 _CONTRAST = 0.7  # of the picture below the colours
 _FINE = 120  # cells along a side of a smoothed map, about
-_LARGE = (
-    0.6,
-    0.5,
-)  # of the width that panels could have, for the sake of fewer rows; the latter where each row is a view
-_TITLE = 20  # pixels above a panel for its title
-_BETWEEN = 12  # pixels between panels, besides titles and ticks
 
 
 @checked
@@ -135,13 +130,13 @@ def patches(
     shown = changes if around.changes else values
 
     names = [f"{over} {label}" for label in mean.coords[over]] if over else [mean.metric if beside else ""]
-    panels = _panels(views, names, pictures if beside else {})
+    panels = panels_of(views, names, pictures if beside else {})
     if len(panels) > _MOST:
         raise ValueError(
             f"patches: expected {_MOST} panels at most, got {len(panels)}: {len(views)} views of pictures, each with "
             f"{len(names)}; choose fewer {'with layers=' if over == 'layer' else f'of {over!r} with sel()'}"
         )
-    layout = _lay_out(panels, views, names, paper, ticks=not pictures)
+    layout = lay_out(panels, views, names, paper, ticks=not pictures)
     figure = Figure()
     hover = _hover(mean, over, views, values, changes)
     few = len(panels) <= 2
@@ -383,114 +378,6 @@ def _left_out(result: Result, beyond: Result | None) -> list[str]:
     return [text + largest]
 
 
-@dataclass(frozen=True)
-class _Panel:
-    """A view at one layer (`at` None: the picture by itself), its title, and whether a row of panels begins with it."""
-
-    view: int
-    at: int | None
-    title: str
-
-
-def _panels(views: Sequence[View], names: Sequence[str], beside: Mapping[int, Any]) -> list[_Panel]:
-    found, stands = [], set()
-    for i, view in enumerate(views):
-        if view.on_picture and view.image in beside and view.image not in stands:
-            found.append(_Panel(i, None, "the picture"))
-            stands.add(view.image)
-        found += [_Panel(i, at, name) for at, name in enumerate(names)]
-    return found
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """Pixels: of the whole area, around it, and `(left, top, width, height)` of each panel. `heads`: titles of panels; `sides`:
-    what stands left of each; `begins`: panels that have ticks of rows; `ticks`: whether there are any.
-    """
-
-    width: float
-    height: float
-    left: float
-    below: float
-    above: float
-    places: tuple[tuple[float, float, float, float], ...]
-    heads: tuple[str, ...]
-    sides: tuple[str, ...]
-    begins: frozenset[int]
-    ticks: bool
-
-
-def _lay_out(
-    panels: Sequence[_Panel], views: Sequence[View], names: Sequence[str], paper: Paper, ticks: bool
-) -> _Layout:
-    one_each = len(names) == 1 and not any(panel.at is None for panel in panels)
-    rows: list[list[int | None]]
-    if one_each:  # views beside each other
-        rows = [[*range(len(panels))]]
-        heads = [
-            ", ".join(part for part in (views[panel.view].name, panel.title) if part) if len(panels) > 1 else ""
-            for panel in panels
-        ]
-    else:  # a view begins a row, and layers stand below each other
-        of_views = [[i for i, panel in enumerate(panels) if panel.view == view] for view in range(len(views))]
-        longest = max(map(len, of_views))
-        rows = [[*[None] * (longest - len(row)), *row] for row in of_views]
-        heads = [panel.title for panel in panels]
-    named = not one_each and len(views) > 1
-    aspects = [views[panel.view].size[0] / views[panel.view].size[1] for panel in panels]
-    ticks = ticks and any(len(view.tiles) == 1 for view in views)
-    left = 12.0 + 20 * named + 34 * ticks + (0 if paper.width is not None else 18)
-    head, foot = _TITLE * any(heads), 30 * ticks
-    most = paper.across(left, paper.bar(), 900.0)
-    tallest = paper.down(480.0 if len(panels) == 1 else 700.0)
-    widest = most if len(panels) == 1 or paper.width is not None else 300.0
-    choices = []
-    for columns in range(1, max(map(len, rows)) + 1):
-        broken = _broken(rows, columns)
-        room = min((most - (columns - 1) * _BETWEEN) / columns, widest)
-        needed = sum(room / min(aspects[i] for i in row if i is not None) for row in broken)
-        free = tallest - len(broken) * (head + foot) - (len(broken) - 1) * _BETWEEN
-        choices.append((room * min(1.0, max(free, 40.0 * len(broken)) / needed), columns, broken))
-    largest = max(width for width, _, _ in choices)
-    fine = [one for one in choices if one[0] >= _LARGE[len(rows) > 1] * largest]
-    width, _, broken = min(fine, key=lambda one: (len(one[2]), -one[0]))  # few rows, of large panels
-    places: dict[int, tuple[float, float, float, float]] = {}
-    top = 0.0
-    sides = ["" for _ in panels]
-    begins = set()
-    for n, row in enumerate(broken):
-        top += (head + foot + _BETWEEN) * bool(n)
-        there = [(j, i) for j, i in enumerate(row) if i is not None]
-        for j, i in there:
-            places[i] = (j * (width + _BETWEEN), top, width, width / aspects[i])
-        top += max(width / aspects[i] for _, i in there)
-        first = there[0][1]
-        sides[first] = views[panels[first].view].name if named else ""
-        begins.add(first)
-    used = max(map(len, broken))
-    return _Layout(
-        used * width + (used - 1) * _BETWEEN,
-        top,
-        left,
-        14 + foot,
-        float(head),
-        tuple(places[i] for i in range(len(panels))),
-        tuple(heads),
-        tuple(sides),
-        frozenset(range(len(panels)) if one_each else begins) if ticks else frozenset(),
-        ticks,
-    )
-
-
-def _broken(rows: Sequence[Sequence[int | None]], columns: int) -> list[list[int | None]]:
-    """Rows of so many panels at most. An empty place at the beginning stays where nothing is broken."""
-    found: list[list[int | None]] = []
-    for row in rows:
-        kept: list[int | None] = [i for i in row if i is not None or len(row) <= columns]
-        found += [kept[i : i + columns] for i in range(0, len(kept), columns)]
-    return found
-
-
 def _lay_picture(figure: Figure, source: str, view: View, pair: str) -> None:
     figure.add_layout_image(
         source=source,
@@ -510,7 +397,7 @@ def _lay_picture(figure: Figure, source: str, view: View, pair: str) -> None:
 def _colour(
     figure: Figure,
     view: View,
-    panel: _Panel,
+    panel: Panel,
     shown: np.ndarray,
     hover: Sequence[Sequence[str]],
     pair: str,
@@ -538,9 +425,9 @@ def _colour(
 
 def _place(
     figure: Figure,
-    panels: Sequence[_Panel],
+    panels: Sequence[Panel],
     views: Sequence[View],
-    layout: _Layout,
+    layout: PanelLayout,
     theme: Theme,
     pictures: Mapping[int, Any],
 ) -> None:
@@ -610,9 +497,7 @@ def _ticks(view: View, dim: Literal["row", "column"], pixels: float) -> dict[str
     }
 
 
-def _named_places(
-    result: Result, over: str | None, panels: Sequence[_Panel], views: Sequence[View]
-) -> dict[str, Place]:
+def _named_places(result: Result, over: str | None, panels: Sequence[Panel], views: Sequence[View]) -> dict[str, Place]:
     """The middle of each patch at each layer, by its label."""
     labels: tuple[Label, ...] = result.coords["patch"]
     found: dict[str, Place] = {}
