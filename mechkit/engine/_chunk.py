@@ -17,7 +17,7 @@ from mechkit.engine._causality import reach_of
 from mechkit.engine._edits import EditPlan, Rows, TowerRun
 from mechkit.engine._measure import call_metric, logits_at_hand, read_metric
 from mechkit.engine._memory import Budget
-from mechkit.engine._plain import Attention
+from mechkit.engine._plain import PACKED, PACKED_SDPA, Attention
 from mechkit.engine._replay import attached_edits
 from mechkit.hooks._cache import ActivationCache
 from mechkit.hooks._devices import to_device
@@ -28,6 +28,7 @@ from mechkit.metrics import CallableMetric, Metric
 from mechkit.prompts import Prompts
 
 if TYPE_CHECKING:
+    from mechkit.engine._packing import PackedRows
     from mechkit.hooks._model import HookedModel
 
 Values = Mapping[str, Mapping[tuple[str, int], Tensor]]
@@ -60,6 +61,11 @@ class Candidate:
     plain: Attention | None
     rounding: Rounding
 
+    @property
+    def packs(self) -> bool:
+        """Whether rows that begin at different positions run together."""
+        return self.plain in (PACKED, PACKED_SDPA)
+
 
 @dataclass(eq=False)
 class Proof:
@@ -69,14 +75,12 @@ class Proof:
         candidates: The kinds of block that have not been refuted, the fastest first.
         proved: For each kind of prompts (`Stacked.kind`) the starts whose blocks were checked.
         turn: How many checks there were: another prompt, start and row is taken each time.
-        finals: The final streams, `[pos d_model]`, of the rows of this chunk that were run whole, by `(cell, prompt)`.
         block_tokens: (block, token) pairs that the checks computed.
     """
 
     candidates: list[Candidate] = field(default_factory=list)
     proved: dict[Hashable, set[int]] = field(default_factory=dict)
     turn: int = 0
-    finals: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     block_tokens: int = 0
 
 
@@ -135,7 +139,11 @@ class State:
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """Prompts that run together, and what their unedited runs computed."""
+    """Prompts that run together, and what their unedited runs computed.
+
+    Attributes:
+        finals: The final streams, `[pos d_model]`, of the rows that were run whole for the proof, by `(cell, prompt)`.
+    """
 
     state: State
     ids: np.ndarray  # indices of its prompts in the whole set
@@ -146,6 +154,7 @@ class Chunk:
     moved: dict[tuple[str, str, int], Tensor] = field(
         default_factory=dict
     )  # constants from elsewhere, on the model's device
+    finals: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
     @property
     def tokens(self) -> Tensor:
@@ -255,6 +264,20 @@ class Chunk:
         unedited = self.run.resid[-1].to(device)[to_device(prompt, device)[:, None], to_device(where + start, device)]
         return torch.where(before[..., None], unedited, found)
 
+    def at_tokens(self, per_token: Tensor, rows: PackedRows, first: np.ndarray) -> Tensor:
+        """The same of rows without padding between them, `[token …]`; `first` says where each one's tokens begin."""
+        metric, device = self.state.metric, per_token.device
+        assert isinstance(metric, Metric)
+        where = metric.positions.numpy()[rows.prompt_id]
+        begins, at = (x if where.ndim == 1 else x[:, None] for x in (rows.start, first))
+        found = per_token[to_device(at + (where - begins).clip(0), device)]
+        if not (where < begins).any():
+            return found
+        prompt = np.broadcast_to(rows.prompt if where.ndim == 1 else rows.prompt[:, None], where.shape)
+        before = to_device((where < begins).astype(np.int64), device).bool()
+        unedited = self.run.resid[-1].to(device)[to_device(prompt, device), to_device(where, device)]
+        return torch.where(before[..., None], unedited, found)
+
     def chosen_tokens(self, logits: Tensor) -> Tensor:
         tokens = self.state.read_tokens
         return logits if tokens is None else logits[..., tokens.to(logits.device)]
@@ -271,13 +294,12 @@ def whole_forward(chunk: Chunk, rows: Rows) -> Float[Tensor, "row pos d_vocab"]:
 
 
 def whole_streams(
-    chunk: Chunk, rows: Rows, read: Callable[[Tensor], Tensor], edited: bool = True
+    chunk: Chunk, rows: Rows, read: Callable[[Tensor], Tensor]
 ) -> tuple[list[Float[Tensor, "row pos d_model"]], Float[Tensor, "row d_vocab"]]:
     """The same, with what every block read and the final stream, and the logits only where `read` takes the final stream from."""
     state, model = chunk.state, chunk.state.model
-    groups = tuple(state.plan) if edited else ()
     with (
-        attached_edits(model, groups, replace(rows, start=0), chunk.lookup),
+        attached_edits(model, tuple(state.plan), replace(rows, start=0), chunk.lookup),
         watched_streams(model) as streams,
         unembedding_only(model, lambda stream: read(stream)[:, None]) as taken,
     ):

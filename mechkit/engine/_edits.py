@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -18,6 +18,9 @@ from torch import Tensor
 from mechkit.engine._operations import SET, Operation
 from mechkit.hooks._devices import to_device
 from mechkit.hooks._sites import SITES, TOWER, Site, get_site
+
+if TYPE_CHECKING:
+    from mechkit.engine._packing import PackedRows
 
 SOURCE = "source"  # the value key that stands for the same activation in the source run
 NEVER = np.iinfo(np.int64).max  # "start" of a row that changes nothing
@@ -300,6 +303,41 @@ def write(group: EditGroup, rows: Rows, activation: Tensor, lookup: ValueLookup)
         source[-1] = slice(0, activation.shape[-1])  # of the longest prompt's sources, those that these prompts have
     if group.variant is not None:
         source.insert(0, to_device(group.variant[edit], value.device))
+    operand, where = value[tuple(source)].to(activation), tuple(target)
+    activation[where] = group.operation.apply(activation[where] if group.operation.looks else operand, operand)
+
+
+def write_tokens(
+    group: EditGroup, rows: PackedRows, first: Int[np.ndarray, "row"], activation: Tensor, lookup: ValueLookup
+) -> None:
+    """Makes a group's edits, in place, in an activation `[token, *dims]` of rows (`PackedRows` of one chunk), which follow one
+    another without padding; `first` says where each row's tokens begin. For sites whose first axis is the position."""
+    row, edit = group.match(rows.cell)
+    if group.pos is not None:
+        pos = group.pos[edit, rows.prompt_id[row] if group.pos.shape[1] > 1 else 0]
+        changes = pos >= rows.start[row]
+        row, edit, pos = row[changes], edit[changes], pos[changes]
+    else:
+        count = rows.suffix[row]
+        row, edit = np.repeat(row, count), np.repeat(edit, count)
+        pos = rows.start[row] + np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count)
+    if len(row) == 0:
+        return
+    value = lookup(group.value, group.site.name, group.layer)
+    lead = 0 if group.variant is None else 1
+    device = value.device
+
+    def there(axis: int, index: np.ndarray) -> Tensor:
+        return to_device(index if value.shape[lead + axis] > 1 else np.zeros_like(index), device)
+
+    source: list[Tensor | slice] = [] if group.variant is None else [to_device(group.variant[edit], device)]
+    source += [there(0, rows.prompt[row]), there(1, pos)]
+    target: list[Tensor | slice] = [to_device(first[row] + pos - rows.start[row], activation.device)]
+    for dim, chosen in (("head", group.head), (group.site.dims[-1], group.neuron)):
+        if chosen is not None:
+            axis = group.site.axis(dim)
+            source += [slice(None)] * (axis + lead - len(source)) + [there(axis, chosen[edit])]
+            target += [slice(None)] * (axis - 1 - len(target)) + [to_device(chosen[edit], activation.device)]
     operand, where = value[tuple(source)].to(activation), tuple(target)
     activation[where] = group.operation.apply(activation[where] if group.operation.looks else operand, operand)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from mechkit.engine._edits import EditPlan
@@ -49,13 +50,7 @@ class Budget:
     ) -> int:
         """Rows of `suffix` positions, of which `logits` logits each are made, that may run in one batch; with `tower_tokens`
         (block, position) pairs of a vision tower in each."""
-        heads, kv, head, width = model.n_heads, model.n_kv_heads, model.d_head, model.d_model
-        neurons = max(getattr(model.cfg, "d_mlp", None) or 0, 4 * width)
-        floats = suffix * (10 * width + 4 * neurons + 4 * heads * length)  # residuals, MLP, scores and patterns
-        floats += length * head * (4 * kv + 2 * heads)  # keys and values, and their copies for every query head
-        floats += 4 * logits  # and their softmax
-        if any(group.site.name == "result" for group in plan):
-            floats += suffix * 3 * heads * width
+        floats = _row_floats(model, length, suffix, plan, logits)
         positions = 0
         if tower_tokens:
             tower = model.stacks[TOWER]
@@ -65,6 +60,16 @@ class Budget:
         fits = self.bytes // 2 // (floats * _item_size(model))
         if self.tokens is not None:
             fits = min(fits, self.tokens // max(suffix, positions))
+        return max(1, fits)
+
+    def packed_rows_at_once(
+        self, model: HookedModel, length: np.ndarray, suffix: np.ndarray, plan: EditPlan, logits: int
+    ) -> int:
+        """How many of these rows, in their order, may run in one packed batch."""
+        floats = np.cumsum(_row_floats(model, length, suffix, plan, logits))
+        fits = int(np.searchsorted(floats, self.bytes // 2 // _item_size(model), "right"))
+        if self.tokens is not None:
+            fits = min(fits, int(np.searchsorted(np.cumsum(suffix), self.tokens, "right")))
         return max(1, fits)
 
     def prompts_at_once(
@@ -87,6 +92,18 @@ class Budget:
         layer += length * head * (4 * kv + 2 * heads)  # keys and values, and their copies for every query head
         floats = model.n_layers * layer + sum(_site_floats(model, site, length) * suffix // length for site, _ in sites)
         return max(1, self.bytes // (floats * _item_size(model)))
+
+
+def _row_floats(model: HookedModel, length: Any, suffix: Any, plan: EditPlan, logits: int) -> Any:
+    """Numbers that are in memory for one row of `suffix` positions; for many where these are arrays."""
+    heads, kv, head, width = model.n_heads, model.n_kv_heads, model.d_head, model.d_model
+    neurons = max(getattr(model.cfg, "d_mlp", None) or 0, 4 * width)
+    floats = suffix * (10 * width + 4 * neurons + 4 * heads * length)  # residuals, MLP, scores and patterns
+    floats = floats + length * head * (4 * kv + 2 * heads)  # keys and values, and their copies for every query head
+    floats = floats + 4 * logits  # and their softmax
+    if any(group.site.name == "result" for group in plan):
+        floats = floats + suffix * 3 * heads * width
+    return floats
 
 
 def _site_floats(model: HookedModel, site: str, length: int) -> int:

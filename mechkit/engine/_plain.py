@@ -20,7 +20,10 @@ from mechkit.hooks._copy import rebound
 from mechkit.hooks._devices import input_device
 from mechkit.hooks._stack import Stack
 
-Attention = Literal["sdpa", "eager"]
+Attention = Literal["sdpa", "eager", "mechkit_packed", "mechkit_packed_sdpa"]
+# The attention of packed batches (`mechkit.engine._packed`), which calls the eager or the fused one for some rows at a time.
+PACKED: Attention = "mechkit_packed"
+PACKED_SDPA: Attention = "mechkit_packed_sdpa"
 
 # Devices on which the fused attention is tried. On a CPU it was slower at a sweep's lengths: every head of SmolLM2, 4 prompts of
 # 14 tokens, one thread, in turn: 26 s (median of 4) with eager attention, 35 s with the fused one. At 124 tokens neither won.
@@ -39,7 +42,9 @@ class PlainBlocks:
     """
 
     def __init__(self, stack: Stack, attention: Attention = "eager") -> None:
-        self._blocks = [_without_bridges(block.original_component, attention) for block in stack.blocks]
+        self._stack = stack
+        self._copies: dict[int, nn.Module] = {}  # by the id of what was copied
+        self._blocks = [_without_bridges(block.original_component, attention, self._copies) for block in stack.blocks]
         forward = inspect.signature(type(self._blocks[0]).forward)  # its own may be replaced by one that takes anything
         takes_any = any(p.kind is p.VAR_KEYWORD for p in forward.parameters.values())
         self._names = None if takes_any else set(forward.parameters)
@@ -48,10 +53,18 @@ class PlainBlocks:
         known = {k: v for k, v in arguments.items() if self._names is None or k in self._names}
         return self._blocks[layer](hidden, **known)
 
+    def output_projection(self, layer: int) -> nn.Module | None:
+        """What a layer's attention multiplies its heads' `z` with, where it is a module of its own: its input is `z`."""
+        projection = getattr(getattr(self._stack.blocks[layer], "attn", None), "o", None)
+        found = self._copies.get(id(getattr(projection, "original_component", None)))
+        if found is not None:
+            found._forward_pre_hooks = found._forward_pre_hooks.copy()  # what is attached here is not the model's
+        return found
 
-def _without_bridges(module: nn.Module, attention: Attention) -> nn.Module:
+
+def _without_bridges(module: nn.Module, attention: Attention, copies: dict[int, nn.Module]) -> nn.Module:
     """A shallow copy of a module in which every bridge component is replaced by what it wraps."""
-    plain = copy.copy(module)
+    plain = copies[id(module)] = copy.copy(module)
     plain._modules = {}
     for name in ("forward", "_old_forward"):
         if name in plain.__dict__:
@@ -62,7 +75,8 @@ def _without_bridges(module: nn.Module, attention: Attention) -> nn.Module:
         plain.__dict__["config"] = config
     for name, child in module._modules.items():
         if child is not None:
-            plain._modules[name] = _without_bridges(child._modules.get("_original_component") or child, attention)
+            original = child._modules.get("_original_component") or child
+            plain._modules[name] = _without_bridges(original, attention, copies)
     return plain
 
 

@@ -24,36 +24,59 @@ then whole forward passes are run for all rows; the reason is reported.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechkit._precision import ObservedDtypes, Rounding
 from mechkit.engine._causality import agree_before_difference, masks_of, sees
-from mechkit.engine._chunk import Candidate, Chunk, whole_streams
+from mechkit.engine._chunk import Candidate, Chunk, State
 from mechkit.engine._edits import NEVER, Rows
-from mechkit.engine._plain import Attention, PlainBlocks, can_fuse
+from mechkit.engine._packed import PackedReplayer
+from mechkit.engine._packed_attention import may_pack
+from mechkit.engine._packing import PackedRows
+from mechkit.engine._plain import PACKED, PACKED_SDPA, Attention, PlainBlocks, can_fuse
 from mechkit.engine._replay import Replayer, why_not
+from mechkit.engine._whole import TOGETHER, Mask, Whole, advice, run_whole, sample, unedited
 from mechkit.hooks._devices import out_of_memory, to_device
 from mechkit.hooks._readout import unembeds_final_stream
-from mechkit.metrics import Metric
 
 if TYPE_CHECKING:
-    from mechkit.hooks._model import HookedModel
-
-Mask = Bool[np.ndarray, "cell prompt"]
-_Where = Literal["first", "middle", "behind it", "last"]  # among the blocks where rows join
+    pass
 
 STREAM = ("resid_pre", "resid_post")  # sites that are written between blocks: no hook is needed
 _BROKEN = (ValueError, TypeError, AttributeError, AssertionError, IndexError, KeyError, RuntimeError)  # ours among them
 
 
-def proved_replayer(chunk: Chunk, start: Int[np.ndarray, "cell prompt"], absent: Mask, unread: Any) -> Replayer | None:
-    """A replayer that was checked on these prompts, or `None` where whole forward passes must be run; `state.fallback` says why.
+@dataclass(eq=False)
+class Examined:
+    """A recorded chunk of prompts that nothing spoke against so far, and what its replay is to be compared with.
+
+    Attributes:
+        chunk: The prompts.
+        start: The first position that changes, `[cell prompt]`; `NEVER` if none does.
+        computed: Which rows are computed, `[cell prompt]`.
+        whole: Rows that were run whole.
+        starts: Positions from which blocks are to be checked.
+        prompt: The prompt that they are checked on, and from which on others are taken.
+    """
+
+    chunk: Chunk
+    start: Int[np.ndarray, "cell prompt"]
+    computed: Mask
+    whole: list[Whole]
+    starts: list[int]
+    prompt: int
+
+
+def examined(chunk: Chunk, start: Int[np.ndarray, "cell prompt"], absent: Mask, unread: Any) -> Examined | None:
+    """Looks at a recording, and runs whole passes to compare its replay with. `None` where whole passes must be run for all rows;
+    `state.fallback` says why.
 
     Args:
         chunk: Prompts that were recorded.
@@ -61,49 +84,66 @@ def proved_replayer(chunk: Chunk, start: Int[np.ndarray, "cell prompt"], absent:
         absent: Whether the prompt lacks a position of the cell, `[cell prompt]`.
         unread: The position of each prompt behind which nothing is read; `NEVER` where everything is.
     """
-    state = chunk.state
-    if state.fallback is not None:
-        return None
-    before = state.block_tokens
-    state.fallback = _refute(chunk, start, absent, unread)
-    state.proof.block_tokens += state.block_tokens - before
-    return None if state.fallback is not None else _replayer(chunk)
-
-
-def _refute(chunk: Chunk, start: Int[np.ndarray, "cell prompt"], absent: Mask, unread: Any) -> str | None:
-    """Why replaying these prompts is not possible with any kind of block; `None` if it is."""
     state, proof = chunk.state, chunk.state.proof
-    proof.finals = {}
+    before = state.block_tokens
+    moving = (start < NEVER) & ~absent
+    computed = moving & (start <= unread)
+    found = Examined(chunk, start, computed, [], [], (proof.turn + 1) % len(chunk.ids))
+    state.fallback = _refute_run(found, absent, moving)
+    proof.block_tokens += state.block_tokens - before
+    return found if state.fallback is None else None
+
+
+def _refute_run(one: Examined, absent: Mask, moving: Mask) -> str | None:
+    """Why no replay of these prompts is possible, whatever blocks it runs; `None` if nothing is found."""
+    chunk, start = one.chunk, one.start
+    state, proof = chunk.state, chunk.state.proof
     if chunk.run.refused is not None:
         return f"blocks cannot be replayed: {chunk.run.refused}"
     if not _equal_before_the_first_difference(chunk):
         return "the two runs differ before their first different token: not a causal model"
     if not unembeds_final_stream(state.model, chunk.run):
         return "the logits at a position are not a function of the last block's output there"
-    if absent.all():
-        return None  # there are no rows
     first, new_kind = not proof.proved, chunk.run.rows.kind not in proof.proved
     if first:
         proof.candidates = _candidates(chunk)
-    prompt, moving = (proof.turn + 1) % len(chunk.ids), (start < NEVER) & ~absent
-    computed = moving & (start <= unread)
-    still = [(start == NEVER) & ~absent, moving & ~computed]
+    if absent.all():
+        return None  # there are no rows
+    still = [(start == NEVER) & ~absent, moving & ~one.computed]
     if (shown := _sees_over(chunk, np.unique(start[moving]))) is not None:
         return f"the attention mask of block {shown} lets positions read later ones: not a causal model"
     # Whole passes first: what a replay may leave behind must not be in both.
-    whole = [_Whole(chunk, rows) for rows in _sample(chunk, start, moving, still, few=not first)] if new_kind else []
-    proof.finals = {key: final for one in whole for key, final in one.finals()}
-    if new_kind and (refuted := _refute_recording(chunk, whole, prompt)) is not None:
-        return refuted
-    starts, refuted = _starts_to_check(chunk, start, computed), None
-    while proof.candidates:
-        refuted = _refute_candidate(chunk, whole, starts, prompt, start, computed)
+    if new_kind:
+        chosen = sample(chunk, start, moving, still, few=not first)
+        if not any(rows.start >= chunk.run.length for rows in chosen):  # else one of them changes nothing
+            chosen.append(unedited(chunk, one.prompt))
+        one.whole = run_whole(chunk, chosen)
+        chunk.finals.update(pair for row in one.whole for pair in row.finals())
+        if (refuted := _refute_recording(one.whole)) is not None:
+            return refuted
+    one.starts = _starts_to_check(chunk, start, one.computed)
+    proof.proved.setdefault(chunk.run.rows.kind, set()).update(one.starts)
+    proof.turn += 1
+    return None
+
+
+def proved_replayer(several: Sequence[Examined]) -> Replayer | PackedReplayer | None:
+    """A replayer of these prompts that was compared with whole passes, or `None` where whole passes must be run; `state.fallback`
+    says why. Several chunks are only taken where their rows are packed together: without a reason, each is to be tried alone."""
+    state = several[0].chunk.state
+    proof, before = state.proof, state.block_tokens
+    refuted: str | None = "no kind of block is left"
+    while proof.candidates and (len(several) == 1 or proof.candidates[0].packs):
+        refuted = _refute_candidate(several)
         if refuted is None:
             break
         proof.candidates.pop(0)
-    proof.proved.setdefault(chunk.run.rows.kind, set()).update(starts)
-    proof.turn += 1
-    return refuted
+    proof.block_tokens += state.block_tokens - before
+    if refuted is None:
+        return _replayer(several)
+    if not proof.candidates or len(several) == 1:
+        state.fallback = refuted
+    return None
 
 
 def _sees_over(chunk: Chunk, starts: Int[np.ndarray, "start"]) -> int | None:
@@ -125,9 +165,11 @@ def _candidates(chunk: Chunk) -> list[Candidate]:
     """The kinds of block that may serve, the fastest first, and what counts as rounding in them."""
     model = chunk.state.model
     exact = Rounding.of(model.dtype)
-    kinds: tuple[Attention | None, ...] = (
-        ("sdpa", "eager", None) if can_fuse(model.bridge, chunk.run.calls) else ("eager", None)
-    )
+    kinds: list[Attention | None] = ["eager", None]
+    if can_fuse(model.bridge, chunk.run.calls):
+        kinds.insert(0, "sdpa")
+    if may_pack(chunk):
+        kinds.insert(0, PACKED_SDPA if "sdpa" in kinds else PACKED)
     candidates = [Candidate(kind, exact) for kind in kinds]
     coarse = Rounding.of(_coarsest(chunk))
     return candidates if coarse == exact else [*candidates, Candidate(None, coarse)]
@@ -145,9 +187,14 @@ def _coarsest(chunk: Chunk) -> torch.dtype:
     return seen.coarsest(chunk.state.model.dtype)
 
 
-def _replayer(chunk: Chunk) -> Replayer:
-    model, plain = chunk.state.model, chunk.state.proof.candidates[0].plain
-    return Replayer(model, chunk.run, None if plain is None else PlainBlocks(model.stack, plain), chunk.tower_tokens)
+def _replayer(several: Sequence[Examined]) -> Replayer | PackedReplayer:
+    chunk = several[0].chunk
+    model, candidate = chunk.state.model, chunk.state.proof.candidates[0]
+    plain = None if candidate.plain is None else PlainBlocks(model.stack, candidate.plain)
+    if candidate.packs:
+        assert plain is not None
+        return PackedReplayer([one.chunk for one in several], plain)
+    return Replayer(model, chunk.run, plain, chunk.tower_tokens)
 
 
 def _equal_before_the_first_difference(chunk: Chunk) -> bool:
@@ -160,32 +207,28 @@ def _equal_before_the_first_difference(chunk: Chunk) -> bool:
     return bool(agree.all())
 
 
-def _refute_recording(chunk: Chunk, whole: Sequence[_Whole], prompt: int) -> str | None:
+def _refute_recording(whole: Sequence[Whole]) -> str | None:
     """Why what was recorded is not what whole passes without a cache compute, edited ones before their edits; `None` if it is."""
-    refuted = next((found for one in whole if (found := one.refute_prefix())), None)
-    if refuted is None and any(one.changes_nothing for one in whole):
-        return None  # that row's streams were compared at every position
-    at = np.array([prompt])
-    unedited = _Whole(chunk, Rows(np.zeros(1, np.int64), at, chunk.ids[at], chunk.run.length), edited=False)
-    if (why := unedited.refute_prefix()) is not None:
-        return f"what was recorded is not what a whole pass computes: {why}"
-    return None if refuted is None else f"an edit changes what comes before it ({refuted}): not a causal model"
+    refuted = [(found, one) for one in whole if (found := one.refute_prefix())]
+    if not refuted:
+        return None
+    for found, one in refuted:
+        if one.changes_nothing:
+            return f"what was recorded is not what a whole pass computes: {found}"
+    return f"an edit changes what comes before it ({refuted[0][0]}): not a causal model"
 
 
-def _refute_candidate(
-    chunk: Chunk,
-    whole: Sequence[_Whole],
-    starts: Sequence[int],
-    prompt: int,
-    start: Int[np.ndarray, "cell prompt"],
-    computed: Mask,
-) -> str | None:
+def _refute_candidate(several: Sequence[Examined]) -> str | None:
     """Why the first candidate does not compute what whole passes compute; `None` if it does."""
-    state, replayer = chunk.state, None
+    state, replayer = several[0].chunk.state, None
     try:
-        replayer = _replayer(chunk)
-        refuted = _refute_blocks(chunk, replayer, starts, prompt, start, computed)
-        return refuted or next((found for one in whole if (found := one.refute(replayer))), None)
+        replayer = _replayer(several)
+        if isinstance(replayer, PackedReplayer):
+            refuted = _refute_packed_blocks(several, replayer)
+            return refuted or _refute_packed_rows(several, replayer)
+        (one,) = several
+        refuted = _refute_blocks(one.chunk, replayer, one.starts, one.prompt, one.start, one.computed)
+        return refuted or next((found for row in one.whole if (found := row.refute(replayer))), None)
     except _BROKEN as error:
         return _cannot(error)
     finally:
@@ -213,15 +256,29 @@ def check_batch(chunk: Chunk, rows: Rows, found: Float[Tensor, "row pos d_model"
     Raises:
         BatchRefutedError: they differ by more than rounding.
     """
-    proof = chunk.state.proof
-    for (cell, prompt), expected in proof.finals.items():
+    for (cell, prompt), expected in chunk.finals.items():
         for i in np.flatnonzero((rows.cell == cell) & (rows.prompt == prompt)):
-            rounding = proof.candidates[0].rounding
-            off = rounding.off(found[i : i + 1], expected[None, -found.shape[1] :])
-            if not off <= rounding.of_logits:
-                raise BatchRefutedError(
-                    f"rows replayed in batches differ from whole forward passes by {off:.1e} of the residual stream"
-                )
+            _check_final(chunk, found[i], expected)
+
+
+def check_packed_batch(
+    replayer: PackedReplayer, rows: PackedRows, found: Float[Tensor, "token d_model"], last: bool
+) -> None:
+    """The same for a packed batch, where each row's tokens follow those of the row before; only the last of each with `last`."""
+    for number, chunk in enumerate(replayer.chunks):
+        for (cell, prompt), expected in chunk.finals.items():
+            for i in np.flatnonzero((rows.cell == cell) & (rows.prompt == prompt) & (rows.chunk == number)):
+                begin, n = (int(i), 1) if last else (int(rows.first[i]), int(rows.suffix[i]))
+                _check_final(chunk, found[begin : begin + n], expected)
+
+
+def _check_final(chunk: Chunk, found: Float[Tensor, "pos d_model"], expected: Float[Tensor, "all_pos d_model"]) -> None:
+    rounding = chunk.state.proof.candidates[0].rounding
+    off = rounding.off(found[None], expected[None, -len(found) :])
+    if not off <= rounding.of_logits:
+        raise BatchRefutedError(
+            f"rows replayed in batches differ from whole forward passes by {off:.1e} of the residual stream"
+        )
 
 
 # -- blocks, one by one ------------------------------------------------------------------------------------------------
@@ -258,6 +315,54 @@ def _refute_blocks(
     return None
 
 
+def _refute_packed_blocks(several: Sequence[Examined], replayer: PackedReplayer) -> str | None:
+    """The same of blocks that run on all starts of several chunks together."""
+    state = several[0].chunk.state
+    parts, entries = [], []
+    for number, one in enumerate(several):
+        chunk, n = one.chunk, len(one.starts)
+        prompt = (one.prompt + np.arange(n)) % len(chunk.ids)
+        zeros = np.zeros(n, np.int64)
+        parts.append(
+            (zeros, zeros + number, prompt, chunk.ids[prompt], np.array(one.starts, np.int64), zeros + chunk.run.length)
+        )
+        entries += [
+            max(0, int(state.plan.entry[((one.start == begin) & one.computed).any(1)].min())) for begin in one.starts
+        ]
+    everyone, entry = PackedRows(*map(np.concatenate, zip(*parts, strict=True))), np.array(entries, np.int64)
+    for layer in range(int(entry.min(initial=state.model.n_layers)), state.model.n_layers):
+        rows = everyone[entry <= layer]
+        while len(rows):
+            size = max(1, int(np.searchsorted(np.cumsum(rows.suffix), TOGETHER, "right")))
+            if (refuted := _refute_packed_block(state, replayer, layer, rows[:size])) is not None:
+                return refuted
+            rows = rows[size:]
+        inside = [group for group in state.plan.groups.get(layer, ()) if group.site.name not in STREAM]
+        if not inside or replayer.writes_z(layer, inside):
+            continue
+        for one, by_start in zip(
+            several, replayer.by_start, strict=True
+        ):  # blocks with hook points, from one start each
+            if not one.starts:
+                continue
+            turn = layer % len(one.starts)
+            if state.plan.entry[((one.start == one.starts[turn]) & one.computed).any(1)].min() <= layer:
+                at = (one.prompt + turn) % len(one.chunk.ids)
+                refuted = _refute_block(one.chunk, by_start, layer, at, one.starts[turn], True)
+                if refuted is not None:
+                    return refuted
+    return None
+
+
+def _refute_packed_block(state: State, replayer: PackedReplayer, layer: int, rows: PackedRows) -> str | None:
+    rounding = state.proof.candidates[0].rounding
+    found = replayer.unedited(layer, rows)[None]
+    read, expected = (replayer.recorded(i, rows)[None] for i in (layer, layer + 1))
+    if not (off := rounding.off(found, expected, read)) <= rounding.of_block:
+        return f"block {layer}, run on packed tokens, differs from the whole pass by {off:.1e} of what it adds"
+    return None
+
+
 def _refute_block(chunk: Chunk, replayer: Replayer, layer: int, prompt: int, start: int, hooked: bool) -> str | None:
     at, resid = to_device(np.array([prompt]), chunk.tokens.device), chunk.run.resid
     rounding = chunk.state.proof.candidates[0].rounding
@@ -266,158 +371,24 @@ def _refute_block(chunk: Chunk, replayer: Replayer, layer: int, prompt: int, sta
     if not (off := rounding.off(found, expected, read)) <= rounding.of_block:
         return (
             f"block {layer}, run by itself from position {start} on, differs from the whole pass by {off:.1e} of what it adds to "
-            f"the residual stream{_advice(chunk.state.model)}"
+            f"the residual stream{advice(chunk.state.model)}"
         )
     return None
 
 
-def _advice(model: HookedModel) -> str:
-    implementation = getattr(model.bridge.original_model.config, "_attn_implementation", "eager")
-    if implementation in ("eager", None):
-        return ""
-    return (
-        f'; model.bridge.original_model.set_attn_implementation("eager") makes it replay (it is {implementation!r} now)'
-    )
-
-
-# -- edited rows, as a whole -------------------------------------------------------------------------------------------
-
-
-class _Whole:
-    """Whole forward passes of some rows that start at the same position, and what was computed in them.
-
-    Attributes:
-        rows: The rows; `rows.start` is the prompts' length where they are presumed to change nothing.
-        streams: What each block read, and the final stream, `[row pos d_model]` each.
-        logits: Where the metric reads (at the last position, for a callable), `[row d_vocab]`.
-    """
-
-    def __init__(self, chunk: Chunk, rows: Rows, edited: bool = True) -> None:
-        self.chunk, self.rows = chunk, rows
-        metric = chunk.state.metric
-        last = np.full(len(rows), chunk.run.length - 1)
-        self._where = metric.last_read.numpy()[rows.prompt_id] if isinstance(metric, Metric) else last
-        self.streams, self.logits = whole_streams(chunk, rows, self.read, edited)
-
-    def read(self, per_position: Float[Tensor, "row pos *rest"]) -> Float[Tensor, "row *rest"]:
-        """What stands where the metric reads; the last of `per_position` is the prompts' last position."""
-        offset = self.chunk.run.length - per_position.shape[1]
-        at = to_device(np.maximum(self._where - offset, 0), per_position.device)
-        return per_position[torch.arange(len(at), device=at.device), at]
-
-    def finals(self) -> Iterator[tuple[tuple[int, int], Float[Tensor, "pos d_model"]]]:
-        """The final stream of each row, by `(cell, prompt)`."""
-        keys = zip(self.rows.cell.tolist(), self.rows.prompt.tolist(), strict=True)
-        return zip(keys, self.streams[-1], strict=True)
-
-    @property
-    def changes_nothing(self) -> bool:
-        """Whether no position of these rows is presumed to change."""
-        return self.rows.start >= self.chunk.run.length
-
-    def refute_prefix(self) -> str | None:
-        """Why the positions before the start are not those of the recorded run; `None` if they are."""
-        run, start, prompt = self.chunk.run, self.rows.start, self.rows.prompt
-        rounding, recorded = self.chunk.state.proof.candidates[-1].rounding, None
-        if start == 0:
-            return None
-        if len(self.streams) != len(run.resid):
-            return f"{len(run.resid)} residual streams where a whole pass has {len(self.streams)}"
-        for layer, found in enumerate(self.streams):
-            before, recorded = recorded, run.resid[layer][prompt, :start]
-            if not (off := rounding.off(found[:, :start], recorded, before, blocks=layer)) <= rounding.of_block:
-                return (
-                    f"what block {layer} reads at positions before {start} differs by {off:.1e} of what was added there"
-                )
-        if self.changes_nothing:
-            off = rounding.off_logits(self.chunk.state.model.unembed(self.read(run.resid[-1][prompt])), self.logits)
-            if not off <= rounding.of_logits:
-                return f"the logits are not its last residual stream's, unembedded (off by {off:.1e} of their spread)"
+def _refute_packed_rows(several: Sequence[Examined], replayer: PackedReplayer) -> str | None:
+    """Why a replay of rows that begin at different positions, all together, does not end where whole passes do."""
+    state = several[0].chunk.state
+    moving = [(number, row) for number, one in enumerate(several) for row in one.whole if not row.changes_nothing]
+    if not moving:
         return None
-
-    def refute(self, replayer: Replayer) -> str | None:
-        """Why a replay does not end where the whole passes do; `None` if it does."""
-        state, model, rows = self.chunk.state, self.chunk.state.model, self.rows
-        if self.changes_nothing:
-            return None  # there is nothing to replay
-        rounding = state.proof.candidates[0].rounding
-        found = replayer.replay(state.plan, rows, self.chunk.lookup, state.reads_last)
-        differences = {"the residual stream": rounding.off(found, self.streams[-1][:, -found.shape[1] :])}
-        if not isinstance(state.metric, Metric) or rows.start <= self._where.min():
-            differences["the logits' spread"] = rounding.off_logits(model.unembed(self.read(found)), self.logits)
-        for what, off in differences.items():
-            if not off <= rounding.of_logits:
-                return f"replayed rows differ from whole forward passes by {off:.1e} of {what}{_advice(model)}"
-        return None
-
-
-def _sample(
-    chunk: Chunk, start: Int[np.ndarray, "cell prompt"], moving: Mask, still: Sequence[Mask], few: bool
-) -> list[Rows]:
-    """A few rows where a wrong assumption would show, those that start at the same position together.
-
-    1. Rows that start early and join at the first block and one behind the middle; one that starts and joins in the middle (two
-       neighbouring blocks, since what is wrong may be so in every other one); one that starts and joins late (an edit of the last
-       block at an early position would show nowhere).
-    2. A row of each kind that is presumed to change nothing: no position changes, or only such as are not read.
-    3. Where some block has no mask that could be looked at, what it reads is not known: then a row of every start.
-    4. A row of each site that is edited, and in prompts with pictures one that starts inside each kind of segment and joins
-       early, where it would be seen if positions of a segment see each other.
-
-    With `few` two rows of 1 are enough.
-    """
-    plan, turn = chunk.state.plan, chunk.state.proof.turn
-    chosen: list[tuple[int, int]] = []
-    taken = np.zeros(len(chunk.ids), np.int64)
-    taken[0] = 1
-
-    def choose(wanted: Mask, where: _Where) -> None:
-        """One of the wanted rows, of those that join at the first block, in the middle, a block later, or at the last."""
-        cell, prompt = np.nonzero(wanted)
-        if len(cell):
-            entry = np.unique(plan.entry[cell])
-            last, middle = len(entry) - 1, (len(entry) - 1) // 2
-            at = {"first": 0, "middle": middle, "behind it": min(middle + 1, last), "last": last}[where]
-            of_entry = np.flatnonzero(plan.entry[cell] == entry[at])
-            # Chosen from the prompts that were taken least often (always the first one would hide rows mistaken for the first
-            # prompt's), and not always the same head.
-            of_entry = of_entry[taken[prompt[of_entry]] == taken[prompt[of_entry]].min()]
-            one = of_entry[(5 * turn + 3 * len(chosen)) % len(of_entry)]
-            chosen.append((int(cell[one]), int(prompt[one])))
-            taken[prompt[one]] += 1
-
-    if len(used := np.unique(start[moving])):
-        # Not all at an even distance, which may be where blocks of positions that see each other begin.
-        early, middle, late = (moving & (start == used[i]) for i in (0, min(len(used) // 2 | 1, len(used) - 1), -1))
-        kinds: list[tuple[Mask, _Where]] = [(middle, "middle"), (early, "behind it"), (late, "last")]
-        for wanted, where in [(early, "first"), *([kinds[turn % 3]] if few else kinds)]:
-            choose(wanted, where)
-    if not all(masks_of(chunk.run)):
-        for begin in np.setdiff1d(used, [start[row] for row in chosen]):
-            choose(moving & (start == begin), "first")
-    if len(plan.site_names) > 1 and not few:
-        for site in sorted(plan.site_names):
-            of_site = np.zeros(len(moving), bool)
-            of_site[np.concatenate([group.cell for group in plan if group.site.name == site])] = True
-            if not any(of_site[cell] for cell, _ in chosen):
-                choose(moving & of_site[:, None], "middle")
-    for begin, end in _segments(chunk):
-        inside = moving & (start > begin) & (start < end)  # behind its first position, which may see the others
-        if not any(inside[row] and plan.entry[row[0]] <= 0 for row in chosen):
-            choose(inside, "first")
-    for wanted in () if few and chosen else still:
-        choose(wanted, "first")
-    # An order in which rows join: the replay wants them sorted.
-    at = {row: min(int(start[row]), chunk.run.length) for row in sorted(chosen, key=lambda row: plan.entry[row[0]])}
-    found = []
-    for begin in sorted(set(at.values())):
-        cell, prompt = (np.array(column) for column in zip(*(row for row in at if at[row] == begin), strict=True))
-        found.append(Rows(cell, prompt, chunk.ids[prompt], begin))
-    return found
-
-
-def _segments(chunk: Chunk) -> list[tuple[int, int]]:
-    """Where the segments of these prompts' pictures, and of the text around them, begin and end; one of each kind and picture."""
-    segments = chunk.state.base.segments
-    found = {(s.kind, s.image, s.tile): (s.start, s.stop) for s in (segments[int(chunk.ids[0])] if segments else ())}
-    return list(found.values())
+    rows = PackedRows.of(state.plan, [(row.rows, number, row.chunk.run.length) for number, row in moving])
+    final = replayer.replay(state.plan, rows, state.reads_last)
+    found = final.split([1] * len(rows) if state.reads_last else rows.suffix.tolist())
+    keys = zip(rows.chunk.tolist(), rows.cell.tolist(), rows.prompt.tolist(), strict=True)
+    place = {key: i for i, key in enumerate(keys)}
+    for number, row in moving:
+        mine = zip(row.rows.cell.tolist(), row.rows.prompt.tolist(), strict=True)
+        if (refuted := row.refute_final(torch.stack([found[place[number, *key]] for key in mine]))) is not None:
+            return refuted
+    return None

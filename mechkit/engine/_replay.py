@@ -30,7 +30,7 @@ from mechkit.engine._plain import PlainBlocks
 from mechkit.hooks._capture import LeaveError, capture
 from mechkit.hooks._devices import to_device
 from mechkit.hooks._hooking import Hooks
-from mechkit.hooks._record import CannotReplayError, Run, stream_of
+from mechkit.hooks._record import OF_ALL_PROMPTS, CannotReplayError, Run, stream_of
 from mechkit.hooks._sites import SITES, as_computed, by_prompt
 
 if TYPE_CHECKING:
@@ -73,16 +73,13 @@ class PrefixCache:
         return joined
 
 
-_OF_ALL_PROMPTS = ("alibi", "position_ids", "position_embeddings")  # and masks, which are 4-D
-
-
-class _KeysAndValues(LeaveError):
+class KeysAndValues(LeaveError):
     """Carries a layer's keys and values out of its attention, which needs nothing else computed."""
 
 
 class _LeavingCache(PrefixCache):
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        raise _KeysAndValues(*super().update(keys, values))
+        raise KeysAndValues(*super().update(keys, values))
 
 
 class Replayer:
@@ -172,6 +169,11 @@ class Replayer:
         the model adds behind it."""
         output = self._call(layer, hidden, self._prefix(layer, prompt, start), start, hooked=True)
         return self._and_between(layer, output, prompt, start)
+
+    def hooked(self, layer: int, hidden: Tensor, rows: Rows) -> Tensor:
+        """One whole block, with the bridge's hook points, for rows `[row pos d_model]` that begin at one position."""
+        prompt = to_device(rows.prompt, hidden.device)
+        return self._call(layer, hidden, self._prefix(layer, prompt, rows.start), rows.start, hooked=True)
 
     def unedited(self, layer: int, prompt: Int[Tensor, "row"], start: int, hooked: bool = False) -> Tensor:
         """What a block makes of the recorded run, from position `start` on: where all is well, what the next block read.
@@ -269,7 +271,7 @@ class Replayer:
         try:
             at = prompt.to(layer_cache.keys.device)
             self._call(layer, hidden, _LeavingCache(layer_cache.keys, layer_cache.values, at, start), start)
-        except _KeysAndValues as found:
+        except KeysAndValues as found:
             keys, values = found.args
         else:
             raise CannotReplayError("its attention does not use the cache")
@@ -299,7 +301,7 @@ class Replayer:
         for call in self.run.calls:
             for name, value in call.items():
                 for part in value if isinstance(value, tuple) else (value,):
-                    known = isinstance(part, Tensor) and (part.ndim == 4 or name in _OF_ALL_PROMPTS)
+                    known = isinstance(part, Tensor) and (part.ndim == 4 or name in OF_ALL_PROMPTS)
                     if known and id(part) not in looked_at:
                         looked_at.add(id(part))
                         if not self._same_for_all(part):

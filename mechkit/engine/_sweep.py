@@ -13,8 +13,8 @@ For each group of prompts of equal length, in chunks that fit the budget:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,20 +25,24 @@ from torch import Tensor
 from mechkit._check import checked
 from mechkit._progress import Progress
 from mechkit._warnings import warn_of_task
+from mechkit.engine._answers import Found, Ready, answers_by_start, packed_answers, unread
 from mechkit.engine._checks import check_sweep
-from mechkit.engine._chunk import Chunk, Derived, State, Values, whole_forward
-from mechkit.engine._edits import BEFORE, NEVER, Cell, EditPlan, Rows, TowerRun, rows_by_start
-from mechkit.engine._measure import logits_at_hand
+from mechkit.engine._chunk import Chunk, Derived, State, Values
+from mechkit.engine._edits import BEFORE, NEVER, Cell, EditPlan, Rows, TowerRun
 from mechkit.engine._memory import Budget
-from mechkit.engine._proof import BatchRefutedError, check_batch, proved_replayer
-from mechkit.engine._replay import Replayer, attach_edit, why_not
+from mechkit.engine._packed import PackedReplayer
+from mechkit.engine._proof import (
+    BatchRefutedError,
+    examined,
+    proved_replayer,
+)
+from mechkit.engine._replay import attach_edit, why_not
 from mechkit.hooks._cache import ActivationCache
-from mechkit.hooks._devices import out_of_memory, to_device
+from mechkit.hooks._devices import out_of_memory
 from mechkit.hooks._hooking import Hooks
 from mechkit.hooks._lock import one_at_a_time
 from mechkit.hooks._nonfinite import explanation, first_nonfinite, where_it_began
-from mechkit.hooks._readout import read_logits
-from mechkit.hooks._record import record, tower_length
+from mechkit.hooks._record import record, taken_apart, tower_length
 from mechkit.hooks._sites import SITES, TOWER, by_prompt
 from mechkit.metrics import AnyMetric, Metric, as_metric
 from mechkit.prompts import Prompts, Stacked, first_differences
@@ -136,8 +140,18 @@ def _tokens_of_runs(state: State) -> int:
 
 
 def _sweep_all(state: State, bar: Progress) -> None:
-    """Prompts of one length after the other, the longest first, as many at a time as fit."""
+    """Prompts of one length after the other, the longest first, as many at a time as fit; their rows are packed together."""
     model, plan = state.model, state.plan
+    ready: list[Ready] = []
+    room = 1.0  # the share of the memory for recorded runs that is left
+
+    def answer() -> None:
+        nonlocal room
+        if ready:
+            _answer_ready(state, ready, bar)
+        ready.clear()
+        room = 1.0
+
     for batch in state.base.batches(longest_first=True):
         length, todo = batch.length, batch.ids
         while todo:
@@ -145,50 +159,77 @@ def _sweep_all(state: State, bar: Progress) -> None:
             if not state.whole_set:
                 kept = [*plan.sites, *(site for one in state.derived.values() for site in 2 * one.sites)]
                 at_once = state.budget.prompts_at_once(model, length, kept, plan.n_cells)
+            needs = min(len(todo), at_once) / at_once
+            if needs > room:
+                answer()
             try:
-                _sweep_chunk(state, todo[:at_once], bar)
-                todo = todo[at_once:]
+                ready.append(_ready(state, todo[:at_once], double=2 * len(todo) <= at_once))
+                room, todo = room - needs, todo[at_once:]
+                if state.fallback is not None or not state.proof.candidates[0].packs:
+                    answer()
                 continue
             except RuntimeError as error:  # while recording; batches look after themselves
-                if not out_of_memory(error) or state.whole_set or min(at_once, len(todo)) == 1:
+                if not out_of_memory(error) or state.whole_set or (min(at_once, len(todo)) == 1 and not ready):
                     raise
-            state.budget.halve()  # out here the error is gone, and with it all that its frames held
+            answer()  # out here the error is gone, and with it all that its frames held
+            state.budget.halve()
+    answer()
 
 
 # -- one chunk of prompts ----------------------------------------------------------------------------------------------
 
 
-def _sweep_chunk(state: State, ids: Sequence[int], bar: Progress) -> None:
+def _ready(state: State, ids: Sequence[int], double: bool) -> Ready:
+    """Records prompts, and reads the metric of their unedited runs. With `double` there is room for two runs of them."""
     attached = state.model._attached()
-    chunk, start, absent, replayer = _recorded(state, np.array(ids))
-    length = chunk.run.length
-    _read_baselines(chunk)
+    found = _recorded(state, np.array(ids), attached, double)
+    _read_baselines(found.chunk)
     _warn_of_task(state)
-    if replayer is None:
-        start = np.zeros_like(start)  # whole forward passes: nothing is skipped, no position is presumed unaffected
     if state.whole_set:
         # A callable needs all prompts of a cell together.
-        start = np.broadcast_to(start.min(1, keepdims=True), start.shape)
-        absent = absent | absent.any(1, keepdims=True)
-    unchanged = (start == NEVER) | (start > _unread(chunk))
-    answer = torch.full((*unchanged.shape, *state.values.shape[2:]), torch.nan, dtype=state.values.dtype)
-    cell, prompt = unchanged.nonzero()
-    answer[cell, prompt] = state.base_metric[ids][prompt]
-    done, found = [], []
-    for rows in rows_by_start(state.plan, chunk.ids, start, ~unchanged & ~absent):
-        for part in _batches(state, rows, length, replayer is None, bar):
-            done.append(part)
-            found.append(_answer(chunk, replayer, part))
-    if done:  # copied once per chunk: each copy would wait for the device
-        cell, prompt = (np.concatenate([getattr(part, of) for part in done]) for of in ("cell", "prompt"))
-        answer[cell, prompt] = torch.cat(found).cpu().to(answer.dtype)
-    answer[torch.from_numpy(absent)] = torch.nan
-    bar.update(int(unchanged.sum()))
-    _refuse_leaks(state, attached)
-    _refuse_nan(state, chunk, answer, absent)
-    state.values[:, ids] = answer
+        found.start = np.broadcast_to(found.start.min(1, keepdims=True), found.start.shape)
+        found.absent = found.absent | found.absent.any(1, keepdims=True)
+    return found
+
+
+def _answer_ready(state: State, ready: list[Ready], bar: Progress) -> None:
+    """Computes the rows of chunks that were recorded: packed together, or one chunk's, by start."""
+    replayer = None
+    if (several := [one.examined for one in ready if one.examined is not None]) and state.fallback is None:
+        attached = state.model._attached()
+        replayer = proved_replayer(several) if len(several) == 1 or state.proof.candidates[0].packs else None
+        _refuse_leaks(state, attached)
+        if replayer is None and len(several) > 1 and state.fallback is None:
+            for one in ready:
+                _answer_ready(state, [one], bar)
+            return
+    if replayer is None:
+        for i, one in enumerate(ready):  # one after the other: each is run again without a cache
+            ready[i] = one = one if one.examined is None else _for_whole_passes(state, one.chunk, one.attached)
+            _read_baselines(one.chunk)
+            _write_answers(state, one, answers_by_start(state, one, None, bar), bar)
+    elif isinstance(replayer, PackedReplayer):
+        for one, found in zip(ready, packed_answers(state, ready, replayer, bar), strict=True):
+            _write_answers(state, one, found, bar)
+    else:
+        _write_answers(state, ready[0], answers_by_start(state, ready[0], replayer, bar), bar)
     if replayer is not None:
         state.block_tokens += replayer.block_tokens
+
+
+def _write_answers(state: State, one: Ready, found: Found, bar: Progress) -> None:
+    """Puts the answers of a chunk's rows, `(cells, prompts, values)`, where they belong."""
+    answer = torch.full((*one.unchanged.shape, *state.values.shape[2:]), torch.nan, dtype=state.values.dtype)
+    cell, prompt = one.unchanged.nonzero()
+    answer[cell, prompt] = state.base_metric[one.chunk.ids][prompt]
+    if found:  # copied once per chunk: each copy would wait for the device
+        cell, prompt = (np.concatenate([part[i] for part in found]) for i in (0, 1))
+        answer[cell, prompt] = torch.cat([part[2] for part in found]).cpu().to(answer.dtype)
+    answer[torch.from_numpy(one.absent)] = torch.nan
+    bar.update(int(one.unchanged.sum()))
+    _refuse_leaks(state, one.attached)
+    _refuse_nan(state, one.chunk, answer, one.absent)
+    state.values[:, one.chunk.ids] = answer
 
 
 def _refuse_leaks(state: State, attached: Mapping[Any, int]) -> None:
@@ -199,14 +240,11 @@ def _refuse_leaks(state: State, attached: Mapping[Any, int]) -> None:
         )
 
 
-def _recorded(state: State, ids: np.ndarray) -> tuple[Chunk, np.ndarray, np.ndarray, Replayer | None]:
-    """Prompts that were recorded; where each row begins to differ, and which rows there are not; and a proved replayer.
-
-    Where there is none, the prompts are run as the rows will be: whole, and without a cache.
-    """
+def _recorded(state: State, ids: np.ndarray, attached: Mapping[Any, int], double: bool) -> Ready:
+    """Prompts that were recorded and examined; where nothing can be replayed they are run as the rows will be: with no cache."""
     if state.fallback is None:
         state.fallback = _cannot_replay(state)
-    chunk = None if state.fallback is not None else _run_chunk(state, ids)
+    chunk = None if state.fallback is not None else _run_chunk(state, ids, double=double)
     if chunk is not None and state.plan.in_tower and chunk.run.between:
         state.fallback = "the model adds features of the picture to the residual stream between its blocks"
     if chunk is not None and state.fallback is None:
@@ -216,16 +254,29 @@ def _recorded(state: State, ids: np.ndarray) -> tuple[Chunk, np.ndarray, np.ndar
         reach = np.append(chunk.reach, chunk.run.length)
         start, absent = state.plan.starts(chunk.ids, chunk.run.length, reach[differs], state.derived, chunk.tower)
         start = np.where(start < NEVER, reach[np.minimum(start, chunk.run.length)], NEVER)
-        attached = state.model._attached()
-        replayer = proved_replayer(chunk, start, absent, _unread(chunk))
+        found = examined(chunk, start, absent, unread(chunk))
         _refuse_leaks(state, attached)
-        if replayer is not None:
-            return chunk, start, absent, replayer
+        if found is not None:
+            return Ready(chunk, start, absent, found, attached)
+    return _for_whole_passes(state, chunk, attached, ids)
+
+
+def _for_whole_passes(
+    state: State, chunk: Chunk | None, attached: Mapping[Any, int], ids: np.ndarray | None = None
+) -> Ready:
+    """Prompts whose rows are run whole: nothing is skipped, no position is presumed unaffected."""
     recorded_whole = chunk is not None and chunk.run.refused is not None
-    whole = chunk if recorded_whole else _run_chunk(state, ids, blocks=False)
-    assert whole is not None  # an error would have been raised
-    start, absent = state.plan.starts(whole.ids, whole.run.length, np.zeros(len(ids), np.int64), tower=whole.tower)
-    return whole, start, absent, None
+    if not recorded_whole:
+        mine = chunk.ids if chunk is not None else ids
+        assert mine is not None
+        chunk = _run_chunk(state, mine, blocks=False)
+    assert chunk is not None  # an error would have been raised
+    start, absent = state.plan.starts(
+        chunk.ids, chunk.run.length, np.zeros(len(chunk.ids), np.int64), tower=chunk.tower
+    )
+    if state.whole_set:
+        absent = absent | absent.any(1, keepdims=True)
+    return Ready(chunk, np.zeros_like(start), absent, None, attached)
 
 
 def _cannot_replay(state: State) -> str | None:
@@ -241,35 +292,36 @@ def _cannot_replay(state: State) -> str | None:
     return None
 
 
-def _unread(chunk: Chunk) -> Any:
-    """The position behind which nothing is read, of each prompt."""
-    metric = chunk.state.metric
-    return metric.last_read.numpy()[chunk.ids] if isinstance(metric, Metric) else NEVER
+def _run_chunk(state: State, ids: np.ndarray, blocks: bool = True, double: bool = False) -> Chunk | None:
+    """Runs prompts and keeps what rows need; `None`, with the reason in `state.fallback`, where `blocks` cannot be recorded.
 
-
-def _run_chunk(state: State, ids: np.ndarray, blocks: bool = True) -> Chunk | None:
-    """Runs prompts and keeps what rows need; `None`, with the reason in `state.fallback`, where `blocks` cannot be recorded."""
+    With `double` base and source prompts run together.
+    """
     model = state.model
 
     def rows(prompts: Prompts) -> Stacked:
         return prompts.stack(ids.tolist()).to(model.device)
 
     derived = sorted({site for one in state.derived.values() for site in one.sites})
+    of_source = sorted({*(state.plan.sites if state.source_sites is None else ()), *derived})
+    source = None
     try:
-        # Derived values are made of streams in any case.
-        run = record(model, rows(state.base), derived, blocks=blocks or bool(state.derived), cached=blocks)
+        base = rows(state.base)
+        if double and blocks and state.source is not None and (others := rows(state.source)).kind == base.kind:
+            run, source = taken_apart(record(model, Stacked.cat([base, others]), of_source), len(ids))
+            run = replace(run, sites={key: run.sites[key] for key in derived})
+        else:  # derived values are made of streams in any case
+            run = record(model, base, derived, blocks=blocks or bool(state.derived), cached=blocks)
     except Exception as error:
         if not blocks or (isinstance(error, RuntimeError) and out_of_memory(error)):
             raise
         state.fallback = f"its run cannot be recorded: {why_not(error)}"
         return None
     tower = _tower_run(state, ids, run.rows)
-    source = None
     if state.source is not None:
-        at_hand = state.source_sites
-        sites = sorted({*(state.plan.sites if at_hand is None else ()), *derived})
-        source = record(model, rows(state.source), sites, blocks=False)
-        if at_hand is not None:
+        if source is None:
+            source = record(model, rows(state.source), of_source, blocks=False)
+        if (at_hand := state.source_sites) is not None:
             for key in state.plan.sites:
                 found = by_prompt(SITES[key[0]], at_hand[key], len(state.base))
                 source.sites[key] = found[ids].to(model.device)
@@ -316,59 +368,6 @@ def _warn_of_task(state: State) -> None:
     values = {run: tensors[which] for run, which in state.runs.items()}
     for i, part in enumerate(metric.parts or (metric,)):
         warn_of_task(part.name, {run: value[:, i] if metric.parts else value for run, value in values.items()})
-
-
-def _batches(state: State, rows: Rows, length: int, whole: bool, bar: Progress) -> Iterator[Rows]:
-    """Cuts rows into batches that fit the budget as it stands; the consumer may shrink the budget by running out of memory."""
-    done = 0
-    some, places = (state.metric.tokens, state.metric.n_places) if isinstance(state.metric, Metric) else (None, 1)
-    logits = places * (len(some) if some is not None else state.model.d_vocab)
-    logits = length * state.model.d_vocab if whole or state.whole_set else logits
-    unit = len(state.base) if state.whole_set else 1  # a callable metric's cells stay whole
-    while done < len(rows):
-        tower = int(state.tower_tokens[rows.prompt_id].max())
-        fits = state.budget.rows_at_once(state.model, length, length - rows.start, state.plan, logits, tower)
-        size = max(unit, fits // unit * unit)
-        yield rows[done : done + size]
-        bar.update(min(size, len(rows) - done))
-        done += size
-
-
-def _answer(chunk: Chunk, replayer: Replayer | None, rows: Rows) -> Tensor:
-    """The metric of each row, on the device. When the device runs out of memory: the budget is halved, and so is the batch."""
-    state = chunk.state
-    unit = len(chunk.ids) if state.whole_set else 1
-    try:
-        return _answer_batch(chunk, replayer, rows)
-    except RuntimeError as error:
-        if not out_of_memory(error) or len(rows) <= unit:
-            raise
-    state.budget.halve()
-    half = max(unit, len(rows) // 2 // unit * unit)
-    return torch.cat([_answer(chunk, replayer, rows[:half]), _answer(chunk, replayer, rows[half:])])
-
-
-def _answer_batch(chunk: Chunk, replayer: Replayer | None, rows: Rows) -> Tensor:
-    state, metric = chunk.state, chunk.state.metric
-    if isinstance(metric, Metric):
-        if replayer is None:
-            logits = chunk.chosen_tokens(chunk.at_positions(whole_forward(chunk, rows), rows.prompt, 0))
-        else:
-            resid = replayer.replay(state.plan, rows, chunk.lookup, state.reads_last)
-            check_batch(chunk, rows, resid)
-            resid = resid[:, 0] if state.reads_last else chunk.at_positions(resid, rows.prompt, rows.start)
-            logits = read_logits(state.model, resid, state.read_tokens)
-        return chunk.read(logits, rows.prompt)
-    if replayer is None:
-        return chunk.call(logits_at_hand(whole_forward(chunk, rows)), rows.prompt)
-    suffix = replayer.replay(state.plan, rows, chunk.lookup, False)
-    check_batch(chunk, rows, suffix)
-
-    def logits_of(some: np.ndarray) -> Tensor:
-        before = chunk.run.resid[-1][to_device(rows.prompt[some], suffix.device), : rows.start]
-        return read_logits(state.model, torch.cat([before, suffix[to_device(some, suffix.device)]], 1))
-
-    return chunk.call(logits_of, rows.prompt)
 
 
 # -- refusing NaN ------------------------------------------------------------------------------------------------------

@@ -95,6 +95,42 @@ def record(
     return replace(_record(model, rows, sites), refused=refused)
 
 
+def taken_apart(run: Run, n: int) -> tuple[Run, Run]:
+    """A run of prompts and of others behind them: the first `n` as a run of their own, and the rest's final streams and sites."""
+    first, rest = slice(0, n), slice(n, None)
+    calls = []
+    for call in run.calls:
+        calls.append({name: _of_first(name, value, n, len(run.rows)) for name, value in call.items()})
+    for layer in getattr(run.cache, "layers", ()):  # copies: a view would keep what belongs to the others too
+        if layer.keys is not None:
+            layer.keys, layer.values = layer.keys[first].clone(), layer.values[first].clone()
+    mine = replace(
+        run,
+        rows=run.rows[first],
+        resid=[stream[first].clone() for stream in run.resid],
+        last_logits=run.last_logits[first],
+        sites={key: value[first] for key, value in run.sites.items()},
+        calls=calls,
+        between={layer: added[first] for layer, added in run.between.items()},
+    )
+    sites = {key: value[rest].clone() for key, value in run.sites.items()}
+    others = Run(run.rows[rest], [run.resid[-1][rest].clone()], run.last_logits[rest], sites, [], None)
+    return mine, others
+
+
+# Arguments of a block that may be given for each prompt; masks, which are 4-D, may be too.
+OF_ALL_PROMPTS = ("alibi", "position_ids", "position_embeddings")
+
+
+def _of_first(name: str, value: Any, n: int, of: int) -> Any:
+    """A block's argument for the first `n` of `of` prompts."""
+    if isinstance(value, tuple) and value and all(isinstance(part, Tensor) for part in value):
+        return tuple(_of_first(name, part, n, of) for part in value)
+    if not isinstance(value, Tensor) or value.ndim < 2 or value.shape[0] % of:
+        return value
+    return value[: value.shape[0] // of * n] if value.ndim == 4 or name in OF_ALL_PROMPTS else value
+
+
 def _keeps_other_state(model: HookedModel) -> str | None:
     """Why a model keeps more, or other things, from token to token than each layer's keys and values, as far as it says so."""
     config = getattr(model.bridge.original_model, "config", None)  # a model of TransformerLens's own has none

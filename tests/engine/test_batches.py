@@ -10,7 +10,7 @@ import mechkit as mk
 from helpers.families import build_hf
 from helpers.tiny import LENGTH, SHAPES, make_model, make_pairs, whole_vocabulary
 from mechkit._precision import tolerance
-from mechkit.engine import _sweep
+from mechkit.engine import _answers, _memory, _sweep
 from mechkit.engine._memory import Budget
 
 # Largest difference between two sweeps, as a share of the spread of the values (of 1 logit in float64)
@@ -33,13 +33,18 @@ TWO_OF_THREE = (("gpt2", "llama"), ("llama", "gemma2"), ("gemma2", "gpt2"))
 def batches(monkeypatch) -> list[int]:
     """The sizes of the batches that were run so far."""
     sizes: list[int] = []
-    answer = _sweep._answer_batch
 
-    def counted(chunk, replayer, rows):
-        sizes.append(len(rows))
-        return answer(chunk, replayer, rows)
+    def count(name):
+        answer = getattr(_answers, name)
 
-    monkeypatch.setattr(_sweep, "_answer_batch", counted)
+        def counted(chunk_or_state, replayer, rows):
+            sizes.append(len(rows))
+            return answer(chunk_or_state, replayer, rows)
+
+        monkeypatch.setattr(_answers, name, counted)
+
+    count("_answer_batch")
+    count("_answer_packed_batch")
     return sizes
 
 
@@ -104,8 +109,10 @@ def test_a_batch_that_runs_out_of_memory_changes_no_value(failing, where, kind, 
     model, pairs = make_model("llama"), make_pairs(shapes if kind == "callable" else SHAPES)
     metric = whole_vocabulary(pairs) if kind == "metric" else lambda logits: logits[:, -1, 5] - logits[:, 0, 3]
     expected = swept(model, pairs, metric=metric)
+    monkeypatch.setattr(_memory, "CPU_TOKENS", 40)  # packed rows would all fit into one batch
     before = len(batches)
-    target, name = (_sweep.Replayer, "replay") if where == "replay" else (_sweep, "read_logits")
+    replayer = _answers.PackedReplayer if kind == "metric" else _answers.Replayer
+    target, name = (replayer, "replay") if where == "replay" else (_answers, "read_logits")
     original, calls, halved = getattr(target, name), [], []
     halve = Budget.halve
     monkeypatch.setattr(Budget, "halve", lambda self: halved.append(1) or halve(self))
@@ -152,7 +159,7 @@ def test_a_failed_batch_keeps_nothing_alive(monkeypatch):
         return fail_once
 
     monkeypatch.setattr(Budget, "halve", halving)
-    monkeypatch.setattr(_sweep, "_answer_batch", failing(_sweep, "_answer_batch"))
+    monkeypatch.setattr(_answers, "_answer_packed_batch", failing(_answers, "_answer_packed_batch"))
     monkeypatch.setattr(_sweep, "record", failing(_sweep, "record"))
     gc.disable()
     try:

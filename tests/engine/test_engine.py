@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 import mechkit as mk
 from helpers.families import D_VOCAB, N_LAYERS, build_hf
 from helpers.tiny import LENGTH, make_model, make_pairs, whole_vocabulary
-from mechkit.engine import _memory, _sweep
+from mechkit.engine import _answers, _memory, _sweep
 from mechkit.engine._edits import EditPlan
 from mechkit.engine._operations import Operation
 
@@ -39,9 +39,9 @@ def test_cost_counts_only_what_a_change_can_reach(llama):
     result = mk.activation_patching(llama, pairs, metric, site="z", progress=False)
     base_and_source = 2 * LENGTH * N_LAYERS
     rows = sum(llama.n_heads * 3 * (N_LAYERS - layer) for layer in range(N_LAYERS))
-    # The proof: an unedited whole pass; every block from position 4 on, plain and hooked; a row that joins at each
-    # layer, once replayed and once by whole passes.
-    proof = LENGTH * N_LAYERS + 2 * 3 * N_LAYERS + 3 * (4 + 3 + 2 + 1) + 4 * LENGTH * N_LAYERS
+    # The proof: an unedited whole pass; every block from position 4 on; a row that joins at each layer, once replayed and once by
+    # whole passes.
+    proof = LENGTH * N_LAYERS + 3 * N_LAYERS + 3 * (4 + 3 + 2 + 1) + 4 * LENGTH * N_LAYERS
     assert result.cost.block_tokens == base_and_source + rows + proof
     assert result.cost.naive_block_tokens == N_LAYERS * llama.n_heads * LENGTH * N_LAYERS
 
@@ -87,20 +87,21 @@ def test_out_of_memory_halves_the_batch_and_goes_on(llama, monkeypatch):
     metric = whole_vocabulary(pairs)
     expected = mk.activation_patching(llama, pairs, metric, progress=False)
     largest = []
-    answer_batch = _sweep._answer_batch
+    answer_batch = _answers._answer_packed_batch
 
-    def small_device(chunk, replayer, rows):
+    def small_device(state, replayer, rows):
         if len(rows) > 3:
             raise torch.OutOfMemoryError("out of memory, on purpose")
         largest.append(len(rows))
-        return answer_batch(chunk, replayer, rows)
+        return answer_batch(state, replayer, rows)
 
-    monkeypatch.setattr(_sweep, "_answer_batch", small_device)
+    monkeypatch.setattr(_answers, "_answer_packed_batch", small_device)
     found = mk.activation_patching(llama, pairs, metric, progress=False)
     assert torch.allclose(found.values, expected.values, atol=1e-11, rtol=0)
     assert 1 < max(largest) <= 3
 
-    monkeypatch.setattr(_sweep, "_answer_batch", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("always")))
+    always = lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("always"))  # noqa: E731
+    monkeypatch.setattr(_answers, "_answer_packed_batch", always)
     with pytest.raises(torch.OutOfMemoryError):
         mk.activation_patching(llama, pairs, metric, progress=False)
     assert not llama.has_hooks

@@ -69,10 +69,12 @@ def test_one_that_is_wrong_is_refuted_and_not_used(calls, monkeypatch):
     used = []
     replayer = _proof._replayer
     monkeypatch.setattr(
-        _proof, "_replayer", lambda chunk: used.append(chunk.state.proof.candidates[0].plain) or replayer(chunk)
+        _proof,
+        "_replayer",
+        lambda several: used.append(several[0].chunk.state.proof.candidates[0].plain) or replayer(several),
     )
     found = swept(model, pairs)
-    assert used[:3] == ["sdpa", "eager", "eager"]  # tried, tried, and used
+    assert used[:4] == [_plain.PACKED_SDPA, "sdpa", "eager", "eager"]  # tried, tried, tried, and used
     assert float((found.values - expected.values).nan_to_num().abs().max()) <= 1e-10
 
 

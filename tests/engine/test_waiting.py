@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mechkit as mk
 from helpers.tiny import LENGTH, make_model, make_pairs, model_of, whole_vocabulary
-from mechkit.engine import _sweep
+from mechkit.engine import _answers
 from mechkit.engine._memory import Budget
 
 aten = torch.ops.aten
@@ -61,15 +61,21 @@ def waits(run) -> Counter:
 def counted(monkeypatch, rows_at_once: int, run) -> tuple[int, Counter]:
     """How many batches a sweep takes, and what it waits for."""
     batches = []
-    answer_batch = _sweep._answer_batch
 
-    def answer(chunk, replayer, rows):
-        batches.append(len(rows))
-        return answer_batch(chunk, replayer, rows)
+    def count(patch, name):
+        answer_batch = getattr(_answers, name)
+
+        def answer(chunk_or_state, replayer, rows):
+            batches.append(len(rows))
+            return answer_batch(chunk_or_state, replayer, rows)
+
+        patch.setattr(_answers, name, answer)
 
     with monkeypatch.context() as patch:
         patch.setattr(Budget, "rows_at_once", lambda *_: rows_at_once)
-        patch.setattr(_sweep, "_answer_batch", answer)
+        patch.setattr(Budget, "packed_rows_at_once", lambda *_: rows_at_once)
+        count(patch, "_answer_batch")
+        count(patch, "_answer_packed_batch")
         found = waits(run)
     return len(batches), found
 

@@ -1,7 +1,8 @@
 """Defects that are planted into the replay, one by one, to see whether its proof refutes them.
 
 Each is a way in which recomputing a suffix can go wrong: a lost mask, a prefix of another prompt, positions that were not cut.
-A defect is a context manager that patches the engine. `unproved` lets a sweep believe its replay without a proof, so that one
+A defect is a context manager that patches the engine: the replay of rows that begin at one position (`BY_START`; nothing is
+packed meanwhile) or that of packed rows (`PACKED`). `unproved` lets a sweep believe its replay without a proof, so that one
 can see which defects move a cell at all; whole forward passes (`replay=False`) give what is right, and nothing that is patched
 is in them.
 """
@@ -17,8 +18,11 @@ from unittest.mock import patch
 import torch
 
 import mechkit as mk
-from mechkit.engine import _replay, _sweep
-from mechkit.engine._plain import PlainBlocks
+from mechkit._precision import Rounding
+from mechkit.engine import _packed, _packed_attention, _proof, _replay, _sweep
+from mechkit.engine._chunk import Candidate
+from mechkit.engine._edits import NEVER
+from mechkit.engine._plain import PACKED as PACKED_BLOCKS
 from mechkit.engine._replay import PrefixCache, Replayer
 
 Defect = Callable[[], Any]
@@ -28,11 +32,30 @@ Defect = Callable[[], Any]
 def unproved() -> Iterator[None]:
     """Sweeps inside replay without looking whether they may."""
 
-    def believed(chunk: Any, *_: Any) -> Replayer:
-        return Replayer(chunk.state.model, chunk.run, PlainBlocks(chunk.state.model.stack))
+    def believed(chunk: Any, start: Any, absent: Any, unread: Any) -> Any:
+        computed = (start < NEVER) & ~absent & (start <= unread)
+        kind = PACKED_BLOCKS if _proof.may_pack(chunk) else "eager"
+        chunk.state.proof.candidates = [Candidate(kind, Rounding.of(chunk.state.model.dtype))]
+        return _proof.Examined(chunk, start, computed, [], [], 0)
 
-    with patch.object(_sweep, "proved_replayer", believed):
+    with patch.object(_sweep, "examined", believed), patch.object(_sweep, "proved_replayer", _proof._replayer):
         yield
+
+
+@contextmanager
+def by_start() -> Iterator[None]:
+    """No rows are packed inside."""
+    with patch.object(_proof, "may_pack", lambda chunk: False):
+        yield
+
+
+def _without_packing(defect: Defect) -> Defect:
+    @contextmanager
+    def both() -> Iterator[None]:
+        with by_start(), defect():
+            yield
+
+    return both
 
 
 def _argument(change: Callable[[Replayer, str, Any, int, Any], Any]) -> Defect:
@@ -245,7 +268,7 @@ def _rows_change_places(right: Any) -> Any:
     return wrong
 
 
-DEFECTS: dict[str, Defect] = {
+BY_START: dict[str, Defect] = {
     "no causal mask": _argument(_everything_seen),
     "mask aligned to the first key": _argument(_mask_at_first_key),
     "window ignored": _argument(_window_ignored),
@@ -266,6 +289,144 @@ DEFECTS: dict[str, Defect] = {
     "keys of another row in large batches": _patched(PrefixCache, "_joined", _neighbours_keys),
     "rows of large batches change places": _patched(Replayer, "replay", _rows_change_places),
 }
+
+
+# -- packed rows -------------------------------------------------------------------------------------------------------
+
+
+def _keys_of_the_row_before(right: Any) -> Any:
+    def wrong(self: Any, past: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        return right(self, past, new).roll(1, 0)
+
+    return wrong
+
+
+def _keys_of_the_row_before_among_many(right: Any) -> Any:
+    def wrong(self: Any, past: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        joined = right(self, past, new)
+        return joined if len(joined) <= 6 else joined.roll(1, 0)
+
+    return wrong
+
+
+def _index(name: str, change: Callable[[Any], Any]) -> Defect:
+    """One of the index arrays of a piece is changed."""
+
+    def make(right: Any) -> Any:
+        def wrong(self: Any, which: str, device: Any) -> torch.Tensor:
+            found = right(self, which, device)
+            return change(found) if which == name else found
+
+        return wrong
+
+    return _patched(_packed_attention.Piece, "index", make)
+
+
+def _one_prompt_on(right: Any) -> Any:
+    def wrong(self: Any, which: str, device: Any) -> torch.Tensor:
+        found = right(self, which, device)
+        return (found + 1) % 2 if which == "prompt" and len(found.unique()) > 1 else found
+
+    return wrong
+
+
+def _tokens_placed_late(right: Any) -> Any:
+    """Arguments that belong to a token are those of the token before."""
+
+    def wrong(self: Any, *args: Any) -> torch.Tensor:
+        return right(self, *args).roll(1, -2 if right(self, *args).ndim > 2 else -1)
+
+    return wrong
+
+
+def _mask_of_the_position_before(right: Any) -> Any:
+    def wrong(self: Any, piece: Any, last: bool) -> Any:
+        mask = right(self, piece, last)
+        return mask if mask is None or last else torch.cat([mask[:, :, :1], mask[:, :, :-1]], 2)
+
+    return wrong
+
+
+def _nothing_is_masked(right: Any) -> Any:
+    def wrong(self: Any, piece: Any, last: bool) -> Any:
+        mask = right(self, piece, last)
+        return None if mask is None else torch.zeros_like(mask)
+
+    return wrong
+
+
+def _streams_of_prompt_0(right: Any) -> Any:
+    """Rows that join late join with prompt 0's stream."""
+
+    def wrong(self: Any, layer: int, rows: Any) -> torch.Tensor:
+        return right(self, layer, replace(rows, prompt=rows.prompt * 0) if layer == 2 else rows)
+
+    return wrong
+
+
+def _written_one_token_late(right: Any) -> Any:
+    def wrong(group: Any, rows: Any, first: Any, activation: torch.Tensor, lookup: Any) -> None:
+        right(group, rows, (first + 1) % len(activation), activation, lookup)
+
+    return wrong
+
+
+def _not_written_in_odd_layers(right: Any) -> Any:
+    def wrong(group: Any, *args: Any) -> None:
+        if group.layer % 2 == 0:
+            right(group, *args)
+
+    return wrong
+
+
+def _places_change(right: Any) -> Any:
+    def wrong(self: Any, *args: Any) -> torch.Tensor:
+        final = right(self, *args)
+        return final if len(final) <= 8 else final.roll(1, 0)
+
+    return wrong
+
+
+def _end_of_another(right: Any) -> Any:
+    """In the last block the ends of rows are those of the rows before."""
+
+    def wrong(self: Any, *args: Any) -> torch.Tensor:
+        return right(self, *args).roll(1, 0)
+
+    return wrong
+
+
+def _edited_rows_change_places(right: Any) -> Any:
+    def wrong(self: Any, layer: int, hidden: torch.Tensor, *args: Any) -> torch.Tensor:
+        output = right(self, layer, hidden, *args)
+        return output.roll(1, 0) if len(output) > 1 else output
+
+    return wrong
+
+
+PACKED: dict[str, Defect] = {
+    "packed: keys of the row before": _patched(_packed_attention.Piece, "joined", _keys_of_the_row_before),
+    "packed: keys of the row before, among many": _patched(
+        _packed_attention.Piece, "joined", _keys_of_the_row_before_among_many
+    ),
+    "packed: prefix of another prompt": _patched(_packed_attention.Piece, "index", _one_prompt_on),
+    "packed: queries of other tokens": _index("tokens", lambda index: index.roll(1)),
+    "packed: outputs to other tokens": _index("destination", lambda index: index.roll(1)),
+    "packed: the padding is kept": _index("real", lambda index: (index + 1) % (int(index.max()) + 1)),
+    "packed: a prefix's last position overwritten": _index("position of real", lambda index: (index - 1).clip(0)),
+    "packed: positions one late": _patched(_packed.PackedReplayer, "_at_tokens", _tokens_placed_late),
+    "packed: mask of the position before": _patched(_packed_attention.Attention, "_mask", _mask_of_the_position_before),
+    "packed: nothing is masked": _patched(_packed_attention.Attention, "_mask", _nothing_is_masked),
+    "packed: joins with prompt 0's stream": _patched(_packed.PackedReplayer, "recorded", _streams_of_prompt_0),
+    "packed: written one token late": _patched(_packed, "write_tokens", _written_one_token_late),
+    "packed: not written in odd layers": _patched(_packed, "write_tokens", _not_written_in_odd_layers),
+    "packed: final streams change places": _patched(_packed.PackedReplayer, "replay", _places_change),
+    "packed: the end of another row": _patched(_packed.PackedReplayer, "_last_position", _end_of_another),
+    "packed: edited rows change places": _patched(_packed.PackedReplayer, "_edited", _edited_rows_change_places),
+    "packed: one layer's values stale": _recorded(_stale_values),
+    "packed: a stale stream": _recorded(_stale_stream),
+}
+DEFECTS = {name: _without_packing(defect) for name, defect in BY_START.items()} | PACKED
 
 # The kinds of sweep: every way in which rows start, join and are written.
 SWEEPS = (

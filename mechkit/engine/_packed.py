@@ -1,0 +1,263 @@
+"""Packed batches: rows that begin at different positions, of prompts of different lengths, in one call of each block.
+
+A block's weights act on each token alone; its attention alone mixes positions. So all tokens that a batch needs are laid one
+after the other, `[1 token d_model]`, without padding between rows, and the block runs on them as on one long prompt. Its
+attention is a function of ours (`mechkit.engine._packed_attention`), which takes the tokens apart again: the rows of each chunk
+of prompts find keys and values of the positions before their start where the run was recorded.
+
+Edits of the stream and of `z` are made on the packed tokens. Blocks in which anything else is edited run as always, for rows that
+begin at one position at a time (`Replayer`).
+
+What this assumes beyond the replay by starts: the attention is reached through transformers' interface, once a block; nothing
+else in a block mixes tokens; arguments of a block are masks, or belong to one position each. The first is looked at in every
+call; the proof compares the others with whole passes, on rows that begin at different positions and run together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechkit.engine._edits import EditGroup, EditPlan, write_tokens
+from mechkit.engine._packed_attention import Attention, Geometry, attending
+from mechkit.engine._packing import PackedRows
+from mechkit.engine._plain import PlainBlocks
+from mechkit.engine._replay import KeysAndValues, Replayer, attached_edits
+from mechkit.hooks._devices import to_device
+from mechkit.hooks._record import CannotReplayError, stream_of
+
+if TYPE_CHECKING:
+    from mechkit.engine._chunk import Chunk
+
+
+class PackedReplayer:
+    """Replays rows of several recorded runs together. Counts the (block, token) pairs that it computes.
+
+    Args:
+        chunks: The prompts that were recorded.
+    """
+
+    def __init__(self, chunks: Sequence[Chunk], plain: PlainBlocks) -> None:
+        self.chunks, self.model = list(chunks), chunks[0].state.model
+        self.runs = [chunk.run for chunk in self.chunks]
+        self.plain, self._tokens = plain, 0
+        self.by_start = [Replayer(self.model, run, plain) for run in self.runs]
+        if any(run.between for run in self.runs):
+            raise CannotReplayError("the model adds to the residual stream between its blocks")
+        if chunks[0].state.plan.in_tower:
+            raise CannotReplayError("something is edited in a vision tower")
+        self._tables: dict[tuple[int, ...], Tensor] = {}
+
+    @property
+    def block_tokens(self) -> int:
+        return self._tokens + sum(one.block_tokens for one in self.by_start)
+
+    def replay(self, plan: EditPlan, rows: PackedRows, read_last: bool) -> Float[Tensor, "token d_model"]:
+        """The final residual stream of edited rows, one after the other; only the last position of each if `read_last`.
+
+        Args:
+            plan: The cells.
+            rows: Rows to compute, in the order in which they join.
+            read_last: Whether only the last position is wanted.
+        """
+        entry, n_layers = plan.entry[rows.cell], self.model.n_layers
+        begin = min(int(entry[0]), n_layers)
+        hidden, joined = self.recorded(begin, rows[:0]), 0
+        geometry = None
+        for layer in range(begin, n_layers):
+            n = int((entry <= layer).sum())
+            here, n_before = rows[:n], joined
+            if n > joined:
+                hidden = torch.cat([hidden.to(self._device(layer)), self.recorded(layer, rows[joined:n])])
+                joined, geometry = n, None
+            hidden = hidden.to(self._device(layer))
+            groups = plan.groups.get(layer, [])
+            for group in groups:
+                if group.site.name in ("resid_pre", "resid_post"):
+                    self._write(group, here, hidden)
+            groups = [group for group in groups if group.site.name not in ("resid_pre", "resid_post")]
+            n_plain, inside = n, False
+            if groups:
+                inside = self.writes_z(layer, groups)
+            if groups and not inside:  # the first rows have their edits behind them, unless a cell edits several layers
+                again = any(len(group.match(rows.cell[:n_before])[0]) for group in groups)
+                n_plain = 0 if again else n_before
+            last = read_last and layer == n_layers - 1
+            parts = []
+            if n_plain:
+                if n_plain < n or geometry is None:
+                    geometry = Geometry(rows[:n_plain])
+                run = self._last_position if last else self._run
+                parts.append(run(layer, hidden[: geometry.rows.n_tokens], geometry, groups if inside else ()))
+                if n_plain < n:
+                    geometry = None
+            if n_plain < n:
+                edited = rows[n_plain:n]
+                parts.append(self._edited(layer, hidden[len(hidden) - edited.n_tokens :], edited, groups, last))
+            hidden = parts[0] if len(parts) == 1 else torch.cat(parts)
+        ends = rows.at_the_end() if read_last else rows
+        final = self.recorded(n_layers, ends[joined:])
+        hidden = torch.cat([hidden.to(final.device), final])
+        for group in plan.groups.get(n_layers, ()):
+            self._write(group, ends, hidden)
+        return hidden
+
+    def unedited(self, layer: int, rows: PackedRows) -> Float[Tensor, "token d_model"]:
+        """What a block makes of the recorded runs, for all tokens of some rows: where all is well, what the next block read."""
+        return self._run(layer, self.recorded(layer, rows), Geometry(rows))
+
+    def recorded(self, layer: int, rows: PackedRows) -> Float[Tensor, "token d_model"]:
+        """The recorded streams at all tokens of some rows."""
+        parts = []
+        edges = np.flatnonzero(np.diff(rows.chunk)) + 1
+        for at in np.split(np.arange(len(rows)), edges) if len(rows) else ():
+            some = rows[at]
+            stream = self.runs[int(some.chunk[0])].resid[layer]
+            token = np.repeat(some.prompt * stream.shape[1], some.suffix) + some.position
+            parts.append(stream.flatten(0, 1).index_select(0, to_device(token, stream.device)))
+        return torch.cat(parts) if parts else self.runs[0].resid[layer][:0, 0]
+
+    def _device(self, layer: int) -> torch.device:
+        return self.runs[0].resid[layer].device
+
+    def _write(self, group: EditGroup, rows: PackedRows, hidden: Tensor) -> None:
+        for number, chunk in enumerate(self.chunks):
+            at = np.flatnonzero(rows.chunk == number)
+            if len(at):
+                write_tokens(group, rows[at], rows.first[at], hidden, chunk.lookup)
+
+    def writes_z(self, layer: int, groups: Sequence[EditGroup]) -> bool:
+        """Whether these edits can be made where a plain block reads them, so that no block with hook points is needed."""
+        return all(group.site.name == "z" for group in groups) and self.plain.output_projection(layer) is not None
+
+    @contextmanager
+    def _written_z(self, layer: int, rows: PackedRows, groups: Sequence[EditGroup]) -> Iterator[None]:
+        """Edits of `z`, made in what the attention's output projection reads."""
+        projection = self.plain.output_projection(layer) if groups else None
+        if projection is None:
+            yield
+            return
+        written = []
+
+        def write_z(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            flat = args[0]
+            for group in groups:
+                width = self.chunks[0].lookup(group.value, "z", layer).shape[-1]
+                by_head = flat.view(rows.n_tokens, -1, width)
+                self._write(group, rows, by_head)
+            written.append(layer)
+            return args
+
+        handle = projection.register_forward_pre_hook(write_z)
+        try:
+            yield
+        finally:
+            handle.remove()
+        if len(written) != 1:
+            raise CannotReplayError("its heads' z are not what a projection reads, once a block")
+
+    def _run(
+        self,
+        layer: int,
+        hidden: Float[Tensor, "token d_model"],
+        geometry: Geometry,
+        groups: Sequence[EditGroup] = (),
+    ) -> Float[Tensor, "token d_model"]:
+        attention = Attention(self.runs, layer, geometry)
+        with self._written_z(layer, geometry.rows, groups):
+            return self._call(layer, hidden, geometry.rows, attention, geometry)
+
+    def _last_position(
+        self, layer: int, hidden: Tensor, geometry: Geometry, groups: Sequence[EditGroup]
+    ) -> Float[Tensor, "row d_model"]:
+        """A block's output at each row's last position: of the others, keys and values are all that it needs."""
+        rows, attention = geometry.rows, Attention(self.runs, layer, geometry)
+        ends = rows.at_the_end()
+        if rows.n_tokens > len(rows):
+            attention.leave = True
+            try:
+                self._call(layer, hidden, rows, attention, geometry)
+            except KeysAndValues as found:
+                attention.given = found.args
+            else:
+                raise CannotReplayError("its attention is not reached through transformers' interface")
+            attention.leave = False
+            self._tokens -= len(rows)  # the last positions, which are counted again below
+            hidden = hidden[to_device(rows.first + rows.suffix - 1, hidden.device)]
+        with self._written_z(layer, ends, groups):
+            return self._call(layer, hidden, ends, attention, geometry if attention.given is None else None)
+
+    def _call(
+        self, layer: int, hidden: Tensor, rows: PackedRows, attention: Attention, geometry: Geometry | None
+    ) -> Float[Tensor, "token d_model"]:
+        self._tokens += len(hidden)
+        arguments = {name: self._argument(name, layer, rows, geometry) for name in self.runs[0].calls[layer]}
+        before = attention.calls
+        with attending(attention):
+            output = stream_of(self.plain(layer, hidden[None], arguments))[0]
+        if attention.calls != before + 1:
+            raise CannotReplayError("its attention is not reached through transformers' interface")
+        return output
+
+    def _argument(self, name: str, layer: int, rows: PackedRows, geometry: Geometry | None) -> Any:
+        """A block's argument for packed tokens: what belongs to a position, for each token; no mask and no cache."""
+        values = [run.calls[layer].get(name) for run in self.runs]
+        first = values[0]
+        if first is self.runs[0].cache or (isinstance(first, Tensor) and first.ndim == 4 and name == "attention_mask"):
+            return None
+        if isinstance(first, tuple) and first and all(isinstance(part, Tensor) for part in first):
+            parts = zip(*values, strict=True)
+            return tuple(self._at_tokens(name, part, rows, geometry) for part in parts)
+        if isinstance(first, Tensor):
+            return self._at_tokens(name, values, rows, geometry)
+        if any(type(value) is not type(first) or value != first for value in values[1:]):
+            raise CannotReplayError(f"its blocks take another {name!r} for prompts of another length")
+        return first
+
+    def _at_tokens(self, name: str, values: Sequence[Any], rows: PackedRows, geometry: Geometry | None) -> Tensor:
+        key = tuple(map(id, values))
+        if geometry is not None and key in geometry.gathered:
+            return geometry.gathered[key]
+        if key not in self._tables:
+            parts = []
+            for value, run in zip(values, self.runs, strict=True):
+                if value.ndim == 1 and len(value) == run.length:  # cache_position
+                    parts.append(value)
+                elif (
+                    name in ("position_ids", "position_embeddings") and value.ndim > 1 and value.shape[1] == run.length
+                ):
+                    parts.append(value[0])
+                else:
+                    raise CannotReplayError(
+                        f"its blocks take an argument {name!r} {list(value.shape)} that cannot be packed"
+                    )
+            self._tables[key] = torch.cat(parts)
+        table, lengths = self._tables[key], np.array([run.length for run in self.runs])
+        token = np.repeat((np.cumsum(lengths) - lengths)[rows.chunk], rows.suffix) + rows.position
+        found = table.index_select(0, to_device(token, table.device))
+        found = found if values[0].ndim == 1 else found[None]
+        if geometry is not None:
+            geometry.gathered[key] = found
+        return found
+
+    def _edited(
+        self, layer: int, hidden: Tensor, rows: PackedRows, groups: Sequence[EditGroup], last: bool
+    ) -> Float[Tensor, "token d_model"]:
+        """One block with edits in it, by the bridge's block, for rows that begin at one position at a time."""
+        output = hidden.new_empty(len(rows), hidden.shape[-1]) if last else torch.empty_like(hidden)
+        for at, chunk, some in rows.by_start():
+            tokens = to_device(rows.tokens_of(at), hidden.device)
+            mine = hidden[tokens].unflatten(0, (len(at), -1))
+            with attached_edits(self.model, groups, some, self.chunks[chunk].lookup):
+                found = self.by_start[chunk].hooked(layer, mine, some)
+            if last:
+                output[to_device(at, hidden.device)] = found[:, -1]
+            else:
+                output[tokens] = found.flatten(0, 1)
+        return output
