@@ -187,7 +187,7 @@ class Kind(ABC):
             parts: Of the model.
             group: The nodes.
             base: The run that is edited. It has what they read there (`Group.read_in`), and what they add if that is added last.
-            reads: `[variant prompt pos d_model]`, in the stream.
+            reads: `[variant prompt pos d_model]`, in the stream, at the positions that `base` has: each stands for itself.
             readers: Those that read it. Others' values need not be right where an edit names its head.
             sites: Those of `edited`.
         """

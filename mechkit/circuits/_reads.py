@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float
@@ -12,7 +12,7 @@ from torch import Tensor
 from mechkit.circuits._kinds import Group
 from mechkit.circuits.graph import Graph, Writer
 from mechkit.engine import agree_before_difference
-from mechkit.hooks import Parts, Run
+from mechkit.hooks import SITES, Parts, Run
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,18 +31,28 @@ class Changes:
     source: Run
     counts: Tensor
 
-    def of(self, writers: Sequence[Writer]) -> Float[Tensor, "writer prompt pos d_model"]:
-        """The changes of some writers."""
+    def of(self, writers: Sequence[Writer], first: int = 0) -> Float[Tensor, "writer prompt pos d_model"]:
+        """The changes of some writers, from position `first` on."""
         kept: dict[Group, Tensor] = {}  # the writers of a group come together
-        return torch.stack([self._one(writer, kept) for writer in writers]) * self.counts[..., None]
+        return torch.stack([self._one(writer, kept, first) for writer in writers]) * self.counts[..., first:, None]
 
-    def _one(self, writer: Writer, kept: dict[Group, Tensor]) -> Float[Tensor, "prompt pos d_model"]:
+    def _one(self, writer: Writer, kept: dict[Group, Tensor], first: int) -> Float[Tensor, "prompt pos d_model"]:
         group = self.graph.group_of(writer)
         if group not in kept:
             kept.clear()
-            here, there = (run.sites[group.recorded] for run in (self.source, self.base))
+            here, there = (run.sites[group.recorded][:, first:] for run in (self.source, self.base))
             kept[group] = group.kind.changes(self.parts, group.layer, here, there)
         return kept[group][:, self.graph.writer_index[writer.name] - group.writers.start]
+
+
+def at_positions(run: Run, positions: slice) -> Run:
+    """What a run recorded of streams and sites at some positions."""
+    sites = {}
+    for (site, layer), value in run.sites.items():
+        at = [slice(None)] * value.ndim
+        at[SITES[site].axis("pos")] = positions
+        sites[site, layer] = value[tuple(at)]
+    return replace(run, resid=[stream[:, positions] for stream in run.resid], sites=sites)
 
 
 def runs_agree(base: Run, source: Run) -> Bool[Tensor, "prompt"]:

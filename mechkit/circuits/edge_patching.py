@@ -4,7 +4,8 @@
 2. Add it to the stream that the reader reads in the base run, and compute what the reader makes of that: a head's query, key or
    value, what an MLP adds, the final stream. All writers of a reader come at once.
 3. Write this into the base run, and replay what comes after it (`mechkit.engine.sweep`: blocks from the reader on, positions from
-   the first difference on, many edges a batch; proved on a sample in every call).
+   the first difference on, many edges a batch). A call runs the prompts and proves the blocks once where memory allows; each
+   sweep of some thousands of edges runs a few of its own rows whole.
 
 Nothing is approximated: behind the reader the model itself runs, norms and all. In models with a norm behind the attention (Gemma
 2 and 3, OLMo 2) what a head wrote is measured with its own run's scale.
@@ -30,11 +31,11 @@ from mechkit._check import checked, naming
 from mechkit._precision import tolerance
 from mechkit._progress import Progress
 from mechkit.circuits._kinds import Group, Site
-from mechkit.circuits._reads import Changes, runs_agree
+from mechkit.circuits._reads import Changes, at_positions, runs_agree
 from mechkit.circuits.circuit import Circuit
 from mechkit.circuits.edge_scores import EdgeScores, ScoredEdge
 from mechkit.circuits.graph import Edge, Graph, Reader, Writer
-from mechkit.engine import Cell, Derived, Edit, sweep
+from mechkit.engine import Cell, Derived, Edit, Recordings, sweep
 from mechkit.experiment.edges import both_runs, chosen_positions, edge_experiment, where_it_counts
 from mechkit.experiment.estimates import AnyMetric, Experiment
 from mechkit.experiment.provenance import circuit_provenance, merged
@@ -44,7 +45,10 @@ from mechkit.result import Cost
 
 KEY = "edge"  # the key of the values that are written
 SAVE_EVERY = 30.0  # seconds
-ROWS = 4096  # edges times prompts that are swept together
+ROWS = 4096  # edges times prompts that are swept together, at least
+ROW_BYTES = (
+    2**17
+)  # for each of which the budget has as many bytes: one sweep more costs a second, one less shows progress later
 
 
 @checked
@@ -154,6 +158,8 @@ class _Work:
             per_prompt,
         )
         self.tokens, self.naive, self.how = 0, 0, "suffix"
+        self.rows = max(ROWS, experiment.budget.bytes // ROW_BYTES)
+        self.recordings: Recordings | None = None
         n = len(experiment.base) if per_prompt else 1
         wide = experiment.values[experiment.base_is].dtype
         self.values = torch.full((len(graph.writers), len(graph.readers), n), torch.nan, dtype=wide)
@@ -164,13 +170,14 @@ class _Work:
         room = self.experiment.budget.bytes // 2
         item = torch.empty((), dtype=model.dtype).element_size()
         attention = model.d_head * (model.n_heads + 2 * model.n_kv_heads) + 2 * model.d_model
+        self.recordings = Recordings(frozenset(site for edge in edges for site in self.sites_of(edge)))
         some: list[Edge] = []
         seen: set[_Variant] = set()
         for edge in sorted(edges, key=lambda e: (self.graph.group_of(e.reader).readers.start, self.graph.index(e))):
             variant = self.variant(edge)
             if variant not in seen:
                 needs = n_tokens * item * (2 * model.d_model if variant.reader else attention)
-                if some and (needs > room or len(some) * len(self.experiment.base) >= ROWS):
+                if some and (needs > room or len(some) * len(self.experiment.base) >= self.rows):
                     yield some
                     some, seen, room = [], set(), self.experiment.budget.bytes // 2
                 room -= needs
@@ -189,6 +196,16 @@ class _Work:
         *_, head = self.place(edge.reader)
         return _Variant(self.graph.group_of(edge.reader), edge.reader if head is None else None, edge.writer)
 
+    def sites_of(self, edge: Edge) -> set[Site]:
+        """The activations of both runs from which an edge's value is made."""
+        group = self.graph.group_of(edge.reader)
+        sites = {self.graph.group_of(edge.writer).recorded}
+        if group.within:
+            sites.add(group.stream)
+        if group.kind.adds_last:
+            sites.add(group.kind.edited(edge.reader)[:2])
+        return sites
+
     def patch(self, edges: Sequence[Edge]) -> None:
         """Computes the effects of some edges."""
         experiment = self.experiment
@@ -202,11 +219,7 @@ class _Work:
             # Heads' values are for all of them, and share a stack.
             stack = asked[site, layer] = stacks.setdefault((site, layer) if head is None else group, {})
             cells.append((Edit(site, layer, KEY, head=head, variant=stack.setdefault(variant, len(stack))),))
-            sites.add(self.graph.group_of(edge.writer).recorded)
-            if group.within:
-                sites.add(group.stream)
-            if group.kind.adds_last:
-                sites.add(group.kind.edited(edge.reader)[:2])
+            sites |= self.sites_of(edge)
         answers = sweep(
             experiment.model,
             experiment.base,
@@ -218,6 +231,7 @@ class _Work:
             source_is=str(experiment.source_is),
             budget=max(1, experiment.budget.bytes * 2),
             progress=False,
+            recordings=self.recordings,
         )
         assert answers.source is not None
         experiment.values[experiment.base_is], experiment.values[str(experiment.source_is)] = (
@@ -305,9 +319,18 @@ class _Values:
         changes = Changes(work.graph, work.parts, base, source, counts)
         places = [place for place, of in self.asked.items() if of is stack]
         parts: dict[Site, list[Tensor]] = {place: [] for place in places}
+        first = int(counts.flatten(0, -2).any(0).long().argmax())  # before it, all variants are as in the base run
+        behind, ahead = at_positions(base, slice(first, None)), at_positions(base, slice(first))
         for (group, reader), variants in groupby(stack, key=lambda variant: variant[:2]):
-            reads = group.read_in(base) + changes.of([variant.writer for variant in variants])
-            values = self._values(base, group, reader, reads, [site for site, _ in places])
+            sites = [site for site, _ in places]
+            reads = group.read_in(behind) + changes.of([variant.writer for variant in variants], first)
+            values = self._values(behind, group, reader, reads, sites)
+            if first:
+                before = self._values(ahead, group, reader, group.read_in(ahead)[None], sites)
+                values = {
+                    site: torch.cat([before[site].expand(len(value), *before[site].shape[1:]), value], 2)
+                    for site, value in values.items()
+                }
             for site, layer in places:
                 parts[site, layer].append(values[site])
         self.made |= {place: some[0] if len(some) == 1 else torch.cat(some) for place, some in parts.items()}
@@ -315,6 +338,7 @@ class _Values:
     def _values(
         self, base: Run, group: Group, reader: Reader | None, reads: Tensor, sites: list[str]
     ) -> dict[str, Tensor]:
+        """What readers make of `reads`, `[variant prompt pos d_model]`, at the positions of `base`."""
         parts, graph = self.work.parts, self.work.graph
         if reader is None:
             return group.kind.values(parts, group, base, reads, graph.readers[group.readers], sites)

@@ -6,6 +6,7 @@ from mechkit.engine._causality import sees as sees
 from mechkit.engine._checks import check_can_run as check_can_run
 from mechkit.engine._checks import check_tokens as check_tokens
 from mechkit.engine._chunk import Derived as Derived
+from mechkit.engine._chunk import Recordings as Recordings
 from mechkit.engine._edits import Cell as Cell
 from mechkit.engine._edits import Edit as Edit
 from mechkit.engine._gradients import GradientRuns as GradientRuns

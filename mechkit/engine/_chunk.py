@@ -85,6 +85,23 @@ class Proof:
 
 
 @dataclass(eq=False)
+class Recordings:
+    """The runs of one set of prompts, and what is known of their replay, for several sweeps that follow one another in one call.
+
+    They are kept only where all prompts fit into the budget together. Between the sweeps nobody may change the model.
+
+    Attributes:
+        sites: The activations that some of the sweeps need of both runs.
+        runs: Base and source run, by the prompts' indices.
+        proof: What was found out so far. Each sweep still runs a few of its own rows whole.
+    """
+
+    sites: frozenset[tuple[str, int]]
+    runs: dict[tuple[int, ...], tuple[Run, Run | None]] = field(default_factory=dict)
+    proof: Proof = field(default_factory=Proof)
+
+
+@dataclass(eq=False)
 class State:
     """A sweep under way: its questions, and the answers so far."""
 
@@ -99,8 +116,12 @@ class State:
     runs: Mapping[str, str]  # "clean" or "corrupted" -> which of "base" and "source" it is
     budget: Budget
     replay: bool
+    recordings: Recordings | None = None
     proof: Proof = field(default_factory=Proof)
+    sampled: set[Hashable] = field(default_factory=set)  # kinds of prompts of which rows were run whole in this sweep
+    all_fit: bool = False  # whether the runs of all prompts fit into the budget together
     block_tokens: int = 0
+    proof_before: int = 0  # block-tokens of the proof before this sweep
     fallback: str | None = None
     tower_tokens: np.ndarray = field(init=False)  # (block, position) pairs of the vision tower in each prompt's run
     task_checked: bool = False
@@ -110,6 +131,8 @@ class State:
 
     def __post_init__(self) -> None:
         dtype = wide_dtype(self.model.dtype)
+        if self.recordings is not None:
+            self.proof, self.proof_before = self.recordings.proof, self.recordings.proof.block_tokens
         self.tower_tokens = np.zeros(len(self.base), np.int64)
         several = [len(self.metric.parts)] if isinstance(self.metric, Metric) and self.metric.parts else []
         self.values = torch.full((self.plan.n_cells, len(self.base), *several), torch.nan, dtype=dtype)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -34,6 +34,8 @@ from mechkit.hooks._record import CannotReplayError, stream_of
 
 if TYPE_CHECKING:
     from mechkit.engine._chunk import Chunk
+
+_PROJECTIONS: dict[str, Literal["q", "k", "v", "o"]] = {"q": "q", "k": "k", "v": "v", "z": "o"}
 
 
 class PackedReplayer:
@@ -84,7 +86,7 @@ class PackedReplayer:
             groups = [group for group in groups if group.site.name not in ("resid_pre", "resid_post")]
             n_plain, inside = n, False
             if groups:
-                inside = self.writes_z(layer, groups)
+                inside = self.writes_inside(layer, groups)
             if groups and not inside:  # the first rows have their edits behind them, unless a cell edits several layers
                 again = any(len(group.match(rows.cell[:n_before])[0]) for group in groups)
                 n_plain = 0 if again else n_before
@@ -132,35 +134,46 @@ class PackedReplayer:
             if len(at):
                 write_tokens(group, rows[at], rows.first[at], hidden, chunk.lookup)
 
-    def writes_z(self, layer: int, groups: Sequence[EditGroup]) -> bool:
-        """Whether these edits can be made where a plain block reads them, so that no block with hook points is needed."""
-        return all(group.site.name == "z" for group in groups) and self.plain.output_projection(layer) is not None
+    def writes_inside(self, layer: int, groups: Sequence[EditGroup]) -> bool:
+        """Whether these edits can be made where a plain block computes their sites: no block with hook points is needed then."""
+        return all(
+            group.site.name in _PROJECTIONS and self.plain.projection(layer, _PROJECTIONS[group.site.name]) is not None
+            for group in groups
+        )
 
     @contextmanager
-    def _written_z(self, layer: int, rows: PackedRows, groups: Sequence[EditGroup]) -> Iterator[None]:
-        """Edits of `z`, made in what the attention's output projection reads."""
-        projection = self.plain.output_projection(layer) if groups else None
-        if projection is None:
-            yield
-            return
-        written = []
+    def _written(self, layer: int, rows: PackedRows, groups: Sequence[EditGroup]) -> Iterator[None]:
+        """Edits inside a plain block: of `z` in what its output projection reads, of `q`, `k`, `v` in what projections give."""
+        unwritten = {group.site.name for group in groups}
+        handles = []
 
-        def write_z(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            flat = args[0]
+        def write_site(site: str, flat: Tensor) -> None:
+            by_head = flat.view(rows.n_tokens, -1, self.model.stack.width_of(site, layer))
             for group in groups:
-                width = self.chunks[0].lookup(group.value, "z", layer).shape[-1]
-                by_head = flat.view(rows.n_tokens, -1, width)
-                self._write(group, rows, by_head)
-            written.append(layer)
-            return args
+                if group.site.name == site:
+                    self._write(group, rows, by_head)
+            unwritten.discard(site)
 
-        handle = projection.register_forward_pre_hook(write_z)
+        for site in sorted(unwritten):
+            projection = self.plain.projection(layer, _PROJECTIONS[site])
+            assert projection is not None
+            if site == "z":
+                handle = projection.register_forward_pre_hook(lambda _, args: write_site("z", args[0]))
+            else:
+                handle = projection.register_forward_hook(lambda _, __, output, site=site: write_site(site, output))
+            handles.append(handle)
+        left: KeysAndValues | None = None
         try:
             yield
+        except KeysAndValues as found:
+            left = found
         finally:
-            handle.remove()
-        if len(written) != 1:
-            raise CannotReplayError("its heads' z are not what a projection reads, once a block")
+            for handle in handles:
+                handle.remove()
+        if unwritten:
+            raise CannotReplayError(f"{sorted(unwritten)} are not what projections of its attention read or give")
+        if left is not None:
+            raise left
 
     def _run(
         self,
@@ -170,7 +183,7 @@ class PackedReplayer:
         groups: Sequence[EditGroup] = (),
     ) -> Float[Tensor, "token d_model"]:
         attention = Attention(self.runs, layer, geometry)
-        with self._written_z(layer, geometry.rows, groups):
+        with self._written(layer, geometry.rows, groups):
             return self._call(layer, hidden, geometry.rows, attention, geometry)
 
     def _last_position(
@@ -182,7 +195,8 @@ class PackedReplayer:
         if rows.n_tokens > len(rows):
             attention.leave = True
             try:
-                self._call(layer, hidden, rows, attention, geometry)
+                with self._written(layer, rows, [group for group in groups if group.site.name in ("k", "v")]):
+                    self._call(layer, hidden, rows, attention, geometry)
             except KeysAndValues as found:
                 attention.given = found.args
             else:
@@ -190,7 +204,8 @@ class PackedReplayer:
             attention.leave = False
             self._tokens -= len(rows)  # the last positions, which are counted again below
             hidden = hidden[to_device(rows.first + rows.suffix - 1, hidden.device)]
-        with self._written_z(layer, ends, groups):
+            groups = [group for group in groups if group.site.name in ("q", "z")]
+        with self._written(layer, ends, groups):
             return self._call(layer, hidden, ends, attention, geometry if attention.given is None else None)
 
     def _call(

@@ -53,12 +53,18 @@ class PlainBlocks:
         known = {k: v for k, v in arguments.items() if self._names is None or k in self._names}
         return self._blocks[layer](hidden, **known)
 
-    def output_projection(self, layer: int) -> nn.Module | None:
-        """What a layer's attention multiplies its heads' `z` with, where it is a module of its own: its input is `z`."""
-        projection = getattr(getattr(self._stack.blocks[layer], "attn", None), "o", None)
-        found = self._copies.get(id(getattr(projection, "original_component", None)))
-        if found is not None:
-            found._forward_pre_hooks = found._forward_pre_hooks.copy()  # what is attached here is not the model's
+    def projection(self, layer: int, which: Literal["q", "k", "v", "o"]) -> nn.Module | None:
+        """A projection of a layer's attention, where it is a module of its own: `z` is what `o` reads, `q` what `q` gives."""
+        attention = getattr(self._stack.blocks[layer], "attn", None)
+        wrapped = {name: getattr(getattr(attention, name, None), "original_component", None) for name in "qkvo"}
+        found = self._copies.get(id(wrapped[which]))
+        if sum(one is wrapped[which] for one in wrapped.values()) > 1:
+            return None  # one module for several of them
+        if found is not None:  # what is attached here is not attached to the model's own
+            found._forward_pre_hooks, found._forward_hooks = (
+                found._forward_pre_hooks.copy(),
+                found._forward_hooks.copy(),
+            )
         return found
 
 

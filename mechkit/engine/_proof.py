@@ -104,11 +104,12 @@ def _refute_run(one: Examined, absent: Mask, moving: Mask) -> str | None:
         return "the two runs differ before their first different token: not a causal model"
     if not unembeds_final_stream(state.model, chunk.run):
         return "the logits at a position are not a function of the last block's output there"
-    first, new_kind = not proof.proved, chunk.run.rows.kind not in proof.proved
+    first, new_kind = not proof.proved, chunk.run.rows.kind not in state.sampled
     if first:
         proof.candidates = _candidates(chunk)
     if absent.all():
         return None  # there are no rows
+    state.sampled.add(chunk.run.rows.kind)
     still = [(start == NEVER) & ~absent, moving & ~one.computed]
     if (shown := _sees_over(chunk, np.unique(start[moving]))) is not None:
         return f"the attention mask of block {shown} lets positions read later ones: not a causal model"
@@ -338,7 +339,7 @@ def _refute_packed_blocks(several: Sequence[Examined], replayer: PackedReplayer)
                 return refuted
             rows = rows[size:]
         inside = [group for group in state.plan.groups.get(layer, ()) if group.site.name not in STREAM]
-        if not inside or replayer.writes_z(layer, inside):
+        if not inside or replayer.writes_inside(layer, inside):
             continue
         for one, by_start in zip(
             several, replayer.by_start, strict=True

@@ -27,7 +27,7 @@ from mechkit._progress import Progress
 from mechkit._warnings import warn_of_task
 from mechkit.engine._answers import Found, Ready, answers_by_start, packed_answers, unread
 from mechkit.engine._checks import check_sweep
-from mechkit.engine._chunk import Chunk, Derived, State, Values
+from mechkit.engine._chunk import Chunk, Derived, Recordings, State, Values
 from mechkit.engine._edits import BEFORE, NEVER, Cell, EditPlan, Rows, TowerRun
 from mechkit.engine._memory import Budget
 from mechkit.engine._packed import PackedReplayer
@@ -42,7 +42,7 @@ from mechkit.hooks._devices import out_of_memory
 from mechkit.hooks._hooking import Hooks
 from mechkit.hooks._lock import one_at_a_time
 from mechkit.hooks._nonfinite import explanation, first_nonfinite, where_it_began
-from mechkit.hooks._record import record, taken_apart, tower_length
+from mechkit.hooks._record import Run, record, taken_apart, tower_length
 from mechkit.hooks._sites import SITES, TOWER, by_prompt
 from mechkit.metrics import AnyMetric, Metric, as_metric
 from mechkit.prompts import Prompts, Stacked, first_differences
@@ -90,6 +90,7 @@ def sweep(
     budget: int | None = None,
     progress: bool = True,
     replay: bool = True,
+    recordings: Recordings | None = None,
 ) -> Answers:
     """Answers every cell for every prompt.
 
@@ -107,6 +108,7 @@ def sweep(
         budget: Bytes of working memory to stay within; default half of what the device has free (1 GiB on a CPU).
         progress: Whether long sweeps show a progress bar.
         replay: `False` runs a whole forward pass for every row: the slow way, for comparison.
+        recordings: Shared by several sweeps of the same prompts, each with `derived` values of its own: they are run once.
 
     Raises:
         ValueError: wrong lengths or counts, training mode, a site or an index that does not exist, NaN in a run.
@@ -115,7 +117,9 @@ def sweep(
     runs = {base_is: "base", source_is: "source"} if source is not None else {base_is: "base"}
     room = Budget.of(model, budget)
     measured = as_metric(metric)
-    state = State(model, base, source, source_sites, values or {}, derived or {}, plan, measured, runs, room, replay)
+    state = State(
+        model, base, source, source_sites, values or {}, derived or {}, plan, measured, runs, room, replay, recordings
+    )
     check_sweep(state)
     bar = Progress(len(cells) * len(base), "row", progress)
     with bar:
@@ -129,7 +133,7 @@ def sweep(
         state.values,
         state.base_metric,
         None if source is None else state.source_metric,
-        Cost(state.block_tokens, len(cells) * _tokens_of_runs(state), state.proof.block_tokens),
+        Cost(state.block_tokens, len(cells) * _tokens_of_runs(state), state.proof.block_tokens - state.proof_before),
         "suffix" if state.fallback is None else f"full: {state.fallback}",
     )
 
@@ -141,8 +145,8 @@ def _tokens_of_runs(state: State) -> int:
 
 def _sweep_all(state: State, bar: Progress) -> None:
     """Prompts of one length after the other, the longest first, as many at a time as fit; their rows are packed together."""
-    model, plan = state.model, state.plan
     ready: list[Ready] = []
+    state.all_fit = sum(len(one.ids) / _prompts_at_once(state, one.length) for one in state.base.batches()) <= 1
     room = 1.0  # the share of the memory for recorded runs that is left
 
     def answer() -> None:
@@ -155,17 +159,14 @@ def _sweep_all(state: State, bar: Progress) -> None:
     for batch in state.base.batches(longest_first=True):
         length, todo = batch.length, batch.ids
         while todo:
-            at_once = len(todo)
-            if not state.whole_set:
-                kept = [*plan.sites, *(site for one in state.derived.values() for site in 2 * one.sites)]
-                at_once = state.budget.prompts_at_once(model, length, kept, plan.n_cells)
+            at_once = len(todo) if state.whole_set else _prompts_at_once(state, length)
             needs = min(len(todo), at_once) / at_once
             if needs > room:
                 answer()
             try:
                 ready.append(_ready(state, todo[:at_once], double=2 * len(todo) <= at_once))
                 room, todo = room - needs, todo[at_once:]
-                if state.fallback is not None or not state.proof.candidates[0].packs:
+                if state.fallback is not None or not (state.proof.candidates and state.proof.candidates[0].packs):
                     answer()
                 continue
             except RuntimeError as error:  # while recording; batches look after themselves
@@ -174,6 +175,16 @@ def _sweep_all(state: State, bar: Progress) -> None:
             answer()  # out here the error is gone, and with it all that its frames held
             state.budget.halve()
     answer()
+
+
+def _prompts_at_once(state: State, length: int) -> int:
+    """How many prompts of a length may be recorded together."""
+    of_both = {site for one in state.derived.values() for site in one.sites}
+    if state.recordings is not None:
+        of_both |= state.recordings.sites
+    return state.budget.prompts_at_once(
+        state.model, length, [*state.plan.sites, *of_both, *of_both], state.plan.n_cells
+    )
 
 
 # -- one chunk of prompts ----------------------------------------------------------------------------------------------
@@ -197,7 +208,7 @@ def _answer_ready(state: State, ready: list[Ready], bar: Progress) -> None:
     replayer = None
     if (several := [one.examined for one in ready if one.examined is not None]) and state.fallback is None:
         attached = state.model._attached()
-        replayer = proved_replayer(several) if len(several) == 1 or state.proof.candidates[0].packs else None
+        replayer = proved_replayer(several)
         _refuse_leaks(state, attached)
         if replayer is None and len(several) > 1 and state.fallback is None:
             for one in ready:
@@ -297,38 +308,49 @@ def _run_chunk(state: State, ids: np.ndarray, blocks: bool = True, double: bool 
 
     With `double` base and source prompts run together.
     """
-    model = state.model
-
-    def rows(prompts: Prompts) -> Stacked:
-        return prompts.stack(ids.tolist()).to(model.device)
-
-    derived = sorted({site for one in state.derived.values() for site in one.sites})
-    of_source = sorted({*(state.plan.sites if state.source_sites is None else ()), *derived})
-    source = None
+    kept, key = state.recordings if blocks else None, tuple(ids.tolist())
+    at_hand = kept is not None and key in kept.runs
     try:
-        base = rows(state.base)
-        if double and blocks and state.source is not None and (others := rows(state.source)).kind == base.kind:
-            run, source = taken_apart(record(model, Stacked.cat([base, others]), of_source), len(ids))
-            run = replace(run, sites={key: run.sites[key] for key in derived})
-        else:  # derived values are made of streams in any case
-            run = record(model, base, derived, blocks=blocks or bool(state.derived), cached=blocks)
+        run, source = kept.runs[key] if kept is not None and at_hand else _run_both(state, ids, blocks, double)
     except Exception as error:
         if not blocks or (isinstance(error, RuntimeError) and out_of_memory(error)):
             raise
         state.fallback = f"its run cannot be recorded: {why_not(error)}"
         return None
-    tower = _tower_run(state, ids, run.rows)
-    if state.source is not None:
-        if source is None:
-            source = record(model, rows(state.source), of_source, blocks=False)
-        if (at_hand := state.source_sites) is not None:
-            for key in state.plan.sites:
-                found = by_prompt(SITES[key[0]], at_hand[key], len(state.base))
-                source.sites[key] = found[ids].to(model.device)
-    chunk = Chunk(state, ids, run, source, tower)
-    state.block_tokens += (1 + (source is not None)) * len(ids) * chunk.tokens_of_run
+    if kept is not None and state.all_fit:
+        kept.runs[key] = run, source
+    chunk = Chunk(state, ids, run, source, _tower_run(state, ids, run.rows))
+    if not at_hand:
+        state.block_tokens += (1 + (source is not None)) * len(ids) * chunk.tokens_of_run
     chunk.make_derived()
     return chunk
+
+
+def _run_both(state: State, ids: np.ndarray, blocks: bool, double: bool) -> tuple[Run, Run | None]:
+    """The runs of base and source prompts, with the sites that are needed."""
+    model = state.model
+
+    def rows(prompts: Prompts) -> Stacked:
+        return prompts.stack(ids.tolist()).to(model.device)
+
+    of_base = sorted({site for one in state.derived.values() for site in one.sites})
+    if state.recordings is not None:
+        of_base = sorted({*of_base, *state.recordings.sites})
+    of_source = sorted({*(state.plan.sites if state.source_sites is None else ()), *of_base})
+    base = rows(state.base)
+    if double and blocks and state.source is not None and (others := rows(state.source)).kind == base.kind:
+        run, source = taken_apart(record(model, Stacked.cat([base, others]), of_source), len(ids))
+        run = replace(run, sites={key: run.sites[key] for key in of_base})
+    else:  # derived values are made of streams in any case
+        run = record(model, base, of_base, blocks=blocks or bool(state.derived), cached=blocks)
+        if state.source is None:
+            return run, None
+        source = record(model, rows(state.source), of_source, blocks=False)
+    if (at_hand := state.source_sites) is not None:
+        for key in state.plan.sites:
+            found = by_prompt(SITES[key[0]], at_hand[key], len(state.base))
+            source.sites[key] = found[ids].to(model.device)
+    return run, source
 
 
 def _tower_run(state: State, ids: np.ndarray, rows: Stacked) -> TowerRun | None:
