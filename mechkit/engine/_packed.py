@@ -8,9 +8,10 @@ of prompts find keys and values of the positions before their start where the ru
 Edits of the stream and of `z` are made on the packed tokens. Blocks in which anything else is edited run as always, for rows that
 begin at one position at a time (`Replayer`).
 
-What this assumes beyond the replay by starts: the attention is reached through transformers' interface, once a block; nothing
-else in a block mixes tokens; arguments of a block are masks, or belong to one position each. The first is looked at in every
-call; the proof compares the others with whole passes, on rows that begin at different positions and run together.
+What this assumes beyond the replay by starts: the attention is reached through transformers' interface, once a block (looked at
+in every call); nothing else in a block mixes tokens, or asks which of the call's tokens one is (the proof watches for that, since
+few tokens may not show it); arguments of a block are masks, or belong to one position each. All of it the proof compares with
+whole passes, on rows that begin at different positions and run together.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ from mechkit.engine._causality import agree_before_difference, masks_of, sees
 from mechkit.engine._chunk import Candidate, Chunk, State
 from mechkit.engine._edits import NEVER, Rows
 from mechkit.engine._packed import PackedReplayer
-from mechkit.engine._packed_attention import may_pack
+from mechkit.engine._packed_attention import TokensNumbered, may_pack
 from mechkit.engine._packing import PackedRows
 from mechkit.engine._plain import PACKED, PACKED_SDPA, Attention, PlainBlocks, can_fuse
 from mechkit.engine._replay import Replayer, why_not
@@ -357,7 +357,8 @@ def _refute_packed_blocks(several: Sequence[Examined], replayer: PackedReplayer)
 
 def _refute_packed_block(state: State, replayer: PackedReplayer, layer: int, rows: PackedRows) -> str | None:
     rounding = state.proof.candidates[0].rounding
-    found = replayer.unedited(layer, rows)[None]
+    with TokensNumbered(rows.n_tokens):
+        found = replayer.unedited(layer, rows)[None]
     read, expected = (replayer.recorded(i, rows)[None] for i in (layer, layer + 1))
     if not (off := rounding.off(found, expected, read)) <= rounding.of_block:
         return f"block {layer}, run on packed tokens, differs from the whole pass by {off:.1e} of what it adds"
