@@ -93,6 +93,7 @@ def attribution_patching(
     chosen: Chosen = {"layers": layers, "heads": heads, "positions": positions, "neurons": neurons}
     about = {"technique": "attribution_patching"}
     experiment = make_experiment(model, pairs, metric, site, over, direction, chosen, budget, progress, about, True)
+    experiment.defer_proof = True
     with frozen_parameters(model):
         for chunk in experiment.chunks():
             first_order(experiment, chunk)

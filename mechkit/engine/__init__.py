@@ -9,6 +9,7 @@ from mechkit.engine._chunk import Derived as Derived
 from mechkit.engine._chunk import Recordings as Recordings
 from mechkit.engine._edits import Cell as Cell
 from mechkit.engine._edits import Edit as Edit
+from mechkit.engine._gradients import CANNOT_RUN as CANNOT_RUN
 from mechkit.engine._gradients import GradientRuns as GradientRuns
 from mechkit.engine._gradients import attached_hooks as attached_hooks
 from mechkit.engine._gradients import frozen_parameters as frozen_parameters

@@ -119,6 +119,7 @@ class State:
     recordings: Recordings | None = None
     proof: Proof = field(default_factory=Proof)
     sampled: set[Hashable] = field(default_factory=set)  # kinds of prompts of which rows were run whole in this sweep
+    packs: bool = True  # whether packed batches may be tried
     all_fit: bool = False  # whether the runs of all prompts fit into the budget together
     block_tokens: int = 0
     proof_before: int = 0  # block-tokens of the proof before this sweep
@@ -139,6 +140,15 @@ class State:
         self.base_metric, self.source_metric = (
             torch.full((len(self.base), *several), torch.nan, dtype=dtype) for _ in "bs"
         )
+
+    def refute_batches(self, why: str) -> None:
+        """Batches gave what whole passes do not: packed rows are run by their starts then, and rows by their starts whole."""
+        if self.proof.candidates and self.proof.candidates[0].packs:
+            self.packs = False
+            self.proof.proved.clear()
+            self.sampled.clear()
+        else:
+            self.fallback = why
 
     @property
     def whole_set(self) -> bool:

@@ -73,6 +73,7 @@ def attached_hooks(model: HookedModel, hooks: Sequence[tuple[str, HookFunction]]
 TOGETHER = 64
 
 
+CANNOT_RUN = (ValueError, TypeError, AttributeError, AssertionError, IndexError, KeyError, RuntimeError)
 LOOKS_AHEAD = "two runs differ before their first different token: not a causal model"
 
 
@@ -157,7 +158,7 @@ class GradientRuns:
             sample = sample[: 1 if source is None else 2]
             found = self.forward(sample, torch.zeros(len(sample), dtype=torch.long, device=sample.tokens.device))[1]
             return self._refuted(found)
-        except (ValueError, TypeError, AttributeError, AssertionError, IndexError, KeyError, RuntimeError) as error:
+        except CANNOT_RUN as error:
             if isinstance(error, RuntimeError) and out_of_memory(error):
                 raise
             return f"blocks cannot be run by themselves: {error}"
@@ -203,9 +204,20 @@ class GradientRuns:
         self._unproved = False
         whole = self._refuted(final.detach())
         if whole is not None:
-            self._proofs[self._kind, self.start] = whole
-            self.start, self._replayer, self.how = 0, None, f"full: {whole}"
+            self._run_whole(whole)
         return whole is None
+
+    def refuted_by(self, error: Exception) -> bool:
+        """Whether an error of the first runs says that suffixes cannot be run: whole forward passes are run from now on."""
+        if not self._unproved or (isinstance(error, RuntimeError) and out_of_memory(error)):
+            return False
+        self._unproved = False
+        self._run_whole(f"blocks cannot be run by themselves: {error}")
+        return True
+
+    def _run_whole(self, why: str) -> None:
+        self._proofs[self._kind, self.start] = why
+        self.start, self._replayer, self.how = 0, None, f"full: {why}"
 
     def _record(self, sample: Stacked) -> Run:
         """The blocks' arguments for prompts of this length, and the keys and values of all base prompts before `start`.

@@ -29,7 +29,8 @@ from mechkit.hooks._record import CannotReplayError, Run
 if TYPE_CHECKING:
     from mechkit.engine._chunk import Chunk
 
-SHORT = 16  # rows of no more positions than this are padded to one another without further ado; numbers in a vector
+SHORT = 16  # rows of no more positions than this are padded to one another without further ado
+VECTOR = 16  # numbers in a vector of the processor, as torch's softmax uses them
 
 
 @dataclass(eq=False)
@@ -44,8 +45,7 @@ class Piece:
         span: The first token and the one behind the last, where the rows follow one another and are equally long.
         real: Which of `tokens` are no repetition, in their order; `None` where all are.
         position: The position of each of `tokens` in its prompt, `[row pos]`.
-        read_last: Whether only the last position of each row asks; `rows` is then where its query is.
-        rows: The rows among those of the batch.
+        rows: The rows among those of the batch: where their queries are, if only the last position of each asks.
     """
 
     chunk: int
@@ -106,7 +106,7 @@ class Piece:
 def keys_of(length: int, dtype: torch.dtype) -> int:
     """How many keys a row is given that has `length`: torch's softmax takes ten times as long over fewer than its vectors hold.
     In double precision none are added: where an architecture's softmax is in single precision, they would round differently."""
-    return length if dtype == torch.float64 else max(length, SHORT)
+    return length if dtype == torch.float64 else max(length, VECTOR)
 
 
 class Geometry:
@@ -279,7 +279,7 @@ def may_pack(chunk: Chunk) -> bool:
     from transformers import AttentionInterface
 
     state = chunk.state
-    if state.whole_set or state.plan.in_tower or chunk.run.between:
+    if not state.packs or state.whole_set or state.plan.in_tower or chunk.run.between:
         return False
     AttentionInterface.register(PACKED, packed_attention)
     AttentionInterface.register(PACKED_SDPA, partial(packed_attention, fused=True))

@@ -14,19 +14,20 @@ Nothing here compares the replay with itself, and every assumption is checked wh
    (`check_batch`).
 4. *The two runs* must end in the same stream wherever they have read the same tokens.
 
-All of this is done for the first prompts of each length. For other prompts of that length only point 4 is checked, and point 2
+All of this is done for the first prompts of each length; blocks on packed tokens are checked for all lengths that are recorded
+together at once, and so are their edited rows. For other prompts of that length only point 4 is checked, and point 2
 at one start, a different one each time. Whole passes run before any replay, so that nothing that a replay leaves behind can
 affect both.
 
-Where something differs by more than rounding, other blocks are tried (fused attention, then eager, then the bridge's own), and
-then whole forward passes are run for all rows; the reason is reported.
+Where something differs by more than rounding, other blocks are tried (on packed tokens; then on rows that start at one position:
+with fused attention, with eager attention, the bridge's own), and then whole forward passes are run for all rows; the reason is reported.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,9 +47,6 @@ from mechkit.engine._whole import TOGETHER, Mask, Whole, advice, run_whole, samp
 from mechkit.hooks._devices import out_of_memory, to_device
 from mechkit.hooks._readout import unembeds_final_stream
 
-if TYPE_CHECKING:
-    pass
-
 STREAM = ("resid_pre", "resid_post")  # sites that are written between blocks: no hook is needed
 _BROKEN = (ValueError, TypeError, AttributeError, AssertionError, IndexError, KeyError, RuntimeError)  # ours among them
 
@@ -60,7 +58,9 @@ class Examined:
     Attributes:
         chunk: The prompts.
         start: The first position that changes, `[cell prompt]`; `NEVER` if none does.
+        moving: Which rows change anything, `[cell prompt]`.
         computed: Which rows are computed, `[cell prompt]`.
+        still: Kinds of rows that are presumed to change nothing, each `[cell prompt]`.
         whole: Rows that were run whole.
         starts: Positions from which blocks are to be checked.
         prompt: The prompt that they are checked on, and from which on others are taken.
@@ -68,10 +68,21 @@ class Examined:
 
     chunk: Chunk
     start: Int[np.ndarray, "cell prompt"]
+    moving: Mask
     computed: Mask
+    still: list[Mask]
     whole: list[Whole]
     starts: list[int]
     prompt: int
+
+    def run_whole(self, few: bool) -> None:
+        """Runs some rows whole, one that changes nothing among them."""
+        chunk = self.chunk
+        chosen = sample(chunk, self.start, self.moving, self.still, few)
+        if not any(rows.start >= chunk.run.length for rows in chosen):
+            chosen.append(unedited(chunk, self.prompt))
+        self.whole = run_whole(chunk, chosen)
+        chunk.finals.update(pair for row in self.whole for pair in row.finals())
 
 
 def examined(chunk: Chunk, start: Int[np.ndarray, "cell prompt"], absent: Mask, unread: Any) -> Examined | None:
@@ -88,13 +99,14 @@ def examined(chunk: Chunk, start: Int[np.ndarray, "cell prompt"], absent: Mask, 
     before = state.block_tokens
     moving = (start < NEVER) & ~absent
     computed = moving & (start <= unread)
-    found = Examined(chunk, start, computed, [], [], (proof.turn + 1) % len(chunk.ids))
-    state.fallback = _refute_run(found, absent, moving)
+    still = [(start == NEVER) & ~absent, moving & ~computed]
+    found = Examined(chunk, start, moving, computed, still, [], [], (proof.turn + 1) % len(chunk.ids))
+    state.fallback = _refute_run(found, absent)
     proof.block_tokens += state.block_tokens - before
     return found if state.fallback is None else None
 
 
-def _refute_run(one: Examined, absent: Mask, moving: Mask) -> str | None:
+def _refute_run(one: Examined, absent: Mask) -> str | None:
     """Why no replay of these prompts is possible, whatever blocks it runs; `None` if nothing is found."""
     chunk, start = one.chunk, one.start
     state, proof = chunk.state, chunk.state.proof
@@ -110,16 +122,11 @@ def _refute_run(one: Examined, absent: Mask, moving: Mask) -> str | None:
     if absent.all():
         return None  # there are no rows
     state.sampled.add(chunk.run.rows.kind)
-    still = [(start == NEVER) & ~absent, moving & ~one.computed]
-    if (shown := _sees_over(chunk, np.unique(start[moving]))) is not None:
+    if (shown := _sees_over(chunk, np.unique(start[one.moving]))) is not None:
         return f"the attention mask of block {shown} lets positions read later ones: not a causal model"
     # Whole passes first: what a replay may leave behind must not be in both.
     if new_kind:
-        chosen = sample(chunk, start, moving, still, few=not first)
-        if not any(rows.start >= chunk.run.length for rows in chosen):  # else one of them changes nothing
-            chosen.append(unedited(chunk, one.prompt))
-        one.whole = run_whole(chunk, chosen)
-        chunk.finals.update(pair for row in one.whole for pair in row.finals())
+        one.run_whole(few=not first)
         if (refuted := _refute_recording(one.whole)) is not None:
             return refuted
     one.starts = _starts_to_check(chunk, start, one.computed)
@@ -139,6 +146,10 @@ def proved_replayer(several: Sequence[Examined]) -> Replayer | PackedReplayer | 
         if refuted is None:
             break
         proof.candidates.pop(0)
+        for one in several:  # nothing was compared with the blocks that are tried next
+            one.starts = np.unique(one.start[one.computed]).tolist()
+            if not one.whole and one.computed.any():
+                one.run_whole(few=False)
     proof.block_tokens += state.block_tokens - before
     if refuted is None:
         return _replayer(several)

@@ -7,8 +7,9 @@ For each group of prompts of equal length, in chunks that fit the budget:
    reads, have the base run's value and are not computed.
 3. Prove the replay (`mechkit.engine._proof`): unedited blocks from every start that is used, and a few edited rows, against whole
    forward passes. Every sweep makes its own proof: a stored one would be wrong after a change of the model.
-4. Replay the rest in batches of rows that start at the same position, sorted by block. A batch that does not fit the
-   device is halved, and so is the budget. Nothing in between waits for the device: the answers are copied once per chunk.
+4. Replay the rest in batches, sorted by block: rows that start anywhere, of all prompts that were recorded together, or, where
+   blocks cannot be packed, rows that start at the same position. A batch that does not fit the device is halved, and so is the
+   budget. Nothing in between waits for the device: the answers are copied once per chunk.
 """
 
 from __future__ import annotations
@@ -123,12 +124,13 @@ def sweep(
     check_sweep(state)
     bar = Progress(len(cells) * len(base), "row", progress)
     with bar:
-        try:
-            _sweep_all(state, bar)
-        except BatchRefutedError as error:  # no row that was replayed is believed
-            state.fallback = str(error)
-            bar.reset()
-            _sweep_all(state, bar)
+        while True:
+            try:
+                _sweep_all(state, bar)
+                break
+            except BatchRefutedError as error:  # no row that was replayed is believed
+                state.refute_batches(str(error))
+                bar.reset()
     return Answers(
         state.values,
         state.base_metric,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mechkit.engine import CANNOT_RUN
 from mechkit.experiment.estimates import Experiment, GradientChunk, Key, hook_name
 from mechkit.hooks._capture import keepers
 from mechkit.hooks._sites import SITES, TOWER
@@ -39,7 +40,7 @@ def unedited(
 def first_order(experiment: Experiment, chunk: GradientChunk, rules: Rules = ()) -> None:
     """Adds `(source - base) * gradient` of every node. `rules` are hooks that may change how the gradient flows back."""
     assert experiment.source_is is not None
-    difference, source_final = source_activations(experiment, chunk)
+    difference: dict[Key, Tensor] = {}
     silent = set(experiment.keys)
 
     def keep(activation: Tensor, hook: Any, key: Key) -> Tensor:
@@ -52,7 +53,18 @@ def first_order(experiment: Experiment, chunk: GradientChunk, rules: Rules = ())
 
     hooks = [(hook_name(key), partial(keep, key=key)) for key in experiment.keys]
     base = chunk.inputs[experiment.base_is]
-    leaf, final = chunk.runs.forward(base, chunk.everyone, [*rules, *hooks], leaf=True)
+    for _ in range(2):  # the second time as whole passes, where suffixes do not end where the proof's whole runs do
+        try:
+            kept, source_final = source_activations(experiment, chunk)
+            difference.clear()
+            difference.update(kept)
+            leaf, final = chunk.runs.forward(base, chunk.everyone, [*rules, *hooks], leaf=True)
+        except CANNOT_RUN as error:
+            if not chunk.runs.refuted_by(error):
+                raise
+            continue
+        if chunk.runs.proved(torch.stack([final[0], source_final[0]])):
+            break
     chunk.keep_unedited({experiment.source_is: source_final, experiment.base_is: final})
     assert leaf is not None
     torch.autograd.grad(chunk.metric(final).sum(), leaf)

@@ -36,7 +36,8 @@ def unproved() -> Iterator[None]:
         computed = (start < NEVER) & ~absent & (start <= unread)
         kind = PACKED_BLOCKS if _proof.may_pack(chunk) else "eager"
         chunk.state.proof.candidates = [Candidate(kind, Rounding.of(chunk.state.model.dtype))]
-        return _proof.Examined(chunk, start, computed, [], [], 0)
+        moving = (start < NEVER) & ~absent
+        return _proof.Examined(chunk, start, moving, computed, [], [], [], 0)
 
     with patch.object(_sweep, "examined", believed), patch.object(_sweep, "proved_replayer", _proof._replayer):
         yield
