@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechkit.engine._edits import EditGroup, EditPlan, write_tokens
@@ -36,7 +36,13 @@ from mechkit.hooks._record import CannotReplayError, stream_of
 if TYPE_CHECKING:
     from mechkit.engine._chunk import Chunk
 
+STREAM = ("resid_pre", "resid_post")  # sites that are written between blocks: no hook is needed
 _PROJECTIONS: dict[str, Literal["q", "k", "v", "o"]] = {"q": "q", "k": "k", "v": "v", "z": "o"}
+
+
+def _tokens(first: Int[np.ndarray, "row"], suffix: Int[np.ndarray, "row"]) -> Int[np.ndarray, "token"]:
+    """The tokens of rows that begin at `first`, row by row."""
+    return np.arange(int(suffix.sum())) - np.repeat(np.cumsum(suffix) - suffix - first, suffix)
 
 
 class PackedReplayer:
@@ -66,50 +72,81 @@ class PackedReplayer:
 
         Args:
             plan: The cells.
-            rows: Rows to compute, in the order in which they join.
+            rows: Rows to compute.
             read_last: Whether only the last position is wanted.
         """
-        entry, n_layers = plan.entry[rows.cell], self.model.n_layers
-        begin = min(int(entry[0]), n_layers)
-        hidden, joined = self.recorded(begin, rows[:0]), 0
-        geometry = None
-        for layer in range(begin, n_layers):
-            n = int((entry <= layer).sum())
-            here, n_before = rows[:n], joined
-            if n > joined:
-                hidden = torch.cat([hidden.to(self._device(layer)), self.recorded(layer, rows[joined:n])])
-                joined, geometry = n, None
+        # Rows of one chunk and start lie together all the way, wherever they join: attention takes them as they lie.
+        order = np.lexsort((plan.entry[rows.cell], rows.start, rows.chunk))
+        lying, n_layers = rows[order], self.model.n_layers
+        entry = plan.entry[lying.cell]
+        joined, hidden, geometry = np.zeros(len(rows), bool), self.recorded(0, rows[:0]), None
+        here = lying[joined]
+        for layer in range(min(int(entry.min()), n_layers), n_layers):
+            now = entry <= layer
+            if (fresh := now & ~joined).any():
+                hidden = self._laid_together(hidden, joined, self.recorded(layer, lying[fresh]), fresh, lying.suffix)
+                here, joined, geometry = lying[now], now, None
             hidden = hidden.to(self._device(layer))
             groups = plan.groups.get(layer, [])
             for group in groups:
-                if group.site.name in ("resid_pre", "resid_post"):
+                if group.site.name in STREAM:
                     self._write(group, here, hidden)
-            groups = [group for group in groups if group.site.name not in ("resid_pre", "resid_post")]
-            n_plain, inside = n, False
-            if groups:
-                inside = self.writes_inside(layer, groups)
-            if groups and not inside:  # the first rows have their edits behind them, unless a cell edits several layers
-                again = any(len(group.match(rows.cell[:n_before])[0]) for group in groups)
-                n_plain = 0 if again else n_before
+            groups = [group for group in groups if group.site.name not in STREAM]
             last = read_last and layer == n_layers - 1
-            parts = []
-            if n_plain:
-                if n_plain < n or geometry is None:
-                    geometry = Geometry(rows[:n_plain])
-                run = self._last_position if last else self._run
-                parts.append(run(layer, hidden[: geometry.rows.n_tokens], geometry, groups if inside else ()))
-                if n_plain < n:
-                    geometry = None
-            if n_plain < n:
-                edited = rows[n_plain:n]
-                parts.append(self._edited(layer, hidden[len(hidden) - edited.n_tokens :], edited, groups, last))
-            hidden = parts[0] if len(parts) == 1 else torch.cat(parts)
-        ends = rows.at_the_end() if read_last else rows
-        final = self.recorded(n_layers, ends[joined:])
-        hidden = torch.cat([hidden.to(final.device), final])
+            if groups and not self.writes_inside(layer, groups):
+                edited = (
+                    entry[now] == layer
+                )  # the others have their edits behind them, unless a cell edits several layers
+                if any(len(group.match(here.cell[~edited])[0]) for group in groups):
+                    edited[:] = True
+                hidden = self._edited_and_plain(layer, hidden, here, edited, groups, last)
+                continue
+            geometry = geometry or Geometry(here)
+            hidden = (self._last_position if last else self._run)(layer, hidden, geometry, groups)
+        ends = lying.at_the_end() if read_last else lying
+        final = self.recorded(n_layers, ends[~joined])
+        hidden = self._laid_together(hidden.to(final.device), joined, final, ~joined, ends.suffix)
+        place = np.empty_like(order)
+        place[order] = np.arange(len(order))
+        ends, first = (rows.at_the_end() if read_last else rows), ends.first
+        hidden = hidden[to_device(_tokens(first[place], ends.suffix), hidden.device)]
         for group in plan.groups.get(n_layers, ()):
             self._write(group, ends, hidden)
         return hidden
+
+    def _laid_together(
+        self, hidden: Tensor, joined: np.ndarray, new: Tensor, fresh: np.ndarray, suffix: np.ndarray
+    ) -> Float[Tensor, "token d_model"]:
+        """The tokens of rows that have joined and of rows that join now, in the order in which all rows lie."""
+        pool = torch.cat([hidden.to(new.device), new])
+        first = np.zeros(len(suffix), np.int64)
+        first[joined] = np.cumsum(suffix[joined]) - suffix[joined]
+        first[fresh] = len(hidden) + np.cumsum(suffix[fresh]) - suffix[fresh]
+        both = joined | fresh
+        return pool[to_device(_tokens(first[both], suffix[both]), pool.device)]
+
+    def _edited_and_plain(
+        self,
+        layer: int,
+        hidden: Tensor,
+        rows: PackedRows,
+        edited: np.ndarray,
+        groups: Sequence[EditGroup],
+        last: bool,
+    ) -> Float[Tensor, "token d_model"]:
+        """One block for rows of which some are edited in it, at sites that a plain block does not show."""
+        output = hidden.new_empty(len(rows), hidden.shape[-1]) if last else torch.empty_like(hidden)
+        for which in (True, False):
+            at = np.flatnonzero(edited == which)
+            if len(at) == 0:
+                continue
+            some, tokens = rows[at], to_device(_tokens(rows.first[at], rows.suffix[at]), hidden.device)
+            if which:
+                found = self._edited(layer, hidden[tokens], some, groups, last)
+            else:
+                found = (self._last_position if last else self._run)(layer, hidden[tokens], Geometry(some), ())
+            output[to_device(at, hidden.device) if last else tokens] = found
+        return output
 
     def unedited(self, layer: int, rows: PackedRows) -> Float[Tensor, "token d_model"]:
         """What a block makes of the recorded runs, for all tokens of some rows: where all is well, what the next block read."""

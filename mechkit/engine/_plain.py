@@ -38,8 +38,8 @@ class PlainBlocks:
 
     Args:
         stack: The model's blocks.
-        attention: `"eager"` as the bridge has it, or `"sdpa"`, torch's fused attention: see `can_fuse`. `PACKED` and `PACKED_SDPA`
-            run one or the other for some rows of packed tokens at a time.
+        attention: `"eager"` as the bridge has it, or `"sdpa"`, torch's fused attention: see `can_fuse`. `PACKED` and
+            `PACKED_SDPA` run one or the other for some rows of packed tokens at a time.
     """
 
     def __init__(self, stack: Stack, attention: Attention = "eager") -> None:

@@ -20,7 +20,8 @@ at one start, a different one each time. Whole passes run before any replay, so 
 affect both.
 
 Where something differs by more than rounding, other blocks are tried (on packed tokens; then on rows that start at one position:
-with fused attention, with eager attention, the bridge's own), and then whole forward passes are run for all rows; the reason is reported.
+with fused attention, with eager attention, the bridge's own), and then whole forward passes are run for all rows; the reason is
+reported.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from mechkit._precision import ObservedDtypes, Rounding
 from mechkit.engine._causality import agree_before_difference, masks_of, sees
 from mechkit.engine._chunk import Candidate, Chunk, State
 from mechkit.engine._edits import NEVER, Rows
-from mechkit.engine._packed import PackedReplayer
+from mechkit.engine._packed import STREAM, PackedReplayer
 from mechkit.engine._packed_attention import TokensNumbered, may_pack
 from mechkit.engine._packing import PackedRows
 from mechkit.engine._plain import PACKED, PACKED_SDPA, Attention, PlainBlocks, can_fuse
@@ -47,7 +48,6 @@ from mechkit.engine._whole import TOGETHER, Mask, Whole, advice, run_whole, samp
 from mechkit.hooks._devices import out_of_memory, to_device
 from mechkit.hooks._readout import unembeds_final_stream
 
-STREAM = ("resid_pre", "resid_post")  # sites that are written between blocks: no hook is needed
 _BROKEN = (ValueError, TypeError, AttributeError, AssertionError, IndexError, KeyError, RuntimeError)  # ours among them
 
 
