@@ -17,8 +17,8 @@
 5. "difference" is the largest difference of a cell's mean over prompts, as a share of the standard deviation over mechkit's
    cells. In bfloat16 rounding alone makes it tenths, in every library; float32 shows whether values agree.
 6. Arithmetic is counted by torch's FlopCounterMode in separate runs. Above `--count` prompts it is extrapolated by the line
-   through the counts for `--count` and half of it (a per cent or two off in sweeps by position, whose short rows are padded within
-   attention); "count_check" is the same line's error on block-tokens, which are known.
+   through the counts for `--count` and half of it (a per cent or two off in sweeps by position, whose short rows are padded
+   within attention); "count_check" is the same line's error on block-tokens, which are known.
    "rate" is arithmetic per second, as a share of a large matrix multiplication (same dtype, before and after, same process).
 """
 

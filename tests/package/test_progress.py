@@ -268,7 +268,7 @@ def test_a_call_counts_to_its_end_and_is_silent_without_progress(
     name: str, model: mk.HookedModel, pairs: mk.PromptPairs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_progress, "EVERY", 0.0)  # a line at every update
-    monkeypatch.setattr(_memory, "CPU_TOKENS", 16)  # else all rows of so small a sweep are one batch
+    monkeypatch.setattr(_memory, "CPU_TOKENS", 4)  # else all rows of so small a sweep are one batch
     shown = {}
     for progress in (True, False):
         log = io.StringIO()
