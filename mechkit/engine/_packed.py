@@ -94,9 +94,8 @@ class PackedReplayer:
             groups = [group for group in groups if group.site.name not in STREAM]
             last = read_last and layer == n_layers - 1
             if groups and not self.writes_inside(layer, groups):
-                edited = (
-                    entry[now] == layer
-                )  # the others have their edits behind them, unless a cell edits several layers
+                # Rows that joined before have their edits behind them, unless a cell edits several layers.
+                edited = entry[now] == layer
                 if any(len(group.match(here.cell[~edited])[0]) for group in groups):
                     edited[:] = True
                 hidden = self._edited_and_plain(layer, hidden, here, edited, groups, last)

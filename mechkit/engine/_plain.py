@@ -45,6 +45,7 @@ class PlainBlocks:
     def __init__(self, stack: Stack, attention: Attention = "eager") -> None:
         self._stack = stack
         self._copies: dict[int, nn.Module] = {}  # by the id of what was copied
+        self._detached: set[int] = set()  # copies that no longer share their hooks with what was copied
         self._blocks = [_without_bridges(block.original_component, attention, self._copies) for block in stack.blocks]
         forward = inspect.signature(type(self._blocks[0]).forward)  # its own may be replaced by one that takes anything
         takes_any = any(p.kind is p.VAR_KEYWORD for p in forward.parameters.values())
@@ -61,11 +62,13 @@ class PlainBlocks:
         found = self._copies.get(id(wrapped[which]))
         if sum(one is wrapped[which] for one in wrapped.values()) > 1:
             return None  # one module for several of them
-        if found is not None:  # what is attached here is not attached to the model's own
-            found._forward_pre_hooks, found._forward_hooks = (
-                found._forward_pre_hooks.copy(),
-                found._forward_hooks.copy(),
-            )
+        if found is not None and id(found) not in self._detached:
+            for hooks in (
+                "_forward_pre_hooks",
+                "_forward_hooks",
+            ):  # what is attached here is not attached to the model's own
+                setattr(found, hooks, getattr(found, hooks).copy())
+            self._detached.add(id(found))
         return found
 
 
