@@ -52,7 +52,8 @@ def at_positions(run: Run, positions: slice) -> Run:
         at = [slice(None)] * value.ndim
         at[SITES[site].axis("pos")] = positions
         sites[site, layer] = value[tuple(at)]
-    return replace(run, resid=[stream[:, positions] for stream in run.resid], sites=sites)
+    between = {layer: added[:, positions] for layer, added in run.between.items()}
+    return replace(run, resid=[stream[:, positions] for stream in run.resid], sites=sites, between=between)
 
 
 def runs_agree(base: Run, source: Run) -> Bool[Tensor, "prompt"]:

@@ -126,9 +126,10 @@ def _of_first(name: str, value: Any, n: int, of: int) -> Any:
     """A block's argument for the first `n` of `of` prompts."""
     if isinstance(value, tuple) and value and all(isinstance(part, Tensor) for part in value):
         return tuple(_of_first(name, part, n, of) for part in value)
-    if not isinstance(value, Tensor) or value.ndim < 2 or value.shape[0] % of:
+    if not isinstance(value, Tensor) or value.ndim < 2 or value.shape[0] % of or name == "position_bias":
         return value
-    return value[: value.shape[0] // of * n] if value.ndim == 4 or name in OF_ALL_PROMPTS else value
+    of_all = value.shape[0] == of or value.ndim == 4 or name in OF_ALL_PROMPTS
+    return value[: value.shape[0] // of * n] if of_all else value
 
 
 def _keeps_other_state(model: HookedModel) -> str | None:

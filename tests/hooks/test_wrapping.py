@@ -19,7 +19,7 @@ import mechkit as mk
 from helpers.families import GQA, build_hf, build_of
 from helpers.plain import layers
 from helpers.tiny import make_pairs, whole_vocabulary
-from mechkit.engine import _proof
+from mechkit.engine import _whole
 from mechkit.hooks import _model
 
 # Separate and joint projections: side by side (GPT-2, Falcon, Phi-3), interleaved by head (GPT-NeoX, BLOOM), and experts
@@ -436,7 +436,7 @@ def test_attention_and_mode_are_the_hooked_models_own():
         found = mk.activation_patching(model, pairs, metric, site="resid_pre", over="layer pos", progress=False)
         assert torch.allclose(found.values, expected.values, atol=1e-9, equal_nan=True)
     assert model.bridge.original_model.config._attn_implementation == "sdpa"
-    assert 'model.bridge.original_model.set_attn_implementation("eager")' in _proof._advice(model)
+    assert 'model.bridge.original_model.set_attn_implementation("eager")' in _whole.advice(model)
     assert hf.config._attn_implementation == "sdpa"
     assert hf.training
     assert not model.training

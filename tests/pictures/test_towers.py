@@ -319,13 +319,18 @@ def test_the_proof_refuses_features_that_are_added_between_blocks(monkeypatch: p
 
     import mechkit.engine._sweep as engine
 
-    recorded = engine.record
+    recorded, taken_apart = engine.record, engine.taken_apart
 
     def record(*args: Any, **options: Any) -> Any:
         run = recorded(*args, **options)
         return replace(run, between=Hidden(run.between))
 
+    def apart(run: Any, n: int) -> Any:
+        mine, others = taken_apart(run, n)
+        return replace(mine, between=Hidden(mine.between)), others
+
     monkeypatch.setattr(engine, "record", record)
+    monkeypatch.setattr(engine, "taken_apart", apart)
     found = mk.activation_patching(model, pairs, metric, "vision.z", progress=False)
     assert found.provenance["replay"].startswith("full: ")
     assert "differ" in found.provenance["replay"]
