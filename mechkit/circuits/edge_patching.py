@@ -48,7 +48,7 @@ SAVE_EVERY = 30.0  # seconds
 ROWS = 4096  # edges times prompts that are swept together, at least
 ROW_BYTES = (
     2**17
-)  # for each of which the budget has as many bytes: one sweep more costs a second, one less shows progress later
+)  # and as many as the budget has times this: a sweep more costs a second, one less shows progress later
 
 
 @checked

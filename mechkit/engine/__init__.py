@@ -9,7 +9,6 @@ from mechkit.engine._chunk import Derived as Derived
 from mechkit.engine._chunk import Recordings as Recordings
 from mechkit.engine._edits import Cell as Cell
 from mechkit.engine._edits import Edit as Edit
-from mechkit.engine._gradients import CANNOT_RUN as CANNOT_RUN
 from mechkit.engine._gradients import GradientRuns as GradientRuns
 from mechkit.engine._gradients import attached_hooks as attached_hooks
 from mechkit.engine._gradients import frozen_parameters as frozen_parameters
@@ -24,6 +23,7 @@ from mechkit.engine._measure import read_metric as read_metric
 from mechkit.engine._memory import Budget as Budget
 from mechkit.engine._operations import Operation as Operation
 from mechkit.engine._operations import Set as Set
+from mechkit.engine._replay import CANNOT_RUN as CANNOT_RUN
 from mechkit.engine._replay import Replayer as Replayer
 from mechkit.engine._sweep import Answers as Answers
 from mechkit.engine._sweep import sweep as sweep

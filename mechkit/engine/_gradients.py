@@ -29,7 +29,7 @@ from torch import Tensor
 from mechkit._precision import Rounding, tolerance, widen
 from mechkit.engine._causality import agree_before_difference, same_so_far
 from mechkit.engine._measure import call_metric, read_metric
-from mechkit.engine._replay import Replayer
+from mechkit.engine._replay import CANNOT_RUN, Replayer
 from mechkit.hooks._capture import capture
 from mechkit.hooks._devices import out_of_memory, to_device
 from mechkit.hooks._hooking import Hooks
@@ -73,7 +73,6 @@ def attached_hooks(model: HookedModel, hooks: Sequence[tuple[str, HookFunction]]
 TOGETHER = 64
 
 
-CANNOT_RUN = (ValueError, TypeError, AttributeError, AssertionError, IndexError, KeyError, RuntimeError)
 LOOKS_AHEAD = "two runs differ before their first different token: not a causal model"
 
 

@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from mechkit.engine._edits import EditGroup, EditPlan, write_tokens
 from mechkit.engine._packed_attention import Attention, Geometry, attending
-from mechkit.engine._packing import PackedRows
+from mechkit.engine._packing import PackedRows, tokens_from
 from mechkit.engine._plain import PlainBlocks
 from mechkit.engine._replay import KeysAndValues, Replayer, attached_edits
 from mechkit.hooks._devices import to_device
@@ -38,11 +38,6 @@ if TYPE_CHECKING:
 
 STREAM = ("resid_pre", "resid_post")  # sites that are written between blocks: no hook is needed
 _PROJECTIONS: dict[str, Literal["q", "k", "v", "o"]] = {"q": "q", "k": "k", "v": "v", "z": "o"}
-
-
-def _tokens(first: Int[np.ndarray, "row"], suffix: Int[np.ndarray, "row"]) -> Int[np.ndarray, "token"]:
-    """The tokens of rows that begin at `first`, row by row."""
-    return np.arange(int(suffix.sum())) - np.repeat(np.cumsum(suffix) - suffix - first, suffix)
 
 
 class PackedReplayer:
@@ -108,7 +103,7 @@ class PackedReplayer:
         place = np.empty_like(order)
         place[order] = np.arange(len(order))
         ends, first = (rows.at_the_end() if read_last else rows), ends.first
-        hidden = hidden[to_device(_tokens(first[place], ends.suffix), hidden.device)]
+        hidden = hidden[to_device(tokens_from(first[place], ends.suffix), hidden.device)]
         for group in plan.groups.get(n_layers, ()):
             self._write(group, ends, hidden)
         return hidden
@@ -122,7 +117,7 @@ class PackedReplayer:
         first[joined] = np.cumsum(suffix[joined]) - suffix[joined]
         first[fresh] = len(hidden) + np.cumsum(suffix[fresh]) - suffix[fresh]
         both = joined | fresh
-        return pool[to_device(_tokens(first[both], suffix[both]), pool.device)]
+        return pool[to_device(tokens_from(first[both], suffix[both]), pool.device)]
 
     def _edited_and_plain(
         self,
@@ -139,7 +134,7 @@ class PackedReplayer:
             at = np.flatnonzero(edited == which)
             if len(at) == 0:
                 continue
-            some, tokens = rows[at], to_device(_tokens(rows.first[at], rows.suffix[at]), hidden.device)
+            some, tokens = rows[at], to_device(tokens_from(rows.first[at], rows.suffix[at]), hidden.device)
             if which:
                 found = self._edited(layer, hidden[tokens], some, groups, last)
             else:
@@ -304,7 +299,7 @@ class PackedReplayer:
         """One block with edits in it, by the bridge's block, for rows that begin at one position at a time."""
         output = hidden.new_empty(len(rows), hidden.shape[-1]) if last else torch.empty_like(hidden)
         for at, chunk, some in rows.by_start():
-            tokens = to_device(rows.tokens_of(at), hidden.device)
+            tokens = to_device(tokens_from(rows.first[at], rows.suffix[at]), hidden.device)
             mine = hidden[tokens].unflatten(0, (len(at), -1))
             with attached_edits(self.model, groups, some, self.chunks[chunk].lookup):
                 found = self.by_start[chunk].hooked(layer, mine, some)

@@ -88,6 +88,7 @@ class PackedRows:
             rows = Rows(self.cell[at], self.prompt[at], self.prompt_id[at], int(self.start[at[0]]))
             yield at, int(self.chunk[at[0]]), rows
 
-    def tokens_of(self, at: np.ndarray) -> Int[np.ndarray, "token"]:
-        """The tokens of rows that all have as many."""
-        return (self.first[at][:, None] + np.arange(int(self.suffix[at[0]]))).reshape(-1)
+
+def tokens_from(first: Int[np.ndarray, "row"], suffix: Int[np.ndarray, "row"]) -> Int[np.ndarray, "token"]:
+    """The tokens of rows that begin at `first`, row by row."""
+    return np.arange(int(suffix.sum())) - np.repeat(np.cumsum(suffix) - suffix - first, suffix)

@@ -43,12 +43,10 @@ from mechkit.engine._packed import STREAM, PackedReplayer
 from mechkit.engine._packed_attention import TokensNumbered, may_pack
 from mechkit.engine._packing import PackedRows
 from mechkit.engine._plain import PACKED, PACKED_SDPA, Attention, PlainBlocks, can_fuse
-from mechkit.engine._replay import Replayer, why_not
+from mechkit.engine._replay import CANNOT_RUN, Replayer, why_not
 from mechkit.engine._whole import TOGETHER, Mask, Whole, advice, run_whole, sample, unedited
 from mechkit.hooks._devices import out_of_memory, to_device
 from mechkit.hooks._readout import unembeds_final_stream
-
-_BROKEN = (ValueError, TypeError, AttributeError, AssertionError, IndexError, KeyError, RuntimeError)  # ours among them
 
 
 @dataclass(eq=False)
@@ -194,7 +192,7 @@ def _coarsest(chunk: Chunk) -> torch.dtype:
         for layer in {0, chunk.state.model.n_layers - 1}:
             try:
                 Replayer(chunk.state.model, chunk.run, None).unedited(layer, first, 0, hooked=True)
-            except _BROKEN as error:
+            except CANNOT_RUN as error:
                 _cannot(error)
     return seen.coarsest(chunk.state.model.dtype)
 
@@ -241,7 +239,7 @@ def _refute_candidate(several: Sequence[Examined]) -> str | None:
         (one,) = several
         refuted = _refute_blocks(one.chunk, replayer, one.starts, one.prompt, one.start, one.computed)
         return refuted or next((found for row in one.whole if (found := row.refute(replayer))), None)
-    except _BROKEN as error:
+    except CANNOT_RUN as error:
         return _cannot(error)
     finally:
         state.block_tokens += 0 if replayer is None else replayer.block_tokens

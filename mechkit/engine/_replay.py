@@ -37,6 +37,10 @@ if TYPE_CHECKING:
     from mechkit.hooks._model import HookedModel
 
 
+# What blocks that are called by themselves may raise, our own errors among them.
+CANNOT_RUN = (ValueError, TypeError, AttributeError, AssertionError, IndexError, KeyError, RuntimeError)
+
+
 def why_not(error: Exception) -> str:
     """What an error of a block that was called by itself means to a user: another library's words would not help."""
     ours = isinstance(error, CannotReplayError | UnreachedEditError)

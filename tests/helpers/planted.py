@@ -262,7 +262,7 @@ def _neighbours_keys(right: Any) -> Any:
 def _rows_change_places(right: Any) -> Any:
     """In large batches the final streams are those of other rows."""
 
-    def wrong(self: Replayer, *args: Any) -> torch.Tensor:
+    def wrong(self: Any, *args: Any) -> torch.Tensor:
         final = right(self, *args)
         return final if len(final) <= 8 else final.roll(1, 0)
 
@@ -380,14 +380,6 @@ def _not_written_in_odd_layers(right: Any) -> Any:
     return wrong
 
 
-def _places_change(right: Any) -> Any:
-    def wrong(self: Any, *args: Any) -> torch.Tensor:
-        final = right(self, *args)
-        return final if len(final) <= 8 else final.roll(1, 0)
-
-    return wrong
-
-
 def _end_of_another(right: Any) -> Any:
     """In the last block the ends of rows are those of the rows before."""
 
@@ -421,7 +413,7 @@ PACKED: dict[str, Defect] = {
     "packed: joins with prompt 0's stream": _patched(_packed.PackedReplayer, "recorded", _streams_of_prompt_0),
     "packed: written one token late": _patched(_packed, "write_tokens", _written_one_token_late),
     "packed: not written in odd layers": _patched(_packed, "write_tokens", _not_written_in_odd_layers),
-    "packed: final streams change places": _patched(_packed.PackedReplayer, "replay", _places_change),
+    "packed: final streams change places": _patched(_packed.PackedReplayer, "replay", _rows_change_places),
     "packed: the end of another row": _patched(_packed.PackedReplayer, "_last_position", _end_of_another),
     "packed: edited rows change places": _patched(_packed.PackedReplayer, "_edited", _edited_rows_change_places),
     "packed: one layer's values stale": _recorded(_stale_values),
