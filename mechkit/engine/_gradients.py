@@ -37,6 +37,7 @@ from mechkit.hooks._lock import lock_of
 from mechkit.hooks._readout import check_logits_of_stream, unembedding_only, unembeds_final_stream
 from mechkit.hooks._record import Run, record
 from mechkit.hooks._seams import HookFunction
+from mechkit.hooks._streamed import refuse_streamed
 from mechkit.hooks.loading.pictures import PIXELS
 from mechkit.metrics import CallableMetric, Metric
 from mechkit.prompts import Stacked
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 @contextmanager
 def frozen_parameters(model: HookedModel) -> Iterator[None]:
     """No parameter gets a gradient inside; whatever happens, each one's `requires_grad` is what it was afterwards."""
+    refuse_streamed(model.bridge, "gradients")
     with lock_of(model.bridge).held("takes gradients in it"):
         parameters = [p for p in model.bridge.original_model.parameters() if p.requires_grad]
         for parameter in parameters:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from mechkit.hooks._devices import at_hand
+from mechkit.hooks._streamed import streamed_of
 
 # Settings of a configuration, and values that a module keeps, which change no number of an evaluation.
 _NO_MATTER = {
@@ -65,9 +66,13 @@ class Identity:
         settings, tensors = _settings(bridge, modules), [*_parameters(modules), *_buffers(modules)]
         state = settings, _state(tensors)
         if self._known is None or self._known[0] != state:
-            digest = hashlib.sha256(repr(settings).encode())
+            digest, streamed = hashlib.sha256(repr(settings).encode()), streamed_of(bridge)
             for name, owner, values in tensors:
-                digest.update(_described(name, owner, values) + _sampled(values).numpy().tobytes())
+                if streamed is not None and id(owner) in streamed.places:
+                    checksum, sampled = streamed.fact(owner)
+                    digest.update(_weight_described(name, owner, checksum) + sampled)
+                else:
+                    digest.update(_described(name, owner, values) + _sampled(values).numpy().tobytes())
             self._known = state, digest.hexdigest()[:16]
         return self._known[1]
 
@@ -80,7 +85,13 @@ def state_of_weights(bridge: Any) -> Any:
 
 
 def _state(tensors: list[Any]) -> list[Any]:
-    return [(*_version(owner), float(_sampled(x).sum())) for _, owner, x in tensors]
+    """Of a weight that is read when it is used (`_streamed.py`) nothing: its file may not change, and nobody can write to it."""
+    return [(*_version(owner), float(_sampled(x).sum())) for _, owner, x in tensors if x.device.type != "meta"]
+
+
+def fact_of(parameter: Tensor) -> tuple[int, bytes]:
+    """What enters a fingerprint of a parameter: its checksum and its sample."""
+    return _checksum(parameter), _sampled(parameter).numpy().tobytes()
 
 
 def beside_weights(bridge: Any) -> str:
@@ -186,8 +197,12 @@ def _described(name: str, owner: Tensor, values: Tensor) -> bytes:
     """A tensor's name, shape and checksum, and the dtype of a weight. Buffers of models that were converted are wider than those
     of models that were loaded, with the same numbers in them."""
     if isinstance(owner, nn.Parameter) or not values.is_floating_point():
-        return f"{name}{tuple(values.shape)}{values.dtype}{_checksum(values)}".encode()
+        return _weight_described(name, values, _checksum(values))
     return f"{name}{tuple(values.shape)}{_checksum(values.double())}".encode()
+
+
+def _weight_described(name: str, values: Tensor, checksum: int) -> bytes:
+    return f"{name}{tuple(values.shape)}{values.dtype}{checksum}".encode()
 
 
 def _version(tensor: Tensor) -> tuple[int, int]:

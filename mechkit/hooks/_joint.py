@@ -7,8 +7,9 @@ model, into layers with parameters of their own. Those would stay behind when th
 2. each part is replaced by a layer without parameters, whose weight is these rows. Where they are next to each other it is a
    view; where each head's three are (GPT-NeoX, BLOOM), the rows are gathered in each forward pass, so that they stay current.
 
-Every part is compared with what TransformerLens made. One that differs is left as it was, and so are joint projections that are
-no linear layers, and those whose weights are put away (`device_map`).
+Every part is compared with what TransformerLens made; where blocks are read when they are used (`_streamed.py`), with what it makes
+of the block then, so that no copies of all blocks' matrices are made. One that differs is left as it was, and so are joint
+projections that are no linear layers, and those whose weights are put away (`device_map`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from mechkit.hooks._projections import is_plain_linear
+from mechkit.hooks._streamed import StreamedBlocks, streamed_of
 
 # The method that splits, the joint projection, and the parts, in a bridge's component.
 _SPLITS = (
@@ -80,20 +82,24 @@ class JointPart(nn.Linear):
 def read_joint_projections(bridge: nn.Module) -> None:
     """Puts a `JointPart` in place of each part that TransformerLens has split off a joint projection."""
     numbered: dict[Any, list[Tensor] | None] = {}
+    streamed = streamed_of(bridge)
     for component in list(bridge.modules()):
         for method, whole, names in _SPLITS:
             split = getattr(component, method, None)
             joint = _joint_of(component, whole)
             parts = [component._modules.get(name) for name in names]
-            if not callable(split) or not _is_at_hand(joint) or None in parts:
+            if not callable(split) or not _is_at_hand(joint, streamed) or None in parts:
                 continue
             own: list[Any] = [getattr(part, "original_component", None) for part in parts]
             if not all(is_plain_linear(part) for part in own):
                 continue
             key = type(component), joint.weight.shape, tuple(part.weight.shape for part in own)
+            original = component._modules["_original_component"]
             if key not in numbered:
-                numbered[key] = _rows(split, component._modules["_original_component"], joint, own)
-            _replace(parts, own, joint, numbered[key])
+                numbered[key] = _rows(split, original, joint, own)
+            put_away = streamed is not None and id(joint._parameters.get("weight")) in streamed.places
+            made = list(split(original)) if put_away else own
+            _replace(parts, made, joint, numbered[key])
 
 
 def _joint_of(component: nn.Module, whole: str) -> Joint:
@@ -104,11 +110,13 @@ def _joint_of(component: nn.Module, whole: str) -> Joint:
     return getattr(component._modules.get("_original_component"), str(getattr(component, "fused_attr", None)), None)
 
 
-def _is_at_hand(joint: Any) -> bool:
+def _is_at_hand(joint: Any, streamed: StreamedBlocks | None) -> bool:
     from transformers.pytorch_utils import Conv1D
 
     weight = joint._parameters.get("weight") if isinstance(joint, nn.Linear | Conv1D) else None
-    return weight is not None and weight.device.type != "meta"
+    if weight is None:
+        return False
+    return weight.device.type != "meta" or (streamed is not None and id(weight) in streamed.places)
 
 
 def _rows(split: Callable[[Any], Any], original: Any, joint: Joint, own: list[nn.Linear]) -> list[Tensor] | None:

@@ -29,6 +29,7 @@ from mechkit.hooks._seams import HookFunction
 from mechkit.hooks._shared_tree import shared_tree
 from mechkit.hooks._sites import TOWER, parse_hook_name
 from mechkit.hooks._stack import Stack
+from mechkit.hooks._streamed import refuse_streamed
 from mechkit.hooks._surface import Names, Surface, measure_blocks, measure_tower
 from mechkit.hooks._text import Input
 from mechkit.hooks._weights import Weights
@@ -126,6 +127,7 @@ class HookedModel(Surface, Weights, Generate):
         dtype: torch.dtype = torch.float32,
         revision: str | None = None,
         trust_remote_code: bool = False,
+        stream: bool = False,
         **kwargs: Any,
     ) -> HookedModel:
         """Loads a model and its tokenizer, and checks the hooked model's logits against the Hugging Face model's.
@@ -139,17 +141,26 @@ class HookedModel(Surface, Weights, Generate):
             dtype: Weights' dtype.
             revision: Hub revision.
             trust_remote_code: Run code that comes with the model. Never on by default.
+            stream: Leave the weights of blocks in their safetensors files, and read each block when it is used: for models
+                larger than the memory. Two blocks are in memory at most. Every technique that runs the model forward works (sweeps
+                take all rows through one block before the next is read); what takes gradients is refused.
             **kwargs: For transformers' `from_pretrained`, e.g. `device_map="auto"`.
 
         Raises:
             ValueError: an argument that would change the weights, no such file, a package that the format needs is missing, or
                 the hooked model does not compute what the Hugging Face model computes.
         """
+        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         hf_model, tokenizer = pretrained.load_hf(
-            name, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code, **kwargs
+            name,
+            dtype=dtype,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            stream=where if stream else None,
+            **kwargs,
         )
-        if "device_map" not in kwargs:
-            hf_model = hf_model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if "device_map" not in kwargs and not stream:
+            hf_model = hf_model.to(where)
         probe = probe_of(hf_model)
         return cls(hf.build_bridge(hf_model, tokenizer, str(name)), name=str(name), revision=revision, probe=probe)
 
@@ -233,6 +244,7 @@ class HookedModel(Surface, Weights, Generate):
     @checked
     @one_at_a_time
     def to(self, device: str | torch.device) -> HookedModel:
+        refuse_streamed(self.bridge, "moving it")
         self.bridge.to(device)
         return self
 

@@ -16,6 +16,7 @@ from mechkit._check import ArgumentTypeError, shown
 from mechkit.hooks._devices import out_of_memory
 from mechkit.hooks._joint import read_joint_projections
 from mechkit.hooks._shared_tree import follow_weight
+from mechkit.hooks._streamed import streamed_of
 
 _ADAPTERS = threading.RLock()  # whose class is changed for a moment
 
@@ -75,7 +76,12 @@ def build_bridge(hf_model: Any, tokenizer: Any | None, name: str) -> Any:
     refused = refusing(f"TransformerLens cannot hook {architecture}", hf_model)
     with warnings.catch_warnings(), refused, _zero_biases(hf_model), _head_with_a_weight(hf_model), _no_torchvision():
         warnings.simplefilter("ignore")  # notes on optional aliases that this architecture lacks
+        streamed = streamed_of(hf_model)
+        if streamed is not None:  # TransformerLens's copies of joint projections' parts would be as many as there are blocks
+            streamed.closed = True
         bridge = build_bridge_from_module(hf_model, architecture, hf_config=hf_model.config, model_name=name)
+    if streamed is not None:
+        streamed.closed = False
     read_joint_projections(bridge)
     head = getattr(hf_model.get_output_embeddings(), "original_component", None)
     if isinstance(head, torch.nn.Linear) and "bias" in head._buffers:

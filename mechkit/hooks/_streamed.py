@@ -1,0 +1,143 @@
+"""Blocks whose weights are read from a file when they are used: for models that are larger than the memory.
+
+1. A block's parameters have no contents (torch's device "meta"). Whoever asks a module for one, be it its `forward` or a technique
+   that looks at weights, gets the numbers: the whole block is read then, and the block that was there before is let go.
+2. While a block is used, a thread reads the next one, so that two blocks are in memory at most.
+3. What is outside the blocks (embeddings, norms, the head, a vision tower, buffers) is in memory all the time.
+
+So any code runs on such a model, and is right. How fast it is depends on the order: the engine takes all rows through one block
+before it turns to the next (`mechkit.engine._in_step`), so that a sweep reads the weights a few times in all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mechkit.hooks.loading.checkpoint import Stored
+
+_NAME = "_mechkit_streamed"  # where a Hugging Face model's are
+
+
+class StreamedBlocks:
+    """The weights of blocks, of which one block's are in memory, and the next one's.
+
+    Attributes:
+        reads: How often each block was read.
+        n_bytes: Of all blocks together, as they are in memory.
+        facts: For each block what `look` made of its parameters when they were read first.
+        coarsest: The coarsest floating type that the blocks compute in.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[nn.Module],
+        stored: Sequence[dict[str, Stored]],
+        device: torch.device,
+        look: Callable[[Tensor], Any],
+    ) -> None:
+        """
+        Args:
+            blocks: With parameters on the device "meta", of the dtype that they are to have.
+            stored: For each block where its parameters are, by their names in it.
+            device: Where they are put.
+            look: What is to be known of a parameter as long as the model lives.
+        """
+        self.reads, self.facts, self.coarsest = [0] * len(blocks), [None] * len(blocks), torch.float64
+        self._device, self._look, self._stored, self._dtypes = device, look, [list(s.values()) for s in stored], []
+        self._here, self._weights, self._next = -1, list[nn.Parameter](), dict[int, Future[list[Tensor]]]()
+        self._reader = ThreadPoolExecutor(1, "mechkit-weights")
+        self.closed = False  # whether those that ask get zeros that take no memory
+        self.places: dict[int, tuple[int, int]] = {}  # the id of an empty parameter -> its block, and which of its parameters
+        self.n_bytes = 0
+        for layer, (block, where) in enumerate(zip(blocks, stored, strict=True)):
+            empty = dict(block.named_parameters())
+            self._dtypes.append([empty[name].dtype for name in where])
+            self.places |= {id(empty[name]): (layer, i) for i, name in enumerate(where)}
+            self.n_bytes += sum(empty[name].numel() * empty[name].element_size() for name in where)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StreamedBlocks:
+        raise ValueError(
+            "model: expected a model whose weights are in memory, since a copy needs its own; one that was loaded with stream=True "
+            "cannot be copied. Load it again"
+        )
+
+    def parameters_of(self, layer: int) -> list[nn.Parameter]:
+        """A block's parameters, in the order in which they are stored."""
+        if self._here != layer:
+            self._weights = []  # let go before more is read
+            found = self._next.pop(layer, None)
+            for other in self._next.values():  # what nobody asked for
+                other.cancel()
+            self._next.clear()
+            tensors = self._read(layer) if found is None else found.result()
+            self._weights = [nn.Parameter(self._placed(one), requires_grad=False) for one in tensors]
+            self._here = layer
+            if self.facts[layer] is None:
+                self.facts[layer] = [self._look(one) for one in self._weights]
+            if layer + 1 < len(self._stored):
+                self._next[layer + 1] = self._reader.submit(self._read, layer + 1)
+        return self._weights
+
+    def fact(self, parameter: Tensor) -> Any:
+        """What `look` made of the numbers that an empty parameter stands for."""
+        layer, i = self.places[id(parameter)]
+        if self.facts[layer] is None:
+            self.parameters_of(layer)
+        return self.facts[layer][i]
+
+    def _read(self, layer: int) -> list[Tensor]:
+        self.reads[layer] += 1
+        found = []
+        for where, dtype in zip(self._stored[layer], self._dtypes[layer], strict=True):
+            tensor = where.read().to(dtype)
+            found.append(tensor.pin_memory() if self._device.type == "cuda" else tensor)
+        return found
+
+    def _placed(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self._device, non_blocking=True)
+
+
+class _Parameters(dict[str, Any]):
+    """A module's parameters: those of a streamed block are read when somebody asks for one by its name. Code that goes through all
+    of them (`model.parameters()`) gets the empty ones."""
+
+    def __init__(self, streamed: StreamedBlocks, parameters: dict[str, Any]) -> None:
+        super().__init__(parameters)
+        self._streamed = streamed
+
+    def __getitem__(self, name: str) -> Any:
+        parameter = super().__getitem__(name)
+        at = None if parameter is None else self._streamed.places.get(id(parameter))
+        if at is None:
+            return parameter
+        if self._streamed.closed:
+            return nn.Parameter(torch.zeros((), dtype=parameter.dtype).expand(parameter.shape), requires_grad=False)
+        return self._streamed.parameters_of(at[0])[at[1]]
+
+
+def attach(hf_model: nn.Module, streamed: StreamedBlocks) -> None:
+    """Lets every module of a model get its streamed parameters."""
+    hf_model.__dict__[_NAME] = streamed
+    for module in hf_model.modules():
+        if any(id(one) in streamed.places for one in module._parameters.values()):
+            module.__dict__["_parameters"] = _Parameters(streamed, module._parameters)
+
+
+def streamed_of(bridge: Any) -> StreamedBlocks | None:
+    """The streamed blocks of a bridge's model, if its weights are not all in memory."""
+    found: StreamedBlocks | None = getattr(bridge, "original_model", bridge).__dict__.get(_NAME)
+    return found
+
+
+def refuse_streamed(bridge: Any, what: str) -> None:
+    """Raises `ValueError` where a model's weights are not all in memory."""
+    if streamed_of(bridge) is not None:
+        raise ValueError(
+            f"model: expected a model whose weights are in memory for {what}; this one was loaded with stream=True, for patching, "
+            "ablation and other techniques that run it forward. Load it without"
+        )
