@@ -6,7 +6,7 @@ Rows of one chunk that begin at the same position run together (`answers_by_star
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor
 from mechkit._progress import Progress
 from mechkit.engine._chunk import Chunk, State, whole_forward
 from mechkit.engine._edits import NEVER, Rows, rows_by_start
+from mechkit.engine._in_step import ByLayer, at_once, in_step
 from mechkit.engine._measure import logits_at_hand
 from mechkit.engine._packed import PackedReplayer
 from mechkit.engine._packing import PackedRows
@@ -66,27 +67,28 @@ def unread(chunk: Chunk) -> Any:
 
 def answers_by_start(state: State, one: Ready, replayer: Replayer | None, bar: Progress) -> Found:
     """The answers of one chunk's rows, those together that begin at the same position: cells, prompts and values."""
-    chunk, found = one.chunk, []
-    for rows in rows_by_start(state.plan, chunk.ids, one.start, one.wanted):
-        for part in _batches(state, rows, chunk.run.length, replayer is None, bar):
-            found.append((part.cell, part.prompt, _answer(chunk, replayer, part)))
+    found = []
+    for rows in _batches(state, one, replayer is None):
+        found.append((rows.cell, rows.prompt, _answer(one.chunk, replayer, rows)))
+        bar.update(len(rows))
     return found
 
 
-def _batches(state: State, rows: Rows, length: int, whole: bool, bar: Progress) -> Iterator[Rows]:
+def _batches(state: State, one: Ready, whole: bool) -> Iterator[Rows]:
     """Cuts rows into batches that fit the budget as it stands; the consumer may shrink the budget by running out of memory."""
-    done = 0
+    length = one.chunk.run.length
     some, places = (state.metric.tokens, state.metric.n_places) if isinstance(state.metric, Metric) else (None, 1)
     logits = places * (len(some) if some is not None else state.model.d_vocab)
     logits = length * state.model.d_vocab if whole or state.whole_set else logits
     unit = len(state.base) if state.whole_set else 1  # a callable metric's cells stay whole
-    while done < len(rows):
-        tower = int(state.tower_tokens[rows.prompt_id].max())
-        fits = state.budget.rows_at_once(state.model, length, length - rows.start, state.plan, logits, tower)
-        size = max(unit, fits // unit * unit)
-        yield rows[done : done + size]
-        bar.update(min(size, len(rows) - done))
-        done += size
+    for rows in rows_by_start(state.plan, one.chunk.ids, one.start, one.wanted):
+        done = 0
+        while done < len(rows):
+            tower = int(state.tower_tokens[rows.prompt_id].max())
+            fits = state.budget.rows_at_once(state.model, length, length - rows.start, state.plan, logits, tower)
+            size = max(unit, fits // unit * unit)
+            yield rows[done : done + size]
+            done += size
 
 
 def _answer(chunk: Chunk, replayer: Replayer | None, rows: Rows) -> Tensor:
@@ -94,7 +96,7 @@ def _answer(chunk: Chunk, replayer: Replayer | None, rows: Rows) -> Tensor:
     state = chunk.state
     unit = len(chunk.ids) if state.whole_set else 1
     try:
-        return _answer_batch(chunk, replayer, rows)
+        return at_once(_answer_batch(chunk, replayer, rows))
     except RuntimeError as error:
         if not out_of_memory(error) or len(rows) <= unit:
             raise
@@ -103,20 +105,20 @@ def _answer(chunk: Chunk, replayer: Replayer | None, rows: Rows) -> Tensor:
     return torch.cat([_answer(chunk, replayer, rows[:half]), _answer(chunk, replayer, rows[half:])])
 
 
-def _answer_batch(chunk: Chunk, replayer: Replayer | None, rows: Rows) -> Tensor:
+def _answer_batch(chunk: Chunk, replayer: Replayer | None, rows: Rows) -> ByLayer[Tensor]:
     state, metric = chunk.state, chunk.state.metric
     if isinstance(metric, Metric):
         if replayer is None:
             logits = chunk.chosen_tokens(chunk.at_positions(whole_forward(chunk, rows), rows.prompt, 0))
         else:
-            resid = replayer.replay(state.plan, rows, chunk.lookup, state.reads_last)
+            resid = yield from replayer.replay(state.plan, rows, chunk.lookup, state.reads_last)
             check_batch(chunk, rows, resid)
             resid = resid[:, 0] if state.reads_last else chunk.at_positions(resid, rows.prompt, rows.start)
             logits = read_logits(state.model, resid, state.read_tokens)
         return chunk.read(logits, rows.prompt)
     if replayer is None:
         return chunk.call(logits_at_hand(whole_forward(chunk, rows)), rows.prompt)
-    suffix = replayer.replay(state.plan, rows, chunk.lookup, False)
+    suffix = yield from replayer.replay(state.plan, rows, chunk.lookup, False)
     check_batch(chunk, rows, suffix)
 
     def logits_of(some: np.ndarray) -> Tensor:
@@ -129,13 +131,22 @@ def _answer_batch(chunk: Chunk, replayer: Replayer | None, rows: Rows) -> Tensor
 def packed_answers(state: State, ready: Sequence[Ready], replayer: PackedReplayer, bar: Progress) -> list[Found]:
     """The answers of rows that are packed, whatever chunk they are of and wherever they begin, by the block where they join."""
     found: list[Found] = [[] for _ in ready]
+    for batch in _packed_batches(state, ready):
+        for chunk, at, answer in _answer_packed(state, replayer, batch):
+            found[chunk].append((batch.cell[at], batch.prompt[at], answer))
+        bar.update(len(batch))
+    return found
+
+
+def _packed_batches(state: State, ready: Sequence[Ready]) -> Iterator[PackedRows]:
+    """Cuts the rows of all chunks into batches that fit the budget as it stands."""
     parts = [
         (rows, number, one.chunk.run.length)
         for number, one in enumerate(ready)
         for rows in rows_by_start(state.plan, one.chunk.ids, one.start, one.wanted)
     ]
     if not parts:
-        return found
+        return
     rows = PackedRows.of(state.plan, parts)
     metric = state.metric
     assert isinstance(metric, Metric)
@@ -143,18 +154,17 @@ def packed_answers(state: State, ready: Sequence[Ready], replayer: PackedReplaye
     done = 0
     while done < len(rows):
         size = state.budget.packed_rows_at_once(state.model, rows.length[done:], rows.suffix[done:], state.plan, logits)
-        batch = rows[done : done + size]
-        for chunk, at, answer in _answer_packed(state, replayer, batch):
-            found[chunk].append((batch.cell[at], batch.prompt[at], answer))
-        bar.update(len(batch))
+        yield rows[done : done + size]
         done += size
-    return found
 
 
-def _answer_packed(state: State, replayer: PackedReplayer, rows: PackedRows) -> list[tuple[int, np.ndarray, Tensor]]:
-    """For each chunk with rows in a batch: which rows, and their metric. Out of memory the batch is halved."""
+Answered = list[tuple[int, np.ndarray, Tensor]]  # for each chunk with rows in a batch: which rows, and their metric
+
+
+def _answer_packed(state: State, replayer: PackedReplayer, rows: PackedRows) -> Answered:
+    """The answers of a batch. Out of memory the batch is halved."""
     try:
-        return _answer_packed_batch(state, replayer, rows)
+        return at_once(_answer_packed_batch(state, replayer, rows))
     except RuntimeError as error:
         if not out_of_memory(error) or len(rows) <= 1:
             raise
@@ -165,10 +175,8 @@ def _answer_packed(state: State, replayer: PackedReplayer, rows: PackedRows) -> 
     return found
 
 
-def _answer_packed_batch(
-    state: State, replayer: PackedReplayer, rows: PackedRows
-) -> list[tuple[int, np.ndarray, Tensor]]:
-    resid = replayer.replay(state.plan, rows, state.reads_last)
+def _answer_packed_batch(state: State, replayer: PackedReplayer, rows: PackedRows) -> ByLayer[Answered]:
+    resid = yield from replayer.replay(state.plan, rows, state.reads_last)
     check_packed_batch(replayer, rows, resid, state.reads_last)
     found = []
     of_chunk = [np.flatnonzero(rows.chunk == number) for number in range(len(replayer.chunks))]
@@ -181,3 +189,63 @@ def _answer_packed_batch(
         if len(at):
             found.append((number, at, chunk.read(mine, rows.prompt[at])))
     return found
+
+
+class AnswersInStep:
+    """The answers of rows whose batches go through each block together, so that each block is fetched once for as many batches as
+    the budget has room for: for models whose weights are not all in memory.
+
+    Attributes:
+        found: The answers so far, of each chunk.
+    """
+
+    def __init__(self, state: State, ready: Sequence[Ready]) -> None:
+        self.state, self.ready = state, ready
+        self.found: list[Found] = [[] for _ in ready]
+        self._groups: list[list[Rows | PackedRows]] = []
+
+    def begin(self, replayer: Replayer | PackedReplayer) -> list[ByLayer[None]]:
+        """The first group's work; what was found by another replayer before is forgotten."""
+        self.found = [[] for _ in self.ready]
+        packs = isinstance(replayer, PackedReplayer)
+        batches = _packed_batches(self.state, self.ready) if packs else _batches(self.state, self.ready[0], False)
+        self._groups = list(self._grouped(batches))
+        return self._work(replayer)
+
+    def finish(self, replayer: Replayer | PackedReplayer) -> list[Found]:
+        """The answers, those of the other groups too."""
+        while self._groups:
+            in_step(self._work(replayer))
+        return self.found
+
+    def _grouped(self, batches: Iterable[Rows | PackedRows]) -> Iterator[list[Rows | PackedRows]]:
+        """As many batches together as may wait for one another."""
+        group: list[Rows | PackedRows] = []
+        room = self.state.budget.tokens_waiting(self.state.model)
+        waiting = 0
+        for batch in batches:
+            n = int(batch.n_tokens if isinstance(batch, PackedRows) else self._length(batch) * len(batch))
+            if group and waiting + n > room:
+                yield group
+                group, waiting = [], 0
+            group.append(batch)
+            waiting += n
+        if group:
+            yield group
+
+    def _length(self, rows: Rows) -> int:
+        return self.ready[0].chunk.run.length - rows.start
+
+    def _work(self, replayer: Replayer | PackedReplayer) -> list[ByLayer[None]]:
+        return [self._answer(replayer, batch) for batch in (self._groups.pop(0) if self._groups else ())]
+
+    def _answer(self, replayer: Replayer | PackedReplayer, batch: Rows | PackedRows) -> ByLayer[None]:
+        into = self.found
+        if isinstance(replayer, PackedReplayer):
+            assert isinstance(batch, PackedRows)
+            for chunk, at, answer in (yield from _answer_packed_batch(self.state, replayer, batch)):
+                into[chunk].append((batch.cell[at], batch.prompt[at], answer))
+        else:
+            assert isinstance(batch, Rows)
+            answer = yield from _answer_batch(self.ready[0].chunk, replayer, batch)
+            into[0].append((batch.cell, batch.prompt, answer))

@@ -12,6 +12,7 @@ import torch
 
 from mechkit.engine._edits import EditPlan
 from mechkit.hooks._sites import SITES, TOWER
+from mechkit.hooks._streamed import streamed_of
 
 if TYPE_CHECKING:
     from mechkit.hooks._model import HookedModel
@@ -19,15 +20,26 @@ if TYPE_CHECKING:
 CPU_BUDGET = 2**30
 # On a CPU a batch's intermediates should stay in the cache: measured, more tokens than this at once are slower.
 CPU_TOKENS = 1024
+SMALLEST = 2**20  # bytes of a budget that is not halved again
 ROW_BYTES = 64  # indices of one row while it is scheduled
 
 
 @dataclass
 class Budget:
-    """Bytes that a sweep may use in addition to the model: half for the recorded runs, half for the batch in replay."""
+    """Bytes that a sweep may use in addition to the model: half for the recorded runs, half for the batch in replay; where rows wait
+    for one another (`AnswersInStep`) a quarter for the runs, and one for the streams of rows that wait."""
 
     bytes: int
     tokens: int | None
+    waits: bool = False
+
+    @property
+    def of_runs(self) -> int:
+        return self.bytes // (4 if self.waits else 2)
+
+    def tokens_waiting(self, model: HookedModel) -> int:
+        """Tokens whose streams may wait: each twice for the moment in which rows join."""
+        return self.bytes // 4 // (2 * model.d_model * _item_size(model))
 
     @classmethod
     def of(cls, model: HookedModel, budget: int | None) -> Budget:
@@ -37,7 +49,7 @@ class Budget:
         gpus = [device for device in model.devices if device.type == "cuda"]
         if budget is None:
             budget = min((_free(gpu) for gpu in gpus), default=2 * CPU_BUDGET) // 2
-        return cls(budget, None if gpus else CPU_TOKENS)
+        return cls(budget, None if gpus else CPU_TOKENS, streamed_of(model.bridge) is not None)
 
     def halve(self) -> None:
         """After the device ran out of memory."""
@@ -80,7 +92,7 @@ class Budget:
         floats = length * model.n_layers * (model.d_model + kv)
         floats += sum(_site_floats(model, site, length) for site, _ in sites)
         floats += length * (4 * model.n_heads * length + 4 * (getattr(model.cfg, "d_mlp", None) or 4 * model.d_model))
-        return max(1, self.bytes // 2 // (floats * _item_size(model) + ROW_BYTES * n_cells))
+        return max(1, self.of_runs // (floats * _item_size(model) + ROW_BYTES * n_cells))
 
     def prompts_with_gradients(
         self, model: HookedModel, length: int, suffix: int, sites: Collection[tuple[str, int]]

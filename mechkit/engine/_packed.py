@@ -26,6 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechkit.engine._edits import EditGroup, EditPlan, write_tokens
+from mechkit.engine._in_step import ByLayer
 from mechkit.engine._packed_attention import Attention, Geometry, attending
 from mechkit.engine._packing import PackedRows, tokens_from
 from mechkit.engine._plain import PlainBlocks
@@ -62,8 +63,9 @@ class PackedReplayer:
     def block_tokens(self) -> int:
         return self._tokens + sum(one.block_tokens for one in self.by_start)
 
-    def replay(self, plan: EditPlan, rows: PackedRows, read_last: bool) -> Float[Tensor, "token d_model"]:
-        """The final residual stream of edited rows, one after the other; only the last position of each if `read_last`.
+    def replay(self, plan: EditPlan, rows: PackedRows, read_last: bool) -> ByLayer[Float[Tensor, "token d_model"]]:
+        """The final residual stream of edited rows, one after the other; only the last position of each if `read_last`. It is
+        computed block by block.
 
         Args:
             plan: The cells.
@@ -77,6 +79,7 @@ class PackedReplayer:
         joined, hidden, geometry = np.zeros(len(rows), bool), self.recorded(0, rows[:0]), None
         here = lying[joined]
         for layer in range(min(int(entry.min()), n_layers), n_layers):
+            yield layer
             now = entry <= layer
             if (fresh := now & ~joined).any():
                 hidden = self._laid_together(hidden, joined, self.recorded(layer, lying[fresh]), fresh, lying.suffix)

@@ -26,7 +26,7 @@ reported.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,7 @@ from mechkit._precision import ObservedDtypes, Rounding
 from mechkit.engine._causality import agree_before_difference, masks_of, sees
 from mechkit.engine._chunk import Candidate, Chunk, State
 from mechkit.engine._edits import NEVER, Rows
+from mechkit.engine._in_step import ByLayer, at_once, in_step
 from mechkit.engine._packed import STREAM, PackedReplayer
 from mechkit.engine._packed_attention import TokensNumbered, may_pack
 from mechkit.engine._packing import PackedRows
@@ -47,6 +48,9 @@ from mechkit.engine._replay import CANNOT_RUN, Replayer, why_not
 from mechkit.engine._whole import TOGETHER, Mask, Whole, advice, run_whole, sample, unedited
 from mechkit.hooks._devices import out_of_memory, to_device
 from mechkit.hooks._readout import unembeds_final_stream
+from mechkit.hooks._streamed import streamed_of
+
+Along = Callable[["Replayer | PackedReplayer"], Sequence[ByLayer[Any]]]
 
 
 @dataclass(eq=False)
@@ -133,14 +137,21 @@ def _refute_run(one: Examined, absent: Mask) -> str | None:
     return None
 
 
-def proved_replayer(several: Sequence[Examined]) -> Replayer | PackedReplayer | None:
+def proved_replayer(several: Sequence[Examined], along: Along | None = None) -> Replayer | PackedReplayer | None:
     """A replayer of these prompts that was compared with whole passes, or `None` where whole passes must be run; `state.fallback`
-    says why. Several chunks are only taken where their rows are packed together: without a reason, each is to be tried alone."""
+    says why. Several chunks are only taken where their rows are packed together: without a reason, each is to be tried alone.
+
+    Args:
+        several: The prompts.
+        along: Work with the replayer that goes through each block together with the checks. What comes of it counts only if the
+            replayer is the one that is returned.
+    """
     state = several[0].chunk.state
     proof, before = state.proof, state.block_tokens
     refuted: str | None = "no kind of block is left"
+    replayer: Replayer | PackedReplayer | None = None
     while proof.candidates and (len(several) == 1 or proof.candidates[0].packs):
-        refuted = _refute_candidate(several)
+        refuted, replayer = _refute_candidate(several, along)
         if refuted is None:
             break
         proof.candidates.pop(0)
@@ -150,7 +161,7 @@ def proved_replayer(several: Sequence[Examined]) -> Replayer | PackedReplayer | 
                 one.run_whole(few=False)
     proof.block_tokens += state.block_tokens - before
     if refuted is None:
-        return _replayer(several)
+        return replayer
     if not proof.candidates or len(several) == 1:
         state.fallback = refuted
     return None
@@ -187,6 +198,8 @@ def _candidates(chunk: Chunk) -> list[Candidate]:
 
 def _coarsest(chunk: Chunk) -> torch.dtype:
     """The coarsest floating type that a block computes in: some of a float64 model's norms and rotations are float32 inside."""
+    if (streamed := streamed_of(chunk.state.model.bridge)) is not None:
+        return streamed.coarsest  # seen when it was loaded
     with ObservedDtypes() as seen:
         first = to_device(np.zeros(1, np.int64), chunk.tokens.device)
         for layer in {0, chunk.state.model.n_layers - 1}:
@@ -228,21 +241,52 @@ def _refute_recording(whole: Sequence[Whole]) -> str | None:
     return f"an edit changes what comes before it ({refuted[0][0]}): not a causal model"
 
 
-def _refute_candidate(several: Sequence[Examined]) -> str | None:
-    """Why the first candidate does not compute what whole passes compute; `None` if it does."""
-    state, replayer = several[0].chunk.state, None
+def _refute_candidate(
+    several: Sequence[Examined], along: Along | None
+) -> tuple[str | None, Replayer | PackedReplayer | None]:
+    """Why the first candidate does not compute what whole passes compute; `None`, and a replayer of its kind, if it does."""
+    state, tried, used = several[0].chunk.state, None, None
     try:
-        replayer = _replayer(several)
-        if isinstance(replayer, PackedReplayer):
-            refuted = _refute_packed_blocks(several, replayer)
-            return refuted or _refute_packed_rows(several, replayer)
-        (one,) = several
-        refuted = _refute_blocks(one.chunk, replayer, one.starts, one.prompt, one.start, one.computed)
-        return refuted or next((found for row in one.whole if (found := row.refute(replayer))), None)
+        tried = _replayer(several)
+        checks: list[ByLayer[str | None]]
+        if isinstance(tried, PackedReplayer):
+            checks = [_refute_packed_blocks(several, tried), _refute_packed_rows(several, tried)]
+        else:
+            (one,) = several
+            checks = [_refute_blocks(one, tried), *(row.refute(tried) for row in one.whole)]
+        if along is None:
+            found = map(at_once, checks)
+        else:
+            used = _replayer(several)
+            found = iter(_checked_in_step(checks, along(used)))
+        refuted = next((why for why in found if why is not None), None)
     except CANNOT_RUN as error:
-        return _cannot(error)
+        refuted = _cannot(error)
     finally:
-        state.block_tokens += 0 if replayer is None else replayer.block_tokens
+        state.block_tokens += 0 if tried is None else tried.block_tokens
+    if refuted is None:
+        return None, used or _replayer(several)
+    state.block_tokens += 0 if used is None else used.block_tokens
+    return refuted, None
+
+
+def _checked_in_step(checks: Sequence[ByLayer[str | None]], others: Sequence[ByLayer[Any]]) -> list[str | None]:
+    """What the checks find. What other work finds out about its batches is of interest where they find nothing."""
+    found = in_step([*checks, *map(_caught, others)])
+    refuted: list[str | None] = found[: len(checks)]
+    if not any(refuted):
+        for error in found[len(checks) :]:
+            if error is not None:
+                raise error
+    return refuted
+
+
+def _caught(work: ByLayer[Any]) -> ByLayer[BatchRefutedError | None]:
+    try:
+        yield from work
+    except BatchRefutedError as error:
+        return error
+    return None
 
 
 def _cannot(error: Exception) -> str:
@@ -301,31 +345,26 @@ def _starts_to_check(chunk: Chunk, start: Int[np.ndarray, "cell prompt"], comput
     return fresh or used[proof.turn % max(1, len(used)) :][:1]
 
 
-def _refute_blocks(
-    chunk: Chunk,
-    replayer: Replayer,
-    starts: Sequence[int],
-    prompt: int,
-    start: Int[np.ndarray, "cell prompt"],
-    computed: Mask,
-) -> str | None:
+def _refute_blocks(one: Examined, replayer: Replayer) -> ByLayer[str | None]:
     """Why blocks that run by themselves do not give what was recorded behind them; `None` if they do."""
-    plan, n_layers = chunk.state.plan, chunk.state.model.n_layers
+    chunk, plan, n_layers = one.chunk, one.chunk.state.plan, one.chunk.state.model.n_layers
     hooked = {layer for layer, groups in plan.groups.items() if any(g.site.name not in STREAM for g in groups)}
-    for turn, begin in enumerate(starts):
-        first = max(0, int(plan.entry[((start == begin) & computed).any(1)].min()))
-        for layer in range(first, n_layers):
+    entries = [max(0, int(plan.entry[((one.start == at) & one.computed).any(1)].min())) for at in one.starts]
+    for layer in range(min(entries, default=n_layers), n_layers):
+        yield layer
+        for turn, begin in enumerate(one.starts):
+            if entries[turn] > layer:
+                continue
             # Blocks in which something is edited run with their hook points: checked too, with many starts at one of them.
-            both = replayer.plain is not None and layer in hooked and layer % len(starts) == turn
-            kinds = (False, True) if both else (replayer.plain is None and layer in hooked,)
-            for kind in kinds:
-                one = (prompt + turn) % len(chunk.ids)
-                if (refuted := _refute_block(chunk, replayer, layer, one, begin, kind)) is not None:
+            both = replayer.plain is not None and layer in hooked and layer % len(one.starts) == turn
+            for kind in (False, True) if both else (replayer.plain is None and layer in hooked,):
+                prompt = (one.prompt + turn) % len(chunk.ids)
+                if (refuted := _refute_block(chunk, replayer, layer, prompt, begin, kind)) is not None:
                     return refuted
     return None
 
 
-def _refute_packed_blocks(several: Sequence[Examined], replayer: PackedReplayer) -> str | None:
+def _refute_packed_blocks(several: Sequence[Examined], replayer: PackedReplayer) -> ByLayer[str | None]:
     """The same of blocks that run on all starts of several chunks together."""
     state = several[0].chunk.state
     parts, entries = [], []
@@ -341,6 +380,7 @@ def _refute_packed_blocks(several: Sequence[Examined], replayer: PackedReplayer)
         ]
     everyone, entry = PackedRows(*map(np.concatenate, zip(*parts, strict=True))), np.array(entries, np.int64)
     for layer in range(int(entry.min(initial=state.model.n_layers)), state.model.n_layers):
+        yield layer
         rows = everyone[entry <= layer]
         while len(rows):
             size = max(1, int(np.searchsorted(np.cumsum(rows.suffix), TOGETHER, "right")))
@@ -387,14 +427,14 @@ def _refute_block(chunk: Chunk, replayer: Replayer, layer: int, prompt: int, sta
     return None
 
 
-def _refute_packed_rows(several: Sequence[Examined], replayer: PackedReplayer) -> str | None:
+def _refute_packed_rows(several: Sequence[Examined], replayer: PackedReplayer) -> ByLayer[str | None]:
     """Why a replay of rows that begin at different positions, all together, does not end where whole passes do."""
     state = several[0].chunk.state
     moving = [(number, row) for number, one in enumerate(several) for row in one.whole if not row.changes_nothing]
     if not moving:
         return None
     rows = PackedRows.of(state.plan, [(row.rows, number, row.chunk.run.length) for number, row in moving])
-    final = replayer.replay(state.plan, rows, state.reads_last)
+    final = yield from replayer.replay(state.plan, rows, state.reads_last)
     found = final.split([1] * len(rows) if state.reads_last else rows.suffix.tolist())
     keys = zip(rows.chunk.tolist(), rows.cell.tolist(), rows.prompt.tolist(), strict=True)
     place = {key: i for i, key in enumerate(keys)}

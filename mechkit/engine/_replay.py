@@ -26,6 +26,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechkit.engine._edits import BEFORE, EditGroup, EditPlan, Rows, ValueLookup, write
+from mechkit.engine._in_step import ByLayer
 from mechkit.engine._plain import PlainBlocks
 from mechkit.hooks._capture import LeaveError, capture
 from mechkit.hooks._devices import to_device
@@ -107,8 +108,8 @@ class Replayer:
         if (name := self._other_for_some_prompt()) is not None:
             raise CannotReplayError(f"its blocks take another {name!r} for some prompts than for others")
 
-    def replay(self, plan: EditPlan, rows: Rows, lookup: ValueLookup, read_last: bool) -> Tensor:
-        """The final residual stream of edited rows.
+    def replay(self, plan: EditPlan, rows: Rows, lookup: ValueLookup, read_last: bool) -> ByLayer[Tensor]:
+        """The final residual stream of edited rows, computed block by block.
 
         Args:
             plan: The cells.
@@ -126,6 +127,7 @@ class Replayer:
         if n_before:
             hidden = self._before_the_blocks(plan, rows[:n_before], lookup)
         for layer in range(max(0, int(entry[0])), n_layers):
+            yield layer
             n_edited, n = len(hidden), int((entry <= layer).sum())
             joining = self.run.resid[layer]
             hidden, prompt = (

@@ -26,18 +26,19 @@ from torch import Tensor
 from mechkit._check import checked
 from mechkit._progress import Progress
 from mechkit._warnings import warn_of_task
-from mechkit.engine._answers import Found, Ready, answers_by_start, packed_answers, unread
+from mechkit.engine._answers import AnswersInStep, Found, Ready, answers_by_start, packed_answers, unread
 from mechkit.engine._checks import check_sweep
 from mechkit.engine._chunk import Chunk, Derived, Recordings, State, Values
 from mechkit.engine._edits import BEFORE, NEVER, Cell, EditPlan, Rows, TowerRun
-from mechkit.engine._memory import Budget
+from mechkit.engine._memory import SMALLEST, Budget
 from mechkit.engine._packed import PackedReplayer
 from mechkit.engine._proof import (
     BatchRefutedError,
+    Examined,
     examined,
     proved_replayer,
 )
-from mechkit.engine._replay import attach_edit, why_not
+from mechkit.engine._replay import Replayer, attach_edit, why_not
 from mechkit.hooks._cache import ActivationCache
 from mechkit.hooks._devices import out_of_memory
 from mechkit.hooks._hooking import Hooks
@@ -207,10 +208,12 @@ def _ready(state: State, ids: Sequence[int], double: bool) -> Ready:
 
 def _answer_ready(state: State, ready: list[Ready], bar: Progress) -> None:
     """Computes the rows of chunks that were recorded: packed together, or one chunk's, by start."""
-    replayer = None
+    replayer, in_step = None, None
     if (several := [one.examined for one in ready if one.examined is not None]) and state.fallback is None:
         attached = state.model._attached()
-        replayer = proved_replayer(several)
+        if state.budget.waits:
+            in_step = AnswersInStep(state, ready)
+        replayer = _proved(state, several, in_step)
         _refuse_leaks(state, attached)
         if replayer is None and len(several) > 1 and state.fallback is None:
             for one in ready:
@@ -221,6 +224,10 @@ def _answer_ready(state: State, ready: list[Ready], bar: Progress) -> None:
             ready[i] = one = one if one.examined is None else _for_whole_passes(state, one.chunk, one.attached)
             _read_baselines(one.chunk)
             _write_answers(state, one, answers_by_start(state, one, None, bar), bar)
+    elif in_step is not None:
+        for one, found in zip(ready, in_step.finish(replayer), strict=True):
+            _write_answers(state, one, found, bar)
+            bar.update(sum(len(part[0]) for part in found))
     elif isinstance(replayer, PackedReplayer):
         for one, found in zip(ready, packed_answers(state, ready, replayer, bar), strict=True):
             _write_answers(state, one, found, bar)
@@ -228,6 +235,22 @@ def _answer_ready(state: State, ready: list[Ready], bar: Progress) -> None:
         _write_answers(state, ready[0], answers_by_start(state, ready[0], replayer, bar), bar)
     if replayer is not None:
         state.block_tokens += replayer.block_tokens
+
+
+def _proved(
+    state: State, several: list[Examined], in_step: AnswersInStep | None
+) -> Replayer | PackedReplayer | None:
+    """A replayer that was compared with whole passes (`proved_replayer`). Where batches wait for one another the first of them run
+    along with the proof, so that each block is fetched once for both; what does not fit the device is tried in half the budget."""
+    if in_step is None:
+        return proved_replayer(several)
+    while True:
+        try:
+            return proved_replayer(several, in_step.begin)
+        except RuntimeError as error:
+            if not out_of_memory(error) or state.budget.bytes < SMALLEST:
+                raise
+        state.budget.halve()
 
 
 def _write_answers(state: State, one: Ready, found: Found, bar: Progress) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from mechkit.engine._causality import masks_of
 from mechkit.engine._chunk import Chunk, whole_streams
 from mechkit.engine._edits import Rows
+from mechkit.engine._in_step import ByLayer
 from mechkit.engine._replay import Replayer
 from mechkit.hooks._devices import to_device
 from mechkit.metrics import Metric
@@ -111,12 +112,13 @@ class Whole:
                 return f"the logits are not its last residual stream's, unembedded (off by {off:.1e} of their spread)"
         return None
 
-    def refute(self, replayer: Replayer) -> str | None:
+    def refute(self, replayer: Replayer) -> ByLayer[str | None]:
         """Why a replay does not end where the whole passes do; `None` if it does."""
         if self.changes_nothing:
             return None  # there is nothing to replay
         state = self.chunk.state
-        return self.refute_final(replayer.replay(state.plan, self.rows, self.chunk.lookup, state.reads_last))
+        found = yield from replayer.replay(state.plan, self.rows, self.chunk.lookup, state.reads_last)
+        return self.refute_final(found)
 
     def refute_final(self, found: Float[Tensor, "row pos d_model"]) -> str | None:
         """Why these are not the final streams of the whole passes, at the last positions of them; `None` if they are."""

@@ -99,7 +99,7 @@ def read_joint_projections(bridge: nn.Module) -> None:
                 numbered[key] = _rows(split, original, joint, own)
             put_away = streamed is not None and id(joint._parameters.get("weight")) in streamed.places
             made = list(split(original)) if put_away else own
-            _replace(parts, made, joint, numbered[key])
+            _replace(parts, made, joint, numbered[key], training=own[0].training)
 
 
 def _joint_of(component: nn.Module, whole: str) -> Joint:
@@ -146,14 +146,16 @@ def _numbered(joint: Joint, n: int, with_bias: bool) -> Iterator[None]:
         joint._parameters.update(before)
 
 
-def _replace(parts: list[Any], own: list[nn.Linear], joint: Joint, rows: list[Tensor] | None) -> None:
+def _replace(
+    parts: list[Any], own: list[nn.Linear], joint: Joint, rows: list[Tensor] | None, training: bool
+) -> None:
     if rows is None or len(rows) != len(own):
         return
     new = [JointPart(joint, some, one.bias) for some, one in zip(rows, own, strict=True)]
     if all(_same(one, other) for one, other in zip(new, own, strict=True)):
         for part, one, before in zip(parts, new, own, strict=True):
             one._own_bias = before.bias if joint.bias is None else None
-            part.set_original_component(one.train(before.training))
+            part.set_original_component(one.train(training))
 
 
 def _same(one: nn.Linear, other: nn.Linear) -> bool:

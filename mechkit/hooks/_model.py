@@ -29,7 +29,7 @@ from mechkit.hooks._seams import HookFunction
 from mechkit.hooks._shared_tree import shared_tree
 from mechkit.hooks._sites import TOWER, parse_hook_name
 from mechkit.hooks._stack import Stack
-from mechkit.hooks._streamed import refuse_streamed
+from mechkit.hooks._streamed import refuse_streamed, streamed_of
 from mechkit.hooks._surface import Names, Surface, measure_blocks, measure_tower
 from mechkit.hooks._text import Input
 from mechkit.hooks._weights import Weights
@@ -162,7 +162,10 @@ class HookedModel(Surface, Weights, Generate):
         if "device_map" not in kwargs and not stream:
             hf_model = hf_model.to(where)
         probe = probe_of(hf_model)
-        return cls(hf.build_bridge(hf_model, tokenizer, str(name)), name=str(name), revision=revision, probe=probe)
+        model = cls(hf.build_bridge(hf_model, tokenizer, str(name)), name=str(name), revision=revision, probe=probe)
+        if (streamed := streamed_of(model.bridge)) is not None:
+            streamed.watch(model.stack.blocks, model.dtype, lambda: model.run(model._probe_rows()))
+        return model
 
     @classmethod
     @checked

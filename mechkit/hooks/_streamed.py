@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mechkit._precision import ObservedDtypes
+from mechkit.hooks._devices import out_of_memory
 from mechkit.hooks.loading.checkpoint import Stored
 
 _NAME = "_mechkit_streamed"  # where a Hugging Face model's are
@@ -74,7 +76,9 @@ class StreamedBlocks:
             for other in self._next.values():  # what nobody asked for
                 other.cancel()
             self._next.clear()
-            tensors = self._read(layer) if found is None else found.result()
+            tensors = None if found is None else _at_hand(found)
+            del found  # and with it what an error of it holds
+            tensors = self._read(layer) if tensors is None else tensors
             self._weights = [nn.Parameter(self._placed(one), requires_grad=False) for one in tensors]
             self._here = layer
             if self.facts[layer] is None:
@@ -90,16 +94,45 @@ class StreamedBlocks:
             self.parameters_of(layer)
         return self.facts[layer][i]
 
+    @torch.no_grad()
+    def watch(self, blocks: Sequence[nn.Module], dtype: torch.dtype, run: Callable[[], Any]) -> None:
+        """Looks which floating types blocks compute in while `run` runs them."""
+        seen, handles = ObservedDtypes(), []
+
+        def enter(layer: int) -> None:
+            self.parameters_of(layer)  # before: what is converted when it is read does not count
+            seen.__enter__()
+
+        for layer, block in enumerate(blocks):
+            handles.append(block.register_forward_pre_hook(lambda *_, layer=layer: enter(layer)))
+            handles.append(block.register_forward_hook(lambda *_: seen.__exit__(None, None, None), always_call=True))
+        try:
+            run()
+        finally:
+            for handle in handles:
+                handle.remove()
+        self.coarsest = seen.coarsest(dtype)
+
     def _read(self, layer: int) -> list[Tensor]:
         self.reads[layer] += 1
         found = []
         for where, dtype in zip(self._stored[layer], self._dtypes[layer], strict=True):
-            tensor = where.read().to(dtype)
+            tensor = where.read(dtype)
             found.append(tensor.pin_memory() if self._device.type == "cuda" else tensor)
         return found
 
     def _placed(self, tensor: Tensor) -> Tensor:
         return tensor.to(self._device, non_blocking=True)
+
+
+def _at_hand(found: Future[list[Tensor]]) -> list[Tensor] | None:
+    """What was read ahead; `None` if there was no memory for it beside the block before."""
+    try:
+        return found.result()
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        return None
 
 
 class _Parameters(dict[str, Any]):

@@ -22,6 +22,7 @@ from mechkit._precision import Rounding
 from mechkit.engine import _packed, _packed_attention, _proof, _replay, _sweep
 from mechkit.engine._chunk import Candidate
 from mechkit.engine._edits import NEVER
+from mechkit.engine._in_step import ByLayer
 from mechkit.engine._plain import PACKED as PACKED_BLOCKS
 from mechkit.engine._replay import PrefixCache, Replayer
 
@@ -169,8 +170,9 @@ def _one_short(right: Any) -> Any:
 
 
 def _norm_twice(right: Any) -> Any:
-    def wrong(self: Replayer, *args: Any) -> torch.Tensor:
-        return self.model.bridge.ln_final.original_component(right(self, *args))
+    def wrong(self: Replayer, *args: Any) -> ByLayer[torch.Tensor]:
+        final = yield from right(self, *args)
+        return self.model.bridge.ln_final.original_component(final)
 
     return wrong
 
@@ -227,11 +229,11 @@ def _edit_dropped(right: Any) -> Any:
 
 
 def _joins_prompt_0(right: Any) -> Any:
-    def wrong(self: Replayer, plan: Any, rows: Any, *rest: Any) -> torch.Tensor:
+    def wrong(self: Replayer, plan: Any, rows: Any, *rest: Any) -> ByLayer[torch.Tensor]:
         resid = [x[:1].expand_as(x) for x in self.run.resid]
         run, self.run = self.run, replace(self.run, resid=[*resid[:-1], self.run.resid[-1]])
         try:
-            return right(self, plan, rows, *rest)
+            return (yield from right(self, plan, rows, *rest))
         finally:
             self.run = run
 
@@ -262,8 +264,8 @@ def _neighbours_keys(right: Any) -> Any:
 def _rows_change_places(right: Any) -> Any:
     """In large batches the final streams are those of other rows."""
 
-    def wrong(self: Any, *args: Any) -> torch.Tensor:
-        final = right(self, *args)
+    def wrong(self: Any, *args: Any) -> ByLayer[torch.Tensor]:
+        final = yield from right(self, *args)
         return final if len(final) <= 8 else final.roll(1, 0)
 
     return wrong

@@ -8,6 +8,7 @@ in eight bytes, a JSON object with each tensor's dtype, shape and place, and the
 from __future__ import annotations
 
 import json
+import mmap
 import os
 from dataclasses import dataclass
 from math import prod
@@ -28,6 +29,7 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_PAGES = 2**20  # bytes of a tensor that gets pages of its own
 _MOST = 100_000_000  # bytes of a header, as the `safetensors` package has it
 
 
@@ -51,8 +53,13 @@ class Stored:
     begin: int
     changed: tuple[int, int]
 
-    def read(self) -> Tensor:
-        """The tensor, in memory that nobody else has.
+    @property
+    def is_floating_point(self) -> bool:
+        """Whether these are numbers that a weight may have here: others are quantized."""
+        return self.dtype in _DTYPES and _DTYPES[self.dtype].is_floating_point
+
+    def read(self, dtype: torch.dtype) -> Tensor:
+        """The tensor, in memory that nobody else has, and that the system has back as soon as nobody needs it.
 
         Raises:
             ValueError: the file is gone, shorter, or was changed since it was opened first; numbers of a kind not known here.
@@ -62,7 +69,10 @@ class Stored:
                 f"model: expected plain numbers, {self.name!r} in {Path(self.path).name} is {self.dtype}: load it without "
                 "stream=True"
             )
-        tensor = torch.empty(self.shape, dtype=_DTYPES[self.dtype])
+        found = self._read(_memory(self.shape, _DTYPES[self.dtype]))
+        return found if found.dtype == dtype else _memory(self.shape, dtype).copy_(found)
+
+    def _read(self, tensor: Tensor) -> Tensor:
         if tensor.numel() == 0:
             return tensor
         into = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
@@ -80,6 +90,19 @@ class Stored:
         if not same:
             raise ValueError(f"model: {self.path!r} was changed after the model was loaded from it; load it again")
         return tensor
+
+
+def _memory(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor to write to. The allocator of C keeps what is freed for later, in pieces that another block's tensors do not fit; so
+    large ones get pages of their own from the system."""
+    n_bytes = prod(shape) * dtype.itemsize
+    if n_bytes < _PAGES:
+        return torch.empty(shape, dtype=dtype)
+    try:
+        pages = mmap.mmap(-1, n_bytes)
+    except (OSError, ValueError) as error:
+        raise RuntimeError(f"can't allocate memory: {n_bytes} bytes for a tensor of a block ({error})") from error
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 def stored_tensors(path: str | Path) -> dict[str, Stored]:

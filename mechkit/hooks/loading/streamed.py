@@ -40,14 +40,13 @@ def read_streamed(
     Raises:
         ValueError: no safetensors files there, or they hold the weights in another form than the model.
     """
-    from accelerate import init_empty_weights
-
     stored: dict[str, Stored] = {}
     for path in _files(source, common):
         stored |= stored_tensors(path)
-    with warnings.catch_warnings(), init_empty_weights(include_buffers=False):
+    with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")
         model = model_class.from_config(config, attn_implementation="eager", dtype=dtype)
+    _make_buffers(model)
     if plan := model._get_dtype_plan(dtype):
         raise ValueError(
             f"stream: expected a model with weights of one dtype; {type(model).__name__} keeps {sorted(plan)[0]!r} in float32. Use "
@@ -56,14 +55,18 @@ def read_streamed(
     found = _stored_by_parameter(model, stored)
     blocks = _blocks(model)
     in_blocks = {id(one) for block in blocks for one in block.parameters()}
-    outside = {name: one for name, one in model.named_parameters() if id(one) not in in_blocks}
-    missing = {name for name in [*outside, *_buffer_names(model)] if name not in found}
-    tensors = {**outside, **{name: model.get_buffer(name) for name in _buffer_names(model)}}
+    every = dict(model.named_parameters(remove_duplicate=False))  # under each name, where several are tied
+    outside = {name: one for name, one in every.items() if id(one) not in in_blocks}
+    buffers = {name: model.get_buffer(name) for name in _buffer_names(model)}
+    for name in buffers:
+        if name not in found:
+            raise ValueError(_not_there(model, name))
+    missing, tensors = {name for name in outside if name not in found}, {**outside, **buffers}
     for name, empty in tensors.items():
         if name in found:
-            _put(model, name, _checked(found[name], empty, name).read().to(empty.dtype).to(device))
-    model.tie_weights(missing_keys={name for name in missing if name in outside}, recompute_mapping=False)
-    for name, one in model.named_parameters():
+            _put(model, name, _checked(found[name], empty, name).read(empty.dtype).to(device))
+    model.tie_weights(missing_keys=missing, recompute_mapping=False)
+    for name, one in model.named_parameters(remove_duplicate=False):
         if id(one) not in in_blocks and one.device.type == "meta":
             raise ValueError(_not_there(model, name))
     for module in model.modules():
@@ -86,6 +89,27 @@ def read_streamed(
 
         model.generation_config = GenerationConfig.from_pretrained(source, **common)
     return model.eval()
+
+
+def _make_buffers(model: Any) -> None:
+    """Gives buffers their numbers, as transformers does when it loads a model. Those that it leaves as they are are refused: it is
+    done twice, on other numbers."""
+    made: list[dict[str, Tensor]] = []
+    for fill in (0, 1):
+        for module in model.modules():
+            module._is_hf_initialized = False
+            for key, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[key] = torch.full(buffer.shape, fill, dtype=buffer.dtype)
+        model.initialize_weights()
+        made.append({name: buffer.clone() for name, buffer in model.named_buffers()})
+    saved = set(model.state_dict())
+    for name, buffer in made[1].items():
+        if name not in saved and not torch.equal(buffer, made[0][name]):
+            raise ValueError(
+                f"stream: expected buffers that transformers knows how to make; {name!r} of {type(model).__name__} is not. Load it "
+                "without stream=True"
+            )
 
 
 def _files(source: str, common: Mapping[str, Any]) -> list[str]:
@@ -173,6 +197,11 @@ def _checked(stored: Stored, empty: Tensor, name: str) -> Stored:
     if stored.shape != tuple(empty.shape):
         raise ValueError(
             f"stream: expected {name!r} {list(empty.shape)}, as the configuration says; it is {list(stored.shape)} in the file"
+        )
+    if empty.is_floating_point() and not stored.is_floating_point:
+        raise ValueError(
+            f"stream: expected weights in float64, float32, bfloat16 or float16; {name!r} is {stored.dtype} in the file, as in a "
+            "quantized model. Take one that is not"
         )
     return stored
 

@@ -8,6 +8,7 @@ import torch
 
 from mechkit.hooks._context import context_of
 from mechkit.hooks._devices import input_device
+from mechkit.hooks._streamed import streamed_of
 from mechkit.hooks.loading import hf
 from mechkit.hooks.loading.probe import Probe, pictured_probe, placeholder_of, probe_tokens, reads_pictures_alone
 from mechkit.hooks.loading.quantized import check_plain_weights
@@ -20,7 +21,8 @@ def probe_of(hf_model: Any) -> Probe | None:
     Raises:
         ValueError: quantized weights, a model that does not run on token ids (or pictures) alone.
     """
-    check_plain_weights(hf_model)
+    if streamed_of(hf_model) is None:  # whose weights were looked at in their files
+        check_plain_weights(hf_model)
     if hf_model.training:
         return None
     config, device = hf_model.config, input_device(hf_model)
