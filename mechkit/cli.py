@@ -19,6 +19,7 @@ from inspect import Parameter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from mechkit._bytes import shown_bytes as _bytes
 from mechkit._extras import need_studies
 from mechkit._version import __version__
 
@@ -249,6 +250,12 @@ def info(
     prompts: Annotated[int, typer.Option(min=1, help="Pairs of prompts to assume.")] = 32,
     length: Annotated[int, typer.Option(min=1, help="Tokens of each.")] = 15,
     allow_remote_code: Annotated[bool, typer.Option("--allow-remote-code", help="Run code that it brings.")] = False,
+    sweep: Annotated[str | None, typer.Option(help="Forecast one sweep, without weights: 'z over layer head'.")] = None,
+    first_difference: Annotated[int, typer.Option(min=0, help="With --sweep: where pairs first differ.")] = 0,
+    budget: Annotated[str | None, typer.Option(help="With --sweep: working memory, '4 GiB'.")] = None,
+    rate: Annotated[
+        float | None, typer.Option(min=1e-6, help="With --sweep: GFLOP/s, for an estimate of time.")
+    ] = None,
 ) -> None:
     """A model: its sizes and sites, whether it is computed faithfully, and what sweeps of it would take."""
     with _errors_as_messages():
@@ -259,6 +266,12 @@ def info(
         from mechkit.studies._executors import check_device
 
         which: dict[str, Any] = {"revision": revision, "trust_remote_code": allow_remote_code}
+        if sweep is not None:
+            from mechkit.experiment.forecast import answer
+
+            pairs = {"prompts": prompts, "length": length, "first_difference": first_difference}
+            which |= {"dtype": getattr(torch, dtype), "device": device}
+            return typer.echo(answer(model, sweep, **pairs, budget=budget, rate=rate, **which))
         find_model(model, **which)
         if device is not None:
             check_device(device)
@@ -304,6 +317,7 @@ def _validation(model: HookedModel) -> rich.table.Table:
 def _sweeps(model: HookedModel, prompts: int, length: int) -> rich.table.Table:
     """What activation patching takes at most: pairs that differ later, or cells that are left out, make it less."""
     from mechkit.engine import Budget
+    from mechkit.experiment.forecast import block_tokens, recorded_of
 
     title = f"{prompts} pairs of {length} tokens that differ from the first token on. Block-token: a block's work on a token"
     numbers = ("cells#", "prompts at once#", "recorded per pair#", "block-tokens#", "naive#", "fewer#")
@@ -318,37 +332,8 @@ def _sweeps(model: HookedModel, prompts: int, length: int) -> rich.table.Table:
         ours = block_tokens(model.n_layers, model.n_heads, over, prompts, length)
         naive = cells * prompts * length * model.n_layers
         counted = (f"{ours:,}", f"{naive:,}", f"{naive / ours:.1f}×")
-        table.add_row(site, over, f"{cells:,}", str(at_once), _bytes(_recorded(model, sites, length)), *counted)
+        table.add_row(site, over, f"{cells:,}", str(at_once), _bytes(recorded_of(model, sites, length)), *counted)
     return table
-
-
-def block_tokens(n_layers: int, n_heads: int, over: str, prompts: int, length: int) -> int:
-    """What an exact sweep computes where pairs differ from the first token on and the metric reads the last position: two runs
-    a prompt, and every cell's row, from its block and position on. What the proof takes comes on top, a few per cent."""
-    starts = range(length) if "pos" in over else [0]
-    heads = n_heads if "head" in over else 1
-    runs = 2 * prompts * n_layers * length
-    rows = prompts * heads * sum((n_layers - layer) * (length - at) for layer in range(n_layers) for at in starts)
-    return runs + rows
-
-
-def _recorded(model: HookedModel, sites: Sequence[tuple[str, int]], length: int) -> int:
-    """Bytes that the recorded runs of one pair take. Two short pairs are recorded as a sweep does it, and counted; residuals,
-    keys, values and z grow with the length by as much for every token."""
-    import torch
-
-    from mechkit.hooks import record
-
-    def counted(n: int) -> int:
-        tokens = torch.zeros(1, n, dtype=torch.long, device=model.device)
-        with torch.no_grad():
-            base, source = record(model, tokens), record(model, tokens, sites, blocks=False)
-        kept = [*base.resid, *source.resid, *source.sites.values()]
-        kept += [part for layer in base.cache.layers for part in (layer.keys, layer.values) if part is not None]
-        return sum(part.nbytes for part in kept)
-
-    two, one = counted(2), counted(1)
-    return one + (length - 1) * (two - one)
 
 
 # -- techniques --------------------------------------------------------------------------------------------------------
@@ -444,11 +429,3 @@ def _table(*columns: str, title: str | None = None) -> rich.table.Table:
     for column in columns:
         table.add_column(column.rstrip("#"), justify="right" if column.endswith("#") else "left", overflow="fold")
     return table
-
-
-def _bytes(size: float) -> str:
-    """`"1.5 MiB"`."""
-    units = ["B", "KiB", "MiB", "GiB", "TiB"]
-    while size >= 1024 and len(units) > 1:
-        size, units = size / 1024, units[1:]
-    return f"{size:.4g} {units[0]}"

@@ -7,6 +7,10 @@ Each library runs in its own process, one after the other, on the same model, pr
 cell. TransformerLens and nnsight run one forward pass per cell. Where that would take more than `--cells` forward passes, they
 run an even sample of cells and the time is scaled (the table marks it). nnsight is optional: `pip install mechkit[bench]`.
 
+"transformer_lens_batched" is what a careful user writes by hand with TransformerLens instead of calling its functions: cells that
+differ in the last dim alone (the heads of a layer, the positions of a layer) are one batch, rows = cells x prompts, in which one
+hook patches each cell's rows; the clean run keeps only the site, and logits are computed at the last position alone.
+
 "rate" is the arithmetic of mechkit's sweep (counted exactly by torch's FlopCounterMode in a separate run) divided by its
 seconds, as a share of the rate of a 2048 x 2048 matrix multiplication, measured in the same process just before and after it.
 """
@@ -15,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import itertools
 import json
 import os
 import subprocess
@@ -26,7 +31,10 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/, where shared.py is
-from shared import LIBRARIES, SWEEPS, cells, clock, fixed_pairs, machine, peak_memory, sample, tensors
+from shared import LIBRARIES as AS_THEY_COME
+from shared import SWEEPS, cells, clock, fixed_pairs, machine, peak_memory, sample, tensors
+
+LIBRARIES = AS_THEY_COME | {"transformer_lens_batched": "transformer-lens"}  # package names
 
 
 def main() -> None:
@@ -73,7 +81,12 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
 
     model = mk.HookedModel.from_pretrained(args.model, device=args.device)
     pairs = fixed_pairs(mk, model, args.prompts)
-    prepare = {"mechkit": with_mechkit, "transformer_lens": with_transformer_lens, "nnsight": with_nnsight}[args.worker]
+    prepare = {
+        "mechkit": with_mechkit,
+        "transformer_lens": with_transformer_lens,
+        "transformer_lens_batched": with_batches,
+        "nnsight": with_nnsight,
+    }[args.worker]
     sweeps = {}
     for name in args.sweeps:
         memory = peak_memory(args.device)
@@ -134,6 +147,36 @@ def with_transformer_lens(args: argparse.Namespace, model: Any, pairs: Any, site
 
     seconds, values = clock(args.device, sweep)
     return sampled(seconds, values.flatten().tolist(), chosen, len(grid))
+
+
+def with_batches(args: argparse.Namespace, model: Any, pairs: Any, site: str, over: str) -> dict[str, Any]:
+    """TransformerLens by hand: one forward pass for all cells that differ in the last dim alone."""
+    clean, corrupted, metric = tensors(model, pairs)
+    grid, n = cells(model, clean.shape[1], over), len(pairs)
+    last = over.split()[-1]
+    numbered = itertools.groupby(enumerate(grid), lambda one: {dim: i for dim, i in one[1].items() if dim != last})
+    batches = [list(batch) for _, batch in numbered]
+    chosen = [batches[i] for i in sample(len(batches), args.cells)]
+
+    def patched(batch: list[tuple[int, dict[str, int]]], source: torch.Tensor) -> list[float]:
+        def patch(activation: torch.Tensor, hook: Any) -> torch.Tensor:
+            for rows, (_, at) in zip(activation.split(n), batch, strict=True):
+                where = (slice(None), at.get("pos", slice(None)), at.get("head", slice(None)))
+                rows[where] = source[where]
+            return activation
+
+        layer = batch[0][1]["layer"]
+        hooks = [(f"blocks.{layer}.{'attn.hook_z' if site == 'z' else f'hook_{site}'}", patch)]
+        logits = model.bridge.run_with_hooks(corrupted.repeat(len(batch), 1), fwd_hooks=hooks, logits_to_keep=1)
+        return [float(metric(rows)) for rows in logits.split(n)]
+
+    def sweep() -> list[float]:
+        with torch.no_grad():
+            _, cache = model.bridge.run_with_cache(clean, names_filter=lambda name: name.endswith(f"hook_{site}"))
+            return [value for batch in chosen for value in patched(batch, cache[site, batch[0][1]["layer"]])]
+
+    seconds, values = clock(args.device, sweep)
+    return sampled(seconds, values, [i for batch in chosen for i, _ in batch], len(grid))
 
 
 def with_nnsight(args: argparse.Namespace, model: Any, pairs: Any, site: str, over: str) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from mechkit._bytes import as_bytes
 from mechkit._files import read_text
 from mechkit.experiment.axes import check_dims
 from mechkit.hooks import get_site
@@ -32,7 +33,6 @@ from mechkit.studies._problems import Key, Problems, line_of
 
 MAX_JOBS = 100_000  # jobs of one study, at most: ten times what was tried
 _FILE = 2**22  # bytes of a study file, at most
-UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
 class _Entry(BaseModel):
@@ -201,15 +201,11 @@ def _bytes(budget: Any, problems: Problems) -> int | None:
     """`"512 MiB"` in bytes."""
     if budget is None:
         return None
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(budget))
-    if isinstance(budget, bool) or match is None or match[2].lower() not in UNITS:
-        problems.add(("budget",), f"expected bytes, such as 1073741824 or '1 GiB', got {budget!r}")
+    try:
+        return as_bytes(budget)
+    except ValueError as error:
+        problems.add(("budget",), str(error))
         return None
-    wanted = float(match[1]) * UNITS[match[2].lower()]
-    size = int(wanted) if wanted < 2**63 else 0
-    if size < 1:
-        problems.add(("budget",), f"expected a positive number of bytes below 2^63, got {_shown(budget)}")
-    return size
 
 
 def _entries(kind: type[_Entry], what: str, parts: Mapping[str, Any], problems: Problems) -> Iterator[tuple[Key, Any]]:

@@ -20,6 +20,7 @@ import mechkit as mk
 from helpers import studies
 from helpers.families import D_VOCAB
 from mechkit import cli, hooks
+from mechkit.experiment.forecast import block_tokens
 from mechkit.studies import InProcess, Processes, Ray
 from mechkit.studies import _registry as registry
 
@@ -338,7 +339,7 @@ def test_block_tokens_are_what_a_sweep_counts(site, over, n):
     result = mk.activation_patching(model, pairs, mk.logit_diff(pairs), site=site, over=over, progress=False)
     assert result.provenance["replay"] == "suffix"
     rows = result.cost.block_tokens - result.cost.proof_block_tokens
-    assert rows == cli.block_tokens(model.n_layers, model.n_heads, over, n, 7)
+    assert rows == block_tokens(model.n_layers, model.n_heads, over, n, 7)
 
 
 def test_info(monkeypatch):
@@ -378,6 +379,31 @@ def test_info_refuses_what_the_model_cannot_read(monkeypatch):
     monkeypatch.setattr(hooks, "find_model", lambda name, **given: None)
     monkeypatch.setattr(mk.HookedModel, "from_pretrained", lambda name, **given: studies.tiny_gpt2())
     assert "expected at most 64 tokens" in call("info", "gpt2", "--length", "65", code=2)
+
+
+def test_info_foresees_a_sweep_without_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(mk.HookedModel, "from_pretrained", lambda *_, **__: pytest.fail("loads the model"))
+    studies.tiny_llama().bridge.original_model.config.save_pretrained(tmp_path)
+    sweep = [
+        "--sweep",
+        "z over layer head",
+        "--prompts",
+        "3",
+        "--length",
+        "7",
+        "--first-difference",
+        "2",
+        "--device",
+        "cpu",
+    ]
+    output = call("info", tmp_path, *sweep, "--budget", "2 MiB", "--rate", "50", "--dtype", "bfloat16")
+    rows = 3 * 4 * (4 + 3 + 2 + 1) * 5
+    assert f"block-tokens: {168 + rows:,} (168 for unedited runs, {rows:,} for rows)" in output
+    assert "at 50 GFLOP/s" in output
+    assert "the budget is 2 MiB" in output
+    assert "GFLOP/s" not in call("info", tmp_path, *sweep)
+    assert "sweep: expected SITE over AXES" in call("info", tmp_path, "--sweep", "z", code=2)
+    assert "budget: expected bytes" in call("info", tmp_path, *sweep, "--budget", "much", code=2)
 
 
 def test_bytes():
