@@ -1,10 +1,10 @@
 """A model larger than the memory: the head sweep with the weights of blocks left in their files, in an address space that is limited.
 
-    python benchmarks/patching/streaming.py [--layers 16] [--width 1024] [--times 4] [--prompts 4] [--json out.json]
+    python benchmarks/patching/streaming.py [--layers 32] [--width 640] [--times 4] [--prompts 4] [--json out.json]
 
 A random Llama is written to a temporary folder, block by block. A process of its own then allows itself only a part of the weights'
 size beyond what it has when everything is imported (`--times 4`: a quarter), loads the model with `stream=True` and sweeps it.
-Another one, with no limit, sweeps the same model from memory. Compared are the values (to the bit), the seconds, how often each
+(C's allocator is told not to reserve addresses for each thread, which are no memory but count.) Another one, with no limit, sweeps the same model from memory. Compared are the values (to the bit), the seconds, how often each
 block was read in the sweep, and how long reading the weights takes by itself. Linux only: the limit is `RLIMIT_AS`.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -25,15 +26,16 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/, where shared.py is
 from shared import SWEEPS, machine
 
-VOCAB, LENGTH, FIRST_DIFFERENCE = 1000, 15, 3
+VOCAB, LENGTH = 1000, 15
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=16)
-    parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--width", type=int, default=640)
     parser.add_argument("--times", type=float, default=4.0, help="how many times larger than what is allowed the blocks are")
     parser.add_argument("--prompts", type=int, default=4)
+    parser.add_argument("--first-difference", type=int, default=3, help=f"of {LENGTH} tokens")
     parser.add_argument("--budget", type=int, default=32 * 2**20, help="bytes for the sweep, in addition to the weights")
     parser.add_argument("--json", type=Path, help="write the figures there")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)  # "streamed" or "memory", and the folder
@@ -45,7 +47,8 @@ def main() -> None:
         n_bytes = write_model(Path(folder), args.layers, args.width)
         found = {}
         for how in ("memory", "streamed"):
-            subprocess.run([sys.executable, __file__, *sys.argv[1:], "--child", how, folder], check=True)
+            child = [sys.executable, __file__, *sys.argv[1:], "--child", how, folder]
+            subprocess.run(child, check=True, env={**os.environ, "MALLOC_ARENA_MAX": "1"})
             found[how] = json.loads((Path(folder) / f"{how}.json").read_text())
         same = torch.equal(*(torch.load(Path(folder) / f"{how}.pt", weights_only=True) for how in found))
     report = {
@@ -98,12 +101,13 @@ def write_model(folder: Path, layers: int, width: int) -> int:
 def sweep(args: argparse.Namespace, how: str, folder: str) -> None:
     """One sweep, in this process; its figures and values are written into the folder."""
     import mechkit as mk
+    from mechkit.engine._memory import Budget
     from mechkit.hooks._streamed import streamed_of
 
     generator = torch.Generator().manual_seed(0)
     clean = torch.randint(0, VOCAB, (args.prompts, LENGTH), generator=generator)
     corrupted = clean.clone()
-    corrupted[:, FIRST_DIFFERENCE] = (clean[:, FIRST_DIFFERENCE] + 1) % VOCAB
+    corrupted[:, args.first_difference] = (clean[:, args.first_difference] + 1) % VOCAB
     pairs = mk.PromptPairs.from_tokens(list(clean), list(corrupted), [(1, 2)] * args.prompts)
     site, over = SWEEPS["head"]
 
@@ -119,18 +123,22 @@ def sweep(args: argparse.Namespace, how: str, folder: str) -> None:
             run(mk.HookedModel.from_pretrained(small, device="cpu", stream=True), pairs[:1])
         n_bytes = sum(one.stat().st_size for one in Path(folder).glob("*.safetensors"))
         figures["allowed"] = int(n_bytes / args.times)
-        resource.setrlimit(resource.RLIMIT_AS, (_address_space() + figures["allowed"],) * 2)
+        start = _address_space("VmSize")
+        resource.setrlimit(resource.RLIMIT_AS, (start + figures["allowed"],) * 2)
     model = mk.HookedModel.from_pretrained(folder, device="cpu", stream=how == "streamed")
     if how == "memory":  # as safetensors' files are mapped, tensors lie at odd addresses: kernels round in another order there
         for parameter in model.bridge.original_model.parameters():
             parameter.data = parameter.data.clone()
-    streamed = streamed_of(model.bridge)
+    streamed, halvings = streamed_of(model.bridge), []
+    halve = Budget.halve
+    Budget.halve = lambda budget: halvings.append(1) or halve(budget)  # when a batch does not fit: others are as right, not the same
     before = list(streamed.reads) if streamed else []
     begin = time.perf_counter()
     result = run(model, pairs)
     figures |= {"seconds": time.perf_counter() - begin, "block_tokens": result.cost.block_tokens}
-    figures["replay"] = result.provenance["replay"]
+    figures |= {"replay": result.provenance["replay"], "halvings": len(halvings)}
     if streamed:
+        figures["addresses"] = _address_space("VmPeak") - start
         figures["reads"] = max(now - then for now, then in zip(streamed.reads, before, strict=True))
         begin = time.perf_counter()
         for layer in range(model.n_layers):
@@ -140,9 +148,10 @@ def sweep(args: argparse.Namespace, how: str, folder: str) -> None:
     (Path(folder) / f"{how}.json").write_text(json.dumps(figures))
 
 
-def _address_space() -> int:
-    """Bytes of addresses that this process uses."""
-    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+def _address_space(which: str) -> int:
+    """Bytes of addresses that this process uses (`"VmSize"`), or that it used at most (`"VmPeak"`)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(which)) * 1024
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ class Budget:
 
     def tokens_waiting(self, model: HookedModel) -> int:
         """Tokens whose streams may wait: each twice for the moment in which rows join."""
-        return self.bytes // 4 // (2 * model.d_model * _item_size(model))
+        return max(1, self.bytes // 4 // (2 * model.d_model * _item_size(model)))
 
     @classmethod
     def of(cls, model: HookedModel, budget: int | None) -> Budget:
@@ -49,7 +49,8 @@ class Budget:
         gpus = [device for device in model.devices if device.type == "cuda"]
         if budget is None:
             budget = min((_free(gpu) for gpu in gpus), default=2 * CPU_BUDGET) // 2
-        return cls(budget, None if gpus else CPU_TOKENS, streamed_of(model.bridge) is not None)
+        waits = streamed_of(getattr(model, "bridge", None)) is not None
+        return cls(budget, None if gpus else CPU_TOKENS, waits)
 
     def halve(self) -> None:
         """After the device ran out of memory."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from math import ceil, prod
 from typing import Any, NamedTuple
@@ -59,6 +59,8 @@ class Forecast:
         batches: How many batches of rows there are.
         largest: Bytes that the largest batch takes, as `Budget` counts them.
         rows_at_once: Rows in the batch that has most.
+        streamed: How often the blocks are read with `stream=True`, at most: once to record a chunk of prompts, once for the proof's
+            whole passes, and once for as many batches as may wait for one another.
         recordings, proofs, replays: How often the weights of all blocks are read: to record runs, to prove the replay, and by
             batches, each of which begins at the block of its first row.
     """
@@ -81,6 +83,7 @@ class Forecast:
     batches: int
     largest: int
     rows_at_once: int
+    streamed: int
     recordings: int
     proofs: int
     replays: float
@@ -142,7 +145,8 @@ class Forecast:
         in_blocks = shown_bytes(sizes.block_parameters * sizes.dtype.itemsize)
         yield (
             f"weights: {shown_bytes(self.weight_bytes)}, {in_blocks} of them in the blocks, which are read "
-            f"{self.weight_passes:,.1f} times ({read}); if all rows of a chunk passed a block before the next one: {n + 2}"
+            f"{self.weight_passes:,.1f} times ({read}); with stream=True, where batches go through each block together, "
+            f"{self.streamed} times"
         )
 
 
@@ -233,6 +237,7 @@ def forecast(
     proved = [
         length - at for at in starts
     ]  # tokens from each start, which run through all blocks behind the first edit
+    waiting = replace(room, waits=True).tokens_waiting(model)
     return Forecast(
         sizes=sizes,
         site=found.name,
@@ -252,6 +257,7 @@ def forecast(
         batches=sum(batches[n].number for n in chunks),
         largest=max(one.bytes for one in batches.values()),
         rows_at_once=max(one.rows for one in batches.values()),
+        streamed=2 * len(chunks) + sum(ceil(n * each * len(entries) * sum(proved) / waiting) for n in chunks),
         recordings=recordings,
         proofs=ceil(WHOLE * length / TOGETHER) + ceil(sum(proved) / TOGETHER) + len(chunks),
         replays=sum(batches[n].blocks for n in chunks) / sizes.n_layers,

@@ -163,7 +163,8 @@ def attach(hf_model: nn.Module, streamed: StreamedBlocks) -> None:
 
 def streamed_of(bridge: Any) -> StreamedBlocks | None:
     """The streamed blocks of a bridge's model, if its weights are not all in memory."""
-    found: StreamedBlocks | None = getattr(bridge, "original_model", bridge).__dict__.get(_NAME)
+    hf_model = getattr(bridge, "original_model", bridge)
+    found: StreamedBlocks | None = getattr(hf_model, "__dict__", {}).get(_NAME)
     return found
 
 
