@@ -87,7 +87,7 @@ class _Sample:
     """
 
     row: int
-    sites: dict[Key, Float[Tensor, "pos *dims"]]
+    sites: dict[Key, Float[Tensor, "pos ..."]]
     final: Float[Tensor, "pos d_model"]
 
 
@@ -276,15 +276,15 @@ class PackedGradients(PackedReplayer):
             raise CannotReplayError(f"{sorted(left)} are not computed by its blocks on packed tokens")
 
     def logits(
-        self, final: Float[Tensor, "token d_model"], positions: Tensor, tokens: Int[Tensor, "token"] | None
-    ) -> Float[Tensor, "row *place token"]:
+        self, final: Float[Tensor, "at d_model"], positions: Tensor, tokens: Int[Tensor, "token"] | None
+    ) -> Float[Tensor, "row *place unembedded"]:
         """The logits of chosen tokens where each row is read; `positions` are `[row]` or `[row place]`, none before its start."""
         before = torch.from_numpy(self.rows.first - self.rows.start).reshape(-1, *[1] * (positions.ndim - 1))
         return widen(self.model.unembed(final[(positions.cpu() + before).to(final.device)], tokens))
 
     # -- their proof ---------------------------------------------------------------------------------------------------
 
-    def refuted(self, sites: Mapping[Key, Float[Tensor, "token *dims"]], final: Tensor) -> str | None:
+    def refuted(self, sites: Mapping[Key, Float[Tensor, "token ..."]], final: Tensor) -> str | None:
         """Why these activations and final streams of the packed rows are not those of whole runs; `None` if they are."""
         return next((why for one in self._samples if (why := self._differs(one, sites, final)) is not None), None)
 
@@ -296,7 +296,7 @@ class PackedGradients(PackedReplayer):
 
     def _other_end(self, final: Float[Tensor, "pos d_model"], one: _Sample) -> str | None:
         rounding = Rounding.of(self.model.dtype)
-        if not (off := rounding.off(final, one.final)) <= rounding.of_logits:
+        if not (off := rounding.off(final[None], one.final[None])) <= rounding.of_logits:
             return f"packed rows differ from whole runs by {off:.1e} of the residual stream"
         return None
 
@@ -306,8 +306,8 @@ class PackedGradients(PackedReplayer):
 
     def gradients_refuted(
         self,
-        sites: Mapping[Key, Float[Tensor, "token *dims"]],
-        gradients: Mapping[Key, Float[Tensor, "token *dims"]],
+        sites: Mapping[Key, Float[Tensor, "token ..."]],
+        gradients: Mapping[Key, Float[Tensor, "token ..."]],
         final: Float[Tensor, "token d_model"],
         arriving: Float[Tensor, "token d_model"],
     ) -> str | None:
@@ -347,13 +347,12 @@ class PackedGradients(PackedReplayer):
         return None
 
     def _shown(self) -> tuple[int, Int[np.ndarray, "prompt"]]:
-        """The shortest length with prompts that start at different positions, its first and last; or the shortest, and one."""
-        order = sorted(range(len(self.pairs)), key=lambda number: self.pairs[number].length)
-        for number in order:
-            start = self.pairs[number].start
-            if start[0] != start[-1]:
-                return number, np.array([0, len(start) - 1])
-        return order[0], np.array([0])
+        """A length in which rows are padded behind which others follow, if there is one: its number, and its first prompt and the
+        last one to start. The shortest whose prompts start at three positions, or at two; or the shortest."""
+        starts = [len(np.unique(some.start)) for some in self.pairs]
+        number = min(range(len(starts)), key=lambda one: (-min(starts[one], 3), self.pairs[one].length))
+        last = len(self.pairs[number].start) - 1
+        return number, np.array([0, last] if starts[number] > 1 else [0])
 
 
 def at_tokens_of(rows: PackedRows) -> Callable[[Tensor, object], Tensor]:
