@@ -24,6 +24,8 @@ from mechkit.hooks._devices import out_of_memory
 from mechkit.metrics import Metric
 
 MOST_SHARED = 0.25  # of all tokens: what equal beginnings may save at most, if they are run again for each pair
+# Tokens in a pass from which on more at once are no faster (one core, SmolLM2: 4.1 ms a token at 32, 2.8 at 64, 2.4 from 128 on).
+MANY = 128
 LONGEST = 2**31
 
 
@@ -61,7 +63,10 @@ def _may_pack(experiment: Experiment) -> bool:
         return False
     if any(site not in SITES_PACKED for site in experiment.axes):
         return False
-    return _shared(experiment) <= MOST_SHARED * int(base.lengths.sum())
+    first, lengths, n_lengths = experiment.first_differences(), base.lengths.tolist(), len(base.groups())
+    if sum(length - at for length, at in zip(lengths, first, strict=True)) >= MANY * n_lengths:
+        return False  # each length by itself has enough
+    return _shared(experiment) <= MOST_SHARED * sum(lengths)
 
 
 def _shared(experiment: Experiment) -> int:

@@ -206,6 +206,15 @@ def test_equal_beginnings_are_not_run_for_each_pair():
         assert len(taken) == packs
 
 
+def test_lengths_with_many_tokens_are_run_by_themselves():
+    model = model_of("gpt2")
+    for n, packs in ((11, 1), (13, 0)):  # 121 or 143 tokens behind the first differences
+        some, taken = make_pairs(((14, 3),) * n), []
+        with packs_taken(taken):
+            effects(model, some, mk.logit_diff(some), {"z": "layer head"})
+        assert len(taken) == packs
+
+
 @pytest.mark.parametrize("family", ["bloom", "falcon", "gpt_neox"])
 def test_what_cannot_be_packed_is_run_one_length_at_a_time(family):
     model, pairs = model_of(family), make_pairs(SHAPES)
