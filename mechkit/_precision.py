@@ -11,7 +11,18 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 Compared = Literal[
-    "replay", "projection", "runs", "norm", "readout", "heads", "weights", "lens", "direction", "edges", "circuit"
+    "replay",
+    "projection",
+    "runs",
+    "gradients",
+    "norm",
+    "readout",
+    "heads",
+    "weights",
+    "lens",
+    "direction",
+    "edges",
+    "circuit",
 ]
 _OWN = 1e-5  # of a stream's size: what its own rounding comes to at most, but in half precision
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -24,6 +35,8 @@ _TOLERANCE: dict[str, tuple[float, float, float, float]] = {
     "projection": (1e-6, 1e-4, 0.05, 0.01),
     # two runs, as long as they have read the same tokens (experts see other groups of rows)
     "runs": (1e-6, 1e-4, 0.05, 0.01),
+    # gradients of packed prompts at one site, and those of whole runs
+    "gradients": (1e-6, 1e-3, 0.2, 0.1),
     # a norm, and its formula with the scale held fixed; attention by its weights
     "norm": (1e-5, 1e-4, 0.05, 0.01),
     # the model's logits, and those read off its last residual stream

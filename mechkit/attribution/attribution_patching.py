@@ -22,6 +22,7 @@ from mechkit._check import checked
 from mechkit.engine import frozen_parameters
 from mechkit.experiment.axes import Chosen
 from mechkit.experiment.estimates import AnyMetric, make_experiment
+from mechkit.experiment.packed import first_order_packed
 from mechkit.experiment.passes import first_order
 from mechkit.experiment.patches import takes_patches
 from mechkit.hooks import HookedModel, one_at_a_time
@@ -95,7 +96,8 @@ def attribution_patching(
     experiment = make_experiment(model, pairs, metric, site, over, direction, chosen, budget, progress, about, True)
     experiment.defer_proof = True
     with frozen_parameters(model):
-        for chunk in experiment.chunks():
-            first_order(experiment, chunk)
+        if left := first_order_packed(experiment):
+            for chunk in experiment.chunks(left):
+                first_order(experiment, chunk)
     results = {name: experiment.result(name) for name in experiment.axes}
     return results if isinstance(site, Mapping) else results[next(iter(results))]

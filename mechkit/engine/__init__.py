@@ -23,7 +23,12 @@ from mechkit.engine._measure import read_metric as read_metric
 from mechkit.engine._memory import Budget as Budget
 from mechkit.engine._operations import Operation as Operation
 from mechkit.engine._operations import Set as Set
+from mechkit.engine._packed_gradients import SITES_PACKED as SITES_PACKED
+from mechkit.engine._packed_gradients import PackedGradients as PackedGradients
+from mechkit.engine._packed_gradients import Pairs as Pairs
+from mechkit.engine._packing import PackedRows as PackedRows
 from mechkit.engine._replay import CANNOT_RUN as CANNOT_RUN
 from mechkit.engine._replay import Replayer as Replayer
+from mechkit.engine._replay import why_not as why_not
 from mechkit.engine._sweep import Answers as Answers
 from mechkit.engine._sweep import sweep as sweep

@@ -276,11 +276,16 @@ class TokensNumbered(TorchDispatchMode):
 
 def may_pack(chunk: Chunk) -> bool:
     """Whether packed batches are worth a trial: what rules them out before anything is run."""
-    from transformers import AttentionInterface
-
     state = chunk.state
     if not state.packs or state.whole_set or state.plan.in_tower or chunk.run.between:
         return False
+    register()
+    return True
+
+
+def register() -> None:
+    """Makes the attention of packed batches known to transformers, by the names under which plain blocks ask for it."""
+    from transformers import AttentionInterface
+
     AttentionInterface.register(PACKED, packed_attention)
     AttentionInterface.register(PACKED_SDPA, partial(packed_attention, fused=True))
-    return True

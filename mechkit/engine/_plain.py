@@ -59,14 +59,24 @@ class PlainBlocks:
         """A projection of a layer's attention, where it is a module of its own: `z` is what `o` reads, `q` what `q` gives."""
         attention = getattr(self._stack.blocks[layer], "attn", None)
         wrapped = {name: getattr(getattr(attention, name, None), "original_component", None) for name in "qkvo"}
-        found = self._copies.get(id(wrapped[which]))
         if sum(one is wrapped[which] for one in wrapped.values()) > 1:
             return None  # one module for several of them
+        return self._own(wrapped[which])
+
+    def at(self, layer: int, hook_point: Any) -> tuple[nn.Module, bool] | None:
+        """The module of a layer that gives (`True`) or reads what TransformerLens shows at a hook point, if there is one."""
+        for component in self._stack.blocks[layer].modules():
+            for name in ("hook_out", "hook_in"):
+                if component._modules.get(name) is hook_point:
+                    found = self._own(getattr(component, "original_component", None))
+                    return None if found is None else (found, name == "hook_out")
+        return None
+
+    def _own(self, wrapped: Any) -> nn.Module | None:
+        """The copy of a module, to which hooks can be attached that are not attached to the model's own."""
+        found = self._copies.get(id(wrapped))
         if found is not None and id(found) not in self._detached:
-            for hooks in (
-                "_forward_pre_hooks",
-                "_forward_hooks",
-            ):  # what is attached here is not attached to the model's own
+            for hooks in ("_forward_pre_hooks", "_forward_hooks"):
                 setattr(found, hooks, getattr(found, hooks).copy())
             self._detached.add(id(found))
         return found

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Unpack
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -13,11 +14,12 @@ from torch import Tensor
 from mechkit._precision import wide_dtype
 from mechkit._progress import Progress
 from mechkit._warnings import warn_of_task
-from mechkit.engine import Budget, GradientRuns, check_can_run, check_metric, metric_values
+from mechkit.engine import Budget, GradientRuns, PackedRows, check_can_run, check_metric, metric_values
 from mechkit.experiment.axes import Axes, Chosen, make_axes
 from mechkit.experiment.positions import base_and_source, split_prompts
 from mechkit.experiment.provenance import pictures_of, provenance_of
 from mechkit.hooks import SITES, HookedModel
+from mechkit.hooks._devices import to_device
 from mechkit.hooks._nonfinite import where_it_began
 from mechkit.hooks._sites import TOWER, by_prompt
 from mechkit.metrics import AnyMetric as AnyMetric
@@ -82,19 +84,22 @@ class Experiment:
             return [0] * len(self.base)
         return first_differences(self.base, self.source).tolist()
 
-    def chunks(self) -> Iterator[GradientChunk]:
-        """Prompts that run together: of one length, as many as fit the budget."""
-        first, done = self.first_differences(), 0
+    def chunks(self, ids: Sequence[int] | None = None) -> Iterator[GradientChunk]:
+        """Prompts that run together: of one length, as many as fit the budget. All of them, or those of `ids`."""
+        left, every = list(range(len(self.base)) if ids is None else ids), self.first_differences()
+        first = [every[i] for i in left]
+        done = len(self.base) - len(left)
 
-        def fit(length: int, ids: Sequence[int]) -> int:
-            suffix = length - min(first[ids[0]], length - 1)
+        def fit(length: int, some: Sequence[int]) -> int:
+            suffix = length - min(first[some[0]], length - 1)
             return self.budget.prompts_with_gradients(self.model, length, suffix, self.keys)
 
         at_once = fit if isinstance(self.metric, Metric) else None  # a callable sees all prompts together
-        with Progress(len(self.base) * self.gradients, "gradient", self.progress) as self.bar:
+        with Progress(len(self.base) * self.gradients, "gradient", self.progress, done=done) as self.bar:
             # The longest first: a proof holds for shorter prompts too.
-            for batch in self.base.batches(at_once, order=first.__getitem__, longest_first=True):
-                chunk = GradientChunk.of(self, batch.ids, first[batch.ids[0]], fit(batch.length, batch.ids))
+            for batch in self.base[left].batches(at_once, order=first.__getitem__, longest_first=True):
+                mine = [left[i] for i in batch.ids]
+                chunk = GradientChunk.of(self, mine, first[batch.ids[0]], fit(batch.length, batch.ids))
                 yield chunk
                 self.block_tokens += chunk.runs.block_tokens
                 self.how = chunk.runs.how if chunk.runs.how != "suffix" else self.how
@@ -105,6 +110,21 @@ class Experiment:
         """Counts gradients within a chunk of prompts, for the progress."""
         if self.bar is not None:
             self.bar.update(n)
+
+    def check_task(self) -> None:
+        """Warns where the model does not do the task, once all values are there."""
+        if not self.task_checked and not any(bool(value.isnan().any()) for value in self.values.values()):
+            self.task_checked = True
+            if isinstance(self.metric, Metric):
+                warn_of_task(self.metric.name, self.values)
+
+    def add_sums(self, key: Key, sums: Float[Tensor, "some *over"], ids: Int[Tensor, "some"]) -> None:
+        """Adds the effects of one layer's activations on some prompts, by the dims that are wanted but the layer."""
+        (site, layer), axes = key, self.axes[key[0]]
+        into = self.effects[site]
+        if "layer" in axes.dims:
+            into = into.select(axes.dims.index("layer"), list(axes.layers).index(layer))
+        into[..., ids] += sums.movedim(0, -1).to(into)
 
     def result(self, site: str, **provenance: Any) -> Result:
         """The estimated metric of every patched run, `base + effect`, as `activation_patching` returns the exact one."""
@@ -201,11 +221,7 @@ class GradientChunk:
                     f"{run} run: expected a finite metric, got NaN or inf for prompts {self.ids[bad].tolist()[:5]}; of prompt "
                     f"{int(self.ids[bad[0]])} {where_it_began(self.experiment.model, self.inputs[run][[bad[0]]])}"
                 )
-        values = self.experiment.values
-        if not self.experiment.task_checked and not any(bool(value.isnan().any()) for value in values.values()):
-            self.experiment.task_checked = True
-            if isinstance(metric, Metric):
-                warn_of_task(metric.name, values)
+        self.experiment.check_task()
 
     def add(self, key: Key, per_entry: Float[Tensor, "row *dims"], row: Int[Tensor, "row"] | None = None) -> None:
         """Adds effects of one layer's activations (positions from `runs.start` on) to the experiment's."""
@@ -218,14 +234,12 @@ class GradientChunk:
                 f"the backward pass overflows in {str(self.experiment.model.dtype).removeprefix('torch.')}, or the metric has no "
                 "gradient there"
             )
-        axes, into = self.experiment.axes[site], self.experiment.effects[site]
         if row is not None:
             summed = per_entry.new_zeros(len(self.ids), *per_entry.shape[1:])
             per_entry = summed.index_add(0, row, per_entry)
-        sums = reduce_to(axes, per_entry, self.runs.start, {k: at[self.ids] for k, at in self.experiment.named.items()})
-        if "layer" in axes.dims:
-            into = into.select(axes.dims.index("layer"), list(axes.layers).index(layer))
-        into[..., self.ids] += sums.movedim(0, -1).to(into)
+        named = {k: at[self.ids] for k, at in self.experiment.named.items()}
+        sums = reduce_to(self.experiment.axes[site], per_entry, self.runs.start, named)
+        self.experiment.add_sums(key, sums, self.ids)
 
 
 def reduce_to(
@@ -235,32 +249,65 @@ def reduce_to(
 
     Positions before `start` are 0: the two runs are the same there. Positions that the prompts lack are NaN.
     """
-    x, dims = per_entry, list(axes.site.dims)
+    x, dims = _summed(axes, per_entry, axes.site.dims)
+    if "pos" in dims:
+        end = torch.full((len(x),), start + per_entry.shape[axes.site.axis("pos")])
+        x, dims = _at_positions(axes, x, dims, start, end, named)
+    return x.permute(0, *(1 + dims.index(dim) for dim in axes.dims if dim != "layer"))
+
+
+def reduce_tokens(
+    axes: Axes, per_token: Float[Tensor, "token *dims"], rows: PackedRows, named: Mapping[str, Int[Tensor, "row"]]
+) -> Float[Tensor, "row *over"]:
+    """The same for the tokens of packed rows: `dims` are the site's without its first one, the position."""
+    x, dims = _summed(axes, per_token, axes.site.dims[1:])
+    row = to_device(np.repeat(np.arange(len(rows)), rows.suffix), x.device)
+    if {"pos", "position"} & set(axes.dims):
+        by_position = x.new_zeros(len(rows), int(rows.length.max()), *x.shape[1:])
+        by_position[row, to_device(rows.position, x.device)] = x
+        x, dims = _at_positions(axes, by_position, ["pos", *dims], 0, torch.from_numpy(rows.length), named)
+    else:
+        x = x.new_zeros(len(rows), *x.shape[1:]).index_add(0, row, x)
+    return x.permute(0, *(1 + dims.index(dim) for dim in axes.dims if dim != "layer"))
+
+
+def _summed(axes: Axes, x: Float[Tensor, "some *dims"], dims: Sequence[str]) -> tuple[Tensor, list[str]]:
+    """Sums over the dims that are not wanted, and takes the heads and neurons that are; and the dims that are left."""
+    left = list(dims)
     if "neuron" in axes.dims:
-        dims[-1] = "neuron"
+        left[-1] = "neuron"
     kept = {"pos" if dim == "position" else dim for dim in axes.dims}
-    for i in reversed(range(len(dims))):
-        if dims[i] not in kept:
+    for i in reversed(range(len(left))):
+        if left[i] not in kept:
             x = x.sum(1 + i)
-            dims.pop(i)
+            left.pop(i)
     for dim in ("head", "neuron"):
         if dim in axes.dims:
-            x = x.index_select(1 + dims.index(dim), torch.tensor(axes.index[dim], device=x.device))
-    if "pos" in kept:
-        axis = 1 + dims.index("pos")
-        x = torch.cat([x.new_zeros(*x.shape[:axis], 1, *x.shape[axis + 1 :]), x], axis)  # entry 0: before the start
-        if "pos" in axes.dims:
-            at = torch.tensor(axes.index["pos"], device=x.device).expand(len(x), -1)
-        else:
-            at = torch.stack([named[name] for name in axes.index["position"]], -1).to(x.device)
-        at = (at - start + 1).clamp(min=0)
-        absent = at >= x.shape[axis]
-        shape = [len(x), *(at.shape[1] if i == axis else 1 for i in range(1, x.ndim))]
-        index = at.clamp(max=x.shape[axis] - 1).reshape(shape).expand(*x.shape[:axis], -1, *x.shape[axis + 1 :])
-        x = x.gather(axis, index).masked_fill(absent.reshape(shape), torch.nan)
-        dims[axis - 1] = "pos" if "pos" in axes.dims else "position"
-    order = [dims.index(dim) for dim in axes.dims if dim != "layer"]
-    return x.permute(0, *(1 + i for i in order))
+            x = x.index_select(1 + left.index(dim), torch.tensor(axes.index[dim], device=x.device))
+    return x, left
+
+
+def _at_positions(
+    axes: Axes,
+    x: Float[Tensor, "prompt *dims"],
+    dims: list[str],
+    start: int,
+    end: Int[Tensor, "prompt"],
+    named: Mapping[str, Int[Tensor, "prompt"]],
+) -> tuple[Tensor, list[str]]:
+    """The positions that are wanted, of activations that begin at `start`: 0 before it, NaN from each prompt's `end` on."""
+    axis = 1 + dims.index("pos")
+    x = torch.cat([x.new_zeros(*x.shape[:axis], 1, *x.shape[axis + 1 :]), x], axis)  # entry 0: before the start
+    if "pos" in axes.dims:
+        at = torch.tensor(axes.index["pos"]).expand(len(x), -1)
+    else:
+        at = torch.stack([named[name] for name in axes.index["position"]], -1)
+    absent = (at >= end[:, None]).to(x.device)
+    at = (at - start + 1).clamp(min=0, max=x.shape[axis] - 1).to(x.device)
+    shape = [len(x), *(at.shape[1] if i == axis else 1 for i in range(1, x.ndim))]
+    x = x.gather(axis, at.reshape(shape).expand(*x.shape[:axis], -1, *x.shape[axis + 1 :]))
+    left = [("position" if "position" in axes.dims else "pos") if dim == "pos" else dim for dim in dims]
+    return x.masked_fill(absent.reshape(shape), torch.nan), left
 
 
 def check_one_site(site: Any) -> None:

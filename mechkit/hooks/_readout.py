@@ -322,14 +322,14 @@ def readout_error(model: HookedModel, run: Run, n: int = 4) -> float:
     return off
 
 
-def unembeds_final_stream(model: HookedModel, run: Run, allowed: float | None = None) -> bool:
-    """Whether `model.unembed` of a run's final residual stream gives the model's own logits (default: as blocks that are run by
-    themselves must agree with whole passes)."""
+def unembeds_final_stream(model: HookedModel, run: Run, allowed: float | None = None, n: int = 4) -> bool:
+    """Whether `model.unembed` of the final residual stream of a run's first `n` prompts gives the model's own logits (default: as
+    blocks that are run by themselves must agree with whole passes)."""
     allowed = tolerance("replay", model.dtype) if allowed is None else allowed
-    if readout_error(model, run) <= allowed:
+    if readout_error(model, run, n) <= allowed:
         return True
     model._readout = None  # a module may have been exchanged where this was not seen
-    return readout_error(model, run) <= allowed
+    return readout_error(model, run, n) <= allowed
 
 
 def check_readout(model: HookedModel, run: Run, what: str) -> None:
