@@ -33,10 +33,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--width", type=int, default=640)
-    parser.add_argument("--times", type=float, default=4.0, help="how many times larger than what is allowed the blocks are")
+    parser.add_argument(
+        "--times", type=float, default=4.0, help="how many times larger than what is allowed the blocks are"
+    )
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--first-difference", type=int, default=3, help=f"of {LENGTH} tokens")
-    parser.add_argument("--budget", type=int, default=32 * 2**20, help="bytes for the sweep, in addition to the weights")
+    parser.add_argument(
+        "--budget", type=int, default=32 * 2**20, help="bytes for the sweep, in addition to the weights"
+    )
     parser.add_argument("--json", type=Path, help="write the figures there")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)  # "streamed" or "memory", and the folder
     args = parser.parse_args()
@@ -50,19 +54,24 @@ def main() -> None:
             child = [sys.executable, __file__, *sys.argv[1:], "--child", how, folder]
             subprocess.run(child, check=True, env={**os.environ, "MALLOC_ARENA_MAX": "1"})
             found[how] = json.loads((Path(folder) / f"{how}.json").read_text())
-        same = torch.equal(*(torch.load(Path(folder) / f"{how}.pt", weights_only=True) for how in found))
+        values = [torch.load(Path(folder) / f"{how}.pt", weights_only=True) for how in found]
     report = {
         "machine": machine("cpu"),
         "block_bytes": n_bytes,
-        "equal_to_the_bit": same,
+        "equal_to_the_bit": torch.equal(*values),
+        "largest_difference": float((values[0] - values[1]).abs().max()),
         **{how: one for how, one in found.items()},
     }
     memory, streamed = found["memory"], found["streamed"]
     print(f"{args.layers} blocks of together {n_bytes / 2**20:.0f} MiB, {args.prompts} pairs, on {report['machine']}\n")
-    print(f"in memory {memory['seconds']:.1f} s; streamed {streamed['seconds']:.1f} s, {streamed['seconds'] / memory['seconds']:.2f} times")
-    print(f"allowed beyond the start: {streamed['allowed'] / 2**20:.0f} MiB; reading all blocks once: {streamed['reading']:.1f} s")
+    print(
+        f"in memory {memory['seconds']:.1f} s; streamed {streamed['seconds']:.1f} s, {streamed['seconds'] / memory['seconds']:.2f} times"
+    )
+    print(
+        f"allowed beyond the start: {streamed['allowed'] / 2**20:.0f} MiB; reading all blocks once: {streamed['reading']:.1f} s"
+    )
     print("in memory by", memory["replay"], "; streamed by", streamed["replay"])
-    print(f"each block was read {streamed['reads']} times in the sweep; equal to the bit: {same}")
+    print(f"each block was read {streamed['reads']} times in the sweep; equal to the bit: {report['equal_to_the_bit']}")
     if args.json:
         args.json.write_text(json.dumps(report, indent=1) + "\n")
 
@@ -88,7 +97,9 @@ def write_model(folder: Path, layers: int, width: int) -> int:
     for layer in range(layers):
         torch.manual_seed(layer)
         one = LlamaForCausalLM(config).state_dict()
-        block = {k.replace(".layers.0.", f".layers.{layer}."): v.contiguous() for k, v in one.items() if ".layers." in k}
+        block = {
+            k.replace(".layers.0.", f".layers.{layer}."): v.contiguous() for k, v in one.items() if ".layers." in k
+        }
         n_bytes += sum(v.nbytes for v in block.values())
         if layer == 0:
             block |= {k: v.contiguous() for k, v in one.items() if ".layers." not in k}
@@ -126,12 +137,16 @@ def sweep(args: argparse.Namespace, how: str, folder: str) -> None:
         start = _address_space("VmSize")
         resource.setrlimit(resource.RLIMIT_AS, (start + figures["allowed"],) * 2)
     model = mk.HookedModel.from_pretrained(folder, device="cpu", stream=how == "streamed")
-    if how == "memory":  # as safetensors' files are mapped, tensors lie at odd addresses: kernels round in another order there
+    if (
+        how == "memory"
+    ):  # as safetensors' files are mapped, tensors lie at odd addresses: kernels round in another order there
         for parameter in model.bridge.original_model.parameters():
             parameter.data = parameter.data.clone()
     streamed, halvings = streamed_of(model.bridge), []
     halve = Budget.halve
-    Budget.halve = lambda budget: halvings.append(1) or halve(budget)  # when a batch does not fit: others are as right, not the same
+    Budget.halve = lambda budget: (
+        halvings.append(1) or halve(budget)
+    )  # when a batch does not fit: others are as right, not the same
     before = list(streamed.reads) if streamed else []
     begin = time.perf_counter()
     result = run(model, pairs)

@@ -146,9 +146,7 @@ def _numbered(joint: Joint, n: int, with_bias: bool) -> Iterator[None]:
         joint._parameters.update(before)
 
 
-def _replace(
-    parts: list[Any], own: list[nn.Linear], joint: Joint, rows: list[Tensor] | None, training: bool
-) -> None:
+def _replace(parts: list[Any], own: list[nn.Linear], joint: Joint, rows: list[Tensor] | None, training: bool) -> None:
     if rows is None or len(rows) != len(own):
         return
     new = [JointPart(joint, some, one.bias) for some, one in zip(rows, own, strict=True)]

@@ -54,7 +54,9 @@ class StreamedBlocks:
         self._here, self._weights, self._next = -1, list[nn.Parameter](), dict[int, Future[list[Tensor]]]()
         self._reader = ThreadPoolExecutor(1, "mechkit-weights")
         self.closed = False  # whether those that ask get zeros that take no memory
-        self.places: dict[int, tuple[int, int]] = {}  # the id of an empty parameter -> its block, and which of its parameters
+        self.places: dict[
+            int, tuple[int, int]
+        ] = {}  # the id of an empty parameter -> its block, and which of its parameters
         self.n_bytes = 0
         for layer, (block, where) in enumerate(zip(blocks, stored, strict=True)):
             empty = dict(block.named_parameters())

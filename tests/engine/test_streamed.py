@@ -45,16 +45,16 @@ def folders(tmp_path_factory):
 def both(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[mk.HookedModel, mk.HookedModel]:
     """A model in memory, and one whose blocks stay in their files."""
     in_memory = mk.HookedModel.from_pretrained(folder, dtype=dtype, device="cpu")
-    for parameter in in_memory.bridge.original_model.parameters():  # else they lie at odd addresses, where kernels differ
+    for (
+        parameter
+    ) in in_memory.bridge.original_model.parameters():  # else they lie at odd addresses, where kernels differ
         parameter.data = parameter.data.clone()
     return in_memory, mk.HookedModel.from_pretrained(folder, dtype=dtype, device="cpu", stream=True)
 
 
 def swept(model: mk.HookedModel, shapes=ONE_LENGTH, site: str = "z", over: str = "layer head", **more) -> mk.Result:
     pairs = make_pairs(shapes)
-    return mk.activation_patching(
-        model, pairs, whole_vocabulary(pairs), site=site, over=over, progress=False, **more
-    )
+    return mk.activation_patching(model, pairs, whole_vocabulary(pairs), site=site, over=over, progress=False, **more)
 
 
 def same(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -299,11 +299,16 @@ def test_in_step():
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs a limit of the address space")
 def test_a_model_four_times_as_large_as_the_memory(tmp_path):
-    arguments = ["--layers", "48", "--width", "512", "--prompts", "1", "--first-difference", "13"]
+    arguments = ["--layers", "24", "--width", "896", "--prompts", "1", "--first-difference", "13"]
     out = tmp_path / "figures.json"
-    subprocess.run([sys.executable, BENCHMARK, *arguments, "--json", out], check=True, capture_output=True, timeout=600)
+    command = [sys.executable, BENCHMARK, *arguments, "--budget", str(48 * 2**20), "--json", out]
+    subprocess.run(command, check=True, capture_output=True, timeout=600)
     found = json.loads(out.read_text())
-    assert found["equal_to_the_bit"]
-    assert found["streamed"]["allowed"] <= found["block_bytes"] / 3.9
-    assert found["streamed"]["reads"] == 3
-    assert found["streamed"]["replay"] == found["memory"]["replay"] == "suffix"
+    streamed = found["streamed"]
+    assert streamed["allowed"] <= found["block_bytes"] / 3.9
+    assert streamed["replay"] == found["memory"]["replay"] == "suffix"
+    if streamed["halvings"]:  # addresses ran out, as they may: batches are others then
+        assert found["largest_difference"] <= 1e-4
+    else:
+        assert found["equal_to_the_bit"]
+        assert streamed["reads"] == 3

@@ -48,7 +48,9 @@ def load_hf(
     """
     _check_arguments(dtype, kwargs)
     if stream is not None and kwargs:
-        raise ValueError(f"{next(iter(kwargs))}: has no effect with stream=True, which reads the weights itself; leave it out")
+        raise ValueError(
+            f"{next(iter(kwargs))}: has no effect with stream=True, which reads the weights itself; leave it out"
+        )
     source, arguments = locate(str(name))
     common: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if revision is not None:
