@@ -1,11 +1,12 @@
-"""A model larger than the memory: the head sweep with the weights of blocks left in their files, in an address space that is limited.
+"""A model larger than the memory: the head sweep with blocks left in their files, in an address space that is limited.
 
     python benchmarks/patching/streaming.py [--layers 32] [--width 640] [--times 4] [--prompts 4] [--json out.json]
 
-A random Llama is written to a temporary folder, block by block. A process of its own then allows itself only a part of the weights'
-size beyond what it has when everything is imported (`--times 4`: a quarter), loads the model with `stream=True` and sweeps it.
-(C's allocator is told not to reserve addresses for each thread, which are no memory but count.) Another one, with no limit, sweeps the same model from memory. Compared are the values (to the bit), the seconds, how often each
-block was read in the sweep, and how long reading the weights takes by itself. Linux only: the limit is `RLIMIT_AS`.
+A random Llama is written to a temporary folder, block by block. A process of its own then allows itself only a part of the
+weights' size beyond what it has when everything is imported (`--times 4`: a quarter), loads the model with `stream=True` and
+sweeps it. Another one, with no limit, sweeps the same model from memory. Compared are the values (to the bit), the seconds, how
+often each block was read in the sweep, and how long reading the weights takes by itself. Linux only: the limit is `RLIMIT_AS`.
+C's allocator is told not to reserve addresses for each thread, which are no memory but would count.
 """
 
 from __future__ import annotations
@@ -60,13 +61,12 @@ def main() -> None:
         "block_bytes": n_bytes,
         "equal_to_the_bit": torch.equal(*values),
         "largest_difference": float((values[0] - values[1]).abs().max()),
-        **{how: one for how, one in found.items()},
+        **found,
     }
     memory, streamed = found["memory"], found["streamed"]
     print(f"{args.layers} blocks of together {n_bytes / 2**20:.0f} MiB, {args.prompts} pairs, on {report['machine']}\n")
-    print(
-        f"in memory {memory['seconds']:.1f} s; streamed {streamed['seconds']:.1f} s, {streamed['seconds'] / memory['seconds']:.2f} times"
-    )
+    ratio = streamed["seconds"] / memory["seconds"]
+    print(f"in memory {memory['seconds']:.1f} s; streamed {streamed['seconds']:.1f} s, {ratio:.2f} times")
     print(
         f"allowed beyond the start: {streamed['allowed'] / 2**20:.0f} MiB; reading all blocks once: {streamed['reading']:.1f} s"
     )

@@ -26,8 +26,8 @@ ROW_BYTES = 64  # indices of one row while it is scheduled
 
 @dataclass
 class Budget:
-    """Bytes that a sweep may use in addition to the model: half for the recorded runs, half for the batch in replay; where rows wait
-    for one another (`AnswersInStep`) a quarter for the runs, and one for the streams of rows that wait."""
+    """Bytes that a sweep may use in addition to the model: half for the recorded runs, half for the batch in replay; where rows
+    wait for one another (`AnswersInStep`) a quarter for the runs, and one for the streams of rows that wait."""
 
     bytes: int
     tokens: int | None

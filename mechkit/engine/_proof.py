@@ -26,7 +26,7 @@ reported.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -254,6 +254,7 @@ def _refute_candidate(
         else:
             (one,) = several
             checks = [_refute_blocks(one, tried), *(row.refute(tried) for row in one.whole)]
+        found: Iterator[str | None]
         if along is None:
             found = map(at_once, checks)
         else:

@@ -238,8 +238,8 @@ def _answer_ready(state: State, ready: list[Ready], bar: Progress) -> None:
 
 
 def _proved(state: State, several: list[Examined], in_step: AnswersInStep | None) -> Replayer | PackedReplayer | None:
-    """A replayer that was compared with whole passes (`proved_replayer`). Where batches wait for one another the first of them run
-    along with the proof, so that each block is fetched once for both; what does not fit the device is tried in half the budget."""
+    """A replayer that was compared with whole passes (`proved_replayer`). Where batches wait for one another the first of them
+    run along with the proof, so that each block is fetched once for both; what does not fit is tried in half the budget."""
     if in_step is None:
         return proved_replayer(several)
     while True:

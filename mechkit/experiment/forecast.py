@@ -59,8 +59,8 @@ class Forecast:
         batches: How many batches of rows there are.
         largest: Bytes that the largest batch takes, as `Budget` counts them.
         rows_at_once: Rows in the batch that has most.
-        streamed: How often the blocks are read with `stream=True`, at most: once to record a chunk of prompts, once for the proof's
-            whole passes, and once for as many batches as may wait for one another.
+        streamed: How often the blocks are read with `stream=True`, at most: once to record a chunk of prompts, once for the
+            proof's whole passes, and once for as many batches as may wait for one another.
         recordings, proofs, replays: How often the weights of all blocks are read: to record runs, to prove the replay, and by
             batches, each of which begins at the block of its first row.
     """

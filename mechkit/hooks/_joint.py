@@ -7,9 +7,9 @@ model, into layers with parameters of their own. Those would stay behind when th
 2. each part is replaced by a layer without parameters, whose weight is these rows. Where they are next to each other it is a
    view; where each head's three are (GPT-NeoX, BLOOM), the rows are gathered in each forward pass, so that they stay current.
 
-Every part is compared with what TransformerLens made; where blocks are read when they are used (`_streamed.py`), with what it makes
-of the block then, so that no copies of all blocks' matrices are made. One that differs is left as it was, and so are joint
-projections that are no linear layers, and those whose weights are put away (`device_map`).
+Every part is compared with what TransformerLens made; where blocks are read when they are used (`_streamed.py`), with what it
+makes of the block then, so that there are never copies of all blocks' matrices. One that differs is left as it was, and so are
+joint projections that are no linear layers, and those whose weights are put away (`device_map`).
 """
 
 from __future__ import annotations

@@ -142,8 +142,8 @@ class HookedModel(Surface, Weights, Generate):
             revision: Hub revision.
             trust_remote_code: Run code that comes with the model. Never on by default.
             stream: Leave the weights of blocks in their safetensors files, and read each block when it is used: for models
-                larger than the memory. Two blocks are in memory at most. Every technique that runs the model forward works (sweeps
-                take all rows through one block before the next is read); what takes gradients is refused.
+                larger than the memory. Two blocks are in memory at most. Every technique that runs the model forward works
+                (sweeps take all rows through one block before the next is read); what takes gradients is refused.
             **kwargs: For transformers' `from_pretrained`, e.g. `device_map="auto"`.
 
         Raises:

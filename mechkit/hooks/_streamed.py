@@ -1,7 +1,7 @@
 """Blocks whose weights are read from a file when they are used: for models that are larger than the memory.
 
-1. A block's parameters have no contents (torch's device "meta"). Whoever asks a module for one, be it its `forward` or a technique
-   that looks at weights, gets the numbers: the whole block is read then, and the block that was there before is let go.
+1. A block's parameters have no contents (torch's device "meta"). Whoever asks a module for one, be it its `forward` or a
+   technique that looks at weights, gets the numbers: the whole block is read then, and the block before it is let go.
 2. While a block is used, a thread reads the next one, so that two blocks are in memory at most.
 3. What is outside the blocks (embeddings, norms, the head, a vision tower, buffers) is in memory all the time.
 
@@ -49,7 +49,8 @@ class StreamedBlocks:
             device: Where they are put.
             look: What is to be known of a parameter as long as the model lives.
         """
-        self.reads, self.facts, self.coarsest = [0] * len(blocks), [None] * len(blocks), torch.float64
+        self.reads, self.coarsest = [0] * len(blocks), torch.float64
+        self.facts: list[list[Any] | None] = [None] * len(blocks)
         self._device, self._look, self._stored, self._dtypes = device, look, [list(s.values()) for s in stored], []
         self._here, self._weights, self._next = -1, list[nn.Parameter](), dict[int, Future[list[Tensor]]]()
         self._reader = ThreadPoolExecutor(1, "mechkit-weights")
@@ -66,8 +67,8 @@ class StreamedBlocks:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StreamedBlocks:
         raise ValueError(
-            "model: expected a model whose weights are in memory, since a copy needs its own; one that was loaded with stream=True "
-            "cannot be copied. Load it again"
+            "model: expected a model whose weights are in memory, since a copy needs its own; one that was loaded with "
+            "stream=True cannot be copied. Load it again"
         )
 
     def parameters_of(self, layer: int) -> list[nn.Parameter]:
@@ -94,7 +95,9 @@ class StreamedBlocks:
         layer, i = self.places[id(parameter)]
         if self.facts[layer] is None:
             self.parameters_of(layer)
-        return self.facts[layer][i]
+        facts = self.facts[layer]
+        assert facts is not None
+        return facts[i]
 
     @torch.no_grad()
     def watch(self, blocks: Sequence[nn.Module], dtype: torch.dtype, run: Callable[[], Any]) -> None:
@@ -138,8 +141,8 @@ def _at_hand(found: Future[list[Tensor]]) -> list[Tensor] | None:
 
 
 class _Parameters(dict[str, Any]):
-    """A module's parameters: those of a streamed block are read when somebody asks for one by its name. Code that goes through all
-    of them (`model.parameters()`) gets the empty ones."""
+    """A module's parameters: those of a streamed block are read when somebody asks for one by its name. Code that goes through
+    all of them (`model.parameters()`) gets the empty ones."""
 
     def __init__(self, streamed: StreamedBlocks, parameters: dict[str, Any]) -> None:
         super().__init__(parameters)
@@ -174,6 +177,6 @@ def refuse_streamed(bridge: Any, what: str) -> None:
     """Raises `ValueError` where a model's weights are not all in memory."""
     if streamed_of(bridge) is not None:
         raise ValueError(
-            f"model: expected a model whose weights are in memory for {what}; this one was loaded with stream=True, for patching, "
-            "ablation and other techniques that run it forward. Load it without"
+            f"model: expected a model whose weights are in memory for {what}; this one was loaded with stream=True, for "
+            "patching, ablation and other techniques that run it forward. Load it without"
         )

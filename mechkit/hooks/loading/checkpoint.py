@@ -1,8 +1,8 @@
 """Reading single tensors of safetensors files, whatever the files' size.
 
-The `safetensors` package maps a whole file into memory, and holds Python's lock while it copies a tensor. Here a tensor is read into
-memory of its own, and other threads run meanwhile: that is what blocks read ahead need (`streamed.py`). The format is its length
-in eight bytes, a JSON object with each tensor's dtype, shape and place, and the numbers.
+The `safetensors` package maps a whole file into memory, and holds Python's lock while it copies a tensor. Here a tensor is read
+into memory of its own, and other threads run meanwhile: that is what blocks read ahead need (`streamed.py`). The format: eight
+bytes with the length of what follows, a JSON object with each tensor's dtype, shape and place, and the numbers.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,7 +76,8 @@ class Stored:
     def _read(self, tensor: Tensor) -> Tensor:
         if tensor.numel() == 0:
             return tensor
-        into = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+        bytes_of: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+        into = memoryview(bytes_of)
         try:
             with open(self.path, "rb", buffering=0) as file:
                 done, same = 0, _changed(file.fileno()) == self.changed
@@ -93,8 +95,8 @@ class Stored:
 
 
 def _memory(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A tensor to write to. The allocator of C keeps what is freed for later, in pieces that another block's tensors do not fit; so
-    large ones get pages of their own from the system."""
+    """A tensor to write to. The allocator of C keeps what is freed for later, in pieces that another block's tensors do not fit;
+    so large ones get pages of their own from the system."""
     n_bytes = prod(shape) * dtype.itemsize
     if n_bytes < _PAGES:
         return torch.empty(shape, dtype=dtype)

@@ -39,8 +39,8 @@ def load_hf(
     stream: torch.device | None = None,
     **kwargs: Any,
 ) -> tuple[Any, Any]:
-    """The Hugging Face model and tokenizer that `name` stands for; with a device in `stream` its blocks stay in their files, and are
-    read to that device when they are used (`read_streamed`).
+    """The Hugging Face model and tokenizer that `name` stands for; with a device in `stream` its blocks stay in their files, and
+    are read to that device when they are used (`read_streamed`).
 
     Raises:
         ValueError: an argument that would change the weights, the file or folder is not there, a package that the format needs
@@ -60,8 +60,8 @@ def load_hf(
         raise ValueError(f"{name!r} is a GGUF file; reading one needs the package `gguf` (pip install gguf)")
     if gguf_file and stream is not None:
         raise ValueError(
-            f"stream: expected safetensors files, from which single weights can be read; {name!r} is a GGUF file. Load it once without "
-            "stream=True, and save it with model.bridge.original_model.save_pretrained(folder)"
+            f"stream: expected safetensors files, from which single weights can be read; {name!r} is a GGUF file. Load it once "
+            "without stream=True, and save it with model.bridge.original_model.save_pretrained(folder)"
         )
     with _reading(str(name), kwargs):
         if gguf_file and not kwargs:  # these may change what is loaded

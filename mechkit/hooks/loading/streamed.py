@@ -49,8 +49,8 @@ def read_streamed(
     _make_buffers(model)
     if plan := model._get_dtype_plan(dtype):
         raise ValueError(
-            f"stream: expected a model with weights of one dtype; {type(model).__name__} keeps {sorted(plan)[0]!r} in float32. Use "
-            "dtype=torch.float32, or load it without stream=True"
+            f"stream: expected a model with weights of one dtype; {type(model).__name__} keeps {sorted(plan)[0]!r} in float32. "
+            "Use dtype=torch.float32, or load it without stream=True"
         )
     found = _stored_by_parameter(model, stored)
     blocks = _blocks(model)
@@ -92,8 +92,8 @@ def read_streamed(
 
 
 def _make_buffers(model: Any) -> None:
-    """Gives buffers their numbers, as transformers does when it loads a model. Those that it leaves as they are are refused: it is
-    done twice, on other numbers."""
+    """Gives buffers their numbers, as transformers does when it loads a model. Those that it leaves as they are are refused: it
+    is done twice, on other numbers."""
     made: list[dict[str, Tensor]] = []
     for fill in (0, 1):
         for module in model.modules():
@@ -107,8 +107,8 @@ def _make_buffers(model: Any) -> None:
     for name, buffer in made[1].items():
         if name not in saved and not torch.equal(buffer, made[0][name]):
             raise ValueError(
-                f"stream: expected buffers that transformers knows how to make; {name!r} of {type(model).__name__} is not. Load it "
-                "without stream=True"
+                f"stream: expected buffers that transformers knows how to make; {name!r} of {type(model).__name__} is not. Load "
+                "it without stream=True"
             )
 
 
@@ -127,8 +127,8 @@ def _files(source: str, common: Mapping[str, Any]) -> list[str]:
         files, _ = get_checkpoint_shard_files(source, index, revision=common.get("revision"))
         return list(files)
     raise ValueError(
-        f"stream: expected {ONE_FILE} or {INDEX} at {source!r}, from which single weights can be read; there is none. Load the model "
-        "once without stream=True, and save it with model.bridge.original_model.save_pretrained(folder)"
+        f"stream: expected {ONE_FILE} or {INDEX} at {source!r}, from which single weights can be read; there is none. Load the "
+        "model once without stream=True, and save it with model.bridge.original_model.save_pretrained(folder)"
     )
 
 
@@ -208,8 +208,8 @@ def _checked(stored: Stored, empty: Tensor, name: str) -> Stored:
 
 def _not_there(model: Any, name: str) -> str:
     return (
-        f"stream: expected every weight of {type(model).__name__} in its files, {name!r} is not there. Load the model once without "
-        "stream=True, and save it with model.bridge.original_model.save_pretrained(folder)"
+        f"stream: expected every weight of {type(model).__name__} in its files, {name!r} is not there. Load the model once "
+        "without stream=True, and save it with model.bridge.original_model.save_pretrained(folder)"
     )
 
 
