@@ -89,9 +89,10 @@ def _state(tensors: list[Any]) -> list[Any]:
     return [(*_version(owner), float(_sampled(x).sum())) for _, owner, x in tensors if x.device.type != "meta"]
 
 
-def fact_of(parameter: Tensor) -> tuple[int, bytes]:
-    """What enters a fingerprint of a parameter: its checksum and its sample."""
-    return _checksum(parameter), _sampled(parameter).numpy().tobytes()
+def fact_of(parameter: Tensor, before: tuple[int, bytes] | None) -> tuple[int, bytes]:
+    """What enters a fingerprint of a parameter: its checksum (taken over from `before`, if that is given) and its sample."""
+    checksum = _checksum(parameter) if before is None else before[0]
+    return checksum, _sampled(parameter).numpy().tobytes()
 
 
 def beside_weights(bridge: Any) -> str:

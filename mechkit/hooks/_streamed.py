@@ -40,19 +40,21 @@ class StreamedBlocks:
         blocks: Sequence[nn.Module],
         stored: Sequence[dict[str, Stored]],
         device: torch.device,
-        look: Callable[[Tensor], Any],
+        look: Callable[..., Any],
     ) -> None:
         """
         Args:
             blocks: With parameters on the device "meta", of the dtype that they are to have.
             stored: For each block where its parameters are, by their names in it.
             device: Where they are put.
-            look: What is to be known of a parameter as long as the model lives.
+            look: What is to be known of a parameter as long as the model lives; given what it was before, what shows a change.
         """
         self.reads, self.coarsest = [0] * len(blocks), torch.float64
         self.facts: list[list[Any] | None] = [None] * len(blocks)
         self._device, self._look, self._stored, self._dtypes = device, look, [list(s.values()) for s in stored], []
-        self._here, self._weights, self._next = -1, list[nn.Parameter](), dict[int, Future[list[Tensor]]]()
+        self._here, self._weights, self._versions = -1, list[nn.Parameter](), list[int]()
+        self._spoiled: str | None = None  # why nothing of it is believed any more
+        self._next: dict[int, Future[list[Tensor]]] = {}  # what is read ahead
         self._reader = ThreadPoolExecutor(1, "mechkit-weights")
         self.closed = False  # whether those that ask get zeros that take no memory
         self.places: dict[
@@ -74,7 +76,10 @@ class StreamedBlocks:
     def parameters_of(self, layer: int) -> list[nn.Parameter]:
         """A block's parameters, in the order in which they are stored."""
         if self._here != layer:
-            self._weights = []  # let go before more is read
+            self._let_go()  # before more is read
+        if self._spoiled is not None:  # for good: an error that others take for a reason to try something else
+            raise ValueError(self._spoiled)
+        if self._here != layer:
             found = self._next.pop(layer, None)
             for other in self._next.values():  # what nobody asked for
                 other.cancel()
@@ -83,12 +88,25 @@ class StreamedBlocks:
             del found  # and with it what an error of it holds
             tensors = self._read(layer) if tensors is None else tensors
             self._weights = [nn.Parameter(self._placed(one), requires_grad=False) for one in tensors]
-            self._here = layer
+            self._here, self._versions = layer, [one._version for one in self._weights]
             if self.facts[layer] is None:
-                self.facts[layer] = [self._look(one) for one in self._weights]
+                self.facts[layer] = [self._look(one, None) for one in self._weights]
             if layer + 1 < len(self._stored):
                 self._next[layer + 1] = self._reader.submit(self._read, layer + 1)
         return self._weights
+
+    def _let_go(self) -> None:
+        """Lets go of the block that is there, and looks whether somebody has written to it, which would be lost."""
+        weights, self._weights, here, self._here = self._weights, [], self._here, -1
+        if not weights:
+            return
+        for one, version, fact in zip(weights, self._versions, self.facts[here] or (), strict=True):
+            if one._version != version or self._look(one, fact) != fact:
+                self._spoiled = (
+                    "model: expected the weights of a model that was loaded with stream=True to stay as they are in its files; "
+                    f"those of block {here} were written to, which is lost when the block is read again. Load it again, without "
+                    "stream=True"
+                )
 
     def fact(self, parameter: Tensor) -> Any:
         """What `look` made of the numbers that an empty parameter stands for."""
@@ -161,6 +179,7 @@ class _Parameters(dict[str, Any]):
 def attach(hf_model: nn.Module, streamed: StreamedBlocks) -> None:
     """Lets every module of a model get its streamed parameters."""
     hf_model.__dict__[_NAME] = streamed
+    hf_model.register_load_state_dict_pre_hook(lambda *_: refuse_streamed(hf_model, "loading others"))
     for module in hf_model.modules():
         if any(id(one) in streamed.places for one in module._parameters.values()):
             module.__dict__["_parameters"] = _Parameters(streamed, module._parameters)

@@ -156,6 +156,7 @@ def test_what_it_cannot_do_is_refused(folders):
         lambda: mk.edge_attribution(model, pairs, metric, progress=False),
         lambda: model.to("cpu"),
         lambda: copy.deepcopy(model),
+        lambda: model.bridge.original_model.load_state_dict({}),
     ):
         with pytest.raises(ValueError, match="expected a model whose weights are in memory"):
             call()
@@ -221,6 +222,17 @@ def test_a_file_that_changes_is_noticed(tmp_path):
         swept(model)
     file.unlink()
     with pytest.raises(ValueError, match="as long as it is used"):
+        swept(model)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_weights_that_are_written_to(in_place, folders):
+    """They would be read again from the file, and nobody would notice."""
+    _, model = both(folders("llama"))
+    weight = model.stack.blocks[1].mlp.out.original_component.weight
+    with torch.no_grad():
+        (weight if in_place else weight.data).mul_(2)
+    with pytest.raises(ValueError, match="those of block 1 were written to"):
         swept(model)
 
 

@@ -61,7 +61,7 @@ def load_hf(
     if gguf_file and stream is not None:
         raise ValueError(
             f"stream: expected safetensors files, from which single weights can be read; {name!r} is a GGUF file. Load it once "
-            "without stream=True, and save it with model.bridge.original_model.save_pretrained(folder)"
+            "with transformers (from_pretrained(folder, gguf_file=...)), and save it with its save_pretrained(folder)"
         )
     with _reading(str(name), kwargs):
         if gguf_file and not kwargs:  # these may change what is loaded

@@ -128,7 +128,7 @@ def _files(source: str, common: Mapping[str, Any]) -> list[str]:
         return list(files)
     raise ValueError(
         f"stream: expected {ONE_FILE} or {INDEX} at {source!r}, from which single weights can be read; there is none. Load the "
-        "model once without stream=True, and save it with model.bridge.original_model.save_pretrained(folder)"
+        "model once with transformers' from_pretrained, and save it with its save_pretrained(folder)"
     )
 
 
@@ -209,7 +209,7 @@ def _checked(stored: Stored, empty: Tensor, name: str) -> Stored:
 def _not_there(model: Any, name: str) -> str:
     return (
         f"stream: expected every weight of {type(model).__name__} in its files, {name!r} is not there. Load the model once "
-        "without stream=True, and save it with model.bridge.original_model.save_pretrained(folder)"
+        "with transformers' from_pretrained, and save it with its save_pretrained(folder)"
     )
 
 
