@@ -57,12 +57,13 @@ class StreamedBlocks:
         self._next: dict[int, Future[list[Tensor]]] = {}  # what is read ahead
         self._reader = ThreadPoolExecutor(1, "mechkit-weights")
         self.closed = False  # whether those that ask get zeros that take no memory
-        self.places: dict[
-            int, tuple[int, int]
-        ] = {}  # the id of an empty parameter -> its block, and which of its parameters
+        # The id of an empty parameter -> its block, and which of its parameters. They are kept: nothing else gets their ids
+        self.places: dict[int, tuple[int, int]] = {}
+        self._empty: list[Tensor] = []
         self.n_bytes = 0
         for layer, (block, where) in enumerate(zip(blocks, stored, strict=True)):
             empty = dict(block.named_parameters())
+            self._empty += empty.values()
             self._dtypes.append([empty[name].dtype for name in where])
             self.places |= {id(empty[name]): (layer, i) for i, name in enumerate(where)}
             self.n_bytes += sum(empty[name].numel() * empty[name].element_size() for name in where)
