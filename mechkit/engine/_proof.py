@@ -245,7 +245,7 @@ def _refute_candidate(
     several: Sequence[Examined], along: Along | None
 ) -> tuple[str | None, Replayer | PackedReplayer | None]:
     """Why the first candidate does not compute what whole passes compute; `None`, and a replayer of its kind, if it does."""
-    state, tried, used = several[0].chunk.state, None, None
+    state, tried, used, raised = several[0].chunk.state, None, None, None
     try:
         tried = _replayer(several)
         checks: list[ByLayer[str | None]]
@@ -259,33 +259,33 @@ def _refute_candidate(
             found = map(at_once, checks)
         else:
             used = _replayer(several)
-            found = iter(_checked_in_step(checks, along(used)))
+            checked, raised = _checked_in_step(checks, along(used))
+            found = iter(checked)
         refuted = next((why for why in found if why is not None), None)
     except CANNOT_RUN as error:
         refuted = _cannot(error)
     finally:
         state.block_tokens += 0 if tried is None else tried.block_tokens
+    if refuted is None and raised is not None:
+        raise raised  # the user's metric did, or batches were refuted
     if refuted is None:
         return None, used or _replayer(several)
     state.block_tokens += 0 if used is None else used.block_tokens
     return refuted, None
 
 
-def _checked_in_step(checks: Sequence[ByLayer[str | None]], others: Sequence[ByLayer[Any]]) -> list[str | None]:
-    """What the checks find. What other work finds out about its batches is of interest where they find nothing."""
+def _checked_in_step(
+    checks: Sequence[ByLayer[str | None]], others: Sequence[ByLayer[Any]]
+) -> tuple[list[str | None], Exception | None]:
+    """What the checks find, and what other work raised first: it is of interest where they find nothing."""
     found = in_step([*checks, *map(_caught, others)])
-    refuted: list[str | None] = found[: len(checks)]
-    if not any(refuted):
-        for error in found[len(checks) :]:
-            if error is not None:
-                raise error
-    return refuted
+    return found[: len(checks)], next((error for error in found[len(checks) :] if error is not None), None)
 
 
-def _caught(work: ByLayer[Any]) -> ByLayer[BatchRefutedError | None]:
+def _caught(work: ByLayer[Any]) -> ByLayer[Exception | None]:
     try:
         yield from work
-    except BatchRefutedError as error:
+    except Exception as error:
         return error
     return None
 

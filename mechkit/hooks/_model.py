@@ -164,6 +164,7 @@ class HookedModel(Surface, Weights, Generate):
         probe = probe_of(hf_model)
         model = cls(hf.build_bridge(hf_model, tokenizer, str(name)), name=str(name), revision=revision, probe=probe)
         if (streamed := streamed_of(model.bridge)) is not None:
+            streamed.check(model.stack.blocks)
             streamed.watch(model.stack.blocks, model.dtype, lambda: model.run(model._probe_rows()))
         return model
 

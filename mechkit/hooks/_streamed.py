@@ -5,14 +5,17 @@
 2. While a block is used, a thread reads the next one, so that two blocks are in memory at most.
 3. What is outside the blocks (embeddings, norms, the head, a vision tower, buffers) is in memory all the time.
 
-So any code runs on such a model, and is right. How fast it is depends on the order: the engine takes all rows through one block
-before it turns to the next (`mechkit.engine._in_step`), so that a sweep reads the weights a few times in all.
+So a forward pass, and whoever asks a module for its weights by name, gets the model's numbers; `parameters()` and `state_dict()`
+have the empty ones. Weights may not be written to. How fast it is depends on the order: the engine takes all rows through one
+block before it turns to the next (`mechkit.engine._in_step`), so that a sweep reads the weights a few times in all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -55,8 +58,9 @@ class StreamedBlocks:
         self._here, self._weights, self._versions = -1, list[nn.Parameter](), list[int]()
         self._spoiled: str | None = None  # why nothing of it is believed any more
         self._next: dict[int, Future[list[Tensor]]] = {}  # what is read ahead
-        self._reader = ThreadPoolExecutor(1, "mechkit-weights")
-        self.closed = False  # whether those that ask get zeros that take no memory
+        self._reader, self._lock = ThreadPoolExecutor(1, "mechkit-weights"), threading.RLock()
+        self._closed_in: set[int] = set()  # threads that get zeros
+        self.blocks = list(blocks)
         # The id of an empty parameter -> its block, and which of its parameters. They are kept: nothing else gets their ids
         self.places: dict[int, tuple[int, int]] = {}
         self._empty: list[Tensor] = []
@@ -75,7 +79,11 @@ class StreamedBlocks:
         )
 
     def parameters_of(self, layer: int) -> list[nn.Parameter]:
-        """A block's parameters, in the order in which they are stored."""
+        """A block's parameters, in the order in which they are stored. Threads may ask for several blocks at once, in turn."""
+        with self._lock:
+            return self._at_hand(layer)
+
+    def _at_hand(self, layer: int) -> list[nn.Parameter]:
         if self._here != layer:
             self._let_go()  # before more is read
         if self._spoiled is not None:  # for good: an error that others take for a reason to try something else
@@ -85,7 +93,7 @@ class StreamedBlocks:
             for other in self._next.values():  # what nobody asked for
                 other.cancel()
             self._next.clear()
-            tensors = None if found is None else _at_hand(found)
+            tensors = None if found is None else _read_ahead(found)
             del found  # and with it what an error of it holds
             tensors = self._read(layer) if tensors is None else tensors
             self._weights = [nn.Parameter(self._placed(one), requires_grad=False) for one in tensors]
@@ -118,6 +126,28 @@ class StreamedBlocks:
         assert facts is not None
         return facts[i]
 
+    def check(self, bridges: Sequence[Any]) -> None:
+        """Raises `ValueError` unless these are the bridges of the streamed blocks: the engine goes through those one by one."""
+        if [id(one.original_component) for one in bridges] != [id(one) for one in self.blocks]:
+            raise ValueError(
+                "stream: expected the blocks that TransformerLens hooks to be the list of modules with most weights; they are "
+                "others. Load the model without stream=True"
+            )
+
+    @property
+    def closed(self) -> bool:
+        """Whether this thread gets zeros that take no memory."""
+        return threading.get_ident() in self._closed_in
+
+    @contextmanager
+    def zeros(self) -> Iterator[None]:
+        """Nothing is read inside, by this thread: those that ask get zeros that take no memory."""
+        self._closed_in.add(threading.get_ident())
+        try:
+            yield
+        finally:
+            self._closed_in.discard(threading.get_ident())
+
     @torch.no_grad()
     def watch(self, blocks: Sequence[nn.Module], dtype: torch.dtype, run: Callable[[], Any]) -> None:
         """Looks which floating types blocks compute in while `run` runs them."""
@@ -149,7 +179,7 @@ class StreamedBlocks:
         return tensor.to(self._device, non_blocking=True)
 
 
-def _at_hand(found: Future[list[Tensor]]) -> list[Tensor] | None:
+def _read_ahead(found: Future[list[Tensor]]) -> list[Tensor] | None:
     """What was read ahead; `None` if there was no memory for it beside the block before."""
     try:
         return found.result()

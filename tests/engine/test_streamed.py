@@ -195,6 +195,14 @@ def test_files_that_do_not_serve(folders, tmp_path):
     (damaged / "model.safetensors").write_bytes((damaged / "model.safetensors").read_bytes()[:5000])
     with pytest.raises(ValueError, match="it is damaged"):
         load(damaged)
+    key = "transformer.h.0.ln_1.weight"
+    twice = changed("twice", lambda t: t.update({key.removeprefix("transformer."): t[key] + 1}))
+    with pytest.raises(ValueError, match="expected each weight once"):
+        load(twice)
+    key = "transformer.h.2.ln_1.weight"
+    nan = changed("nan", lambda t: t.update({key: t[key] * float("nan")}))
+    with pytest.raises(ValueError, match=r"hold NaN or infinite numbers, first in '.*h.2.ln_1.weight'"):
+        load(nan)
     empty = tmp_path / "empty"
     empty.mkdir()
     shutil.copy(folders("gpt2") / "config.json", empty)
@@ -260,7 +268,7 @@ def test_another_blocks_weights_are_refuted(family, folders, monkeypatch):
     assert found.provenance["replay"].startswith("full: ")
     assert float((found.values - expected).abs().max()) <= 1e-3
     with monkeypatch.context() as patch:  # the control: it moves cells
-        patch.setattr(_proof, "_checked_in_step", lambda checks, others: [None for _ in stepped(others)])
+        patch.setattr(_proof, "_checked_in_step", lambda checks, others: ([None for _ in stepped(others)], None))
         patch.setattr(_answers, "check_batch", lambda *_: None)
         patch.setattr(_answers, "check_packed_batch", lambda *_: None)
         assert float((swept(model).values - expected).abs().max()) > 0.01
@@ -292,6 +300,73 @@ def test_out_of_memory(where, folders, monkeypatch):
         monkeypatch.setattr(_answers, "read_logits", fails)
     assert float((swept(model).values - expected).abs().max()) <= 1e-5
     assert failed
+
+
+def test_a_read_that_fails(folders, monkeypatch):
+    """What was there before is gone, and the next call reads again."""
+    _, model = both(folders("llama"))
+    tokens = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        expected = model(tokens)
+        for error in (KeyboardInterrupt, RuntimeError):
+            with monkeypatch.context() as patch:
+
+                def fails(self, layer, error=error):
+                    raise error("on purpose")
+
+                patch.setattr(StreamedBlocks, "_read", fails)
+                streamed_of(model.bridge)._next.clear()
+                with pytest.raises(error):
+                    model(tokens)
+            assert torch.equal(model(tokens), expected)
+
+
+def test_a_thread_that_reads_weights_meanwhile(folders):
+    _, model = both(folders("llama"))
+    tokens, weights, stop, wrong = torch.tensor([[5, 6, 7]]), model.W_in, threading.Event(), []
+
+    def reads():
+        while not stop.is_set():
+            if not torch.equal(model.W_in, weights):
+                wrong.append(1)
+
+    with torch.no_grad():
+        expected = model(tokens)
+        thread = threading.Thread(target=reads)
+        thread.start()
+        try:
+            assert all(torch.equal(model(tokens), expected) for _ in range(20))
+        finally:
+            stop.set()
+            thread.join()
+    assert not wrong
+
+
+@pytest.mark.parametrize("error", [RuntimeError, ValueError, ZeroDivisionError])
+def test_errors_of_a_metric_are_the_users(error, folders):
+    _, model = both(folders("llama"))
+    pairs, calls = make_pairs(ONE_LENGTH), []
+
+    def metric(logits):
+        calls.append(1)
+        if len(calls) > 2:  # those of the unedited runs
+            raise error("my own")
+        return logits[:, -1, 5]
+
+    with pytest.raises(error, match="my own"):
+        mk.activation_patching(model, pairs, metric, site="z", progress=False)
+    assert len(calls) <= 2 + model.n_layers * model.n_heads
+    assert not model.has_hooks
+
+
+def test_a_failed_second_wrapping_leaves_the_blocks_as_they_are(folders, monkeypatch):
+    _, model = both(folders("llama"))
+    tokens = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        expected = model(tokens)
+        with pytest.raises(KeyboardInterrupt), streamed_of(model.bridge).zeros():
+            raise KeyboardInterrupt
+        assert torch.equal(model(tokens), expected)
 
 
 def test_in_step():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -77,13 +77,9 @@ def build_bridge(hf_model: Any, tokenizer: Any | None, name: str) -> Any:
     with warnings.catch_warnings(), refused, _zero_biases(hf_model), _head_with_a_weight(hf_model), _no_torchvision():
         warnings.simplefilter("ignore")  # notes on optional aliases that this architecture lacks
         streamed = streamed_of(hf_model)
-        if (
-            streamed is not None
-        ):  # TransformerLens's copies of joint projections' parts would be as many as there are blocks
-            streamed.closed = True
-        bridge = build_bridge_from_module(hf_model, architecture, hf_config=hf_model.config, model_name=name)
-    if streamed is not None:
-        streamed.closed = False
+        # TransformerLens's copies of joint projections' parts would be as many as there are blocks
+        with nullcontext() if streamed is None else streamed.zeros():
+            bridge = build_bridge_from_module(hf_model, architecture, hf_config=hf_model.config, model_name=name)
     read_joint_projections(bridge)
     head = getattr(hf_model.get_output_embeddings(), "original_component", None)
     if isinstance(head, torch.nn.Linear) and "bias" in head._buffers:

@@ -185,6 +185,11 @@ def _stored_by_parameter(model: Any, stored: Mapping[str, Stored]) -> dict[str, 
                 f"stream: expected weights stored as {type(model).__name__} has them; {key!r} is a part of {name!r}, which "
                 "transformers puts together when it loads the model. Load it without stream=True"
             )
+        if name in found and not torch.equal(*(one.read(torch.float64) for one in (found[name], stored[key]))):
+            raise ValueError(
+                f"stream: expected each weight once; {name!r} is in the files as {found[name].name!r} and as {key!r}, and they "
+                "differ. Load it without stream=True"
+            )
         found[name] = stored[key]
     return found
 

@@ -66,9 +66,12 @@ def check_logits(model: HookedModel, logits: Tensor, probe: Tensor, wrapped: boo
 
 def _nonfinite_weight(model: HookedModel) -> str | None:
     """The first parameter that holds a NaN or an infinite number."""
-    named = model.bridge.original_model.named_parameters()
-    name = next((name for name, weight in named if not bool(weight.isfinite().all())), None)
-    return None if name is None else name.replace("._original_component", "")
+    for path, module in model.bridge.original_model.named_modules():
+        for key in module._parameters:
+            weight = getattr(module, key)  # which reads one that is not in memory, if it can be read
+            if isinstance(weight, Tensor) and weight.device.type != "meta" and not bool(weight.isfinite().all()):
+                return f"{path}.{key}".replace("._original_component", "")
+    return None
 
 
 def _adapter(model: HookedModel) -> str | None:
