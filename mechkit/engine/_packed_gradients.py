@@ -9,10 +9,10 @@ takes nearly as long for few as for many. Here
 
 What this assumes beyond `GradientRuns`: what `PackedReplayer` does; that the sites are what modules of a plain block read or
 give; and that gradients flow through all of it. So the base prompt of each length that differs first is run whole too, by the
-model itself, with its hook points: its run must agree with the source prompt's until they differ, and the packed run must give
-what it gives, at the end and at each site (`PackedGradients.refuted`). And once a call prompts of one length, which begin at
-different positions if any do, are run whole with gradients: given the same gradient at their ends, the same must arrive at each
-site (`PackedGradients.gradients_refuted`).
+model itself, with its hook points (others too: `PackedGradients._sampled`): its run must agree with the source prompt's until
+they differ, and the packed run must give what it gives, at the end and at each site (`PackedGradients.refuted`). And in each call
+prompts of one length, which begin at different positions if any do, are run whole with gradients: given the same gradient at
+their ends, the same must arrive at each site (`PackedGradients.gradients_refuted`).
 """
 
 from __future__ import annotations
@@ -145,43 +145,61 @@ class PackedGradients(PackedReplayer):
 
     @torch.no_grad()
     def _recorded(self, number: int) -> tuple[Tensor, Tensor, dict[Key, Tensor]]:
-        """Runs the source prompts of one length, and the base prompt that differs first. Returns, at the rows' tokens, what the
-        first block reads of the base prompts, what the source runs end in, and their activations."""
+        """Runs the source prompts of one length, and some base prompts (`_sampled`). Returns, at the rows' tokens, what the first
+        block reads of the base prompts, what the source runs end in, and their activations."""
         some, mine = self.pairs[number], np.flatnonzero(self.rows.chunk == number)
         n, rows = len(mine), self.rows[mine]
-        first = int(same_so_far(some.base, some.source).sum(1).argmin())
-        row = np.append(np.repeat(np.arange(n), rows.suffix), np.full(rows.suffix[first], n))
-        pos = np.append(rows.position, np.arange(rows.start[first], some.length))
+        sampled = self._sampled(number)
+        base = some.base[torch.from_numpy(sampled)]
+        each, whole = rows[sampled], np.arange(n, n + len(sampled))
+        row = np.append(np.repeat(np.arange(n), rows.suffix), np.repeat(whole, each.suffix))
+        pos = np.append(rows.position, each.position)
         kept: dict[Key, Tensor] = {}
 
         def at_tokens(activation: Tensor, name: object) -> Tensor:
-            if activation.shape[:2] != (n + 1, some.length):
+            if activation.shape[:2] != (n + len(sampled), some.length):
                 raise CannotReplayError(f"{name} is not computed for each token")
             return activation[to_device(row, activation.device), to_device(pos, activation.device)]
 
         with Hooks(self.model.bridge) as attached:
             for name, fn in keepers(self.keys, kept, at_tokens):
                 attached.attach(name, fn)
-            run = record(self.model, Stacked.cat([some.source, some.base[first : first + 1]]))
+            run = record(self.model, Stacked.cat([some.source, base]))
         self._whole_tokens += run.tokens.numel() * self.model.n_layers
-        self._check(run, some, first)
+        self._check(run, base, some.source, sampled)
         entering = ("resid_pre", 0)
         with capture(self.model, [entering], at_tokens_of(rows), stop=entering) as embedded:
             self.model.run(some.base)
         final = at_tokens(run.resid[-1], "the final stream")
         n_tokens = rows.n_tokens
-        sites = {key: value[n_tokens:].clone() for key, value in kept.items()}
-        self._samples.append(_Sample(int(mine[first]), sites, final[n_tokens:]))
+        for one, first, size in zip(sampled, each.first + n_tokens, each.suffix, strict=True):
+            at = slice(int(first), int(first + size))
+            self._samples.append(_Sample(int(mine[one]), {key: kept[key][at].clone() for key in kept}, final[at]))
         small = [stream[:1, :1].clone() for stream in run.resid]  # the rest of them is not needed
         self.runs.append(replace(run, resid=small, last_logits=run.last_logits[:1]))
         return embedded[entering], final[:n_tokens], {key: value[:n_tokens] for key, value in kept.items()}
 
-    def _check(self, run: Run, some: Pairs, first: int) -> None:
+    def _sampled(self, number: int) -> Int[np.ndarray, "sample"]:
+        """Which base prompts of a length are run whole: the one that differs first and, if that is at once, the first of those
+        that have a beginning in common with their source prompt, since only they show what a beginning is taken for; and of the
+        last length the one whose tokens come last, since a block that numbers them gives the first ones the right numbers."""
+        some = self.pairs[number]
+        same = same_so_far(some.base, some.source).sum(1).cpu().numpy()
+        chosen = [int(same.argmin())]
+        later = np.flatnonzero((same > 0) & (some.start > 0))
+        if some.start[chosen[0]] == 0 and len(later):
+            chosen.append(int(later[same[later].argmin()]))
+        if number == len(self.pairs) - 1:
+            chosen.append(len(same) - 1)
+        return np.unique(chosen)
+
+    def _check(self, run: Run, base: Stacked, sources: Stacked, sampled: Int[np.ndarray, "sample"]) -> None:
         Replayer(self.model, run, None)  # refuses what cannot be replayed
         if run.between:
             raise CannotReplayError("the model adds to the residual stream between its blocks")
-        base, source = some.base[first : first + 1], some.source[first : first + 1]
-        if not bool(agree_before_difference(base, source, run.resid[-1][-1:], run.resid[-1][first : first + 1])):
+        source, final = sources[torch.from_numpy(sampled)], run.resid[-1]
+        others = final[to_device(sampled, final.device)]
+        if not bool(agree_before_difference(base, source, final[-len(sampled) :], others).all()):
             raise CannotReplayError(LOOKS_AHEAD)
         if not unembeds_final_stream(self.model, run, n=1):
             raise CannotReplayError("the logits are not a function of the last block's output")

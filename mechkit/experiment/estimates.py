@@ -126,6 +126,13 @@ class Experiment:
             into = into.select(axes.dims.index("layer"), list(axes.layers).index(layer))
         into[..., ids] += sums.movedim(0, -1).to(into)
 
+    def forget(self) -> None:
+        """Takes back all effects and values: nothing that was added stands."""
+        for effects in self.effects.values():
+            effects.zero_()
+        for values in self.values.values():
+            values.fill_(torch.nan)
+
     def result(self, site: str, **provenance: Any) -> Result:
         """The estimated metric of every patched run, `base + effect`, as `activation_patching` returns the exact one."""
         axes = self.axes[site]

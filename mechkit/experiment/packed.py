@@ -3,8 +3,8 @@
 1. Pairs are put into packs that fit the budget, whatever their lengths; each begins at its own first different token.
 2. One forward and one backward pass for each pack. At each site `(source - base) * gradient`, token by token, is summed to the
    dims that were asked for.
-3. Nothing is added to the experiment before the pack has proved itself. Where it is refuted, or cannot be run, these pairs and
-   all that are left are run one length at a time, which has a proof of its own.
+3. Nothing is added to the experiment before the pack has proved itself. Where one is refuted, or cannot be run, nothing that was
+   packed stands: all pairs are run one length at a time, which has a proof of its own.
 """
 
 from __future__ import annotations
@@ -44,14 +44,21 @@ def first_order_packed(experiment: Experiment) -> list[int]:
                 if isinstance(error, RuntimeError) and out_of_memory(error):
                     raise
                 refuted = why_not(error)
+            except _MetricError as error:
+                refuted = f"the metric raises {error} where prompts of several lengths are read together"
             if refuted is not None:
                 experiment.how = f"suffix, one length at a time: {refuted}"
-                break
+                experiment.forget()
+                return list(range(len(experiment.base)))
             proved = True
             done = {int(i) for pairs in pack for i in pairs.ids}
             left = [i for i in left if i not in done]
             bar.update(len(done))
     return left
+
+
+class _MetricError(Exception):
+    """What a metric raised; it says which kind of error."""
 
 
 def _may_pack(experiment: Experiment) -> bool:
@@ -113,9 +120,15 @@ def _pairs(experiment: Experiment, ids: Sequence[int], start: Sequence[int]) -> 
 
 def _add_pack(experiment: Experiment, pack: Sequence[Pairs], proved: bool) -> str | None:
     """Adds the effects of a pack. Returns why they cannot be computed like this, and adds nothing then."""
-    metric, wide = experiment.metric, torch.promote_types(experiment.model.dtype, torch.float32)
-    assert isinstance(metric, Metric)
     runs = PackedGradients(experiment.model, pack, experiment.keys, trial=not proved)
+    try:
+        return _add_runs(experiment, runs)
+    finally:
+        experiment.block_tokens += runs.block_tokens
+
+
+def _add_runs(experiment: Experiment, runs: PackedGradients) -> str | None:
+    wide = torch.promote_types(experiment.model.dtype, torch.float32)
     base: dict[Key, Tensor] = {}
     slopes: dict[Key, Tensor] = {}
     sums: dict[Key, Tensor] = {}
@@ -130,8 +143,7 @@ def _add_pack(experiment: Experiment, pack: Sequence[Pairs], proved: bool) -> st
 
     def contract(key: Key, gradient: Tensor) -> None:
         slope = runs.shaped(key, gradient)
-        if not proved:
-            slopes[key] = slope
+        slopes[key] = slope
         product = ((runs.source[key] - base[key]) * slope).to(wide)
         finite.append(torch.isfinite(product).all())
         sums[key] = reduce_tokens(experiment.axes[key[0]], product, runs.rows, named)
@@ -143,7 +155,7 @@ def _add_pack(experiment: Experiment, pack: Sequence[Pairs], proved: bool) -> st
     final.register_hook(arriving.append)
     values = _values(experiment, runs, final)
     torch.autograd.grad(values[experiment.base_is].sum(), leaf)
-    if not proved and (why := runs.gradients_refuted(base, slopes, final, arriving[-1])) is not None:
+    if (why := runs.gradients_refuted(base, slopes, final, arriving[-1])) is not None:
         return why
     check_reached(experiment, set(experiment.keys) - sums.keys())
     finite += [torch.isfinite(value).all() for value in values.values()]
@@ -154,7 +166,6 @@ def _add_pack(experiment: Experiment, pack: Sequence[Pairs], proved: bool) -> st
     experiment.check_task()
     for key in experiment.keys:
         experiment.add_sums(key, sums[key], ids)
-    experiment.block_tokens += runs.block_tokens
     return None
 
 
@@ -168,7 +179,10 @@ def _values(experiment: Experiment, runs: PackedGradients, final: Tensor) -> dic
     if metric.reference is not None:
         with torch.no_grad():
             reference = runs.logits(ends[metric.reference].detach(), metric.positions[ids], metric.tokens)
-    return {
-        run: read_metric(metric, runs.logits(end, metric.positions[ids], metric.tokens), ids, reference)
-        for run, end in ends.items()
-    }
+    logits = {run: runs.logits(end, metric.positions[ids], metric.tokens) for run, end in ends.items()}
+    try:
+        return {run: read_metric(metric, one, ids, reference) for run, one in logits.items()}
+    except Exception as error:
+        if isinstance(error, RuntimeError) and out_of_memory(error):
+            raise
+        raise _MetricError(type(error).__name__) from error

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 import mechkit as mk
+from helpers.families import FAMILIES as FAMILIES_OF
+from helpers.families import build_of
 from helpers.planted_gradients import BACKWARD, DEFECTS, one_length_at_a_time, packs_taken, unproved
 from helpers.tiny import make_pairs, model_of, whole_vocabulary
 from mechkit.engine import SITES_PACKED, _packed_together
@@ -265,7 +267,7 @@ def test_values_that_are_stale_are_refuted():
 
 
 def test_an_experiment_that_was_refuted_is_not_half_added():
-    """The second pack is refuted: the first stands, the rest is run one length at a time."""
+    """The second pack is refuted: the first does not stand either, all is run one length at a time."""
     model, pairs = model_of("llama"), make_pairs(SHAPES)
     metric, sites = whole_vocabulary(pairs), {"z": "layer pos head"}
     right = effects(model, pairs, metric, sites)["z"]
@@ -281,3 +283,54 @@ def test_an_experiment_that_was_refuted_is_not_half_added():
     assert len(calls) == 2
     assert found.provenance["runs"] == "suffix, one length at a time: for the test"
     assert apart(found.effect().values, right.effect().values) <= 1e-12
+
+
+def against_one_length(model, pairs, **options):
+    """How far effects are from those of one length at a time, and how they were run."""
+    metric, sites = whole_vocabulary(pairs), {"z": "layer pos head", "resid_pre": "layer pos"}
+    found = effects(model, pairs, metric, sites, **options)
+    with one_length_at_a_time():
+        right = effects(model, pairs, metric, sites)
+    off = max(apart(found[site].effect().values, right[site].effect().values) for site in sites)
+    return off, found["z"].provenance["runs"]
+
+
+@pytest.mark.parametrize("budget", [None, 600_000, 800_000])
+def test_positions_that_see_later_ones_show_in_no_row_that_begins_at_the_start(budget):
+    """Every length has a pair that differs at once, and the first pack no other: only later rows have beginnings."""
+    kind, arguments = FAMILIES_OF["gemma3"]
+    model = mk.HookedModel.from_hf(build_of(kind, arguments | {"use_bidirectional_attention": True}), name="seeing")
+    shapes = [(length, 0) for length in range(60, 40, -1)] + [(n, at) for n in (20, 18, 16) for at in (0, 10)]
+    off, runs = against_one_length(model, make_pairs(tuple(shapes)), budget=budget)
+    assert off <= 1e-12
+    assert runs.startswith(("suffix, one length at a time: ", "full: "))
+
+
+def test_a_block_that_numbers_the_tokens_of_its_call():
+    """By whatever operation: the first tokens have the right numbers, so that the last row is looked at."""
+    hf = build_of(*FAMILIES_OF["llama"])
+    mlp = hf.model.layers[1].mlp
+    kind = type(mlp)
+
+    def numbered(self, x):
+        number = torch.ones(x.shape[1], dtype=x.dtype).cumsum(0)
+        return kind.forward(self, x) * (1 + (number > 13).to(x.dtype))[:, None]
+
+    mlp.__class__ = type("Numbered", (kind,), {"forward": numbered})
+    model = mk.HookedModel.from_hf(hf, name="numbered")
+    off, runs = against_one_length(model, make_pairs(((12, 3),) * 6))
+    assert off <= 1e-12
+    assert runs.startswith("suffix, one length at a time: ")
+
+
+def test_a_metric_that_fails_on_several_lengths():
+    model, pairs = model_of("llama"), make_pairs(SHAPES)
+
+    def read(logits, prompt, reference):
+        if len(set(pairs.clean.lengths[prompt].tolist())) > 1:
+            raise ValueError("mine")
+        return logits[:, 5]
+
+    metric = mk.Metric("mine", "logits", len(pairs), pairs.positions["END"], None, read)
+    found = effects(model, pairs, metric, {"z": "layer head"})["z"]
+    assert "the metric raises ValueError" in found.provenance["runs"]
