@@ -7,7 +7,7 @@ import torch
 
 import mechkit as mk
 from helpers.families import D_VOCAB, FAMILIES, build_hf
-from helpers.tiny import model_of
+from helpers.tiny import make_model, model_of
 from mechkit import zoo
 from mechkit._random_tokens import ordinary_tokens
 from mechkit.attribution.head_scores import composition_scores, head_scores, random_prompts
@@ -309,7 +309,7 @@ def test_composition_equals_whole_matrices(family):
 @torch.no_grad()
 def test_composition_equals_transformer_lens():
     """It has no gains, so they are set to 1 here, in a model whose norms do not centre."""
-    model = model_of("llama")
+    model = make_model("llama")  # a new one: it is changed behind autograd's back
     for block in model.bridge.blocks:
         block.ln1.original_component.weight.data.fill_(1.0)
     for kind in ("Q", "K", "V"):
