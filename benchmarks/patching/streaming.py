@@ -154,7 +154,7 @@ def sweep(args: argparse.Namespace, how: str, folder: str) -> None:
     figures |= {"replay": result.provenance["replay"], "halvings": len(halvings)}
     if streamed:
         figures["addresses"] = _address_space("VmPeak") - start
-        figures["reads"] = max(now - then for now, then in zip(streamed.reads, before, strict=True))
+        figures["reads"] = max(end - begun for end, begun in zip(streamed.reads, before, strict=True))
         begin = time.perf_counter()
         for layer in range(model.n_layers):
             streamed._read(layer)

@@ -215,7 +215,18 @@ class AnswersInStep:
     def finish(self, replayer: Replayer | PackedReplayer) -> list[Found]:
         """The answers, those of the other groups too."""
         while self._groups:
-            in_step(self._work(replayer))
+            group, found = self._groups[0], [len(one) for one in self.found]
+            try:
+                in_step(self._work(replayer))
+                continue
+            except RuntimeError as error:
+                if not out_of_memory(error) or (len(group) == 1 and len(group[0]) == 1):
+                    raise
+            for one, n in zip(self.found, found, strict=True):  # none of the group's stands
+                del one[n:]
+            self.state.budget.halve()
+            whole = group if len(group) > 1 else [group[0][: len(group[0]) // 2], group[0][len(group[0]) // 2 :]]
+            self._groups[:0] = [whole[: len(whole) // 2], whole[len(whole) // 2 :]]
         return self.found
 
     def _grouped(self, batches: Iterable[Rows | PackedRows]) -> Iterator[list[Rows | PackedRows]]:

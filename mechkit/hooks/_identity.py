@@ -85,7 +85,7 @@ def state_of_weights(bridge: Any) -> Any:
 
 
 def _state(tensors: list[Any]) -> list[Any]:
-    """Of a weight that is read when it is used (`_streamed.py`) nothing: its file may not change, and nobody can write to it."""
+    """Of a weight that is read when it is used (`_streamed`) nothing: a change of its file, or of what was read, is an error."""
     return [(*_version(owner), float(_sampled(x).sum())) for _, owner, x in tensors if x.device.type != "meta"]
 
 

@@ -369,6 +369,27 @@ def test_a_failed_second_wrapping_leaves_the_blocks_as_they_are(folders, monkeyp
         assert torch.equal(model(tokens), expected)
 
 
+@pytest.mark.parametrize("failing", [2, 3, 5])
+def test_out_of_memory_in_a_later_group(failing, folders, monkeypatch):
+    """The batches that had an answer are run again with the others of their group, and count once."""
+    in_memory, model = both(folders("llama"))
+    expected, calls, halved = swept(in_memory).values, [], []
+    readout, halve = _answers.read_logits, Budget.halve
+    monkeypatch.setattr("mechkit.engine._memory.CPU_TOKENS", 24)
+    monkeypatch.setattr(Budget, "tokens_waiting", lambda *_: 40)
+    monkeypatch.setattr(Budget, "halve", lambda self: halved.append(1) or halve(self))
+
+    def fails(*args):
+        calls.append(1)
+        if len(calls) == failing:
+            raise torch.OutOfMemoryError("on purpose")
+        return readout(*args)
+
+    monkeypatch.setattr(_answers, "read_logits", fails)
+    assert float((swept(model).values - expected).abs().max()) <= 1e-4
+    assert halved == [1]
+
+
 def test_in_step():
     log = []
 

@@ -14,11 +14,11 @@ from unittest.mock import patch
 
 import torch
 
+from helpers.planted import Defect, _patched
 from mechkit.engine import _packed_gradients, _packed_together
 from mechkit.engine._packed_gradients import PackedGradients
 from mechkit.experiment import packed
 
-Defect = Callable[[], Any]
 _Together = _packed_together._Together
 
 
@@ -36,15 +36,6 @@ def one_length_at_a_time() -> Iterator[None]:
     """Nothing is packed inside."""
     with patch.object(packed, "_may_pack", lambda experiment: False):
         yield
-
-
-def _patched(owner: Any, name: str, make: Callable[[Any], Any]) -> Defect:
-    @contextmanager
-    def defect() -> Iterator[None]:
-        with patch.object(owner, name, make(getattr(owner, name))):
-            yield
-
-    return defect
 
 
 def _joined(change: Callable[[str, torch.Tensor], torch.Tensor]) -> Defect:
